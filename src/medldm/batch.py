@@ -1,0 +1,33 @@
+"""What a batch holds, and the only two helpers that know about dimensions."""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class Batch(TypedDict, total=False):
+    """One collated batch; `*S` is (H, W) or (D, H, W). Which keys exist depends on the dataset and `data.keys`."""
+
+    image: Tensor  # (B, C, *S) float32 in [-1, 1]: always what is generated
+    latent: Tensor  # (B, Cz, *S/f) float32, unscaled pre-quantisation latent from `medldm encode`
+    mask: Tensor  # (B, 1, *S) int64 class map
+    edges: Tensor  # (B, 1, *S) float32 {0, 1}
+    label: Tensor  # (B,) int64 class of `image` (target modality, finding)
+    view: Tensor  # (B,) int64, 0 short axis, 1 long axis
+    phase: Tensor  # (B,) int64, 0 end-diastole, 1 end-systole
+    slice_position: Tensor  # (B,) float32 in [0, 1], place of the slice in its stack
+    source: Tensor  # (B, C, *S) translation input on the same grid
+    source_label: Tensor  # (B,) int64
+    spacing: Tensor  # (B, len(S)) float32, mm
+    affine: Tensor  # (B, 4, 4) float64
+    case_id: list[str]
+
+
+def spatial_shape(x: Tensor) -> tuple[int, ...]:
+    """The `*S` of a (B, C, *S) tensor."""
+    return tuple(x.shape[2:])
+
+
+def expand_as(v: Tensor, x: Tensor) -> Tensor:
+    """View a per-sample (B,) or scalar `v` so that it broadcasts over the trailing axes of `x`."""
+    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
