@@ -1,0 +1,64 @@
+"""What every command shares: Hydra start-up, and a user's mistake told in one line with exit status 2."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from medldm.errors import InputError
+
+PACKAGE_DIR = Path(__file__).resolve().parents[1]
+# In a wheel the configs lie inside the package, in a checkout beside src/.
+CONFIG_DIR = next(
+    (path for path in (PACKAGE_DIR / "configs", PACKAGE_DIR.parents[1] / "configs") if path.is_dir()),
+    PACKAGE_DIR / "configs",
+)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def user_message(error: BaseException) -> str | None:
+    """The line for a user's mistake, or None where the error is a defect of ours."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    chain = list(causes(error))
+    for link in chain:
+        if isinstance(link, InputError):
+            return one_line(link)
+    for link in chain:
+        if isinstance(link, MissingMandatoryValue):
+            return f"{one_line(link)}: give it on the command line as key=value"
+    for link in chain:
+        if isinstance(link, TypeError) and "unexpected keyword argument" in str(link):
+            return one_line(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        inner = chain[1] if len(chain) > 1 and isinstance(chain[1], OmegaConfBaseException) else None
+        return one_line(error) + (f" ({one_line(inner).split(' full_key')[0]})" if inner else "")
+    return None
+
+
+def run_command(task: Callable, name: str, description: str) -> None:
+    """Run `task(cfg)` under Hydra with the config of this name; ends the process with status 2 on bad input."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{description.strip()}\n\n`medldm {name} --cfg job` prints every key with its value.")
+        return
+    import hydra
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
+    except Exception as error:
+        message = user_message(error)
+        if message is None or os.environ.get("MEDLDM_TRACEBACK"):
+            raise
+        print(f"medldm {name}: {message}", file=sys.stderr)
+        sys.exit(2)

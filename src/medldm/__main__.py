@@ -1,0 +1,5 @@
+"""`python -m medldm` is `medldm`."""
+
+from medldm.cli import main
+
+main()

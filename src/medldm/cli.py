@@ -1,0 +1,44 @@
+"""`medldm COMMAND ...`: replaces this process by `python -m medldm.commands.COMMAND ...`.
+
+It must exec: Lightning's DDP launcher runs `sys.argv` again, and a dispatcher that pops its sub-command would
+start the other ranks with other overrides.
+"""
+
+import os
+import sys
+
+COMMANDS = {
+    "phantom": "write synthetic subjects in a dataset's own raw folder layout",
+    "prepare": "raw images -> prepared cases, index.json and splits.json",
+    "train": "train one stage of an experiment",
+    "encode": "cache the latents of a prepared dataset for stage two",
+    "sample": "write generated images (or a first stage's reconstructions)",
+    "evaluate": "compare two folders of images: metrics.json, per_case.csv and a table",
+    "report": "one self-contained HTML page about a run",
+    "demo": "phantom -> prepare -> both stages -> sample -> evaluate -> report, on a CPU, in minutes",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        f"usage: medldm COMMAND [key=value ...]\n\n{rows}\n\n"
+        "`medldm COMMAND --help` explains a command and its keys; `medldm COMMAND --cfg job` prints its config."
+    )
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"medldm: no command '{command}'; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    os.execv(sys.executable, [sys.executable, "-m", f"medldm.commands.{command}", *rest])
+
+
+if __name__ == "__main__":
+    main()
