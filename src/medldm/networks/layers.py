@@ -1,0 +1,270 @@
+"""Building blocks of every network: dimension-free convolutions, norms that stay in half precision, attention."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medldm.networks.spade import SPADE
+
+Norm = Callable[[int], nn.Module]
+
+
+def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:
+    """`nn.Conv{spatial_dims}d`."""
+    return getattr(nn, f"Conv{spatial_dims}d")(*args, **kwargs)
+
+
+def conv_transpose(spatial_dims: int, *args, **kwargs) -> nn.Module:
+    """`nn.ConvTranspose{spatial_dims}d`."""
+    return getattr(nn, f"ConvTranspose{spatial_dims}d")(*args, **kwargs)
+
+
+def per_axis(value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """One number per axis from a number or a sequence."""
+    values = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
+    if len(values) != spatial_dims:
+        raise ValueError(f"{values} has {len(values)} entries for {spatial_dims} spatial axes")
+    return values
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm whose input and output keep their precision; the kernel accumulates in float32.
+
+    Plain autocast promotes GroupNorm to float32, which doubles the activations of a 3D autoencoder.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(
+                x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+            )
+
+
+def group_norm(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
+    """GroupNorm with as many of `groups` as divide `channels`, so that narrow test networks need no other config."""
+    return GroupNorm(math.gcd(groups, channels), channels, eps=eps)
+
+
+def apply_norm(norm: nn.Module, x: Tensor, spade: Tensor | None) -> Tensor:
+    return norm(x, spade) if isinstance(norm, SPADE) else norm(x)
+
+
+def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000.0) -> Tensor:
+    """(B,) times -> (B, channels): sines then cosines of t * max_period^(-i / half). Vaswani et al. 2017."""
+    half = channels // 2
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, channels % 2))
+
+
+class ResBlock(nn.Module):
+    """norm-SiLU-conv3 twice with a shortcut; a time embedding is added after the first convolution.
+
+    `shortcut`: "auto" is the identity where widths agree, "always" a 1x1 convolution on every block,
+    "none" drops it (and the second convolution): the truncated block of ALDM's first releases.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm: Norm,
+        embedding_channels: int = 0,
+        shortcut: str = "auto",
+        dropout: float = 0.0,
+        zero_init_last: bool = False,
+        padding_mode: str = "zeros",
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if shortcut not in ("auto", "always", "none"):
+            raise ValueError(f"shortcut '{shortcut}' is none of auto, always, none")
+        kwargs = {"kernel_size": 3, "padding": 1, "padding_mode": padding_mode}
+        self.use_checkpoint = use_checkpoint
+        self.norm1 = norm(in_channels)
+        self.conv1 = conv(spatial_dims, in_channels, out_channels, **kwargs)
+        self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
+        self.truncated = shortcut == "none"
+        if self.truncated:
+            return
+        self.norm2 = norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv(spatial_dims, out_channels, out_channels, **kwargs)
+        if zero_init_last:
+            zero_init(self.conv2)
+        has_projection = shortcut == "always" or in_channels != out_channels
+        self.shortcut = (
+            conv(spatial_dims, in_channels, out_channels, kernel_size=1) if has_projection else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None, spade: Tensor | None = None) -> Tensor:
+        """(B, C, *S), activated embedding (B, E), SPADE map -> (B, C_out, *S)."""
+        if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, embedding, spade, use_reentrant=False)
+        return self._forward(x, embedding, spade)
+
+    def _forward(self, x: Tensor, embedding: Tensor | None, spade: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(apply_norm(self.norm1, x, spade)))
+        if self.embedding is not None:
+            if embedding is None:
+                raise ValueError("this block was built with a time embedding and got none")
+            e = self.embedding(embedding)
+            h = h + e.reshape(e.shape + (1,) * (h.ndim - 2)).to(h.dtype)
+        if self.truncated:
+            return h
+        h = self.conv2(self.dropout(F.silu(apply_norm(self.norm2, h, spade))))
+        return self.shortcut(x) + h
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Multi-head scaled dot-product attention over (B, L, C) tokens."""
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, heads, L, C / heads)
+
+    return F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)
+
+
+def heads_for(channels: int, num_heads: int | None, head_channels: int | None) -> int:
+    heads = num_heads if head_channels is None else max(1, channels // head_channels)
+    if heads is None or channels % heads:
+        raise ValueError(f"{channels} channels do not split over num_heads={heads}")
+    return heads
+
+
+class AttentionBlock(nn.Module):
+    """GroupNorm, self-attention over all positions, residual."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int | None = None,
+        head_channels: int | None = None,
+        groups: int = 32,
+        zero_init_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = heads_for(channels, num_heads, head_channels)
+        self.norm = group_norm(channels, groups=groups)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        if zero_init_last:
+            zero_init(self.out)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, L, C)
+        out = self.out(attend(*self.qkv(tokens).chunk(3, dim=-1), self.num_heads))
+        return x + out.transpose(1, 2).reshape(x.shape)
+
+
+class TransformerBlock(nn.Module):
+    """The spatial transformer of latent diffusion: self-attention, cross-attention, GEGLU. Rombach et al. 2022."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        context_channels: int,
+        num_heads: int | None = None,
+        head_channels: int | None = None,
+        groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.num_heads = heads_for(channels, num_heads, head_channels)
+        self.norm = group_norm(channels, groups=groups)
+        self.proj_in = nn.Linear(channels, channels)
+        self.norm_self, self.norm_cross, self.norm_ff = (nn.LayerNorm(channels) for _ in range(3))
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.out_self = nn.Linear(channels, channels)
+        self.q = nn.Linear(channels, channels, bias=False)
+        self.kv = nn.Linear(context_channels, 2 * channels, bias=False)
+        self.out_cross = nn.Linear(channels, channels)
+        self.ff_in = nn.Linear(channels, 8 * channels)
+        self.ff_out = nn.Linear(4 * channels, channels)
+        self.proj_out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is None:
+            raise ValueError("a network built with context_channels needs condition.context (B, L, C)")
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, L, C)
+        h = h + self.out_self(attend(*self.qkv(self.norm_self(h)).chunk(3, dim=-1), self.num_heads))
+        q, (k, v) = self.q(self.norm_cross(h)), self.kv(context).chunk(2, dim=-1)
+        h = h + self.out_cross(attend(q, k, v, self.num_heads))
+        gate, value = self.ff_in(self.norm_ff(h)).chunk(2, dim=-1)
+        h = h + self.ff_out(value * F.gelu(gate))
+        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Strided convolution. `kind`: "conv4" (k4, symmetric), "conv3" (k3, padding 1), "conv3_end" (k3, one voxel
+    padded at the end of each axis, as in CompVis and ALDM). Axes of stride 1 keep their size."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int | Sequence[int] = 2,
+        kind: str = "conv4",
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        if kind not in ("conv4", "conv3", "conv3_end"):
+            raise ValueError(f"downsampling '{kind}' is none of conv4, conv3, conv3_end")
+        strides = per_axis(stride, spatial_dims)
+        kernels = tuple(4 if kind == "conv4" and s > 1 else 3 for s in strides)
+        pads_at_end = kind == "conv3_end"
+        self.pad = [p for s in reversed(strides) for p in ((0, 1) if s > 1 else (1, 1))] if pads_at_end else None
+        self.conv = conv(
+            spatial_dims,
+            in_channels,
+            out_channels,
+            kernel_size=kernels,
+            stride=strides,
+            padding=0 if pads_at_end else 1,
+            padding_mode=padding_mode,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, self.pad) if self.pad else x)
+
+
+class Upsample(nn.Module):
+    """Transposed convolution ("conv4") or nearest upsampling and a convolution ("conv3", "conv3_end")."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int | Sequence[int] = 2,
+        kind: str = "conv4",
+    ) -> None:
+        super().__init__()
+        strides = per_axis(stride, spatial_dims)
+        self.scale = None if kind == "conv4" else tuple(float(s) for s in strides)
+        if kind == "conv4":
+            kernels = tuple(4 if s > 1 else 3 for s in strides)
+            self.conv = conv_transpose(
+                spatial_dims, in_channels, out_channels, kernel_size=kernels, stride=strides, padding=1
+            )
+        else:
+            self.conv = conv(spatial_dims, in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=self.scale, mode="nearest") if self.scale else x)

@@ -1,0 +1,164 @@
+"""Vector quantisation with a learned or a moving-average codebook.
+
+van den Oord et al. 2017 (straight-through, codebook and commitment terms), Razavi et al. 2019 (moving average),
+Dhariwal et al. 2020 (restart of unused codes).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Rows of the distance matrix that exist at a time are chosen so that it stays within the cache of a CPU core
+# and a few per cent of a GPU: 2^21 floats are 8 MiB.
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+
+
+class Quantized(NamedTuple):
+    z: Tensor  # (B, C, *S) nearest codes; gradients pass straight through to the input
+    indices: Tensor  # (B, *S) int64
+    loss: Tensor  # scalar: codebook and commitment terms
+    perplexity: Tensor  # scalar: exp of the entropy of this batch's codes
+
+
+def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code (L2) of each row: (N, C), (K, C) -> (N,); never holds an N x K matrix."""
+    half_norm = codebook.square().sum(1).mul_(0.5)
+    codes = codebook.t().contiguous()
+    rows = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**24) // len(codebook))
+    # argmin |x - e|^2 = argmin |e|^2 / 2 - x e
+    return torch.cat([torch.addmm(half_norm, part, codes, alpha=-1).argmin(1) for part in x.split(rows)])
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantiser over the channel axis of (B, C, *S), in float32 whatever the autocast.
+
+    ema_decay: None learns the codebook by gradient; a number (0.99) replaces the codebook term by moving averages.
+    restart_threshold: a code whose moving count falls below it is moved to an input vector of the current batch.
+    init: "uniform" in +-1/K, "normal", or "data" (vectors of the first training batch).
+    legacy_beta: puts `commitment_weight` on the codebook term, as CompVis' and ALDM's code does.
+    The "initialised" flag and every statistic are buffers, so a resumed run goes on with its codebook.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        commitment_weight: float = 0.25,
+        codebook_weight: float = 1.0,
+        ema_decay: float | None = None,
+        restart_threshold: float = 0.0,
+        init: str = "uniform",
+        legacy_beta: bool = False,
+    ) -> None:
+        super().__init__()
+        if init not in ("uniform", "normal", "data"):
+            raise ValueError(f"codebook init '{init}' is none of uniform, normal, data")
+        self.num_codes, self.code_dim = num_codes, code_dim
+        self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
+        if legacy_beta:
+            self.commitment_weight, self.codebook_weight = 1.0, commitment_weight
+        self.ema_decay, self.restart_threshold = ema_decay, restart_threshold
+        codebook = torch.empty(num_codes, code_dim)
+        codebook = codebook.uniform_(-1 / num_codes, 1 / num_codes) if init == "uniform" else codebook.normal_()
+        if ema_decay is None:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("code_sum", codebook.clone())
+        self.register_buffer("code_count", torch.ones(num_codes))
+        self.register_buffer("initialised", torch.tensor(init != "data"))
+        self.register_buffer("num_updates", torch.tensor(0))
+        self.register_buffer("epoch_count", torch.zeros(num_codes), persistent=False)
+
+    def forward(self, h: Tensor) -> Quantized:
+        with torch.autocast(h.device.type, enabled=False):
+            return self._forward(h.float())
+
+    def _forward(self, h: Tensor) -> Quantized:
+        x = h.movedim(1, -1).reshape(-1, self.code_dim)  # (N, C)
+        with torch.no_grad():
+            if self.training:
+                self._initialise(x)
+            indices = nearest_codes(x, self.codebook)
+            counts = torch.zeros_like(self.code_count)
+            counts.index_add_(0, indices, torch.ones_like(x[:, 0]))
+        codes = F.embedding(indices, self.codebook)
+        loss = self._loss(x, codes)
+        z = (x + (codes - x).detach()).reshape(h.movedim(1, -1).shape).movedim(-1, 1)
+        if self.training:
+            self._update(x.detach(), indices, counts)
+        frequency = counts / counts.sum()
+        perplexity = torch.exp(-torch.special.xlogy(frequency, frequency).sum())
+        return Quantized(z, indices.reshape(h.shape[:1] + h.shape[2:]), loss, perplexity)
+
+    def _loss(self, x: Tensor, codes: Tensor) -> Tensor:
+        loss = self.commitment_weight * F.mse_loss(x, codes.detach())
+        if self.ema_decay is None:
+            loss = loss + self.codebook_weight * F.mse_loss(codes, x.detach())
+        return loss
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """(B, *S) indices -> (B, C, *S) codes."""
+        return F.embedding(indices, self.codebook).movedim(-1, 1)
+
+    def epoch_usage(self) -> Tensor:
+        """Fraction of codes used in training since the last call."""
+        usage = (self.epoch_count > 0).float().mean()
+        self.epoch_count.zero_()
+        return usage
+
+    # Buffers change in place and without a look at their values from the host, so a step never synchronises.
+
+    def _initialise(self, x: Tensor) -> None:
+        self._replace(~self.initialised.expand(self.num_codes), x)
+        self.initialised.fill_(True)
+
+    def _update(self, x: Tensor, indices: Tensor, counts: Tensor) -> None:
+        self.num_updates += 1
+        counts = all_reduce(counts.clone())
+        self.epoch_count += counts
+        decay = 0.99 if self.ema_decay is None else self.ema_decay
+        self.code_count.lerp_(counts, 1 - decay)
+        if self.ema_decay is not None:
+            sums = torch.zeros_like(self.code_sum).index_add_(0, indices, x)
+            self.code_sum.lerp_(all_reduce(sums), 1 - decay)
+            total = self.code_count.sum()
+            smoothed = (self.code_count + 1e-7) / (total + self.num_codes * 1e-7) * total  # Laplace smoothing
+            self.codebook.copy_(self.code_sum / smoothed[:, None])
+        if self.restart_threshold > 0:
+            self._replace(self.code_count < self.restart_threshold, x)
+
+    def _replace(self, chosen: Tensor, x: Tensor) -> None:
+        """Move the chosen codes (K,) to input vectors and restart their statistics."""
+        vectors = self._candidates(x)
+        self.codebook.data.copy_(torch.where(chosen[:, None], vectors, self.codebook))
+        self.code_count.copy_(torch.where(chosen, 1.0, self.code_count))
+        if self.ema_decay is not None:
+            self.code_sum.copy_(torch.where(chosen[:, None], vectors, self.code_sum))
+
+    def _candidates(self, x: Tensor) -> Tensor:
+        """One input vector per code, (K, C), the same on every rank.
+
+        Which vector a code gets is a hash of the code and the update: it needs no random state, so it is the same
+        after a resume, and codes are spread evenly over the batch. Ranks fill their share and are summed.
+        """
+        world, rank = 1, 0
+        if dist.is_available() and dist.is_initialized():
+            world, rank = dist.get_world_size(), dist.get_rank()
+        total = world * len(x)
+        step = next(s for s in range(round(total * 0.6180339887) | 1, 2 * total + 3) if math.gcd(s, total) == 1)
+        position = torch.arange(self.num_codes, device=x.device) * step + self.num_updates * 7919
+        position = position % total - rank * len(x)
+        is_mine = (position >= 0) & (position < len(x))
+        return all_reduce(x[position.clamp(0, len(x) - 1)] * is_mine[:, None])

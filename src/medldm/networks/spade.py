@@ -1,0 +1,58 @@
+"""Spatially adaptive normalisation. Park et al. 2019, "Semantic Image Synthesis with SPADE", Eq. 1."""
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SPADE(nn.Module):
+    """Parameter-free norm of x, scaled and shifted by two maps computed from the condition.
+
+    Outside training the maps of one condition tensor are kept: a sampler calls with the same static map at every
+    step, and they do not depend on the step.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        channels: int,
+        *,
+        map_channels: int,
+        hidden_channels: int = 128,
+        groups: int | None = None,
+        kernel_size: int = 3,
+    ) -> None:
+        super().__init__()
+        conv = getattr(nn, f"Conv{spatial_dims}d")
+        padding = kernel_size // 2
+        self.groups = groups
+        self.shared = conv(map_channels, hidden_channels, kernel_size, padding=padding)
+        self.gamma = conv(hidden_channels, channels, kernel_size, padding=padding)
+        self.beta = conv(hidden_channels, channels, kernel_size, padding=padding)
+        self._kept: tuple | None = None
+
+    def modulation(self, spade: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """gamma and beta, each (B, C, *size), from a map of any grid (nearest)."""
+        if spade.shape[2:] != size:
+            spade = F.interpolate(spade, size=size, mode="nearest")
+        hidden = F.relu(self.shared(spade))
+        return self.gamma(hidden), self.beta(hidden)
+
+    def _modulation_kept(self, spade: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        if self.training or torch.is_grad_enabled():
+            self._kept = None
+            return self.modulation(spade, size)
+        version = (size, spade._version, self.gamma.weight._version)
+        if self._kept is None or self._kept[0]() is not spade or self._kept[1] != version:
+            self._kept = (weakref.ref(spade), version, self.modulation(spade, size))
+        return self._kept[2]
+
+    def forward(self, x: Tensor, spade: Tensor | None) -> Tensor:
+        if spade is None:
+            raise ValueError("a network built with SPADE norms needs condition.spade (B, C, *S)")
+        gamma, beta = self._modulation_kept(spade, x.shape[2:])
+        with torch.autocast(x.device.type, enabled=False):
+            normed = F.group_norm(x, self.groups) if self.groups else F.instance_norm(x)
+        return normed * (1 + gamma) + beta
