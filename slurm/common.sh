@@ -1,0 +1,123 @@
+# What the chains in slurm/ share; sourced by them. A chain sets `stages`, `train_stages`, `data_stages`, `debug_stages`,
+# calls `read_arguments "$@"` and `choose_preset`, then `submit` once a stage, then `show_jobs`.
+#
+# Overrides after the script's name, in the order of the command line, after the chain's own and so winning over them:
+#   STAGE:key=value   that stage alone               vqvae:trainer.max_steps=10   sample:sampler.num_steps=20
+#   data.key=value    every stage that has data      data.image_size=128
+#   debug=tiny        every stage that knows debug
+#   key=value         both trainings                 trainer.precision=bf16-mixed   seed=1
+
+set -euo pipefail
+slurm_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+chain=$(basename "$0" .sh)
+overrides=() table=()
+declare -A job_ids=()
+
+fail() { echo "$chain: $*" >&2; exit 2; }
+
+usage() { sed -n '2,/^$/{/^#/!q;s/^# \{0,1\}//;p}' "$0"; sed -n '/^# Overrides/,/^$/{s/^# \{0,1\}//p}' "$slurm_dir/common.sh"; }
+
+is_in() {  # is_in WORD WORDS...
+  local word=$1 other
+  shift
+  for other in "$@"; do [ "$word" != "$other" ] || return 0; done
+  return 1
+}
+
+absolute() { realpath -m -- "$1"; }
+
+quoted() {  # a path as a value in Hydra's grammar, where spaces, commas and brackets mean something
+  if [[ $1 =~ ^[A-Za-z0-9_./-]+$ ]]; then printf %s "$1"; else printf "'%s'" "${1//\'/\\\'}"; fi
+}
+
+read_arguments() {
+  local argument
+  for argument in "$@"; do
+    case $argument in
+      -h | --help) usage; exit 0 ;;
+    esac
+    [[ $argument == *=* || ${argument#*:} == '~'* ]] || fail "'$argument' is no override: write key=value (--help tells more)"
+    if [[ $argument =~ ^([A-Za-z0-9_]+): ]]; then
+      is_in "${BASH_REMATCH[1]}" "${stages[@]}" || fail "'$argument': no stage '${BASH_REMATCH[1]}'; choose from ${stages[*]}"
+    fi
+    case $argument in
+      data.raw=*) fail "'$argument': set RAW=... before the script's name" ;;
+      data.root=*) fail "'$argument': set ROOT=... before the script's name; the evaluation reads it too" ;;
+      run_dir=*) fail "'$argument': set RUNS=... before the script's name; each stage has its folder there" ;;
+    esac
+    overrides+=("$argument")
+  done
+}
+
+overrides_of() {  # overrides_of STAGE: fills `own` with the user's overrides of that stage
+  local stage=$1 argument
+  own=()
+  for argument in ${overrides[@]+"${overrides[@]}"}; do
+    if [[ $argument =~ ^([A-Za-z0-9_]+):(.*)$ ]]; then
+      [ "${BASH_REMATCH[1]}" != "$stage" ] || own+=("${BASH_REMATCH[2]}")
+      continue
+    fi
+    case $argument in
+      data.* | +data.* | ++data.* | data=*) is_in "$stage" "${data_stages[@]}" || continue ;;
+      debug=*) is_in "$stage" "${debug_stages[@]}" || continue ;;
+      *) is_in "$stage" "${train_stages[@]}" || continue ;;
+    esac
+    own+=("$argument")
+  done
+}
+
+choose_preset() {  # GPU=rtx3090|a6000|cpu: sbatch options per kind of stage; the chain reads $GPU for its batch sizes
+  GPU=${GPU:-rtx3090}
+  local gres=${GRES:-gpu:1}
+  local machine
+  case $GPU in
+    rtx3090) workers=8 machine=(--gres="$gres" --cpus-per-task=10 --mem=48G) ;;
+    a6000) workers=12 machine=(--gres="$gres" --cpus-per-task=14 --mem=96G) ;;
+    cpu) workers=0 machine=(--cpus-per-task=2 --mem=8G) ;;
+    *) fail "GPU=$GPU: choose from rtx3090, a6000, cpu" ;;
+  esac
+  train_options=("${machine[@]}" --time=24:00:00)  # what is not finished by then is saved and queued again
+  gpu_options=("${machine[@]}" --time=08:00:00)
+  cpu_options=(--cpus-per-task=8 --mem=32G --time=08:00:00)
+  [ "$GPU" != cpu ] || cpu_options=("${gpu_options[@]}")
+}
+
+find_python() {  # the interpreter that the jobs use, checked before anything is queued
+  local candidate
+  if [ -z "${MEDLDM_PYTHON:-}" ]; then
+    for candidate in "$slurm_dir/../.venv/bin/python" python python3; do
+      if command -v "$candidate" >/dev/null; then MEDLDM_PYTHON=$(command -v "$candidate"); break; fi
+    done
+  fi
+  command -v "${MEDLDM_PYTHON:-}" >/dev/null || fail "no python '${MEDLDM_PYTHON:-}': set MEDLDM_PYTHON to the one that has medldm"
+  export MEDLDM_PYTHON
+}
+
+# submit STAGE KIND AFTER COMMAND [key=value ...]: KIND is train, gpu or cpu; AFTER names the stages, separated by spaces,
+# that must have succeeded. A stage left out by STAGES="..." is taken as done. SBATCH_OPTIONS="--partition=..." is added.
+submit() {
+  local stage=$1 kind=$2 after=$3 command=$4 dependency='' before id
+  shift 4
+  is_in "$stage" ${STAGES:-${stages[*]}} || return 0
+  for before in $after; do dependency+=${job_ids[$before]:+:${job_ids[$before]}}; done
+  local -n options=${kind}_options
+  overrides_of "$stage"
+  local line=(sbatch --parsable --job-name="$chain-$stage" --output="$RUNS/slurm/%x-%j.out" "${options[@]}"
+    ${dependency:+"--dependency=afterok$dependency" --kill-on-invalid-dep=yes} ${SBATCH_OPTIONS:-}
+    "$slurm_dir/job.sbatch" "$command" "$@" ${own[@]+"${own[@]}"})
+  if [ "${DRY_RUN:-0}" != 0 ]; then
+    id=ID_$stage
+    printf '%q ' "${line[@]}" && echo
+  else
+    mkdir -p "$RUNS/slurm"
+    id=$("${line[@]}") || fail "sbatch refused stage $stage; queued so far, for scancel: ${job_ids[*]:-none}"
+    id=${id%%;*}
+  fi
+  job_ids[$stage]=$id
+  table+=("$(printf '%-16s %-18s %-24s %s' "$stage" "$id" "${after:--}" "$RUNS/slurm/$chain-$stage-$id.out")")
+}
+
+show_jobs() {
+  printf '\n%-16s %-18s %-24s %s\n' stage job after log
+  printf '%s\n' "${table[@]}"
+}

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# slurm/*.sh and job.sbatch on a running SLURM (SLURM_CONF), with a stand-in for the python: overrides, quoting, presets,
+# dependencies, requeues. About 40 s, next to no CPU.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/checks.sh"
+slurm=$here/../../slurm
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+export MEDLDM_PYTHON=$here/fake_python FAKE_DIR=$work
+
+line_of() { grep -F -- "--job-name=cardiac2d-$1 " "$work/dry"; }
+dry() { DRY_RUN=1 RAW="$work/my raw" ROOT=$work/root RUNS=$work/runs "$slurm/cardiac2d.sh" "$@" >"$work/dry" 2>"$work/err"; }
+reaches() {  # reaches WORD STAGES...: these stages' lines have the word and no other
+  local word=$1 stage
+  shift
+  for stage in prepare vqvae encode ldm reconstruction sample evaluate report; do
+    if [[ " $* " == *" $stage "* ]]; then
+      line_of "$stage" | grep -qF -- "$word" || return 1
+    else
+      ! line_of "$stage" | grep -qF -- "$word" || return 1
+    fi
+  done
+}
+is_refused() { local text=$1; shift; ! dry "$@" && [ "$(wc -l <"$work/err")" = 1 ] && grep -qF -- "$text" "$work/err"; }
+
+dry seed=7 vqvae:trainer.max_steps=10 sample:sampler.num_steps=20 data.cache=ram debug=tiny
+check "a plain override reaches both trainings" reaches " seed=7 " vqvae ldm
+check "STAGE: reaches one training" reaches " trainer.max_steps=10 " vqvae
+check "STAGE: reaches sample" reaches " sampler.num_steps=20 " sample
+check "data.* reaches every stage with data" reaches " data.cache=ram " prepare vqvae encode ldm reconstruction sample
+check "debug reaches the stages that know it" reaches " debug=tiny " vqvae ldm
+check "a path with a space is quoted for Hydra" reaches "data.raw=\\'$work/my\\ raw\\'" prepare
+check "a misspelt stage is refused in one line" is_refused "no stage 'vqva'" vqva:seed=1
+check "a word without = is refused" is_refused "is no override" fast
+check "data.root as an override is refused" is_refused "set ROOT=" data.root=/x
+GPU=a6000 dry
+check "a6000 trains the first stage on 36 at once" eval 'line_of vqvae | grep -q "data.batch_size=36 " && ! line_of vqvae | grep -q accumulate'
+GPU=rtx3090 dry
+check "rtx3090 accumulates 3 x 12" eval 'line_of vqvae | grep -q "data.batch_size=12 .*=3 "'
+check "rtx3090 asks for a GPU for the trainings" reaches " --gres=gpu:1 " vqvae encode ldm reconstruction sample evaluate
+GPU=cpu dry
+check "cpu asks for no GPU" reaches " --gres" ""
+GPU=v100 check "an unknown GPU is refused" is_refused "GPU=v100"
+
+mkdir -p "$work/my raw"
+chain() { GPU=cpu RAW="$work/my raw" ROOT=$work/root RUNS="$work/$1" "$slurm/cardiac2d.sh" "${@:2}" >"$work/$1.txt"; }
+chain 'all runs' 'vqvae:+model.note=[1, "a b", {x: $HOME}]'
+check "the chain ends" wait_until 60 queue_empty
+check "every job of the chain is COMPLETED" test -z "$(job_states "$work/all runs.txt" | tr ' ' '\n' | grep -v ':COMPLETED$')"
+check "an override with spaces, brackets and quotes arrives whole" \
+  grep -qF $'\t+model.note=[1, "a b", {x: $HOME}]' "$work/calls"
+check "evaluate runs after both samples" test "$(cut -f1 "$work/calls" | tail -2 | tr '\n' ' ')" = "evaluate report "
+
+FAKE_FAIL=encode chain broken
+check "a failing stage ends the chain" wait_until 60 queue_empty
+echo "        $(job_states "$work/broken.txt")"
+check "its dependents are cancelled" test "$(job_states "$work/broken.txt")" = "prepare:COMPLETED vqvae:COMPLETED \
+encode:FAILED ldm:CANCELLED reconstruction:COMPLETED sample:CANCELLED evaluate:CANCELLED report:CANCELLED "
+
+submit() { sbatch --parsable --output="$work/%j.out" "$@"; }
+reached() { [ "$(cat "$1/now" 2>/dev/null || echo 0)" -ge "$2" ]; }
+touch stubborn
+job=$(FAKE_STEPS=40 submit --time=10 "$slurm/job.sbatch" train run_dir="$work/run")
+wait_until 20 test ! -e stubborn
+sleep 1
+scancel --signal=USR1 --batch "$job"
+check "USR1 before the training listens queues it again" wait_until 40 reached "$work/run" 5
+scancel --signal=USR1 --batch "$job"
+check "USR1 during the training: requeued, and COMPLETED" wait_until 60 has_state "$job" COMPLETED
+sed 's/^/        /' "$work/run/starts"
+check "it goes on from its checkpoint" test "$(grep -c 'from step [1-9]' "$work/run/starts")" = 1
+check "and does all of its steps once" test "$(cat "$work/run/last")" = 40
+check "its log keeps the earlier starts" test "$(grep -c 'start [123] on' "$work/$job.out")" = 3
+job=$(FAKE_FAIL=train submit "$slurm/job.sbatch" train run_dir="$work/other")
+check "another exit status is passed on" wait_until 30 has_state "$job" FAILED
+check "with its number" test "$(job_field "$job" ExitCode)" = 3:0
+job=$(MEDLDM_MAX_REQUEUES=0 FAKE_STEPS=600 submit "$slurm/job.sbatch" train run_dir="$work/bounded")
+wait_until 20 reached "$work/bounded" 3
+scancel --signal=USR1 --batch "$job"
+check "requeues are bounded" wait_until 30 has_state "$job" FAILED
+finish
