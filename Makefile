@@ -1,24 +1,30 @@
-# `make demo` and `make test` do all their own set-up: a fresh machine needs Python 3.11 and nothing else.
+# `make demo` and `make test` do all their own set-up: a fresh machine needs Python 3.11 or later and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint install clean
 .DEFAULT_GOAL := demo
 
+# uv installs in half a minute what takes pip minutes; pip does it where uv is not to be had.
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "medldm needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	if $(BIN)/pip install --quiet uv; \
+	  then $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'; \
+	  else $(BIN)/pip install --quiet --editable '.[dev]'; fi
 	touch $@
 
-demo: $(VENV)/.installed
+install: $(VENV)/.installed
+
+demo: install
 	$(BIN)/medldm demo $(ARGS)
 
-test: $(VENV)/.installed
+test: install
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed
+lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
