@@ -22,11 +22,12 @@ ROOT=$(absolute "${ROOT:?set ROOT to the folder of the prepared dataset}")
 RUNS=$(absolute "${RUNS:-runs/cardiac2d-slurm}")
 [ "${DRY_RUN:-0}" != 0 ] || [ -d "$RAW" ] || [[ " ${STAGES:-prepare} " != *" prepare "* ]] || fail "RAW=$RAW: no such folder"
 
-case $GPU in  # effective batch 36 everywhere
+case $GPU in  # 36 images an update everywhere
   rtx3090) vqvae_batch=(data.batch_size=12 trainer.accumulate_grad_batches=3) ldm_batch=(data.batch_size=36) ;;
   a6000) vqvae_batch=(data.batch_size=36) ldm_batch=(data.batch_size=36) ;;
   cpu) vqvae_batch=(data.batch_size=4 trainer.accumulate_grad_batches=9) ldm_batch=(data.batch_size=36) ;;
 esac
+[[ " $* " != *debug=* ]] || vqvae_batch=() ldm_batch=()  # a debug run has its own, tiny ones
 loading=(data.num_workers="$workers")
 root=data.root=$(quoted "$ROOT")
 first_stage=$(quoted "$RUNS/vqvae/checkpoints/best.ckpt")
@@ -34,10 +35,10 @@ denoiser=$(quoted "$RUNS/ldm/checkpoints/best.ckpt")
 
 submit prepare cpu "" prepare data="${DATA:-mnms2}" data.raw="$(quoted "$RAW")" "$root"
 submit vqvae train "prepare" train experiment=cardiac2d/vqvae "$root" run_dir="$(quoted "$RUNS/vqvae")" resume=auto \
-  "${vqvae_batch[@]}" "${loading[@]}"
+  ${vqvae_batch[@]+"${vqvae_batch[@]}"} "${loading[@]}"
 submit encode gpu "vqvae" encode checkpoint="$first_stage" "$root"
 submit ldm train "encode" train experiment=cardiac2d/ldm "$root" model.first_stage.checkpoint="$first_stage" \
-  data.latents=auto run_dir="$(quoted "$RUNS/ldm")" resume=auto "${ldm_batch[@]}" "${loading[@]}"
+  data.latents=auto run_dir="$(quoted "$RUNS/ldm")" resume=auto ${ldm_batch[@]+"${ldm_batch[@]}"} "${loading[@]}"
 submit reconstruction gpu "vqvae" sample checkpoint="$first_stage" "$root" split=test \
   output="$(quoted "$RUNS/reconstruction")"
 submit sample gpu "ldm" sample checkpoint="$denoiser" "$root" split=test output="$(quoted "$RUNS/samples")"

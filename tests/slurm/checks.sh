@@ -10,6 +10,7 @@ check() {  # check NAME COMMAND...: one line, counted; the checks go on after a 
   else
     num_failed=$((num_failed + 1))
     echo "FAILED  $name"
+    return 1
   fi
 }
 

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The cardiac chain with debug=tiny on the phantom, on a running SLURM (SLURM_CONF), with the real commands and the python
+# given as $1: all stages; a stage that fails; a training that is requeued and goes on.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/checks.sh"
+slurm=$here/../../slurm
+export MEDLDM_PYTHON=${1:-$here/../../.venv/bin/python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+
+medldm() { "$MEDLDM_PYTHON" -m "medldm.commands.$1" "${@:2}"; }
+chain() { GPU=cpu RAW=$work/raw ROOT=$work/prepared RUNS=$work/$1 "$slurm/cardiac2d.sh" debug=tiny "${@:2}" | tee "$work/$1.txt"; }
+show_logs() { tail -n 15 "$1"/slurm/*.out; }
+
+check "a phantom in the layout of M&Ms-2" medldm phantom dataset=mnms2 root="$work/raw" num_subjects=8
+
+chain runs
+check "the chain ends" wait_until 900 queue_empty
+job_states "$work/runs.txt" && echo
+check "every job is COMPLETED" test -z "$(job_states "$work/runs.txt" | tr ' ' '\n' | grep -v ':COMPLETED$')" || show_logs "$work/runs"
+for file in runs/vqvae/checkpoints/best.ckpt runs/ldm/checkpoints/best.ckpt runs/samples/provenance.json \
+  runs/reconstruction/provenance.json runs/evaluation/metrics.json; do
+  check "$file" test -s "$work/$file"
+done
+check "a report" test -n "$(find "$work/runs" -name '*.html')"
+
+STAGES="ldm sample evaluate report" chain broken ldm:model.first_stage.checkpoint=/nowhere.ckpt
+check "a chain with a failing stage ends" wait_until 120 queue_empty
+check "the stages after it are cancelled" test "$(job_states "$work/broken.txt")" = \
+  "ldm:FAILED sample:CANCELLED evaluate:CANCELLED report:CANCELLED "
+check "its log names the file" grep -h "medldm train: .*/nowhere.ckpt" "$work"/broken/slurm/*ldm*.out
+
+run=$work/requeued num_steps=${NUM_STEPS:-60}
+rows() { tail -n +2 "$run/metrics.csv" 2>/dev/null | wc -l; }
+has_rows() { [ "$(rows)" -ge "$1" ]; }
+job=$(sbatch --parsable --output="$work/requeued.out" --time=20 "$slurm/job.sbatch" train experiment=cardiac2d/vqvae \
+  debug=tiny data.root="$work/prepared" run_dir="$run" resume=auto trainer.max_steps="$num_steps")
+check "the training logs" wait_until 120 has_rows 1
+scancel --signal=USR1 --batch "$job"
+check "USR1: it is requeued, goes on and completes" wait_until 300 has_state "$job" COMPLETED
+check "it started twice" grep -q "start 2 on" "$work/requeued.out" || cat "$work/requeued.out"
+finish
