@@ -1,0 +1,394 @@
+"""From a batch to what the denoiser is conditioned on, with the dropping that guidance needs."""
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medldm.batch import Batch, expand_as, spatial_shape
+from medldm.errors import InputError
+from medldm.networks.layers import conv, group_norm
+
+
+class Condition(NamedTuple):
+    """What a denoiser may use besides z_t and t."""
+
+    concat: Tensor | None = None  # (B, Cc, *s), concatenated to z_t
+    embedding: Tensor | None = None  # (B, E), added to the time embedding
+    spade: Tensor | None = None  # (B, Cs, *any), read by SPADE norms
+    context: Tensor | None = None  # (B, L, Dc), for cross-attention
+
+
+def concatenate(first: Condition, second: Condition) -> Condition:
+    """Both along the batch axis, as one condition of 2B; the two have the same fields."""
+    pairs = zip(first, second, strict=True)
+    return Condition(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+
+
+class Conditioner(Protocol):
+    """What the U-Net is built from (the four sizes) and called with.
+
+    `groups` names what can be dropped separately. `drop` is (B, len(groups)) bool, True where a sample loses
+    that group, or None to keep all. The null of guidance is `drop` all True: the very thing that training
+    dropped to.
+    """
+
+    groups: tuple[str, ...]
+    concat_channels: int
+    spade_channels: int
+    embedding_dim: int
+    context_dim: int
+
+    def sample_drop(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> Tensor: ...
+
+    def drop_groups(
+        self, batch_size: int, names: tuple[str, ...] | None = None, device: torch.device | None = None
+    ) -> Tensor: ...
+
+    def __call__(
+        self, batch: Batch, first_stage: nn.Module | None = None, drop: Tensor | None = None
+    ) -> Condition: ...
+
+
+class NearestEncoder(nn.Module):
+    """Nearest down-sampling, then a 1x1 convolution: keeps one pixel of f^d. For parity only."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.downsampling = downsampling
+        self.project = conv(len(downsampling), in_channels, out_channels, kernel_size=1, bias=False)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.project(F.interpolate(planes, latent_shape(planes, self.downsampling), mode="nearest"))
+
+
+class Rescaler(nn.Module):
+    """CompVis's SpatialRescaler: linear interpolation by 0.5 per factor of two, then a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.strides = stage_strides(downsampling)
+        self.mode = {2: "bilinear", 3: "trilinear"}[len(downsampling)]
+        self.project = conv(len(downsampling), in_channels, out_channels, kernel_size=1, bias=False)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        for strides in self.strides:
+            planes = F.interpolate(planes, latent_shape(planes, strides), mode=self.mode, align_corners=False)
+        return self.project(planes)
+
+
+class Unshuffle(nn.Module):
+    """Every pixel of a latent cell becomes a channel, then a 1x1 convolution. Shi et al. 2016."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.downsampling = downsampling
+        cell = math.prod(downsampling)
+        self.project = conv(len(downsampling), in_channels * cell, out_channels, kernel_size=1)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.project(unshuffle(planes, self.downsampling))
+
+
+class StridedCNN(nn.Module):
+    """Convolutions of stride 2, GroupNorm and SiLU down to the latent grid, widths 32, 64, 128, 128 ..."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        dims, layers, width = len(downsampling), [], in_channels
+        for stage, strides in enumerate(stage_strides(downsampling)):
+            hidden = min(32 * 2**stage, 128)
+            layers += [
+                conv(dims, width, hidden, kernel_size=3, stride=strides, padding=1),
+                group_norm(hidden, groups=8),
+                nn.SiLU(),
+            ]
+            width = hidden
+        layers.append(conv(dims, width, out_channels, kernel_size=3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.layers(planes)
+
+
+SPATIAL_ENCODERS = {
+    "nearest_1x1": NearestEncoder,
+    "rescaler": Rescaler,
+    "unshuffle": Unshuffle,
+    "strided_cnn": StridedCNN,
+}
+
+
+class SpatialConditioner(nn.Module):
+    """Edges and a one-hot mask as planes on the image grid, and attributes of the sample as embeddings.
+
+    Planes are [edges, one-hot classes], as many as are used. `encoder` brings them to the latent grid for
+    `concat`; `spade` is "planes" for the planes themselves as the SPADE map, or an encoder's name for
+    `spade_out_channels` learned ones on the latent grid; None switches either off. Embeddings (view, phase,
+    label, slice position) are summed to `embedding_dim`.
+
+    Groups that drop: "edges", "mask", "attributes". Each sample loses edges with `drop_edges_prob`, the mask
+    with `drop_mask_prob`, independently, and everything with `drop_all_prob`. A dropped plane is all zeros,
+    which no real one-hot mask is; a dropped attribute contributes its learned null (index 0) or, for the
+    slice position, nothing. An attribute of -1 is unknown and counts as dropped.
+
+    What a dataset decides (`num_*`, `downsampling`, `spatial_dims`, `embedding_dim`) is passed by the model,
+    not by a config.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None,
+        *,
+        downsampling: tuple[int, ...],
+        spatial_dims: int | None = None,
+        encoder: str | None = "strided_cnn",
+        out_channels: int = 8,
+        spade: str | None = None,
+        spade_out_channels: int = 64,
+        use_edges: bool = True,
+        use_mask: bool = True,
+        drop_edges_prob: float = 0.0,
+        drop_mask_prob: float = 0.0,
+        drop_all_prob: float = 0.0,
+        use_view: bool = False,
+        use_phase: bool = False,
+        use_label: bool = False,
+        use_slice_position: bool = False,
+        num_views: int = 0,
+        num_phases: int = 0,
+        num_labels: int = 0,
+        embedding_dim: int = 0,
+        parity: bool = False,
+    ) -> None:
+        super().__init__()
+        downsampling = tuple(int(factor) for factor in downsampling)
+        if spatial_dims not in (None, len(downsampling)):
+            raise ValueError(
+                f"downsampling={downsampling} does not have one factor for each of {spatial_dims} axes"
+            )
+        if use_mask and not num_classes:
+            raise InputError("model.conditioner.use_mask=true but the dataset has no masks; set it to false")
+        if use_edges and "nearest_1x1" in (encoder, spade) and not parity:
+            raise InputError(
+                "model.conditioner: nearest_1x1 loses nine edge cells in ten; "
+                "choose strided_cnn, unshuffle or rescaler, or set model.conditioner.parity=true"
+            )
+        if parity and "nearest_1x1" not in (encoder, spade):
+            raise InputError(
+                "model.conditioner.parity=true has an effect with nearest_1x1 alone; set it to false"
+            )
+        self.downsampling = downsampling
+        self.num_classes = num_classes if use_mask else 0
+        self.use_edges, self.use_mask = use_edges, use_mask
+        self.context_dim = 0
+
+        num_planes = int(use_edges) + self.num_classes
+        if not num_planes and (encoder or spade):
+            raise InputError(
+                "model.conditioner: neither edges nor mask are used; set encoder=null and spade=null"
+            )
+        self.encoder = build_encoder(encoder, num_planes, out_channels, downsampling)
+        self.concat_channels = out_channels if encoder else 0
+        self.spade = spade
+        is_learned = spade not in (None, "planes")
+        self.spade_encoder = build_encoder(
+            spade if is_learned else None, num_planes, spade_out_channels, downsampling
+        )
+        self.spade_channels = spade_out_channels if is_learned else num_planes if spade else 0
+
+        counts = {
+            "view": num_views if use_view else None,
+            "phase": num_phases if use_phase else None,
+            "label": num_labels if use_label else None,
+        }
+        for name, count in counts.items():
+            if count == 0:
+                raise InputError(
+                    f"model.conditioner.use_{name}=true but the dataset has no {name}; set it to false"
+                )
+        counts = {name: count for name, count in counts.items() if count}
+        uses_attributes = bool(counts) or use_slice_position
+        if uses_attributes and embedding_dim < 1:
+            raise ValueError(
+                f"embedding_dim={embedding_dim}: embeddings of attributes need the size of the time embedding"
+            )
+        self.embedding_dim = embedding_dim if uses_attributes else 0
+        self.embeddings = nn.ModuleDict(
+            {name: nn.Embedding(count + 1, embedding_dim) for name, count in counts.items()}
+        )
+        self.position = scalar_mlp(embedding_dim) if use_slice_position else None
+
+        used = {"edges": use_edges, "mask": use_mask, "attributes": uses_attributes}
+        self.groups = tuple(name for name, is_used in used.items() if is_used)
+        probs = {"edges": drop_edges_prob, "mask": drop_mask_prob, "attributes": 0.0}
+        for key, prob in {**probs, "all": drop_all_prob}.items():
+            if not 0 <= prob <= 1:
+                raise InputError(f"model.conditioner.drop_{key}_prob={prob} must lie in [0, 1]")
+            if prob and key != "all" and key not in self.groups:
+                raise InputError(f"model.conditioner.drop_{key}_prob={prob} but use_{key}=false; set it to 0")
+        self.drop_probs = tuple(probs[name] for name in self.groups)
+        self.drop_all_prob = drop_all_prob
+
+    def sample_drop(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """(B, len(groups)) bool: what each sample of a training batch loses."""
+        u = torch.rand(batch_size, len(self.groups) + 1, generator=generator, device=device)
+        columns = [u[:, i] < prob for i, prob in enumerate((*self.drop_probs, self.drop_all_prob))]
+        return (
+            torch.stack([column | columns[-1] for column in columns[:-1]], dim=1)
+            if self.groups
+            else u[:, :0] < 0
+        )
+
+    def drop_groups(
+        self, batch_size: int, names: tuple[str, ...] | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """(B, len(groups)) bool that drops `names` for every sample; None drops all: the null of guidance."""
+        return fixed_drop(self.groups, batch_size, names, device)
+
+    def forward(
+        self, batch: Batch, first_stage: nn.Module | None = None, drop: Tensor | None = None
+    ) -> Condition:
+        """Condition of a batch; `drop` is (B, len(groups)), or (B,) to drop whole samples."""
+        dropped = {}
+        if drop is not None:
+            drop = drop[:, None].expand(-1, len(self.groups)) if drop.ndim == 1 else drop
+            dropped = dict(zip(self.groups, drop.unbind(1), strict=True))
+        planes = self.planes(batch, dropped) if self.encoder or self.spade else None
+        return Condition(
+            concat=self.encoder(planes) if self.encoder else None,
+            embedding=self.embed(batch, dropped.get("attributes")) if self.embedding_dim else None,
+            spade=self.spade_encoder(planes) if self.spade_encoder else planes if self.spade else None,
+        )
+
+    def planes(self, batch: Batch, dropped: dict[str, Tensor]) -> Tensor:
+        """(B, edges + classes, *S) float32 in {0, 1}, zero where dropped; edges, if used, are channel 0."""
+        reference = require(batch, "edges" if self.use_edges else "mask")
+        check_divisible(spatial_shape(reference), self.downsampling)
+        first_class = int(self.use_edges)
+        shape = (len(reference), first_class + self.num_classes, *spatial_shape(reference))
+        planes = torch.zeros(shape, dtype=torch.float32, device=reference.device)
+        if self.use_edges:
+            planes[:, :1] = keep(require(batch, "edges").float(), dropped.get("edges"))
+        if self.use_mask:
+            mask = require(batch, "mask").long()
+            kept = keep(torch.ones_like(mask, dtype=torch.float32), dropped.get("mask"))
+            planes[:, first_class:].scatter_(1, mask, kept)
+        return planes
+
+    def embed(self, batch: Batch, drop: Tensor | None) -> Tensor:
+        """(B, embedding_dim), to be added to the time embedding."""
+        total = 0
+        for name, embedding in self.embeddings.items():
+            index = require(batch, name).long() + 1
+            total = total + embedding(index if drop is None else index.masked_fill(drop, 0))
+        if self.position is not None:
+            position = require(batch, "slice_position").float()[:, None]
+            total = total + keep(self.position(position), drop)
+        return total
+
+
+class NullConditioner(nn.Module):
+    """No condition at all; takes and disregards what a model passes to every conditioner."""
+
+    groups: tuple[str, ...] = ()
+    concat_channels = spade_channels = embedding_dim = context_dim = 0
+
+    def __init__(self, num_classes: int | None = None, **derived) -> None:
+        super().__init__()
+
+    def sample_drop(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """(B, 0)."""
+        return fixed_drop((), batch_size, None, device)
+
+    def drop_groups(
+        self, batch_size: int, names: tuple[str, ...] | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """(B, 0)."""
+        return fixed_drop((), batch_size, names, device)
+
+    def forward(
+        self, batch: Batch, first_stage: nn.Module | None = None, drop: Tensor | None = None
+    ) -> Condition:
+        return Condition()
+
+
+def fixed_drop(
+    groups: tuple[str, ...], batch_size: int, names: tuple[str, ...] | None, device: torch.device | None
+) -> Tensor:
+    """(B, len(groups)) bool, True in the columns of `names`, or everywhere for None."""
+    names = groups if names is None else tuple(names)
+    unknown = [name for name in names if name not in groups]
+    if unknown:
+        raise InputError(
+            f"drop: the model has no condition {unknown[0]}; it has {', '.join(groups) or 'none'}"
+        )
+    drop = torch.zeros(batch_size, len(groups), dtype=torch.bool, device=device)
+    for name in names:
+        drop[:, groups.index(name)] = True
+    return drop
+
+
+def build_encoder(
+    name: str | None, in_channels: int, out_channels: int, downsampling: tuple[int, ...]
+) -> nn.Module | None:
+    if name is None:
+        return None
+    if name not in SPATIAL_ENCODERS:
+        raise InputError(f"model.conditioner: encoder '{name}' is none of {', '.join(SPATIAL_ENCODERS)}")
+    return SPATIAL_ENCODERS[name](in_channels, out_channels, downsampling)
+
+
+def scalar_mlp(embedding_dim: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(1, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
+
+
+def require(batch: Batch, key: str) -> Tensor:
+    if key not in batch:
+        raise InputError(
+            f"data.keys: the conditioner needs `{key}`; add it, or switch it off in model.conditioner"
+        )
+    return batch[key]
+
+
+def keep(x: Tensor, drop: Tensor | None) -> Tensor:
+    """`x` with the dropped samples (B,) set to zero."""
+    return x if drop is None else x.masked_fill(expand_as(drop, x), 0)
+
+
+def stage_strides(downsampling: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Strides of one and two with product `downsampling`: (1, 4, 8) -> (1, 2, 2), (1, 2, 2), (1, 1, 2)."""
+    exponents = [factor.bit_length() - 1 for factor in downsampling]
+    if any(factor != 2**exponent for factor, exponent in zip(downsampling, exponents, strict=True)):
+        raise ValueError(
+            f"downsampling={downsampling} must be powers of two; choose the encoder unshuffle instead"
+        )
+    return [tuple(2 if stage < e else 1 for e in exponents) for stage in range(max(exponents))]
+
+
+def latent_shape(x: Tensor, factors: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size // factor for size, factor in zip(spatial_shape(x), factors, strict=True))
+
+
+def check_divisible(shape: tuple[int, ...], factors: tuple[int, ...]) -> None:
+    if len(shape) != len(factors) or any(size % factor for size, factor in zip(shape, factors, strict=True)):
+        raise InputError(
+            f"data: images of {shape} do not divide by the first stage's factors {factors}; crop or pad"
+        )
+
+
+def unshuffle(x: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """(B, C, *S) -> (B, C prod(f), *S/f) for any number of axes and a factor for each."""
+    dims = len(factors)
+    cells = [size for pair in zip(latent_shape(x, factors), factors, strict=True) for size in pair]
+    x = x.reshape(*x.shape[:2], *cells)  # (B, C, s1, f1, s2, f2 ..)
+    grid, within = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    return x.permute(0, 1, *within, *grid).flatten(1, 1 + dims)

@@ -1,0 +1,166 @@
+"""The frozen first stage as diffusion sees it: images to normalised latents and back."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from medldm.batch import expand_as
+from medldm.errors import InputError
+
+LATENTS = ("prequant", "quant")
+NORMALISATIONS = ("std", "codebook_range", "none")
+
+
+class FirstStage(nn.Module):
+    """A frozen VQ autoencoder; the only place where latents are shifted and scaled.
+
+    A raw latent h is the encoder's output before quantisation: this is what `medldm encode` caches
+    (`encode_raw`). `latent` "prequant" diffuses h, "quant" its nearest codes. `requantize` snaps to codes
+    again before decoding. `normalisation` is what `fit` computes: "std" gives each channel mean 0 and
+    deviation 1 over the training set, "codebook_range" maps the range of all codebook entries to [-1, 1]
+    (Med-LSDM), "none" leaves latents as they are. eval() is pinned, so that neither training nor sampling
+    touches the codebook.
+    """
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        *,
+        latent: str = "prequant",
+        requantize: bool = True,
+        normalisation: str = "std",
+    ) -> None:
+        super().__init__()
+        for key, value, choices in (
+            ("latent", latent, LATENTS),
+            ("normalisation", normalisation, NORMALISATIONS),
+        ):
+            if value not in choices:
+                raise InputError(f"model.first_stage.{key}={value} is none of {', '.join(choices)}")
+        self.autoencoder = autoencoder.requires_grad_(False)
+        self.spatial_dims = autoencoder.spatial_dims
+        self.latent_channels = autoencoder.latent_channels
+        self.downsampling = tuple(autoencoder.downsampling)
+        self.latent = latent
+        self.requantize = requantize
+        self.normalisation = normalisation
+        self.register_buffer("shift", torch.zeros(self.latent_channels))
+        self.register_buffer("scale", torch.ones(self.latent_channels))
+        self.register_buffer("is_fitted", torch.tensor(normalisation == "none"))
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FirstStage":
+        """Stays in eval mode whatever `mode` says."""
+        return super().train(False)
+
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Latent grid *s of an image grid *S."""
+        if len(image_shape) != self.spatial_dims or any(
+            size % factor for size, factor in zip(image_shape, self.downsampling, strict=True)
+        ):
+            raise InputError(
+                f"data: images of {tuple(image_shape)} do not divide by the first stage's factors "
+                f"{self.downsampling}; crop or pad"
+            )
+        return tuple(size // factor for size, factor in zip(image_shape, self.downsampling, strict=True))
+
+    @torch.no_grad()
+    def encode_raw(self, x: Tensor) -> Tensor:
+        """(B, C, *S) in [-1, 1] -> h (B, Cz, *S/f) float32, neither quantised nor normalised."""
+        return self.autoencoder.encode(x).float()
+
+    @torch.no_grad()
+    def normalize(self, h: Tensor) -> Tensor:
+        """Raw latents, fresh or from the cache -> what diffusion is trained on, float32."""
+        h = self.chosen(h)
+        return (h - self.per_channel(self.shift, h)) / self.per_channel(self.scale, h)
+
+    @torch.no_grad()
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Inverse of `normalize`, up to the quantisation of `latent` "quant"."""
+        z = z.float()
+        return z * self.per_channel(self.scale, z) + self.per_channel(self.shift, z)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, *S) in [-1, 1] -> z (B, Cz, *S/f), normalised."""
+        return self.normalize(self.encode_raw(x))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """z (B, Cz, *s), normalised -> image (B, C, *S); `mask` is for decoders with SPADE."""
+        h = self.denormalize(z)
+        if self.requantize:
+            h = self.autoencoder.quantize(h).z
+        return self.autoencoder.decode(h, mask)
+
+    @torch.no_grad()
+    def fit(self, raw_latents: Iterable[Tensor]) -> None:
+        """Set `shift` and `scale`, from batches (B, Cz, *s) of raw latents where `normalisation` is "std".
+
+        Use the whole training set: the statistics of one batch are off by whatever that batch shows.
+        """
+        if self.normalisation == "std":
+            mean, std = channel_moments(self.chosen(h) for h in raw_latents)
+            # A channel that never varies carries nothing: leave its scale alone rather than amplify rounding.
+            shift, scale = mean, torch.where(std > 1e-6, std, torch.ones_like(std))
+        elif self.normalisation == "codebook_range":
+            low, high = self.autoencoder.quantizer.codebook.detach().double().aminmax()
+            shift, scale = (high + low) / 2, (high - low) / 2
+        else:
+            shift, scale = torch.zeros(()), torch.ones(())
+        self.shift.copy_(shift.to(self.shift).expand_as(self.shift))
+        self.scale.copy_(scale.to(self.scale).expand_as(self.scale))
+        self.is_fitted.fill_(True)
+
+    def chosen(self, h: Tensor) -> Tensor:
+        h = h.float()
+        return self.autoencoder.quantize(h).z.float() if self.latent == "quant" else h
+
+    @staticmethod
+    def per_channel(values: Tensor, x: Tensor) -> Tensor:
+        return expand_as(values.float(), x[0])
+
+
+class PixelStage(nn.Module):
+    """The identity in the place of a first stage: diffusion of the images themselves."""
+
+    def __init__(self, image_channels: int, *, spatial_dims: int) -> None:
+        super().__init__()
+        self.spatial_dims = spatial_dims
+        self.latent_channels = image_channels
+        self.downsampling = (1,) * spatial_dims
+        self.register_buffer("is_fitted", torch.tensor(True), persistent=False)
+
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(image_shape)
+
+    def encode_raw(self, x: Tensor) -> Tensor:
+        return x.float()
+
+    def normalize(self, h: Tensor) -> Tensor:
+        return h.float()
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        return z.float()
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.float()
+
+    def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        return z.float()
+
+    def fit(self, raw_latents: Iterable[Tensor]) -> None:
+        """Images in [-1, 1] are left as they are."""
+
+
+def channel_moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel over batches (B, C, *s), streamed in float64."""
+    count, total, squares = 0, 0.0, 0.0
+    for x in batches:
+        x = x.double().transpose(0, 1).flatten(1)  # (C, B prod(s))
+        count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
+    if count == 0:
+        raise InputError("data: no training latents to normalise with; the training split is empty")
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp_min(0).sqrt()

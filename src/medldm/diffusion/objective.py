@@ -1,0 +1,222 @@
+"""What the network learns, and how its output becomes x0_hat: samplers and guidance see only the latter."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medldm.diffusion.conditioner import Condition, concatenate
+from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
+from medldm.errors import InputError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> x0_hat
+
+PREDICTIONS = ("noise", "image", "velocity")
+ELEMENT_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+TIME_KINDS = ("discrete", "continuous")
+
+
+def network_time(t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The float32 time in [0, 1000) that a network is given.
+
+    Continuous schedule: 1000 t. Discrete schedule: 1000 t - 1000 / T, so that step i is passed as i * 1000 /
+    T; for T = 1000 these are the integers of every published checkpoint. Times before the grid count as step
+    0.
+    """
+    first = 0 if schedule.num_timesteps is None else 1000 / schedule.num_timesteps
+    return (1000 * at_least_float32(t) - first).clamp(min=0).float()
+
+
+class DenoisingObjective:
+    """Weighted regression of the noise, the image or the velocity alpha noise - sigma x.
+
+    `loss` "l1" or "l2" is averaged over all but the batch axis, then weighted per sample. `min_snr_gamma` (5
+    in the paper) is the weight of Hang et al. 2023 in the form that belongs to the prediction; None weighs
+    all times alike. `times` "discrete" draws from the T grid points of a tabulated schedule, "continuous"
+    from the interval. `antithetic` spreads the times of a batch evenly, which lowers the variance of the
+    loss.
+    """
+
+    def __init__(
+        self,
+        prediction: str,
+        *,
+        loss: str = "l2",
+        min_snr_gamma: float | None = None,
+        times: str = "discrete",
+        antithetic: bool = False,
+    ) -> None:
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("loss", loss, tuple(ELEMENT_LOSSES))
+        check_choice("times", times, TIME_KINDS)
+        if min_snr_gamma is not None and min_snr_gamma <= 0:
+            raise InputError(
+                f"model.objective.min_snr_gamma={min_snr_gamma} must be positive, or null for no weight"
+            )
+        self.prediction = prediction
+        self.loss = loss
+        self.min_snr_gamma = min_snr_gamma
+        self.times = times
+        self.antithetic = antithetic
+
+    def sample_times(
+        self,
+        n: int,
+        schedule: NoiseSchedule,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(n,) float32 times on `device`; `generator`, where given, must live there too."""
+        count = 1 if self.antithetic else n
+        u = torch.rand(count, dtype=torch.float64, device=device, generator=generator)
+        if self.antithetic:
+            u = (
+                u + torch.arange(n, device=device) / n
+            ) % 1  # arange(0, 1, 1 / n) has n + 1 entries for some n
+        steps = schedule.num_timesteps
+        if self.times == "continuous":
+            # On a table the first interval holds no grid point: DDPM step 0 is t = 1 / T.
+            return (u if steps is None else (1 + u * (steps - 1)) / steps).float()
+        if steps is None:
+            raise InputError(
+                "model.objective.times=discrete needs a schedule with steps; set it to continuous"
+            )
+        return (
+            ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
+        ).float()  # ceil would give t = 0 at u = 0
+
+    def target(self, x: Tensor, noise: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+        """What the network should say about z_t = alpha x + sigma noise."""
+        if self.prediction == "noise":
+            return noise
+        if self.prediction == "image":
+            return x
+        alpha, sigma = schedule.alpha_sigma(t, x)
+        return alpha * noise - sigma * x  # Eq. 11, Salimans & Ho 2022
+
+    def x0_hat(self, output: Tensor, z_t: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+        """The denoised image that an output of the network stands for, in at least float32."""
+        output, z_t = at_least_float32(output), at_least_float32(z_t)
+        if self.prediction == "image":
+            return output
+        alpha, sigma = schedule.alpha_sigma(t, z_t)
+        if self.prediction == "noise":
+            return (z_t - sigma * output) / alpha
+        return alpha * z_t - sigma * output
+
+    def weight(self, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+        """(B,) min-SNR weights: min(SNR, k) for images, over SNR for noise, over SNR + 1 for velocities."""
+        gamma = schedule.gamma(t)
+        if self.min_snr_gamma is None:
+            return torch.ones_like(gamma)
+        if self.prediction == "noise":
+            return (self.min_snr_gamma * gamma.exp()).clamp(max=1)
+        if self.prediction == "image":
+            return (-gamma).exp().clamp(max=self.min_snr_gamma)
+        return torch.minimum(torch.sigmoid(-gamma), self.min_snr_gamma * torch.sigmoid(gamma))
+
+    def __call__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        x: Tensor,
+        condition: Condition,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Clean latents (B, Cz, *s) -> "loss" and, detached, "unweighted": the same without min-SNR weights.
+
+        `t` (B,) and `noise` (like x) are drawn where they are not given; fixed ones make a validation loss
+        comparable.
+        """
+        x = at_least_float32(x)
+        t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t
+        if noise is None:
+            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        z_t = schedule.add_noise(x, noise, t)
+        output = at_least_float32(network(z_t, network_time(t, schedule), condition))
+        target = self.target(x, noise, schedule, t)
+        with torch.autocast(x.device.type, enabled=False):
+            error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
+            loss = (self.weight(schedule, t) * error).mean()
+        return {"loss": loss, "unweighted": error.detach().mean()}
+
+    def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Condition) -> Denoise:
+        """The network under one condition as (z_t, t) -> x0_hat with t (B,) in [0, 1]."""
+
+        def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+            output = network(z_t, network_time(t, schedule), condition)
+            return self.x0_hat(output, z_t, schedule, t)
+
+        return denoise
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"model.objective.{key}={value} is none of {', '.join(choices)}")
+
+
+def guided(
+    objective: DenoisingObjective,
+    network: nn.Module,
+    schedule: NoiseSchedule,
+    condition: Condition,
+    null: Condition,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+) -> Denoise:
+    """Classifier-free guidance null + scale (conditional - null). Ho & Salimans 2022.
+
+    Scale 1 is the conditional and 0 the unconditional model, each in a single forward; any other scale runs
+    both as one batch of 2B. On x0_hat this is the same as on noise or velocity, for they are affine in x0_hat
+    at given z_t. (VDM's w is scale - 1.) `rescale` in [0, 1] pulls the standard deviation of each sample back
+    to that of the conditional x0_hat. Section 3.4, Lin et al. 2024.
+    """
+    if scale == 1:
+        return objective.denoiser(network, schedule, condition)
+    if scale == 0:
+        return objective.denoiser(network, schedule, null)
+    denoise_both = objective.denoiser(network, schedule, concatenate(condition, null))
+
+    def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+        conditional, unconditional = denoise_both(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)
+        x0_hat = unconditional + scale * (conditional - unconditional)
+        return rescale_to(conditional, x0_hat, rescale) if rescale else x0_hat
+
+    return denoise
+
+
+def rescale_to(reference: Tensor, x: Tensor, strength: float) -> Tensor:
+    """`x` with its per-sample standard deviation moved towards that of `reference`."""
+    axes = tuple(range(1, x.ndim))
+    ratio = reference.std(axes, keepdim=True) / x.std(axes, keepdim=True).clamp_min(1e-8)
+    return x * (1 + strength * (ratio - 1))
+
+
+def clamped(denoise: Denoise, *, limit: float, percentile: float | None = None) -> Denoise:
+    """Clip x0_hat to [-limit, limit], in normalised latent units (unit-variance latents reach well beyond 1).
+
+    `percentile` in (0, 1) makes it dynamic: a sample whose |x0_hat| exceeds `limit` at that percentile is
+    clipped there and scaled back to `limit`. Section 2.3, Saharia et al. 2022.
+    """
+    if limit <= 0 or (percentile is not None and not 0 < percentile <= 1):
+        raise InputError(
+            f"sampler: clamp={limit} must be positive and clamp_percentile={percentile} in (0, 1]"
+        )
+
+    def denoise_clamped(z_t: Tensor, t: Tensor) -> Tensor:
+        x0_hat = denoise(z_t, t)
+        if percentile is None:
+            return x0_hat.clamp(-limit, limit)
+        magnitudes = x0_hat.flatten(1).abs()
+        rank = max(1, math.ceil(percentile * magnitudes.shape[1]))
+        bound = magnitudes.kthvalue(rank, dim=1).values.clamp_min(limit)  # quantile() refuses 3D volumes
+        bound = bound.reshape((-1,) + (1,) * (x0_hat.ndim - 1))
+        return x0_hat.clamp(-bound, bound) * (limit / bound)
+
+    return denoise_clamped

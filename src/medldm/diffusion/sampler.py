@@ -1,0 +1,191 @@
+"""Samplers from noise to clean latents: one loop over coefficients computed before it starts.
+
+Every step is z <- a z_t + b x0_hat + c x0_hat_previous + d noise, with a, b, c, d functions of gamma alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from medldm.diffusion.objective import Denoise, clamped
+from medldm.diffusion.schedule import NoiseSchedule, at_least_float32, gamma_to_alpha_sigma
+from medldm.errors import InputError
+
+Callback = Callable[[int, Tensor], None]  # (steps done, x0_hat): progress bars and previews
+
+
+class Coefficients(NamedTuple):
+    """(N,) float64 factors of each step; None where a sampler never has that term."""
+
+    z: Tensor
+    x0: Tensor
+    x0_previous: Tensor | None = None
+    noise: Tensor | None = None
+
+
+class TimeGrid(NamedTuple):
+    times: Tensor  # (N,) float64, falling: where the network is evaluated
+    gamma: Tensor  # (N + 1,) float64: there, and where the last step arrives (-inf: clean data)
+
+
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def step_positions(num_steps: int, num_timesteps: int, spacing: str) -> Tensor:
+    """(N,) float64 falling positions in [0, T - 1]; fractional where N does not divide T.
+
+    leading: 0, T/N, 2T/N .. shifted by one, as CompVis's DDIM does (200 of 1000: 1, 6, .., 996).
+    trailing: T - 1, T - 1 - T/N ..: starts at pure noise. linspace: both ends, T - 1 .. 0.
+    """
+    k = torch.arange(num_steps, dtype=torch.float64)
+    if spacing == "leading":
+        return (k * num_timesteps / num_steps).flip(0) + (1 if num_steps < num_timesteps else 0)
+    if spacing == "trailing":
+        return num_timesteps * (1 - k / num_steps) - 1
+    return torch.linspace(num_timesteps - 1, 0, num_steps, dtype=torch.float64)
+
+
+@dataclass(kw_only=True)
+class Sampler:
+    """The loop, and what every sampler shares; a subclass gives its coefficients.
+
+    `num_steps` network evaluations at times laid out by `spacing` (see `step_positions`; a continuous
+    schedule counts as 1000 steps, unrounded). `clean_last_step` ends by returning the last x0_hat; without it
+    the result is z at the schedule's first grid point (or t = 0), noise included and not divided by alpha:
+    parity with CompVis. `guidance_scale` (1 off, standard form null + scale (cond - null)) and
+    `guidance_rescale` are read by whoever builds the guided denoiser. `clamp` clips x0_hat to +-clamp in
+    normalised latent units, dynamically if `clamp_percentile` is given.
+    """
+
+    num_steps: int
+    spacing: str = "trailing"
+    clean_last_step: bool = True
+    guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
+    clamp: float | None = None
+    clamp_percentile: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise InputError(f"sampler.num_steps={self.num_steps} must be at least 1")
+        if self.spacing not in SPACINGS:
+            raise InputError(f"sampler.spacing={self.spacing} is none of {', '.join(SPACINGS)}")
+        if self.clamp is None and self.clamp_percentile is not None:
+            raise InputError(
+                "sampler.clamp_percentile has no effect without sampler.clamp; set sampler.clamp too"
+            )
+
+    def coefficients(self, gamma: Tensor) -> Coefficients:
+        """From the N + 1 gammas of a grid, which fall to -inf where the last step arrives at clean data."""
+        raise NotImplementedError
+
+    def time_grid(self, schedule: NoiseSchedule, device: torch.device | None = None) -> TimeGrid:
+        steps = schedule.num_timesteps
+        total = steps or max(1000, self.num_steps)
+        positions = step_positions(self.num_steps, total, self.spacing)
+        if steps is not None and self.num_steps <= steps:
+            # The network was trained on whole steps only.
+            positions = positions.floor() if self.spacing == "leading" else positions.round()
+        times = (positions + 1) / total
+        first = 0.0 if steps is None else 1 / steps
+        last = first if times[-1] > first else 0.0
+        arrival = torch.tensor([last], dtype=torch.float64)
+        with torch.no_grad():
+            gamma = schedule.gamma(torch.cat([times, arrival]).to(device))
+        if self.clean_last_step:
+            gamma = torch.cat([gamma[:-1], torch.full_like(gamma[-1:], -torch.inf)])
+        return TimeGrid(times.to(device), gamma.double())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        noise: Tensor,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Standard normal `noise` (B, Cz, *s), 2D or 3D -> z0 of the same shape, device and precision."""
+        grid = self.time_grid(schedule, noise.device)
+        a, b, c, d = self.coefficients(grid.gamma)
+        if self.clamp is not None:
+            denoise = clamped(denoise, limit=self.clamp, percentile=self.clamp_percentile)
+        z, x0_previous = at_least_float32(noise), None
+        for k in range(self.num_steps):
+            x0_hat = denoise(z, grid.times[k].expand(len(z))).to(z.dtype)
+            z = a[k] * z + b[k] * x0_hat
+            if c is not None and x0_previous is not None:
+                z = z + c[k] * x0_previous
+            if d is not None:
+                z = z + d[k] * torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+            x0_previous = x0_hat
+            if callback is not None:
+                callback(k + 1, x0_hat)
+        return z.to(noise.dtype)
+
+
+@dataclass(kw_only=True)
+class AncestralSampler(Sampler):
+    """Draws from q(z_s | z_t, x0_hat): VDM's ancestral sampler, and DDPM's with the small posterior variance.
+
+    With fewer steps than the schedule has, the posterior spans the longer interval: properly respaced.
+    """
+
+    def coefficients(self, gamma: Tensor) -> Coefficients:
+        alpha, sigma = gamma_to_alpha_sigma(gamma)
+        alpha_t, sigma_t, alpha_s, sigma_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+        c = -torch.expm1(gamma[1:] - gamma[:-1])  # sigma_{t|s}^2 / sigma_t^2; Appendix A, Kingma et al. 2021
+        return Coefficients(
+            z=alpha_t / alpha_s * (sigma_s / sigma_t) ** 2,
+            x0=alpha_s * c,
+            noise=sigma_s * c.sqrt(),
+        )
+
+
+@dataclass(kw_only=True)
+class DDIMSampler(Sampler):
+    """Song et al. 2021: `eta` = 0 is deterministic, `eta` = 1 is ancestral sampling."""
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"sampler.eta={self.eta} must lie in [0, 1]")
+
+    def coefficients(self, gamma: Tensor) -> Coefficients:
+        alpha, sigma = gamma_to_alpha_sigma(gamma)
+        alpha_t, sigma_t, alpha_s, sigma_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+        c = -torch.expm1(gamma[1:] - gamma[:-1])
+        kept = (
+            sigma_s * (1 - self.eta**2 * c).sqrt() / sigma_t
+        )  # share of noise_hat = (z - alpha_t x0_hat) / sigma_t
+        return Coefficients(
+            z=kept,
+            x0=alpha_s - alpha_t * kept,
+            noise=self.eta * sigma_s * c.sqrt() if self.eta else None,
+        )
+
+
+@dataclass(kw_only=True)
+class DPMSolverSampler(Sampler):
+    """DPM-Solver++(2M): second-order multistep in lambda = -gamma / 2. Algorithm 2, Lu et al. 2022.
+
+    The first step has no past and is first order; so is the last one, which is unstable otherwise when it
+    ends at clean data (lambda = inf) or when there are fewer than 15 steps.
+    """
+
+    def coefficients(self, gamma: Tensor) -> Coefficients:
+        alpha, sigma = gamma_to_alpha_sigma(gamma)
+        h = (gamma[:-1] - gamma[1:]) / 2  # steps in lambda, positive
+        gain = -alpha[1:] * torch.expm1(-h)
+        extrapolation = torch.zeros_like(h)  # 1 / (2 r), r = h_previous / h
+        extrapolation[1:] = h[1:] / (2 * h[:-1])
+        if self.clean_last_step or self.num_steps < 15:
+            extrapolation[-1] = 0
+        return Coefficients(
+            z=sigma[1:] / sigma[:-1], x0=gain * (1 + extrapolation), x0_previous=-gain * extrapolation
+        )

@@ -1,0 +1,151 @@
+"""Noise schedules in one language: gamma(t) = -log SNR(t), increasing on t in [0, 1]. Kingma et al. 2021.
+
+Variance preserving: alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma), z_t = alpha x + sigma noise.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from medldm.batch import expand_as
+from medldm.errors import InputError
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+class NoiseSchedule(nn.Module):
+    """A curve gamma(t) and what follows from it.
+
+    `curve` maps float32 or float64 times in [0, 1] to gamma in the same precision and may hold parameters (a
+    learned schedule). `num_timesteps` is the number T of grid points t_i = (i + 1) / T of a discrete
+    schedule, i = 0 .. T - 1, and None for a continuous one. Nothing here copies between host and device.
+    """
+
+    def __init__(self, curve: nn.Module, *, num_timesteps: int | None = None) -> None:
+        super().__init__()
+        self.curve = curve
+        self.num_timesteps = num_timesteps
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """-log SNR at times of any shape, in float32 or, for float64 times, float64: also under autocast."""
+        # At gamma = -13.3, sigma^2 is 1.7e-6: half precision turns it into 0 and 1 - sigma^2 into 1.
+        with torch.autocast(t.device.type, enabled=False):
+            return self.curve(at_least_float32(t))
+
+    def gamma_derivative(self, t: Tensor) -> Tensor:
+        """d gamma / dt, positive; differentiable in the parameters of the curve."""
+        t = at_least_float32(t)
+        return torch.func.jvp(self.gamma, (t,), (torch.ones_like(t),))[1]
+
+    def snr(self, t: Tensor) -> Tensor:
+        return torch.exp(-self.gamma(t))
+
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and noise scales of times (B,) or scalar, broadcastable over `like` and in its precision."""
+        alpha, sigma = gamma_to_alpha_sigma(self.gamma(t))
+        return expand_as(alpha, like).to(like.dtype), expand_as(sigma, like).to(like.dtype)
+
+    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t = alpha_t x + sigma_t noise, computed in at least float32, returned in the precision of `x`."""
+        alpha, sigma = self.alpha_sigma(t, at_least_float32(x))
+        return (alpha * x + sigma * noise).to(x.dtype)
+
+
+def gamma_to_alpha_sigma(gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """gamma = -inf gives exactly (1, 0): clean data."""
+    return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+
+
+def discrete_times(num_timesteps: int, device: torch.device | None = None) -> Tensor:
+    """The float64 grid t_i = (i + 1) / T; entry i is DDPM step i."""
+    return torch.arange(1, num_timesteps + 1, dtype=torch.float64, device=device) / num_timesteps
+
+
+class TabulatedGamma(nn.Module):
+    """gamma on the grid t_i = (i + 1) / T, linear in between and, from the first two entries, down to t = 0.
+
+    `alpha_bar`: float64 (T,), strictly decreasing in (0, 1). The table follows `.to(device)`, but no cast to
+    another precision reaches it, and it is not saved: the config rebuilds it.
+    """
+
+    def __init__(self, alpha_bar: Tensor) -> None:
+        super().__init__()
+        if (
+            alpha_bar.numel() < 2
+            or not alpha_bar[0] < 1
+            or not alpha_bar[-1] > 0
+            or alpha_bar.diff().max() >= 0
+        ):
+            raise InputError(
+                "model.schedule: alpha_bar must fall from below 1 to above 0; mend the endpoints"
+            )
+        gamma = torch.log1p(-alpha_bar.double()) - torch.log(alpha_bar.double())
+        first = 2 * gamma[0] - gamma[1]  # gamma(0): finite, and the slope of the first interval
+        self._values = torch.cat([first[None], gamma]).tolist()
+        self.register_buffer("table", torch.tensor(self._values, dtype=torch.float64), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        # `.half()`, `.to(bfloat16)` and `.to_empty()` would otherwise round or lose the table for good.
+        self.table = torch.tensor(self._values, dtype=torch.float64, device=self.table.device)
+        return self
+
+    def forward(self, t: Tensor) -> Tensor:
+        num_intervals = self.table.shape[0] - 1
+        position = t * num_intervals
+        left = position.detach().floor().clamp(0, num_intervals - 1)
+        index = left.long()
+        low, high = self.table[index].to(t.dtype), self.table[index + 1].to(t.dtype)
+        return torch.lerp(low, high, position - left)
+
+
+class LinearGamma(nn.Module):
+    """gamma(t) = gamma_min + (gamma_max - gamma_min) t."""
+
+    def __init__(self, gamma_min: float, gamma_max: float) -> None:
+        super().__init__()
+        if not gamma_min < gamma_max:
+            raise InputError(
+                f"model.schedule.gamma_min={gamma_min} must be below gamma_max={gamma_max}: gamma is -log SNR"
+            )
+        self.gamma_min, self.gamma_max = float(gamma_min), float(gamma_max)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.gamma_min + (self.gamma_max - self.gamma_min) * t
+
+
+def tabulated(betas: Tensor) -> NoiseSchedule:
+    """A DDPM schedule from its betas (T,) in (0, 1), float64."""
+    if not 0 < betas.min() <= betas.max() < 1:
+        raise InputError("model.schedule: every beta must lie in (0, 1); mend beta_start and beta_end")
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    return NoiseSchedule(TabulatedGamma(alpha_bar), num_timesteps=len(betas))
+
+
+def linear_schedule(num_timesteps: int, *, beta_start: float, beta_end: float) -> NoiseSchedule:
+    """Betas linear in the step. Ho et al. 2020. What CompVis calls linear is `sqrt_linear_schedule`."""
+    return tabulated(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
+
+
+def sqrt_linear_schedule(num_timesteps: int, *, beta_start: float, beta_end: float) -> NoiseSchedule:
+    """Square roots of the betas linear in the step. Rombach et al. 2022.
+
+    CompVis calls it "linear", diffusers "scaled_linear".
+    """
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
+    return tabulated(roots**2)
+
+
+def cosine_schedule(num_timesteps: int, *, offset: float = 0.008, max_beta: float = 0.9999) -> NoiseSchedule:
+    """alpha_bar = cos^2 of a quarter turn, betas clipped at `max_beta`. Eq. 17, Nichol & Dhariwal 2021."""
+    t = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
+    alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+    return tabulated((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+
+
+def fixed_linear_schedule(gamma_min: float, gamma_max: float) -> NoiseSchedule:
+    """Continuous schedule with log SNR falling linearly from -gamma_min to -gamma_max. Kingma et al. 2021."""
+    return NoiseSchedule(LinearGamma(gamma_min, gamma_max))
