@@ -1,0 +1,226 @@
+"""Edge conditions: the eight-step detector of the cardiac report, and the degradations that teach rough sketches.
+
+Recipe: tonyyunyang/ldm-medical-image as described in specs/cardiac2d.md section 2, reimplemented; degradations:
+section 10.2. A binary edge map is never resized: resize the image, then detect.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+
+from medldm.errors import InputError
+
+SOURCES = ("image", "labels", "both")
+EIGHT = 8  # connectivity
+
+
+@dataclass(frozen=True)
+class EdgeRecipe:
+    """Parameters of `detect_edges`; the defaults are the published recipe, the switches after it ours.
+
+    Lengths in pixels, intensities in grey levels 0..255. `thresholds` fixes (lower, upper) of Canny in place of the
+    median rule; `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}.
+    """
+
+    source: str = "image"
+    bilateral_diameter: int = 11
+    bilateral_sigma_color: float = 100
+    bilateral_sigma_space: float = 100
+    clahe_clip: float = 1.5
+    clahe_tiles: int = 8
+    dark_threshold: float = 10
+    sigma: float = 0.38
+    aperture: int = 3
+    l2_gradient: bool = False
+    min_length: int = 0
+    body_mask: bool = False
+    thresholds: tuple[float, float] | None = None
+    per_view: Mapping[str, Mapping] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise InputError(f"data.preprocess.edges.source={self.source}: choose from {', '.join(SOURCES)}")
+        if self.aperture not in (3, 5, 7):
+            raise InputError(f"data.preprocess.edges.aperture={self.aperture}: Canny takes 3, 5 or 7")
+        if not 0 <= self.sigma < 1:
+            raise InputError(f"data.preprocess.edges.sigma={self.sigma}: must lie in [0, 1)")
+
+    def for_view(self, view: str | None) -> "EdgeRecipe":
+        """The recipe with the replacements of this view."""
+        changes = self.per_view.get(view, {})
+        return replace(self, **changes) if changes else self
+
+    def __call__(self, image: np.ndarray | None, mask: np.ndarray | None = None) -> np.ndarray:
+        """(H, W) uint8 {0, 1} from the image, the class map's contours, or both."""
+        if self.source == "image" or mask is None:
+            return detect_edges(image, self)
+        if self.source == "labels":
+            return label_contours(mask)
+        return detect_edges(image, self) | label_contours(mask)
+
+
+def detect_edges(image: np.ndarray, recipe: EdgeRecipe) -> np.ndarray:
+    """(H, W) of any range -> (H, W) uint8 {0, 1}; no edges where the image is constant or wholly dark."""
+    low, high = float(image.min()), float(image.max())
+    empty = np.zeros(image.shape, np.uint8)
+    if not high > low:
+        return empty
+    grey = ((image.astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)  # (1)
+    smooth = cv2.bilateralFilter(  # (2)
+        grey, recipe.bilateral_diameter, recipe.bilateral_sigma_color, recipe.bilateral_sigma_space
+    )
+    tiles = (recipe.clahe_tiles, recipe.clahe_tiles)
+    enhanced = cv2.createCLAHE(recipe.clahe_clip, tiles).apply(smooth)  # (3)
+    inside = find_body(enhanced) if recipe.body_mask else enhanced > recipe.dark_threshold  # (4)
+    if not inside.any():
+        return empty
+    lower, upper = recipe.thresholds or auto_thresholds(enhanced[inside], recipe.sigma)  # (5)
+    canny = cv2.Canny(
+        enhanced, lower, upper, apertureSize=recipe.aperture, L2gradient=recipe.l2_gradient
+    )  # (6)
+    edges = (canny > 0).astype(np.uint8) * inside  # (7), (8)
+    return drop_short(edges, recipe.min_length)
+
+
+def auto_thresholds(values: np.ndarray, sigma: float) -> tuple[float, float]:
+    """Canny thresholds (1 -+ sigma) times the median."""
+    median = float(np.median(values))
+    return max(0.0, (1 - sigma) * median), min(255.0, (1 + sigma) * median)
+
+
+def find_body(grey: np.ndarray) -> np.ndarray:
+    """Boolean mask: the largest component above Otsu's threshold, its holes filled."""
+    _, bright = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    count, components, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=EIGHT)
+    if count < 2:
+        return np.zeros(grey.shape, bool)
+    largest = (components == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()).astype(np.uint8)
+    outlines, _ = cv2.findContours(largest, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(np.zeros_like(largest), outlines, -1, 1, cv2.FILLED) > 0
+
+
+def drop_short(edges: np.ndarray, min_length: int) -> np.ndarray:
+    """Remove 8-connected components of fewer than `min_length` pixels."""
+    if min_length <= 1:
+        return edges
+    _, components, stats, _ = cv2.connectedComponentsWithStats(edges, connectivity=EIGHT)
+    keep = stats[:, cv2.CC_STAT_AREA] >= min_length
+    keep[0] = False
+    return keep[components].astype(np.uint8)
+
+
+def label_contours(mask: np.ndarray) -> np.ndarray:
+    """(H, W) uint8: pixels whose right or lower neighbour belongs to another class."""
+    edges = np.zeros(mask.shape, np.uint8)
+    edges[:, :-1] |= mask[:, :-1] != mask[:, 1:]
+    edges[:-1] |= mask[:-1] != mask[1:]
+    return edges
+
+
+@dataclass(frozen=True)
+class EdgeDegrade:
+    """Make an edge map rougher, as a hand would draw it: level d in [0, 1], 0 leaves it untouched, 1 is the worst.
+
+    Every effect grows with d: (a) the detector run again with blur, other thresholds and no short pieces (needs
+    the image), (b) components dropped or only the longest kept, (c) lines simplified by Douglas-Peucker and
+    redrawn with a pen, (d) vertices moved by a smooth field, (e) gaps, thickening and thinning, (f) spurious
+    strokes, (g) class contours alone (needs the class map), (h) nothing at all. Probabilities hold at d = 1.
+    """
+
+    recipe: EdgeRecipe = EdgeRecipe()
+    redetect_prob: float = 0.25
+    drop_components: float = 0.7
+    keep_longest_prob: float = 0.3
+    simplify_epsilon: float = 5.0
+    max_shift: float = 3.0
+    max_thickness: int = 3
+    num_gaps: int = 12
+    morphology_prob: float = 0.2
+    num_strokes: float = 3.0
+    contours_only_prob: float = 0.1
+    full_drop_prob: float = 0.1
+
+    def __call__(
+        self,
+        edges: np.ndarray,
+        level: float,
+        generator: np.random.Generator,
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """(H, W) uint8 {0, 1} -> the same; `image` (H, W) enables (a), `mask` (H, W) enables (g)."""
+        if not 0 <= level <= 1:
+            raise ValueError(f"level={level}: an edge degradation level lies in [0, 1]")
+        if level == 0:
+            return edges
+        if generator.random() < level * self.full_drop_prob:  # (h)
+            return np.zeros_like(edges)
+        if generator.random() < level * self.contours_only_prob and mask is not None:  # (g)
+            return label_contours(mask)
+        edges = np.ascontiguousarray(edges, np.uint8)
+        if generator.random() < level * self.redetect_prob and image is not None:
+            edges = self.redetect(image, level, generator)
+        edges = self.drop(edges, level, generator)
+        edges = self.redraw(edges, level, generator)
+        edges = self.erase(edges, level, generator)
+        return self.scribble(edges, level, generator)
+
+    def redetect(self, image: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (a)
+        blur = 3 * level * generator.random()
+        sigma = self.recipe.sigma + level * generator.uniform(0.2 - 0.38, 0.6 - 0.38)
+        min_length = round(60 * level * generator.random())
+        smooth = cv2.GaussianBlur(np.asarray(image, np.float32), (0, 0), blur) if blur > 0.3 else image
+        recipe = replace(self.recipe, sigma=float(np.clip(sigma, 0, 0.99)), min_length=min_length)
+        return detect_edges(smooth, recipe)
+
+    def drop(self, edges: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (b)
+        count, components, stats, _ = cv2.connectedComponentsWithStats(edges, connectivity=EIGHT)
+        keep = generator.random(count) >= level * self.drop_components
+        if generator.random() < level * self.keep_longest_prob and count > 1:
+            kept = max(1, round((count - 1) * (1 - level * self.drop_components)))
+            keep = np.zeros(count, bool)
+            keep[1 + np.argsort(-stats[1:, cv2.CC_STAT_AREA], kind="stable")[:kept]] = True
+        keep[0] = False
+        return keep[components].astype(np.uint8)
+
+    def redraw(
+        self, edges: np.ndarray, level: float, generator: np.random.Generator
+    ) -> np.ndarray:  # (c), (d)
+        epsilon = self.simplify_epsilon * level * generator.random()
+        shift = smooth_field(edges.shape, self.max_shift * level * generator.random(), generator)
+        thickness = 1 + int(generator.random() < level * 0.3) * int(generator.integers(1, self.max_thickness))
+        out = np.zeros_like(edges)
+        outlines, _ = cv2.findContours(edges, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        for outline in outlines:
+            points = outline[:, 0]
+            moved = points + shift[points[:, 1], points[:, 0]]
+            line = cv2.approxPolyDP(np.rint(moved).astype(np.int32), epsilon, closed=True)
+            cv2.polylines(out, [line], True, 1, thickness)
+        return out
+
+    def erase(self, edges: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (e)
+        height, width = edges.shape
+        for _ in range(round(self.num_gaps * level * generator.random())):
+            center = (int(generator.integers(width)), int(generator.integers(height)))
+            radius = round(min(height, width) * generator.uniform(0.01, 0.06))
+            cv2.circle(edges, center, radius, 0, cv2.FILLED)
+        if generator.random() < level * self.morphology_prob:
+            operation = cv2.dilate if generator.random() < 0.5 else cv2.erode
+            edges = operation(edges, np.ones((1, 2), np.uint8))
+        return edges
+
+    def scribble(self, edges: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (f)
+        size = np.array(edges.shape[::-1])
+        for _ in range(generator.poisson(self.num_strokes * level)):
+            steps = generator.normal(0, 0.02, (int(generator.integers(3, 8)), 2)) * size
+            line = generator.random(2) * size + np.cumsum(np.cumsum(steps, 0) * 0.5, 0)
+            cv2.polylines(edges, [np.rint(line).astype(np.int32)], False, 1)
+        return edges
+
+
+def smooth_field(shape: Sequence[int], amplitude: float, generator: np.random.Generator) -> np.ndarray:
+    """(H, W, 2) displacements in pixels, drawn on an 8 x 8 grid, at most `amplitude` long an axis."""
+    coarse = generator.uniform(-1, 1, (8, 8, 2)).astype(np.float32) * amplitude
+    return cv2.resize(coarse, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,418 @@
+"""Every way an image comes into the program: NIfTI, PNG/JPEG, prepared HDF5 and the cardiac author's HDF5."""
+
+import json
+import os
+import re
+import zlib
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from medldm.data.case import split_path, stem_of
+from medldm.errors import InputError
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+HDF5_SUFFIXES = (".h5", ".hdf5")
+AUTHOR_INDEX = "dataset_index_mapping.json"
+# Names that the 2D schema and the rest of the program use for the same thing.
+DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
+
+
+class Image(NamedTuple):
+    array: np.ndarray  # (X, Y[, Z[, T]]) of a NIfTI file, (H, W) of a picture
+    affine: np.ndarray | None  # 4x4, mm; None for pictures
+    spacing: tuple[float, ...] | None  # mm per array axis
+
+
+class ImageRecord(NamedTuple):
+    id: str  # pairs the records of two folders: `<case>_<row, three digits>` in 2D, `<case>` in 3D
+    subject: str
+    image: np.ndarray  # (C, *S) float32 in [-1, 1]
+    attributes: dict  # view, phase, slice_index, num_slices, spacing, affine, vendor... where known
+    edges: np.ndarray | None  # (1, *S) uint8 {0, 1}
+    mask: np.ndarray | None  # (1, *S) class map
+
+
+def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
+    return str(path).lower().endswith(suffixes)
+
+
+def require_file(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; restore it, or remove its case from the dataset")
+    return path
+
+
+def read_image(path: str | Path) -> Image:
+    """Read `file` or `file::dataset` with its values unchanged. InputError where it is missing or damaged."""
+    file, key = split_path(path)
+    require_file(file)
+    if has_suffix(file, NIFTI_SUFFIXES):
+        return read_nifti(file)
+    if has_suffix(file, RASTER_SUFFIXES):
+        return Image(read_raster(file), None, None)
+    if has_suffix(file, HDF5_SUFFIXES):
+        if key is None:
+            raise InputError(f"{file}: name the dataset inside as {file.name}::dataset")
+        return Image(np.asarray(open_hdf5(file).read(key)), None, None)
+    raise InputError(f"{file}: unknown file type; use NIfTI, PNG, JPEG or HDF5")
+
+
+def read_nifti(path: Path) -> Image:
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        image = nibabel.load(path)
+        array = np.asanyarray(image.dataobj)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: not a complete NIfTI file ({reason}); copy or download it again, or remove its case"
+        ) from error
+    if array.size == 0:
+        raise InputError(f"{path}: holds no voxels (shape {array.shape}); remove its case")
+    spacing = tuple(float(s) for s in image.header.get_zooms()[: array.ndim])
+    return Image(array, np.asarray(image.affine, np.float64), spacing)
+
+
+def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
+    """(H, W) of a PNG, JPEG, BMP or TIFF with its bit depth kept. Colour becomes grey; a mask must be grey already."""
+    import cv2
+
+    data = path.read_bytes()
+    suffix = path.suffix.lower()
+    complete = {".png": b"IEND" in data[-64:]}.get(suffix, True)
+    if suffix in (".jpg", ".jpeg"):
+        complete = b"\xff\xd9" in data[-1024:]
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data and complete else None
+    if array is None:
+        raise InputError(f"{path}: not a complete image file; copy or download it again, or remove its case")
+    if array.ndim == 2:
+        return array
+    channels = array[..., :3]
+    if (channels == channels[..., :1]).all():
+        return np.ascontiguousarray(channels[..., 0])
+    if is_mask:
+        raise InputError(
+            f"{path}: a mask must hold class numbers in one channel, not colours; save it as grey"
+        )
+    return cv2.cvtColor(np.ascontiguousarray(channels), cv2.COLOR_BGR2GRAY)
+
+
+def read_mask(path: str | Path) -> Image:
+    """As `read_image`, but a coloured picture is an InputError: grey levels of colours are no class numbers."""
+    file, key = split_path(path)
+    if key is None and has_suffix(file, RASTER_SUFFIXES):
+        return Image(read_raster(require_file(file), is_mask=True), None, None)
+    return read_image(path)
+
+
+class HDF5Reader:
+    """Rows of an HDF5 file. Unfiltered chunks are read straight from the file at their stored offset.
+
+    That is several times faster than h5py (no locks, no chunk cache) and holds no HDF5 state that a fork could
+    share. Filtered or oddly chunked datasets go through h5py.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import h5py
+
+        self.path = Path(path)
+        try:
+            self.file = h5py.File(require_file(self.path), "r")
+        except OSError as error:
+            raise InputError(
+                f"{path}: not a complete HDF5 file ({str(error).splitlines()[0]}); run `medldm prepare` again"
+            ) from error
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+        self.offsets: dict[str, np.ndarray | None] = {}
+        self.datasets: dict[str, h5py.Dataset] = {}
+
+    def dataset(self, key: str):  # noqa: ANN201 - h5py is imported lazily
+        if key not in self.datasets:
+            names = [name for name in DATASET_NAMES.get(key, (key,)) if name in self.file]
+            if not names:
+                raise InputError(
+                    f"{self.path}: holds no dataset '{key}'; prepare it again with this part switched on"
+                )
+            self.datasets[key] = self.file[names[0]]
+        return self.datasets[key]
+
+    def __contains__(self, key: str) -> bool:
+        return any(name in self.file for name in DATASET_NAMES.get(key, (key,)))
+
+    @property
+    def attributes(self) -> dict:
+        return dict(self.file.attrs)
+
+    def row_offsets(self, key: str) -> np.ndarray | None:
+        """Byte offset of every row, or None where rows are not stored whole and unfiltered."""
+        if key not in self.offsets:
+            self.offsets[key] = find_row_offsets(self.dataset(key))
+        return self.offsets[key]
+
+    def read_row(self, key: str, row: int) -> np.ndarray:
+        """One row of a dataset (one slice of `images`), in its stored dtype."""
+        dataset, offsets = self.dataset(key), self.row_offsets(key)
+        if offsets is not None:
+            out = np.empty(dataset.shape[1:], dataset.dtype)
+            if os.preadv(self.descriptor, [out], int(offsets[row])) == out.nbytes:
+                return out
+        return self.read(key, row)
+
+    def read(self, key: str, selection: object = ()) -> np.ndarray:
+        dataset = self.dataset(key)
+        try:
+            return dataset[selection]
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: dataset '{key}' is damaged ({str(error).splitlines()[0]}); run `medldm prepare` again"
+            ) from error
+
+    def close(self) -> None:
+        self.file.close()
+        os.close(self.descriptor)
+
+
+def find_row_offsets(dataset) -> np.ndarray | None:  # noqa: ANN001
+    from h5py import h5d
+
+    plain = dataset.dtype.isnative and dataset.ndim > 1 and dataset.id.get_create_plist().get_nfilters() == 0
+    if not plain or len(dataset) == 0:
+        return None
+    if dataset.chunks is None:
+        start = dataset.id.get_offset()
+        row_bytes = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
+        return None if start is None else start + row_bytes * np.arange(len(dataset), dtype=np.int64)
+    if dataset.chunks != (1, *dataset.shape[1:]) or not isinstance(dataset.id, h5d.DatasetID):
+        return None
+    offsets = np.full(len(dataset), -1, np.int64)
+    for i in range(dataset.id.get_num_chunks()):
+        info = dataset.id.get_chunk_info(i)
+        offsets[info.chunk_offset[0]] = info.byte_offset
+    return offsets if (offsets >= 0).all() else None
+
+
+class HandleCache:
+    """Open HDF5 files of this process, the least recently used closed first. After a fork the child starts afresh."""
+
+    def __init__(self, max_open: int = 128) -> None:
+        self.max_open = max_open
+        self.pid = os.getpid()
+        self.readers: OrderedDict[str, HDF5Reader] = OrderedDict()
+        self.inherited: list = []
+
+    def get(self, path: str | Path) -> HDF5Reader:
+        if self.pid != os.getpid():
+            self.inherited.append(self.readers)  # kept, not closed: the file state belongs to the parent
+            self.readers, self.pid = OrderedDict(), os.getpid()
+        key = str(path)
+        if key in self.readers:
+            self.readers.move_to_end(key)
+            return self.readers[key]
+        while len(self.readers) >= self.max_open:
+            self.readers.popitem(last=False)[1].close()
+        self.readers[key] = HDF5Reader(Path(path))
+        return self.readers[key]
+
+    def drop(self, path: str | Path) -> None:
+        """Forget a file that is about to be replaced."""
+        reader = self.readers.pop(str(path), None)
+        if reader is not None and self.pid == os.getpid():
+            reader.close()
+
+
+HANDLES = HandleCache()
+
+
+def open_hdf5(path: str | Path) -> HDF5Reader:
+    """The reader of a file, shared within this process and opened on first use."""
+    return HANDLES.get(path)
+
+
+def read_json(path: Path, mend: str) -> dict:
+    if not path.is_file():
+        raise InputError(f"{path}: not found; {mend}")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from error
+
+
+def load_index(root: str | Path) -> dict:
+    """The `index.json` of a prepared folder, or the same facts derived from the author's index file."""
+    root = Path(root)
+    mend = f"run `medldm prepare data.raw=RAW data.root={root}` first"
+    if not root.is_dir():
+        raise InputError(f"data.root={root}: no such folder; {mend}")
+    if not (root / "index.json").is_file() and (root / AUTHOR_INDEX).is_file():
+        return load_author_index(root)
+    index = read_json(root / "index.json", mend)
+    if index.get("schema_version") != 1:
+        raise InputError(
+            f"{root / 'index.json'}: schema version {index.get('schema_version')} is not 1; prepare the data again"
+        )
+    return index
+
+
+def author_slices(num_samples: int) -> dict[str, list[int]]:
+    """View and phase of the author's files, recoverable from position alone: LA ED, LA ES, then SA ED, SA ES."""
+    per_phase = (num_samples - 2) // 2
+    view = [1, 1] + [0] * (2 * per_phase)
+    phase = [0, 1] + [0] * per_phase + [1] * per_phase
+    slice_index = [0, 0] + 2 * list(range(per_phase))
+    num_slices = [1, 1] + [per_phase] * (2 * per_phase)
+    return {"view": view, "phase": phase, "slice_index": slice_index, "num_slices": num_slices}
+
+
+def load_author_index(root: Path) -> dict:
+    """An index for `{NNN}_data.h5` files with `dataset_index_mapping.json` (tonyyunyang/ldm-medical-image)."""
+    mapping = read_json(root / AUTHOR_INDEX, "restore it beside the `NNN_data.h5` files")
+    cases = []
+    for subject, entry in sorted(mapping.items()):
+        path = require_file(root / entry.get("file_name", f"{subject}_data.h5"))
+        num_samples = int(entry["num_samples"])
+        if num_samples < 4 or num_samples % 2:
+            raise InputError(f"{path}: {num_samples} samples are no LA ED, LA ES, SA ED..., SA ES... series")
+        cases.append(
+            {
+                "id": subject,
+                "subject": subject,
+                "file": path.name,
+                "num_slices": num_samples,
+                "slices": author_slices(num_samples),
+                "attributes": {},
+            }
+        )
+    if not cases:
+        raise InputError(f"{root / AUTHOR_INDEX}: lists no subjects; prepare the data again")
+    image_size = list(open_hdf5(root / cases[0]["file"]).dataset("image").shape[1:])
+    return {
+        "schema_version": 1,
+        "dataset": "mnms2",
+        "spatial_dims": 2,
+        "image_channels": 1,
+        "num_classes": 4,
+        "label_names": ["background", "LV cavity", "LV myocardium", "RV"],
+        "num_views": 2,
+        "view_names": ["SA", "LA"],
+        "num_phases": 2,
+        "phase_names": ["ED", "ES"],
+        "num_labels": 0,
+        "label_values": [],
+        "image_size": image_size,
+        "has_edges": True,
+        "cases": cases,
+    }
+
+
+def read_images(
+    path: str | Path,
+    *,
+    subjects: Collection[str] | None = None,
+    ids: Collection[str] | None = None,
+    sample: int = 0,
+) -> Iterator[ImageRecord]:
+    """Images of a prepared folder, of a folder that `medldm sample` wrote, or of any folder or file of pictures.
+
+    HDF5 and NIfTI at the top of the folder win over pictures below it. Values: HDF5 as stored; integers of a
+    picture by the range of their type; a NIfTI already within [-1, 1] as it is, any other by its own 0.5 and 99.5
+    percentiles (`attributes["rescaled"]` says so). `subjects` and `ids` restrict what is read; `sample` picks
+    `images_<k>` where a file holds several samples a condition.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    found = False
+    for record in iterate_records(path, subjects, ids, sample):
+        found = True
+        yield record
+    if not found:
+        raise InputError(f"{path}: holds no images that fit; expected HDF5, NIfTI, PNG or JPEG")
+
+
+def iterate_records(
+    path: Path, subjects: Collection[str] | None, ids: Collection[str] | None, sample: int
+) -> Iterator[ImageRecord]:
+    for file, case in list_image_files(path):
+        if has_suffix(file, HDF5_SUFFIXES):
+            yield from hdf5_records(file, case, subjects, ids, sample)
+            continue
+        record_id = case["id"]
+        subject = re.sub(r"_\d+$", "", record_id) if has_suffix(file, RASTER_SUFFIXES) else record_id
+        if (subjects is None or subject in subjects) and (ids is None or record_id in ids):
+            image, attributes = to_unit_range(read_image(file))
+            yield ImageRecord(record_id, subject, image, attributes, None, None)
+
+
+def list_image_files(path: Path) -> list[tuple[Path, dict]]:
+    """Files to read with the case facts known about each."""
+    if path.is_file():
+        return [(path, {"id": stem_of(path)})]
+    if (path / "index.json").is_file() or (path / AUTHOR_INDEX).is_file():
+        return [(path / case["file"], case) for case in load_index(path)["cases"]]
+    top = sorted(p for p in path.iterdir() if p.is_file())
+    files = [p for p in top if has_suffix(p, HDF5_SUFFIXES + NIFTI_SUFFIXES)]
+    if not files:
+        files = sorted(p for p in path.rglob("*") if has_suffix(p, RASTER_SUFFIXES + NIFTI_SUFFIXES))
+    return [(file, {"id": stem_of(file)}) for file in files]
+
+
+def hdf5_records(
+    file: Path,
+    case: dict,
+    subjects: Collection[str] | None,
+    ids: Collection[str] | None,
+    sample: int,
+) -> Iterator[ImageRecord]:
+    reader = open_hdf5(file)
+    attributes = {**case.get("attributes", {}), **reader.attributes}
+    subject = str(case.get("subject", attributes.get("subject_id", case["id"])))
+    if subjects is not None and subject not in subjects:
+        return
+    if "image" in reader.file:  # one volume
+        if ids is None or case["id"] in ids:
+            mask = reader.read("mask") if "mask" in reader else None
+            image = np.asarray(reader.read("image"), np.float32)
+            yield ImageRecord(case["id"], subject, image, attributes, None, mask)
+        return
+    key = "images" if sample == 0 else f"images_{sample}"
+    slices = case.get("slices", {})
+    per_slice = {
+        name: slices[name] if name in slices else reader.read(name)
+        for name in ("view", "phase", "slice_index", "num_slices", "spacing", "label")
+        if name in slices or name in reader
+    }
+    for row in range(len(reader.dataset(key))):
+        record_id = f"{case['id']}_{row:03d}"
+        if ids is not None and record_id not in ids:
+            continue
+        facts = {name: np.asarray(values[row]).tolist() for name, values in per_slice.items()}
+        yield ImageRecord(
+            record_id,
+            subject,
+            np.asarray(reader.read_row(key, row), np.float32)[None],
+            {**attributes, **facts, "row": row},
+            reader.read_row("edges", row)[None] if "edges" in reader else None,
+            reader.read_row("mask", row)[None] if "mask" in reader else None,
+        )
+
+
+def to_unit_range(image: Image) -> tuple[np.ndarray, dict]:
+    """(1, *S) float32 in [-1, 1] and what was done."""
+    array = image.array
+    attributes: dict = {} if image.affine is None else {"affine": image.affine, "spacing": image.spacing}
+    if image.affine is None and np.issubdtype(array.dtype, np.unsignedinteger):
+        return (array.astype(np.float32) / (np.iinfo(array.dtype).max / 2) - 1)[None], attributes
+    array = np.squeeze(np.nan_to_num(array.astype(np.float32)))
+    if np.abs(array).max() > 1.001:
+        low, high = np.percentile(array, (0.5, 99.5))
+        array = (array - low) * (2 / max(high - low, 1e-12)) - 1
+        attributes["rescaled"] = True
+    return np.clip(array, -1, 1)[None], attributes

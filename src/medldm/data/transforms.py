@@ -1,0 +1,330 @@
+"""From raw arrays to the prepared grid and range, and the random crops and flips of training.
+
+The 2D part is NumPy and OpenCV (no torch, so that `prepare` workers start fast); the deterministic 3D part is
+MONAI's dictionary transforms.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from medldm.errors import InputError
+
+RESIZE_MODES = ("stretch", "pad_square", "spacing_crop")
+INTENSITY_MODES = ("volume_percentile", "slice_minmax", "window")
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Where the pixels of a slice land on the (H, W) grid.
+
+    stretch: fill the grid, aspect ratio not kept (the published system). pad_square: keep the aspect ratio in mm
+    and pad. spacing_crop: resample to `spacing` mm, then crop or pad about the centre. `antialias` averages when
+    shrinking; without it the image goes through SciPy's cubic spline as in the author's code.
+    """
+
+    mode: str = "stretch"
+    spacing: float = 1.0
+    antialias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in RESIZE_MODES:
+            raise InputError(
+                f"data.preprocess.resize.mode={self.mode}: choose from {', '.join(RESIZE_MODES)}"
+            )
+        if self.spacing <= 0:
+            raise InputError(f"data.preprocess.resize.spacing={self.spacing}: give millimetres above 0")
+
+    def content_size(
+        self, shape: Sequence[int], spacing: Sequence[float], size: Sequence[int]
+    ) -> tuple[int, int]:
+        """(H, W) of the whole resampled slice, before cropping or padding to `size`."""
+        if self.mode == "stretch":
+            return size[0], size[1]
+        extent = [n * s for n, s in zip(shape, spacing, strict=True)]  # mm
+        scale = 1 / self.spacing
+        if self.mode == "pad_square":
+            scale = min(n / e for n, e in zip(size, extent, strict=True))
+        return max(1, round(extent[0] * scale)), max(1, round(extent[1] * scale))
+
+    def image(self, x: np.ndarray, spacing: Sequence[float], size: Sequence[int], fill: float) -> np.ndarray:
+        """Resize (H, W) float32 to `size`; overshoot of the cubic kernel is clipped to the input's range."""
+        content = self.content_size(x.shape, spacing, size)
+        resized = resize_image(x, content, self.antialias)
+        return center_fit(np.clip(resized, x.min(), x.max()), size, fill)
+
+    def label(self, x: np.ndarray, spacing: Sequence[float], size: Sequence[int]) -> np.ndarray:
+        """Resize an integer (H, W) class map to `size` by the nearest pixel."""
+        import cv2
+
+        content = self.content_size(x.shape, spacing, size)
+        resized = cv2.resize(x, content[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        return center_fit(resized, size, 0)
+
+    def spacing_after(
+        self, shape: Sequence[int], spacing: Sequence[float], size: Sequence[int]
+    ) -> tuple[float, float]:
+        content = self.content_size(shape, spacing, size)
+        return spacing[0] * shape[0] / content[0], spacing[1] * shape[1] / content[1]
+
+
+def resize_image(x: np.ndarray, size: Sequence[int], antialias: bool) -> np.ndarray:
+    """Cubic where an axis grows, area average where it shrinks (one axis at a time when they differ)."""
+    import cv2
+
+    if tuple(x.shape) == tuple(size):
+        return x
+    if not antialias:
+        from scipy import ndimage
+
+        return ndimage.zoom(x, (size[0] / x.shape[0], size[1] / x.shape[1]), order=3)
+    shrunk = (min(size[0], x.shape[0]), min(size[1], x.shape[1]))
+    if shrunk != x.shape:
+        x = cv2.resize(x, shrunk[::-1], interpolation=cv2.INTER_AREA)
+    return x if shrunk == tuple(size) else cv2.resize(x, (size[1], size[0]), interpolation=cv2.INTER_CUBIC)
+
+
+def center_fit(x: np.ndarray, size: Sequence[int], fill: float) -> np.ndarray:
+    """Crop or pad the axes of `x` about their centres to `size`."""
+    out = np.full(size, fill, x.dtype)
+    source, target = [], []
+    for n, m in zip(x.shape, size, strict=True):
+        kept = min(n, m)
+        source.append(slice((n - kept) // 2, (n - kept) // 2 + kept))
+        target.append(slice((m - kept) // 2, (m - kept) // 2 + kept))
+    out[tuple(target)] = x[tuple(source)]
+    return out
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """Which raw values become -1 and 1.
+
+    volume_percentile: the 0.5 and 99.5 percentiles of the whole volume; slice_minmax: extremes of each resized
+    slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT.
+    """
+
+    mode: str = "volume_percentile"
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    window: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in INTENSITY_MODES:
+            raise InputError(
+                f"data.preprocess.intensity.mode={self.mode}: choose from {', '.join(INTENSITY_MODES)}"
+            )
+        if self.mode == "window" and (self.window is None or not self.window[0] < self.window[1]):
+            raise InputError(
+                f"data.preprocess.intensity.window={self.window}: give [low, high], for instance [-1000, 1000]"
+            )
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise InputError(
+                f"data.preprocess.intensity.percentiles={list(self.percentiles)}: give 0 <= low < high <= 100"
+            )
+
+    def volume_range(self, volume: np.ndarray) -> tuple[float, float]:
+        """(low, high) of a raw volume; slice_minmax decides per slice instead."""
+        if self.mode == "window":
+            return float(self.window[0]), float(self.window[1])
+        if self.mode == "slice_minmax":
+            return float(volume.min()), float(volume.max())
+        low, high = np.percentile(volume, self.percentiles)
+        if low == high:  # nearly empty volume: the percentiles fall on the background
+            low, high = volume.min(), volume.max()
+        return float(low), float(high)
+
+
+def to_unit(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Clip to [low, high] and map to [-1, 1], float32. A constant image becomes -1, the background."""
+    if not high > low:
+        return np.full(x.shape, -1, np.float32)
+    x = (x.astype(np.float32) - low) * (2 / (high - low)) - 1
+    return np.clip(x, -1, 1)
+
+
+def finite(x: np.ndarray, path: str | Path) -> np.ndarray:
+    """float32 with NaN and infinity replaced by the least finite value."""
+    x = np.asarray(x, np.float32)
+    good = np.isfinite(x)
+    if good.all():
+        return x
+    if not good.any():
+        raise InputError(f"{path}: holds no finite value; remove its case")
+    return np.where(good, x, x[good].min())
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Known classes of a dataset: `names[i]` belongs to class i; `mapping` sends raw label values to classes."""
+
+    names: tuple[str, ...] | None = None
+    mapping: Mapping[int, int] | None = None
+
+    def __call__(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
+        """Raw labels -> uint8 or uint16 classes; InputError on a value that is negative, fractional or unknown."""
+        rounded = np.rint(mask)
+        if not np.issubdtype(mask.dtype, np.integer):
+            fraction = np.abs(mask - rounded).max()
+            if not fraction <= 1e-3:
+                raise InputError(
+                    f"{path}: a mask must hold whole class numbers; resample it by nearest neighbour"
+                )
+        values = np.unique(rounded).astype(np.int64)
+        if self.mapping is not None:
+            return self.remap(rounded, values, path)
+        known = range(len(self.names)) if self.names is not None else range(2**16)
+        self.reject([v for v in values.tolist() if v not in known], path, f"0..{len(known) - 1}")
+        return rounded.astype(np.uint8 if values.max() < 256 else np.uint16)
+
+    def remap(self, mask: np.ndarray, values: np.ndarray, path: str | Path) -> np.ndarray:
+        self.reject([v for v in values.tolist() if v not in self.mapping], path, str(sorted(self.mapping)))
+        out = np.zeros(mask.shape, np.uint8 if max(self.mapping.values()) < 256 else np.uint16)
+        for value in values.tolist():
+            out[mask == value] = self.mapping[value]
+        return out
+
+    def reject(self, unknown: list[int], path: str | Path, known: str) -> None:
+        if unknown:
+            raise InputError(
+                f"{path}: the mask holds label {', '.join(map(str, unknown[:5]))}, known are {known}; correct the mask, "
+                f"or map it with data.preprocess.labels.mapping='{{{unknown[0]}: 0, ...}}'"
+            )
+
+
+class Volume(NamedTuple):
+    """A prepared 3D case: arrays on the common grid and what is needed to put results back."""
+
+    image: np.ndarray  # (1, D, H, W) float32 in [-1, 1], axes in the order of `orientation`
+    mask: np.ndarray | None  # (1, D, H, W) integer
+    affine: np.ndarray  # 4x4 of the prepared grid
+    spacing: tuple[float, ...]
+    intensity_range: tuple[float, float]
+    box: tuple[
+        list[int], list[int]
+    ]  # start (may be negative: padding) and end in the oriented, resampled volume
+
+
+def prepare_volume(
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    affine: np.ndarray,
+    *,
+    orientation: str,
+    spacing: Sequence[float] | None,
+    crop_foreground: bool,
+    image_size: Sequence[int] | None,
+    divisible_by: int,
+    intensity: Intensity,
+) -> Volume:
+    """Orient, resample, scale, crop to the foreground and pad one raw volume (X, Y, Z).
+
+    Intensity limits come from the raw volume, before resampling. `image_size` crops or pads about the centre;
+    without it the axes are padded to a multiple of `divisible_by`.
+    """
+    import torch
+    from monai.data import MetaTensor
+    from monai.transforms import (
+        Compose,
+        CropForegroundd,
+        DivisiblePadd,
+        Orientationd,
+        ResizeWithPadOrCropd,
+        Spacingd,
+    )
+
+    keys = ["image"] if mask is None else ["image", "mask"]
+    low, high = intensity.volume_range(image)
+    data = {"image": to_unit(image, low, high), "mask": mask}
+    item = {
+        key: MetaTensor(
+            torch.from_numpy(np.asarray(data[key], np.float32))[None], affine=torch.from_numpy(affine)
+        )
+        for key in keys
+    }
+    fill = {"image": -1.0, "mask": 0.0}
+    modes = ["bilinear", "nearest"][: len(keys)]
+    grid = [Orientationd(keys, axcodes=orientation, labels=None)]
+    if spacing is not None:
+        grid.append(Spacingd(keys, pixdim=tuple(spacing), mode=modes, padding_mode="border"))
+    item = Compose(grid)(item)
+    resampled_affine = item["image"].affine.numpy().copy()
+    fit = []
+    if crop_foreground:
+        fit.append(
+            CropForegroundd(keys, source_key="image", select_fn=lambda x: x > -0.99, allow_smaller=True)
+        )
+    for key in keys:
+        if image_size is not None:
+            fit.append(
+                ResizeWithPadOrCropd([key], spatial_size=tuple(image_size), mode="constant", value=fill[key])
+            )
+        elif divisible_by > 1:
+            fit.append(DivisiblePadd([key], k=divisible_by, mode="constant", value=fill[key]))
+    item = Compose(fit)(item) if fit else item
+    final_affine = np.asarray(item["image"].affine, np.float64)
+    offset = np.linalg.solve(resampled_affine[:3, :3], final_affine[:3, 3] - resampled_affine[:3, 3])
+    start = [round(float(v)) for v in offset]
+    shape = item["image"].shape[1:]
+    return Volume(
+        np.clip(item["image"].as_tensor().numpy(), -1, 1),
+        None if mask is None else item["mask"].as_tensor().numpy().astype(mask.dtype),
+        final_affine,
+        tuple(float(v) for v in np.linalg.norm(final_affine[:3, :3], axis=0)),
+        (low, high),
+        (start, [s + n for s, n in zip(start, shape, strict=True)]),
+    )
+
+
+FILL = {"image": -1, "source": -1, "mask": 0, "edges": 0}
+
+
+def crop_item(item: dict, start: Sequence[int], size: Sequence[int]) -> dict:
+    """Cut the same box out of every (C, *S) array, padding with background where the array is smaller."""
+    out = dict(item)
+    for key in FILL.keys() & item.keys():
+        x = item[key]
+        cut = x[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
+        if cut.shape[1:] != tuple(size):
+            cut = center_fit(cut, (len(x), *size), FILL[key])
+        out[key] = cut
+    return out
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A box of `size` anywhere inside the (C, *S) arrays of an item, the same for all of them."""
+
+    size: tuple[int, ...]
+
+    def __call__(self, item: dict, generator: np.random.Generator) -> dict:
+        shape = next(item[key].shape[1:] for key in FILL if key in item)
+        start = [int(generator.integers(max(n - m, 0) + 1)) for n, m in zip(shape, self.size, strict=True)]
+        return crop_item(item, start, self.size)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The central box of `size`."""
+
+    size: tuple[int, ...]
+
+    def __call__(self, item: dict, generator: np.random.Generator | None = None) -> dict:
+        shape = next(item[key].shape[1:] for key in FILL if key in item)
+        return crop_item(item, [max(n - m, 0) // 2 for n, m in zip(shape, self.size, strict=True)], self.size)
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Mirror the spatial `axes` (0 = first of *S), each with probability one half."""
+
+    axes: tuple[int, ...]
+
+    def __call__(self, item: dict, generator: np.random.Generator) -> dict:
+        flipped = tuple(axis + 1 for axis in self.axes if generator.random() < 0.5)
+        if not flipped:
+            return item
+        return {key: np.flip(x, flipped) if key in FILL else x for key, x in item.items()}
