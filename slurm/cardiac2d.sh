@@ -8,6 +8,7 @@
 #   DATA    dataset (default mnms2)           SBATCH_OPTIONS  added to every sbatch, e.g. --partition=gpu
 #   GRES    default gpu:1                     DRY_RUN=1       prints the sbatch lines and submits nothing
 
+# shellcheck source-path=SCRIPTDIR disable=SC2034,SC2154
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 stages=(prepare vqvae encode ldm reconstruction sample evaluate report)
 train_stages=(vqvae ldm)

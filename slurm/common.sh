@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034,SC2154
 # What the chains in slurm/ share; sourced by them. A chain sets `stages`, `train_stages`, `data_stages`, `debug_stages`,
 # calls `read_arguments "$@"` and `choose_preset`, then `submit` once a stage, then `show_jobs`.
 #
@@ -15,7 +16,7 @@ declare -A job_ids=()
 
 fail() { echo "$chain: $*" >&2; exit 2; }
 
-usage() { sed -n '2,/^$/{/^#/!q;s/^# \{0,1\}//;p}' "$0"; sed -n '/^# Overrides/,/^$/{s/^# \{0,1\}//p}' "$slurm_dir/common.sh"; }
+usage() { sed -n '2,/^$/{/^#/!q;s/^# \{0,1\}//;p}' "$0"; echo; sed -n '/^# Overrides/,/^$/{s/^# \{0,1\}//p}' "$slurm_dir/common.sh"; }
 
 is_in() {  # is_in WORD WORDS...
   local word=$1 other

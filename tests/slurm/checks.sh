@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the shell checks share: a line per check, counted, and waiting for jobs with a bound.
 num_passed=0 num_failed=0
 
