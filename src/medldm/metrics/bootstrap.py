@@ -1,0 +1,55 @@
+"""Confidence intervals: subjects, not images, are independent, so subjects are what is resampled."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A mean over images with its percentile interval over subjects (`low`, `high` None with one subject)."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    num_images: int
+    num_subjects: int
+    num_excluded: int
+
+    def as_dict(self) -> dict:
+        """The form in metrics.json; `ci95` is null where there are too few subjects for one."""
+        interval = None if self.low is None else [self.low, self.high]
+        return {
+            "mean": self.mean,
+            "ci95": interval,
+            "n": self.num_images,
+            "num_subjects": self.num_subjects,
+            "num_excluded": self.num_excluded,
+        }
+
+
+def bootstrap_mean(
+    values: np.ndarray, subjects: list[str], *, num_resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of per-image `values` (N,) and the percentile bootstrap over `subjects` (N names).
+
+    NaN marks an image without a value: it is left out and counted. An infinite value (PSNR of identical
+    images) makes mean and interval infinite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    valid = ~np.isnan(values)
+    names, index = np.unique(np.asarray(subjects)[valid], return_inverse=True)
+    excluded = int((~valid).sum())
+    if not len(names):
+        return Interval(None, None, None, 0, 0, excluded)
+    counts = np.bincount(index, minlength=len(names)).astype(np.float64)
+    sums = np.bincount(index, weights=values[valid], minlength=len(names))
+    mean = float(sums.sum() / counts.sum())
+    if len(names) < 2 or not np.isfinite(mean):
+        return Interval(mean, None, None, int(valid.sum()), len(names), excluded)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=num_resamples
+    )  # (R, subjects)
+    means = (weights @ sums) / (weights @ counts)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high), int(valid.sum()), len(names), excluded)

@@ -1,0 +1,173 @@
+"""Paired image metrics: one value per image, averaged over images by `PairedMetric`.
+
+The functions take (B, C, *S) tensors in [0, `data_range`], 2D or 3D alike, and return (B,) float64.
+`PairedMetric` takes model images in [-1, 1] and maps them as `to_unit` does.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from medldm.errors import InputError
+
+ImageFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1] in float64; what lies outside is clamped first."""
+    return (x.double().clamp(-1, 1) + 1) / 2
+
+
+def per_image(x: Tensor) -> Tensor:
+    """Mean over everything but the batch: (B, ...) -> (B,)."""
+    return x.double().flatten(1).mean(1)
+
+
+def mse(generated: Tensor, reference: Tensor) -> Tensor:
+    return per_image((generated.double() - reference.double()) ** 2)
+
+
+def rmse(generated: Tensor, reference: Tensor) -> Tensor:
+    return mse(generated, reference).sqrt()
+
+
+def mae(generated: Tensor, reference: Tensor) -> Tensor:
+    return per_image((generated.double() - reference.double()).abs())
+
+
+def psnr(generated: Tensor, reference: Tensor, *, data_range: float = 1.0) -> Tensor:
+    """10 log10(range^2 / MSE) in dB; infinite for identical images."""
+    return 10 * torch.log10(data_range**2 / mse(generated, reference))
+
+
+def nmse_var(generated: Tensor, reference: Tensor) -> Tensor:
+    """MSE / unbiased variance of the real image (the cardiac report's NMSE).
+
+    0 is perfect, (N - 1) / N the image's own mean everywhere, 2 an independent image of equal statistics.
+    NaN where the real image is constant: such an image is counted as excluded.
+    """
+    variance = reference.double().flatten(1).var(1, unbiased=True)
+    return mse(generated, reference) / variance.where(variance > 0, math.nan)
+
+
+def nmse_energy(generated: Tensor, reference: Tensor) -> Tensor:
+    """||x - y||^2 / ||x||^2 with x the real image (fastMRI); NaN where the real image is all zero."""
+    energy = per_image(reference.double() ** 2)
+    return mse(generated, reference) / energy.where(energy > 0, math.nan)
+
+
+def window_weights(window: Literal["uniform", "gaussian"], size: int, sigma: float) -> list[float]:
+    """One-dimensional window that sums to 1."""
+    if window == "uniform":
+        return [1 / size] * size
+    if window != "gaussian":
+        raise ValueError(f"window={window!r}: choose 'uniform' or 'gaussian'")
+    weights = [math.exp(-0.5 * ((i - size // 2) / sigma) ** 2) for i in range(size)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def filter_valid(x: Tensor, weights: list[float]) -> Tensor:
+    """Separable correlation of (B, C, *S) along every spatial axis, valid part only."""
+    for axis in range(2, x.ndim):
+        size = x.shape[axis] - len(weights) + 1
+        out = x.narrow(axis, 0, size) * weights[0]
+        for offset, weight in enumerate(weights[1:], start=1):
+            out.add_(x.narrow(axis, offset, size), alpha=weight)
+        x = out
+    return x
+
+
+def ssim(
+    generated: Tensor,
+    reference: Tensor,
+    *,
+    data_range: float = 1.0,
+    window: Literal["uniform", "gaussian"] = "uniform",
+    size: int = 7,
+    sigma: float = 1.5,
+    sample_covariance: bool = True,
+) -> Tensor:
+    """Structural similarity per image, equal to `skimage.metrics.structural_similarity` of the same settings.
+
+    The default is skimage's: uniform window of 7, sample covariance. Wang et al. 2004 is
+    `window="gaussian", size=11, sample_covariance=False`. Channels are averaged.
+    Raises InputError where an image is smaller than the window.
+    """
+    if min(reference.shape[2:]) < size:
+        shape = tuple(reference.shape[2:])
+        raise InputError(
+            f"ssim: image {shape} is smaller than the window of {size}; set an odd size that fits"
+        )
+    x, y = reference.double(), generated.double()
+    weights = window_weights(window, size, sigma)
+    ux, uy, uxx, uyy, uxy = (filter_valid(m, weights) for m in (x, y, x * x, y * y, x * y))
+    count = size ** (x.ndim - 2)
+    unbias = count / (count - 1) if sample_covariance else 1.0
+    vx, vy, vxy = unbias * (uxx - ux * ux), unbias * (uyy - uy * uy), unbias * (uxy - ux * uy)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    similarity = (2 * ux * uy + c1) * (2 * vxy + c2) / ((ux * ux + uy * uy + c1) * (vx + vy + c2))
+    return per_image(similarity)
+
+
+ssim_gaussian = partial(ssim, window="gaussian", size=11, sigma=1.5, sample_covariance=False)
+
+IMAGE_METRICS: dict[str, ImageFunction] = {
+    "ssim": ssim,
+    "ssim_gaussian": ssim_gaussian,
+    "nmse_var": nmse_var,
+    "nmse_energy": nmse_energy,
+    "psnr": psnr,
+    "rmse": rmse,
+    "mae": mae,
+}
+HIGHER_IS_BETTER = {"ssim", "ssim_gaussian", "psnr", "edge_f1_1px", "edge_f1_2px"}
+DEFINITIONS = {
+    "ssim": "uniform window 7, sample covariance: scikit-image's default; data range 1 on [0, 1]",
+    "ssim_gaussian": "Gaussian window 11, sigma 1.5, population covariance (Wang et al. 2004); range 1",
+    "nmse_var": "MSE / unbiased variance of the real image; 1 flat at its mean, 2 an independent image",
+    "nmse_energy": "||x - y||^2 / ||x||^2 with x the real image in [0, 1] (fastMRI)",
+    "psnr": "10 log10(1 / MSE) in dB, data range 1 on [0, 1]",
+    "rmse": "root of the mean squared error on [0, 1]",
+    "mae": "mean absolute error on [0, 1]",
+}
+
+
+def select_metrics(names: list[str]) -> dict[str, ImageFunction]:
+    """The functions of these names; InputError for a name that does not exist."""
+    unknown = [name for name in names if name not in IMAGE_METRICS]
+    if unknown:
+        raise InputError(f"metrics.image: no metric {unknown[0]!r}; choose from {', '.join(IMAGE_METRICS)}")
+    return {name: IMAGE_METRICS[name] for name in names}
+
+
+class PairedMetric(Metric):
+    """Mean over images of a per-image function, e.g. `PairedMetric(ssim)`; images in [-1, 1].
+
+    Images whose value is NaN (a constant real image in `nmse_var`) are left out, counted in `num_excluded`.
+    """
+
+    full_state_update = False
+
+    def __init__(self, function: ImageFunction) -> None:
+        super().__init__()
+        self.function = function
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("num_excluded", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, generated: Tensor, reference: Tensor) -> None:
+        if generated.shape != reference.shape:
+            raise ValueError(f"generated {tuple(generated.shape)} against reference {tuple(reference.shape)}")
+        values = self.function(to_unit(generated), to_unit(reference))
+        valid = ~values.isnan()
+        self.total += values[valid].sum()
+        self.num_images += valid.sum()
+        self.num_excluded += (~valid).sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.num_images

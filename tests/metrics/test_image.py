@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from medldm.errors import InputError
+from medldm.metrics.adherence import edge_f1
+from medldm.metrics.bootstrap import bootstrap_mean
+from medldm.metrics.image import (
+    PairedMetric,
+    mae,
+    nmse_energy,
+    nmse_var,
+    psnr,
+    rmse,
+    select_metrics,
+    ssim,
+    ssim_gaussian,
+    to_unit,
+)
+
+SHAPES = {2: (31, 24), 3: (12, 17, 14)}
+
+
+def pair(spatial_dims: int, batch: int = 2, channels: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(spatial_dims)
+    shape = (batch, channels, *SHAPES[spatial_dims])
+    real = torch.rand(shape, generator=generator)
+    return (real + 0.2 * torch.randn(shape, generator=generator)).clamp(0, 1), real
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_ssim_equals_scikit_image(spatial_dims):
+    generated, real = pair(spatial_dims)
+    pairs = zip(real[:, 0].numpy(), generated[:, 0].numpy(), strict=True)
+    expected = [structural_similarity(x.astype(float), y.astype(float), data_range=1.0) for x, y in pairs]
+    assert np.allclose(ssim(generated, real), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_gaussian_ssim_equals_scikit_image(spatial_dims):
+    generated, real = pair(spatial_dims)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    pairs = zip(real[:, 0].double().numpy(), generated[:, 0].double().numpy(), strict=True)
+    expected = [structural_similarity(x, y, **options) for x, y in pairs]
+    assert np.allclose(ssim_gaussian(generated, real), expected, rtol=0, atol=1e-9)
+
+
+def test_ssim_averages_channels_as_scikit_image():
+    generated, real = pair(2, batch=1, channels=3)
+    x, y = (image[0].double().numpy() for image in (real, generated))
+    expected = structural_similarity(x, y, data_range=1.0, channel_axis=0)
+    assert float(ssim(generated, real)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_ssim_is_one_for_equal_and_near_zero_for_independent_noise(spatial_dims):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 1, *(40,) * spatial_dims, generator=generator)
+    assert torch.equal(ssim(noise, noise), torch.ones(2, dtype=torch.float64))
+    assert abs(float(ssim(noise[:1], noise[1:]))) < 0.1
+
+
+def test_ssim_names_an_image_smaller_than_its_window():
+    with pytest.raises(InputError, match=r"\(5, 9\) is smaller than the window of 7"):
+        ssim(torch.rand(1, 1, 5, 9), torch.rand(1, 1, 5, 9))
+
+
+def test_nmse_var_is_one_for_the_mean_image():
+    _, real = pair(2)
+    flat = real.double().mean((2, 3), keepdim=True).expand(real.shape)
+    num_pixels = real[0].numel()
+    assert nmse_var(flat, real).tolist() == pytest.approx([(num_pixels - 1) / num_pixels] * 2, abs=1e-12)
+
+
+def test_nmse_var_is_two_for_an_independent_image_of_equal_statistics():
+    images = torch.randn(2, 1, 256, 256, generator=torch.Generator().manual_seed(0))
+    assert float(nmse_var(images[:1], images[1:])) == pytest.approx(2, abs=0.03)
+
+
+def test_nmse_energy_and_errors_by_hand():
+    real, generated = torch.full((1, 1, 4, 4), 0.5), torch.full((1, 1, 4, 4), 0.75)
+    assert float(nmse_energy(generated, real)) == pytest.approx(0.25)
+    assert float(rmse(generated, real)) == pytest.approx(0.25)
+    assert float(mae(generated, real)) == pytest.approx(0.25)
+    assert float(psnr(generated, real)) == pytest.approx(-20 * np.log10(0.25))
+    assert float(psnr(generated, real, data_range=2.0)) == pytest.approx(20 * np.log10(8))
+
+
+def test_paired_metric_counts_a_constant_real_image_as_excluded():
+    generated, real = pair(2)
+    real[1] = 0.5
+    metric = PairedMetric(nmse_var)
+    metric.update(2 * generated - 1, 2 * real - 1)
+    assert float(metric.compute()) == pytest.approx(float(nmse_var(generated[:1], real[:1])), rel=1e-5)
+    assert (int(metric.num_images), int(metric.num_excluded)) == (1, 1)
+
+
+def test_paired_metric_clamps_and_weighs_images_equally():
+    metric = PairedMetric(mae)
+    metric.update(torch.full((3, 1, 8, 8), 5.0), torch.full((3, 1, 8, 8), -5.0))
+    metric.update(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
+    assert float(metric.compute()) == 0.75
+    assert to_unit(torch.tensor([-3.0, 0.0, 3.0])).tolist() == [0, 0.5, 1]
+
+
+def test_an_unknown_metric_is_named():
+    with pytest.raises(InputError, match="no metric 'sim'; choose from ssim"):
+        select_metrics(["ssim", "sim"])
+
+
+def test_bootstrap_resamples_subjects_reproducibly():
+    values, subjects = np.arange(12.0), ["a"] * 6 + ["b"] * 3 + ["c"] * 3
+    first, again = (bootstrap_mean(values, subjects, seed=3) for _ in range(2))
+    assert first == again
+    assert first.mean == 5.5 and first.num_subjects == 3 and first.num_images == 12
+    assert first.low >= values[:6].mean() and first.high <= values[9:].mean()
+
+
+def test_bootstrap_interval_is_wider_over_subjects_than_over_images():
+    rng = np.random.default_rng(0)
+    values = np.repeat(rng.normal(size=20), 25)
+    by_subject = bootstrap_mean(values, [f"s{i // 25}" for i in range(500)])
+    by_image = bootstrap_mean(values, [f"i{i}" for i in range(500)])
+    assert by_subject.high - by_subject.low > 3 * (by_image.high - by_image.low)
+
+
+def test_bootstrap_counts_excluded_and_gives_no_interval_for_one_subject():
+    interval = bootstrap_mean(np.array([1.0, np.nan, 3.0]), ["a", "a", "a"])
+    assert interval.as_dict() == {"mean": 2.0, "ci95": None, "n": 2, "num_subjects": 1, "num_excluded": 1}
+
+
+def line(column: int, spatial_dims: int = 2) -> torch.Tensor:
+    edges = torch.zeros(1, 1, *(16,) * spatial_dims)
+    edges[..., column] = 1
+    return edges
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize(("shift", "tolerance", "expected"), [(0, 1, 1), (1, 1, 1), (2, 1, 0), (2, 2, 1)])
+def test_edge_f1_forgives_a_shift_within_tolerance(spatial_dims, shift, tolerance, expected):
+    found, wanted = line(5 + shift, spatial_dims), line(5, spatial_dims)
+    assert float(edge_f1(found, wanted, tolerance=tolerance)) == pytest.approx(expected)
+
+
+def test_edge_f1_by_hand_and_empty_maps():
+    both, empty = torch.maximum(line(3), line(10)), torch.zeros(1, 1, 16, 16)
+    assert float(edge_f1(both, line(3), tolerance=1)) == pytest.approx(2 / 3)  # precision 1/2, recall 1
+    assert float(edge_f1(empty, line(3), tolerance=1)) == 0
+    assert edge_f1(empty, empty, tolerance=1).isnan().all()
