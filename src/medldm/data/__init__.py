@@ -1,0 +1,36 @@
+"""Raw images -> prepared cases -> batches."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from medldm.errors import InputError
+
+if TYPE_CHECKING:
+    from medldm.data.datamodule import CaseDataModule
+
+# Keys of configs/data/*.yaml that only `medldm prepare` reads: training finds their outcome in index.json.
+PREPARE_KEYS = {"dataset", "raw", "image_size", "preprocess", "splits"}
+MISSING = (None, "???")
+
+
+def build_datamodule(data: Mapping[str, Any], *, keys: Sequence[str], seed: int) -> "CaseDataModule":
+    """The data module of a `data` config as a plain dict. InputError where root is absent or not as stated."""
+    from medldm.data.datamodule import CaseDataModule
+
+    settings = {key: value for key, value in data.items() if key not in PREPARE_KEYS}
+    root, spatial_dims = settings.pop("root", None), settings.pop("spatial_dims", None)
+    if root in MISSING:
+        raise InputError("data.root: not given; name the folder that `medldm prepare` wrote as data.root=DIR")
+    try:
+        module = CaseDataModule(root, keys=keys, seed=seed, **settings)
+    except TypeError as error:
+        raise InputError(
+            f"data: {str(error).split('__init__() ')[-1]}; see configs/data for the keys"
+        ) from error
+    module.setup()
+    prepared = module.facts["spatial_dims"]
+    if spatial_dims not in (*MISSING, prepared):
+        raise InputError(
+            f"data.spatial_dims={spatial_dims}: {root} was prepared in {prepared}D; set it to {prepared}"
+        )
+    return module

@@ -175,6 +175,14 @@ class HDF5Reader:
                 f"{self.path}: dataset '{key}' is damaged ({str(error).splitlines()[0]}); run `medldm prepare` again"
             ) from error
 
+    def mapped(self, key: str) -> np.ndarray:
+        """The whole dataset, mapped into memory where it is stored in one unfiltered piece: a crop reads only itself."""
+        dataset = self.dataset(key)
+        offset = dataset.id.get_offset() if dataset.chunks is None and dataset.dtype.isnative else None
+        if offset is None:
+            return self.read(key)
+        return np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape)
+
     def close(self) -> None:
         self.file.close()
         os.close(self.descriptor)

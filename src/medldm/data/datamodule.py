@@ -1,0 +1,320 @@
+"""The one Lightning data module: prepared cases of any dataset, in 2D and 3D, split by subject."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from medldm.data.dataset import ARRAY_DTYPES, CaseDataset, EdgeDegradation, Item, case_items
+from medldm.data.edges import EdgeDegrade, EdgeRecipe
+from medldm.data.readers import load_index, read_json
+from medldm.data.sampler import ResumableSampler
+from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
+from medldm.data.transforms import CenterCrop, RandomCrop, RandomFlip
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+FACTS = (
+    "spatial_dims image_channels num_classes label_names num_views view_names num_phases phase_names "
+    "num_labels label_values image_size"
+).split()
+FRACTIONS = {"val": 0.1, "test": 0.1}
+
+
+class CaseDataModule(pl.LightningDataModule):
+    """Train, validation and test batches of a prepared folder.
+
+    `keys` are the arrays read (image, mask, edges, latent): what is not named is never opened. `crop_size` cuts a
+    random box in training and the central one in validation; testing sees whole images. `views` keeps slices of
+    these views, `balance_views` draws the views equally often. An item's randomness depends on (seed, epoch, item)
+    alone. InputError where the folder is not prepared, or lacks what `keys` asks for.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        batch_size: int,
+        keys: Sequence[str] = ("image", "mask", "edges"),
+        num_workers: int = 0,
+        worker_context: str | None = None,
+        pin_memory: bool = False,
+        cache: str = "none",
+        split: str = "default",
+        views: Sequence[str] | None = None,
+        balance_views: bool = False,
+        latents: str | None = None,
+        crop_size: int | Sequence[int] | None = None,
+        flip_axes: Sequence[int] = (),
+        edge_degrade: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.root, self.batch_size, self.keys, self.seed = Path(root), batch_size, tuple(keys), seed
+        self.num_workers, self.worker_context, self.pin_memory = num_workers, worker_context, pin_memory
+        self.cache, self.split, self.views, self.balance_views = cache, split, views, balance_views
+        self.latents, self.crop_size, self.flip_axes = latents, crop_size, tuple(flip_axes)
+        self.edge_degrade = dict(edge_degrade) if edge_degrade is not None else None
+        self.index: dict = {}
+        self.subjects: Split = {}
+        self.position = {"epoch": 0, "batch": 0}
+        self.train_sampler: ResumableSampler | None = None
+
+    # ---- facts -------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the index and the split and check that both fit what is asked for. Opens no image."""
+        if self.index:
+            return
+        index = load_index(self.root)
+        self.check_request(index)
+        self.subjects = self.read_split(index)
+        self.index = index
+        if not self.items("train"):
+            self.index = {}
+            raise InputError(
+                f"{self.root}: split '{self.split}' leaves no training item; choose another data.split"
+            )
+
+    @property
+    def facts(self) -> dict:
+        """What the model is built from: spatial_dims, image_channels, num_classes (None without masks), num_views,
+        num_phases, num_labels, their names, and image_size."""
+        self.setup()
+        return {name: self.index.get(name) for name in FACTS}
+
+    @property
+    def latent_facts(self) -> dict:
+        """The `latents.json` of the cache in use: checkpoint_sha256, first_stage, shape."""
+        return read_json(
+            self.latents_dir / "latents.json",
+            f"run `medldm encode checkpoint=CKPT data.root={self.root}` first",
+        )
+
+    @property
+    def latents_dir(self) -> Path | None:
+        return None if self.latents is None else self.root / "latents" / self.latents
+
+    def check_request(self, index: dict) -> None:
+        for key in self.keys:
+            if key not in ARRAY_DTYPES:
+                raise InputError(f"data.keys: '{key}' is none of {', '.join(ARRAY_DTYPES)}")
+        if self.cache not in ("none", "ram"):
+            raise InputError(f"data.cache={self.cache}: choose none or ram")
+        if self.worker_context not in (None, "fork", "spawn", "forkserver"):
+            raise InputError(
+                f"data.worker_context={self.worker_context}: choose null, fork, spawn or forkserver"
+            )
+        if "mask" in self.keys and index.get("num_classes") is None:
+            raise InputError(
+                f"{self.root}: was prepared without masks; add them, or use a model that needs none"
+            )
+        if "edges" in self.keys and not index.get("has_edges", False):
+            raise InputError(
+                f"{self.root}: was prepared without edges; prepare with data.preprocess.edges.source=image"
+            )
+        if self.edge_degrade is not None and "edges" not in self.keys:
+            raise InputError("data.edge_degrade: this model reads no edges; set data.edge_degrade=null")
+        if ("latent" in self.keys) != (self.latents is not None):
+            raise InputError("data.latents: name a latent cache exactly where the model trains on latents")
+        if self.latents is not None:
+            self.latent_facts  # noqa: B018 - raises where the cache is absent
+            if self.crop_size is not None or self.flip_axes:
+                raise InputError(
+                    "data.latents: cached latents cannot be cropped or flipped; set data.crop_size=null data.flip_axes=[]"
+                )
+        self.check_views(index)
+        for case in index["cases"]:
+            path = self.root / case["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size is None or size != case.get("file_size", size):
+                state = "missing" if size is None else "damaged: its size has changed"
+                raise InputError(f"{path}: {state}; run `medldm prepare` again, finished cases are kept")
+
+    def check_views(self, index: dict) -> None:
+        names = index.get("view_names") or []
+        unknown = [view for view in self.views or () if view not in names]
+        if unknown:
+            raise InputError(
+                f"data.views: the dataset has no view '{unknown[0]}', but {', '.join(names) or 'none'}"
+            )
+        if self.views is not None and not self.views:
+            raise InputError("data.views=[]: name at least one view, or null for all")
+        if self.balance_views and len(names) < 2:
+            raise InputError("data.balance_views: the dataset has one view only; set it to false")
+
+    def read_split(self, index: dict) -> Split:
+        subjects = sorted({case["subject"] for case in index["cases"]})
+        path = self.root / "splits.json"
+        splits = (
+            read_splits(path)
+            if path.is_file()
+            else make_splits(subjects, dataset=index["dataset"], fractions=FRACTIONS, seed=42)
+        )
+        if self.split not in splits:
+            raise InputError(f"data.split={self.split}: {path} has {', '.join(splits)}")
+        named = {subset: list(splits[self.split].get(subset, ())) for subset in SUBSETS}
+        absent = {subject for part in named.values() for subject in part} - set(subjects)
+        if absent:
+            log.warning("%s: %d subjects of split '%s' are not in the index", path, len(absent), self.split)
+        return {subset: [s for s in part if s not in absent] for subset, part in named.items()}
+
+    # ---- items -------------------------------------------------------------------------------------------------
+
+    def items(self, subset: str) -> list[Item]:
+        """Items of train, val, test or all, cases in index order, filtered by `views`."""
+        self.setup()
+        wanted = None if subset == "all" else set(self.subjects[subset])
+        views = None if self.views is None else {self.index["view_names"].index(view) for view in self.views}
+        return [
+            item
+            for case, entry in enumerate(self.index["cases"])
+            if wanted is None or entry["subject"] in wanted
+            for item in case_items(self.index, case)
+            if views is None or item.view in views
+        ]
+
+    def dataset(self, subset: str, *, augment: bool = False, edge_level: float | None = None) -> CaseDataset:
+        """The items of a subset; `augment` applies the training transforms, `edge_level` degrades edges at one level."""
+        size = self.box_size()
+        transforms: list = []
+        if size is not None and (augment or subset == "val"):
+            transforms.append(RandomCrop(size) if augment else CenterCrop(size))
+        if augment and self.flip_axes:
+            transforms.append(RandomFlip(self.flip_axes))
+        degradation = self.edge_degradation(augment, edge_level)
+        dataset = CaseDataset(
+            self.root,
+            self.index,
+            self.items(subset),
+            keys=self.keys,
+            seed=self.seed,
+            transforms=transforms,
+            edge_degradation=degradation,
+            latents_dir=self.latents_dir,
+        )
+        if self.cache == "ram":
+            dataset.preload(share=self.num_workers > 0 and self.worker_context in ("spawn", "forkserver"))
+        return dataset
+
+    def box_size(self) -> tuple[int, ...] | None:
+        self.setup()
+        dims = self.index["spatial_dims"]
+        if self.crop_size is None:
+            return None
+        size = (self.crop_size,) * dims if isinstance(self.crop_size, int) else tuple(self.crop_size)
+        if len(size) != dims or min(size) < 1:
+            raise InputError(f"data.crop_size={list(size)}: give one number, or {dims} of them, above 0")
+        return size
+
+    def edge_degradation(self, augment: bool, edge_level: float | None) -> EdgeDegradation | None:
+        if edge_level is None and not (augment and self.edge_degrade is not None):
+            return None
+        self.setup()
+        if self.index["spatial_dims"] != 2:
+            raise InputError("data.edge_degrade: edges exist in 2D only; set it to null")
+        settings = dict(self.edge_degrade or {})
+        levels = tuple(settings.pop("level", (0.0, 1.0)))
+        ramp_epochs = settings.pop("ramp_epochs", 0)
+        stored = self.index.get("preprocess", {}).get("edges") or {}
+        try:
+            degrade = EdgeDegrade(recipe=EdgeRecipe(**{**stored, "source": "image"}), **settings)
+        except TypeError as error:
+            raise InputError(f"data.edge_degrade: {error}; see EdgeDegrade for its keys") from error
+        if edge_level is not None:
+            return EdgeDegradation(degrade, (edge_level, edge_level))
+        return EdgeDegradation(degrade, levels, ramp_epochs)
+
+    # ---- loaders -----------------------------------------------------------------------------------------------
+
+    def loader(
+        self, dataset: CaseDataset, *, train: bool = False, batch_size: int | None = None
+    ) -> DataLoader:
+        """Batches of a dataset: shuffled and resumable in training, in order and complete otherwise."""
+        trainer = self.trainer
+        sampler = ResumableSampler(
+            len(dataset),
+            batch_size or self.batch_size,
+            self.seed,
+            shuffle=train,
+            rank=trainer.global_rank if trainer is not None else 0,
+            world_size=trainer.world_size if trainer is not None else 1,
+            weights=view_weights(dataset.items) if train and self.balance_views else None,
+        )
+        workers = {}
+        if self.num_workers > 0:
+            workers = {
+                "persistent_workers": True,
+                "multiprocessing_context": self.worker_context,
+                "worker_init_fn": single_threaded,
+            }
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=as_is,
+            pin_memory=self.pin_memory and torch.accelerator.is_available(),
+            **workers,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        loader = self.loader(self.dataset("train", augment=True), train=True)
+        self.train_sampler = loader.batch_sampler
+        self.train_sampler.set_position(**self.position)
+        return loader
+
+    def eval_dataloader(self, subset: str) -> DataLoader | list:
+        return self.loader(self.dataset(subset)) if self.items(subset) else []
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader | list:
+        return self.eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader | list:
+        return self.eval_dataloader("test")
+
+    # ---- resuming ----------------------------------------------------------------------------------------------
+
+    def set_position(self, epoch: int, batch: int) -> None:
+        """Training continues after `batch` batches of `epoch`."""
+        self.position = {"epoch": epoch, "batch": batch}
+        if self.train_sampler is not None:
+            self.train_sampler.set_position(epoch, batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches of the current epoch that have been trained on."""
+        if self.trainer is None or self.train_sampler is None:
+            return dict(self.position)
+        epoch = self.trainer.current_epoch
+        batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return (
+            {"epoch": epoch, "batch": batch}
+            if batch < len(self.train_sampler)
+            else {"epoch": epoch + 1, "batch": 0}
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        self.set_position(int(state_dict["epoch"]), int(state_dict["batch"]))
+
+
+def view_weights(items: Sequence[Item]) -> np.ndarray:
+    """Weight of each item such that every view is drawn equally often."""
+    views = np.array([item.view for item in items])
+    return 1 / np.bincount(views)[views]
+
+
+def as_is(batch: Any) -> Any:
+    """`CaseDataset.__getitems__` has stacked already."""
+    return batch
+
+
+def single_threaded(worker: int) -> None:
+    cv2.setNumThreads(0)

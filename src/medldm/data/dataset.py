@@ -1,0 +1,189 @@
+"""Prepared cases as batches: reads rows of HDF5, crops, flips, degrades edges and stacks, all in the worker."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from medldm.batch import Batch
+from medldm.data.edges import EdgeDegrade
+from medldm.data.readers import open_hdf5
+from medldm.data.sampler import Request
+from medldm.errors import InputError
+
+ARRAY_DTYPES = {"image": torch.float32, "mask": torch.int64, "edges": torch.float32, "latent": torch.float32}
+Transform = Callable[[dict, np.random.Generator], dict]
+
+
+class Item(NamedTuple):
+    case: int  # place in the index
+    row: int  # row of the case's HDF5; 0 for a volume
+    view: int
+    phase: int
+    label: int
+    slice_position: float  # 0 first, 1 last of its stack; 0.5 where it stands alone
+
+
+@dataclass(frozen=True)
+class EdgeDegradation:
+    """`EdgeDegrade` at a level drawn uniformly from `levels`; the upper end grows over the first `ramp_epochs`."""
+
+    degrade: EdgeDegrade
+    levels: tuple[float, float] = (0.0, 1.0)
+    ramp_epochs: int = 0
+
+    def __call__(self, item: dict, epoch: int, generator: np.random.Generator) -> dict:
+        ramp = min(1.0, (epoch + 1) / self.ramp_epochs) if self.ramp_epochs else 1.0
+        low, high = self.levels
+        level = float(generator.uniform(low, max(low, high * ramp)))
+        image, mask = (item[key][0] if key in item else None for key in ("image", "mask"))
+        edges = self.degrade(item["edges"][0], level, generator, image, mask)
+        return {**item, "edges": edges[None], "edge_level": level}
+
+
+def case_items(index: dict, case: int) -> list[Item]:
+    """All items of one case: its slices in 2D, itself in 3D."""
+    entry = index["cases"][case]
+    if index["spatial_dims"] == 3:
+        return [Item(case, 0, entry.get("view", 0), entry.get("phase", 0), entry.get("label", 0), 0.5)]
+    slices, count = entry["slices"], entry["num_slices"]
+    zeros = [0] * count
+    columns = (slices.get(name, zeros) for name in ("view", "phase", "label", "slice_index", "num_slices"))
+    return [
+        Item(case, row, view, phase, label, place / (depth - 1) if depth > 1 else 0.5)
+        for row, (view, phase, label, place, depth) in enumerate(zip(*columns, strict=True))
+    ]
+
+
+class CaseDataset(Dataset):
+    """`dataset.__getitems__([(epoch, item), ...])` is a whole `Batch`; `dataset[item]` a batch of one, of epoch 0.
+
+    Nothing is opened here: files open on first use in whichever process reads them.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        index: dict,
+        items: Sequence[Item],
+        *,
+        keys: Sequence[str],
+        seed: int = 0,
+        transforms: Sequence[Transform] = (),
+        edge_degradation: EdgeDegradation | None = None,
+        latents_dir: Path | None = None,
+    ) -> None:
+        self.root, self.items, self.keys, self.seed = root, list(items), tuple(keys), seed
+        self.cases, self.spatial_dims = index["cases"], index["spatial_dims"]
+        self.transforms, self.edge_degradation, self.latents_dir = (
+            tuple(transforms),
+            edge_degradation,
+            latents_dir,
+        )
+        self.cached: dict[tuple[str, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, request: int | Request) -> Batch:
+        return self.__getitems__([request])
+
+    def __getitems__(self, requests: Sequence[int | Request]) -> Batch:
+        pairs = [request if isinstance(request, tuple) else (0, int(request)) for request in requests]
+        return self.collate([self.load(epoch, i) for epoch, i in pairs], [self.items[i] for _, i in pairs])
+
+    def path(self, key: str, case: int) -> Path:
+        if key == "latent":
+            return self.latents_dir / f"{self.cases[case]['id']}.h5"
+        return self.root / self.cases[case]["file"]
+
+    def read(self, key: str, item: Item) -> np.ndarray:
+        """(C, *S) in the stored dtype."""
+        if (key, item.case) in self.cached:
+            rows = self.cached[key, item.case].numpy()
+            return (
+                rows[item.row]
+                if key == "latent"
+                else rows
+                if self.spatial_dims == 3
+                else rows[item.row][None]
+            )
+        reader = open_hdf5(self.path(key, item.case))
+        if key == "latent":
+            return reader.read_row("latents", item.row)
+        return reader.mapped(key) if self.spatial_dims == 3 else reader.read_row(key, item.row)[None]
+
+    def load(self, epoch: int, i: int) -> dict:
+        """The arrays of one item; its randomness depends on (seed, epoch, i) alone."""
+        arrays = {key: self.read(key, self.items[i]) for key in self.keys}
+        if self.transforms or self.edge_degradation is not None:
+            generator = np.random.default_rng((self.seed, epoch, i))
+            for transform in self.transforms:
+                arrays = transform(arrays, generator)
+            if self.edge_degradation is not None:
+                arrays = self.edge_degradation(arrays, epoch, generator)
+        return arrays
+
+    def collate(self, arrays: Sequence[dict], items: Sequence[Item]) -> Batch:
+        batch: Batch = {key: self.stack(key, [a[key] for a in arrays], items) for key in self.keys}
+        for name in ("view", "phase", "label"):
+            batch[name] = torch.tensor([getattr(item, name) for item in items], dtype=torch.int64)
+        batch["slice_position"] = torch.tensor([item.slice_position for item in items], dtype=torch.float32)
+        batch["case_index"] = torch.tensor([item.case for item in items], dtype=torch.int64)
+        batch["row"] = torch.tensor([item.row for item in items], dtype=torch.int64)
+        batch["case_id"] = [self.item_id(item) for item in items]
+        if self.edge_degradation is not None:
+            batch["edge_level"] = torch.tensor([a["edge_level"] for a in arrays], dtype=torch.float32)
+        if self.spatial_dims == 3:
+            cases = [self.cases[item.case] for item in items]
+            batch["spacing"] = torch.tensor([case["spacing"] for case in cases], dtype=torch.float32)
+            batch["affine"] = torch.tensor([case["affine"] for case in cases], dtype=torch.float64)
+        return batch
+
+    def item_id(self, item: Item) -> str:
+        """`<case>_<row>` for a slice, `<case>` for a volume: the same names as `readers.read_images` gives."""
+        name = self.cases[item.case]["id"]
+        return name if self.spatial_dims == 3 else f"{name}_{item.row:03d}"
+
+    def stack(self, key: str, arrays: Sequence[np.ndarray], items: Sequence[Item]) -> Tensor:
+        """(B, C, *S) in the batch's dtype, written straight into shared memory inside a worker."""
+        shape = arrays[0].shape
+        for array, item in zip(arrays, items, strict=True):
+            if array.shape != shape:
+                raise InputError(
+                    f"{self.path(key, item.case)}: {key} has shape {array.shape[1:]}, another of its batch {shape[1:]}; "
+                    "set data.crop_size, or data.batch_size=1, or prepare with one data.image_size"
+                )
+        out = empty_batch((len(arrays), *shape), ARRAY_DTYPES[key])
+        target = out.numpy()
+        for i, array in enumerate(arrays):
+            target[i] = array
+        return out
+
+    def preload(self, share: bool) -> None:
+        """Hold every array in memory in its stored dtype; `share` puts it where spawned workers find it."""
+        from rich.progress import track
+
+        for case in track(
+            sorted({item.case for item in self.items}), description="Reading into memory", transient=True
+        ):
+            for key in self.keys:
+                reader = open_hdf5(self.path(key, case))
+                rows = torch.from_numpy(
+                    np.ascontiguousarray(reader.read("latents" if key == "latent" else key))
+                )
+                self.cached[key, case] = rows.share_memory_() if share else rows
+
+
+def empty_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    # As torch's own default_collate does: otherwise the queue copies the batch once more.
+    count = int(np.prod(shape))
+    storage = torch.UntypedStorage._new_shared(count * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
