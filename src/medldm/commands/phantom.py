@@ -1,0 +1,46 @@
+"""medldm phantom: write synthetic subjects in a dataset's own raw folder layout.
+
+    medldm phantom dataset=mnms2 root=DIR num_subjects=8 seed=0 [image_size=256] [num_slices=[8,12]]
+
+dataset       mnms2: cardiac short and long axis with masks and CINE, as M&Ms-2 is published;
+              folder: 3D torso volumes with organ masks as images/ and masks/ (NIfTI)
+root          folder to write to
+num_subjects  how many; seed: which ones
+image_size    typical matrix in pixels (null: 256 for mnms2, 64 for folder)
+num_slices    least and most slices of a stack (null: [8, 12] for mnms2, [40, 56] for folder)
+
+Then: medldm prepare data=mnms2 data.raw=DIR data.root=OUT
+"""
+
+from typing import TYPE_CHECKING
+
+from medldm.commands import run_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def task(cfg: "DictConfig") -> None:
+    from rich.progress import Progress
+
+    from medldm.data.phantom import PHANTOMS
+    from medldm.errors import InputError
+
+    if cfg.dataset not in PHANTOMS:
+        raise InputError(f"dataset={cfg.dataset}: no phantom of that name; choose from {', '.join(PHANTOMS)}")
+    root, count = cfg.root, cfg.num_subjects
+    sizes = {key: cfg[key] for key in ("image_size", "num_slices") if cfg[key] is not None}
+    with Progress() as progress:
+        bar = progress.add_task("Drawing subjects", total=count)
+        PHANTOMS[cfg.dataset](
+            root, num_subjects=count, seed=cfg.seed, progress=lambda: progress.advance(bar), **sizes
+        )
+    print(root)
+
+
+def main() -> None:
+    run_command(task, "phantom", __doc__)
+
+
+if __name__ == "__main__":
+    main()
