@@ -134,7 +134,7 @@ stop() {
     [ -z "$pid" ] || { kill "$pid" && wait_for 10 test ! -e "/proc/$pid"; } || kill -9 "$pid" 2>/dev/null || true
   done
   for pid in $(pgrep slurmstepd || true); do  # steps that outlived their slurmd; another cluster's are left alone
-    if tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qx "SLURM_CONF=$SLURM_CONF"; then kill -9 "$pid" || true; fi
+    if { tr '\0' '\n' <"/proc/$pid/environ"; } 2>/dev/null | grep -qx "SLURM_CONF=$SLURM_CONF"; then kill -9 "$pid" || true; fi
   done
 }
 

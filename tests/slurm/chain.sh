@@ -14,12 +14,14 @@ medldm() { "$MEDLDM_PYTHON" -m "medldm.commands.$1" "${@:2}"; }
 chain() { GPU=cpu RAW=$work/raw ROOT=$work/prepared RUNS=$work/$1 "$slurm/cardiac2d.sh" debug=tiny "${@:2}" | tee "$work/$1.txt"; }
 show_logs() { tail -n 15 "$1"/slurm/*.out; }
 
-check "a phantom in the layout of M&Ms-2" medldm phantom dataset=mnms2 root="$work/raw" num_subjects=8
+check "a phantom in the layout of M&Ms-2" medldm phantom dataset=mnms2 root="$work/raw" num_subjects=8 || { finish; exit 1; }
 
 chain runs
 check "the chain ends" wait_until 900 queue_empty
-job_states "$work/runs.txt" && echo
-check "every job is COMPLETED" test -z "$(job_states "$work/runs.txt" | tr ' ' '\n' | grep -v ':COMPLETED$')" || show_logs "$work/runs"
+states=$(job_states "$work/runs.txt")
+echo "        $states"
+check "every job is COMPLETED" test "${states//:COMPLETED/}" = "prepare vqvae encode ldm reconstruction sample evaluate report " ||
+  { show_logs "$work/runs"; finish; exit 1; }
 for file in runs/vqvae/checkpoints/best.ckpt runs/ldm/checkpoints/best.ckpt runs/samples/provenance.json \
   runs/reconstruction/provenance.json runs/evaluation/metrics.json; do
   check "$file" test -s "$work/$file"
@@ -37,8 +39,10 @@ rows() { tail -n +2 "$run/metrics.csv" 2>/dev/null | wc -l; }
 has_rows() { [ "$(rows)" -ge "$1" ]; }
 job=$(sbatch --parsable --output="$work/requeued.out" --time=20 "$slurm/job.sbatch" train experiment=cardiac2d/vqvae \
   debug=tiny data.root="$work/prepared" run_dir="$run" resume=auto trainer.max_steps="$num_steps")
-check "the training logs" wait_until 120 has_rows 1
+wait_until 120 eval 'has_rows 1 || has_ended "$job"'
+check "the training logs" has_rows 1
 scancel --signal=USR1 --batch "$job"
-check "USR1: it is requeued, goes on and completes" wait_until 300 has_state "$job" COMPLETED
-check "it started twice" grep -q "start 2 on" "$work/requeued.out" || cat "$work/requeued.out"
+wait_until 300 has_ended "$job"
+check "USR1: it is requeued, goes on and completes" has_state "$job" COMPLETED || cat "$work/requeued.out"
+check "it started twice" grep -q "start 2 on" "$work/requeued.out"
 finish

@@ -31,6 +31,7 @@ wait_until() {  # wait_until SECONDS COMMAND...: until the command succeeds
 
 job_field() { scontrol --oneliner show job "$1" | tr ' ' '\n' | sed -n "s/^$2=//p" | head -1; }
 has_state() { [ "$(job_field "$1" JobState)" = "$2" ]; }
+has_ended() { [[ ! $(job_field "$1" JobState) =~ ^(PENDING|RUNNING|COMPLETING|REQUEUED)$ ]]; }
 queue_empty() { [ -z "$(squeue --noheader)" ]; }
 job_of() { awk -v stage="$1" '$1 == stage {print $2}' "$2"; }  # the id in a chain's printed table
 
