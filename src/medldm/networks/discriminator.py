@@ -46,7 +46,9 @@ class PatchDiscriminator(nn.Module):
             has_norm = i > 0 and norm != "none"
             layer = conv(spatial_dims, width, out, 4, stride=stride, padding=padding, bias=not has_norm)
             stages.append(
-                nn.Sequential(layer, discriminator_norm(norm, spatial_dims, out) if has_norm else nn.Identity())
+                nn.Sequential(
+                    layer, discriminator_norm(norm, spatial_dims, out) if has_norm else nn.Identity()
+                )
             )
             width = out
         self.stages = nn.ModuleList(stages)

@@ -45,9 +45,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(
-                x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
-            )
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def group_norm(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
@@ -228,7 +226,9 @@ class Downsample(nn.Module):
         strides = per_axis(stride, spatial_dims)
         kernels = tuple(4 if kind == "conv4" and s > 1 else 3 for s in strides)
         pads_at_end = kind == "conv3_end"
-        self.pad = [p for s in reversed(strides) for p in ((0, 1) if s > 1 else (1, 1))] if pads_at_end else None
+        self.pad = (
+            [p for s in reversed(strides) for p in ((0, 1) if s > 1 else (1, 1))] if pads_at_end else None
+        )
         self.conv = conv(
             spatial_dims,
             in_channels,

@@ -70,7 +70,9 @@ class VectorQuantizer(nn.Module):
             self.commitment_weight, self.codebook_weight = 1.0, commitment_weight
         self.ema_decay, self.restart_threshold = ema_decay, restart_threshold
         codebook = torch.empty(num_codes, code_dim)
-        codebook = codebook.uniform_(-1 / num_codes, 1 / num_codes) if init == "uniform" else codebook.normal_()
+        codebook = (
+            codebook.uniform_(-1 / num_codes, 1 / num_codes) if init == "uniform" else codebook.normal_()
+        )
         if ema_decay is None:
             self.codebook = nn.Parameter(codebook)
         else:
@@ -157,7 +159,9 @@ class VectorQuantizer(nn.Module):
         if dist.is_available() and dist.is_initialized():
             world, rank = dist.get_world_size(), dist.get_rank()
         total = world * len(x)
-        step = next(s for s in range(round(total * 0.6180339887) | 1, 2 * total + 3) if math.gcd(s, total) == 1)
+        step = next(
+            s for s in range(round(total * 0.6180339887) | 1, 2 * total + 3) if math.gcd(s, total) == 1
+        )
         position = torch.arange(self.num_codes, device=x.device) * step + self.num_updates * 7919
         position = position % total - rank * len(x)
         is_mine = (position >= 0) & (position < len(x))

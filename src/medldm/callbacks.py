@@ -1,0 +1,333 @@
+"""Training callbacks: moving averages, checkpoints, signals, pictures, and a metrics file that survives a resume."""
+
+import csv
+import io
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers.logger import Logger
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torchvision.utils import make_grid
+
+from medldm.checkpoints import write_atomically
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
+
+
+class EMA(Callback):
+    """Exponential moving average of `module.ema_modules`, used in validation, sampling and export.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)). Weights are saved under the checkpoint's own key "ema". A module
+    without `ema_modules` has no average.
+    """
+
+    def __init__(self, decay: float = 0.9999, *, every_n_steps: int = 1) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"callbacks.ema.decay={decay} must lie in [0, 1)")
+        self.decay, self.every_n_steps = decay, every_n_steps
+        self.average: AveragedModel | None = None
+        self.last_step = 0
+        self._state: dict[str, Tensor] | None = None
+        self._raw: list[Tensor] | None = None
+
+    def _lerp(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+        # num_averaged lives on the host, so looking at it does not wait for the device.
+        n = int(num_averaged)
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if not hasattr(module, "ema_modules"):
+            return
+        self.average = AveragedModel(module.ema_modules, multi_avg_fn=self._lerp)
+        self.average.requires_grad_(False)
+        self.last_step = trainer.global_step
+        if self._state is not None:
+            self.average.load_state_dict(self._state)
+            self._state = None
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if self.average is None or trainer.global_step == self.last_step:
+            return  # an accumulating batch: no update happened
+        self.last_step = trainer.global_step
+        if trainer.global_step % self.every_n_steps == 0:
+            self.average.update_parameters(module.ema_modules)
+
+    def _swap_in(self, module: LightningModule) -> None:
+        if self.average is None or self.average.n_averaged == 0 or self._raw is not None:
+            return
+        self._raw = [p.detach().clone() for p in module.ema_modules.parameters()]
+        self._copy(list(self.average.module.parameters()), module)
+
+    def _swap_out(self, module: LightningModule) -> None:
+        if self._raw is not None:
+            self._copy(self._raw, module)
+            self._raw = None
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: list[Tensor], module: LightningModule) -> None:
+        torch._foreach_copy_(list(module.ema_modules.parameters()), source)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._swap_in(module)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._swap_out(module)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._swap_out(module)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        assert self._raw is None, "a checkpoint must hold the raw weights"
+        if self.average is not None:
+            checkpoint["ema"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        self._state = checkpoint.get("ema")
+
+
+class Checkpoints(Checkpoint):
+    """`best.ckpt` by a validation metric and `last.ckpt` every so many updates, at every epoch's end and at the end.
+
+    A model with a number that is not finite is never written: the last good checkpoint stays.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, monitor: str = "val/loss", mode: str = "min", every_n_steps: int = 1000
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise InputError(f"callbacks.checkpoints.mode={mode} is none of min, max")
+        self.folder, self.monitor, self.every_n_steps = Path(folder), monitor, every_n_steps
+        self.sign = 1.0 if mode == "min" else -1.0
+        self.best: float | None = None
+        self.last_saved = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+    def save(self, trainer: Trainer, module: LightningModule, name: str) -> None:
+        check_finite(module, trainer.global_step)
+        trainer.save_checkpoint(self.folder / name)
+
+    def save_last(self, trainer: Trainer, module: LightningModule) -> None:
+        self.save(trainer, module, "last.ckpt")
+        self.last_saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        is_due = step > 0 and step % self.every_n_steps == 0 and step != self.last_saved
+        if is_due and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.save_last(trainer, module)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.save_last(trainer, module)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            raise InputError(
+                f"callbacks.checkpoints.monitor={self.monitor}: not logged; choose one of "
+                f"{', '.join(k for k in trainer.callback_metrics if k.startswith('val/'))}"
+            )
+        value = float(value)
+        if self.best is None or self.sign * value < self.sign * self.best:
+            self.best = value
+            self.save(trainer, module, "best.ckpt")
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step != self.last_saved:
+            self.save_last(trainer, module)
+        if self.best is None:  # no validation ran
+            self.save(trainer, module, "best.ckpt")
+
+
+def check_finite(module: LightningModule, step: int) -> None:
+    norms = torch._foreach_norm([p.detach() for p in module.parameters() if p.requires_grad])
+    if not torch.stack([norm.float() for norm in norms]).sum().isfinite():
+        raise InputError(
+            f"training diverged before step {step}: weights are not finite; the checkpoints from before are kept; "
+            "lower model.optimizer.lr or set trainer.precision=32-true, then resume=auto"
+        )
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the way out of the loop after a signal
+    """Training stopped at a step boundary because of `signum`; last.ckpt is written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopOnSignal(Callback):
+    """SIGUSR1 (SLURM, before the limit), SIGTERM and Ctrl-C: finish the step, write last.ckpt, leave the loop.
+
+    Lightning's own requeue saves inside the signal handler, in the middle of a step. A second Ctrl-C ends at once.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.received: int | None = None
+        for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.received = signum
+        log.info("received %s: stopping after this step", signal.Signals(signum).name)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        stops = self.received is not None
+        if trainer.world_size > 1:  # ranks may have heard at different steps
+            stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
+        if stops and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.checkpoints.save_last(trainer, module)
+            raise Interrupted(self.received or signal.SIGUSR1)
+
+
+class RandomState(Callback):
+    """Saves and restores the random states of the host and of each rank's device, for what draws from them (dropout)."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Tensor] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        state = {"cpu": torch.get_rng_state()}
+        if module.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(module.device)
+        checkpoint["random_state"] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        self._state = checkpoint.get("random_state")
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._state is None:
+            return
+        torch.set_rng_state(self._state["cpu"].cpu())
+        if "cuda" in self._state and module.device.type == "cuda":
+            torch.cuda.set_rng_state(self._state["cuda"].cpu(), module.device)
+        self._state = None
+
+
+class Pictures(Callback):
+    """A grid of the module's `picture` of the same validation samples, `samples/step_<n>.png`, every few validations."""
+
+    def __init__(self, folder: str | Path, *, every_n_validations: int = 1, num_samples: int = 8) -> None:
+        self.folder = Path(folder)
+        self.every_n_validations, self.num_samples = every_n_validations, num_samples
+        self.num_validations = 0
+        self._batch: dict | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_validations": self.num_validations}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_validations = state["num_validations"]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: dict, batch_idx: int, *_: Any
+    ) -> None:
+        if batch_idx == 0:
+            self._batch = {key: value[: self.num_samples] for key, value in batch.items()}
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking or self._batch is None or not trainer.is_global_zero:
+            return
+        self.num_validations += 1
+        if (self.num_validations - 1) % self.every_n_validations:
+            return
+        picture = grid(module.picture(self._batch))
+        path = self.folder / f"step_{trainer.global_step:07d}.png"
+        save_png(path, picture)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [str(path)])
+
+
+def middle_slice(x: Tensor) -> Tensor:
+    """(B, C, D, H, W) -> its middle (B, C, H, W); 2D images stay."""
+    return x if x.ndim == 4 else x[:, :, x.shape[2] // 2]
+
+
+def grid(rows: list[Tensor]) -> Tensor:
+    """Rows of (B, C, *S) in [-1, 1] -> (3, H, W) uint8, one row per line."""
+    images = torch.cat([middle_slice(row.float().cpu())[:, :1] for row in rows])
+    picture = make_grid(
+        images.clamp(-1, 1), nrow=len(rows[0]), padding=2, normalize=True, value_range=(-1, 1)
+    )
+    return (picture * 255).round().to(torch.uint8)
+
+
+def save_png(path: Path, picture: Tensor) -> None:
+    """(3, H, W) uint8 -> a PNG file, whole or not at all."""
+    from PIL import Image
+
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+class MetricsFile(Logger):
+    """metrics.csv, one row per logged step. Lightning's CSVLogger deletes the file of the run it resumes; this one drops
+    the rows after the resumed step and goes on."""
+
+    def __init__(
+        self, path: str | Path, *, resumed_step: int | None = None, flush_seconds: float = 15
+    ) -> None:
+        super().__init__()
+        self.path, self.flush_seconds = Path(path), flush_seconds
+        self.rows: dict[int, dict[str, Any]] = {}
+        self._flushed = time.monotonic()
+        if resumed_step is not None and self.path.is_file():
+            with open(self.path, newline="") as file:
+                for row in csv.DictReader(file):
+                    step = int(row.pop("step"))
+                    if step <= resumed_step:
+                        self.rows[step] = {key: value for key, value in row.items() if value != ""}
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """config.yaml holds them."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.setdefault(int(step or 0), {}).update(metrics)
+        if time.monotonic() - self._flushed > self.flush_seconds:
+            self.save()
+
+    def save(self) -> None:
+        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) or not self.rows:
+            return
+        self._flushed = time.monotonic()
+        keys = sorted(set().union(*self.rows.values()))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=["step", *keys], restval="")
+        writer.writeheader()
+        writer.writerows({"step": step, **self.rows[step]} for step in sorted(self.rows))
+        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+
+    def finalize(self, status: str) -> None:
+        self.save()

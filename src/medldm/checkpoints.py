@@ -1,0 +1,195 @@
+"""Checkpoints that describe themselves: one file rebuilds its model, and is written whole or not at all.
+
+Under the key "medldm" a checkpoint holds plain data: the stage, the resolved model config, facts of the data and, for a
+second stage, the first stage's own description. It loads under `weights_only=True`, strictly.
+"""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning import LightningModule
+from torch import nn
+
+from medldm.diffusion.latent import FirstStage, PixelStage
+from medldm.errors import InputError
+from medldm.models.autoencoder import AutoencoderModule
+from medldm.models.diffusion import DiffusionModule
+
+FORMAT = 1
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(file)` to a file beside `path`, synced to disk, then renamed: a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, made safe against a crash at any moment."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options: Any = None) -> None:
+        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path, map_location=None, weights_only: bool | None = True) -> dict[str, Any]:
+        return read_checkpoint(path, map_location or "cpu")
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The content of a medldm checkpoint; InputError for a missing, damaged or foreign file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint; give the path of a .ckpt that `medldm train` wrote")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
+        raise InputError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); take another one of the run"
+        ) from error
+    if not isinstance(content, Mapping) or "medldm" not in content:
+        raise InputError(f"{path}: not a medldm checkpoint; give one that `medldm train` wrote")
+    return content
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(model: Mapping[str, Any], facts: Mapping[str, Any], module: LightningModule) -> dict[str, Any]:
+    """Plain data from which `load_module` rebuilds the module."""
+    description = {
+        "format": FORMAT,
+        "stage": STAGES[type(module)],
+        "model": dict(model),
+        "facts": dict(facts),
+    }
+    first_stage = getattr(module, "first_stage_description", None)
+    return description | ({"first_stage": first_stage} if first_stage else {})
+
+
+def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
+    return {key: instantiate(value) for key, value in model.items() if key not in ("kind", *skip)}
+
+
+def build_autoencoder_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> AutoencoderModule:
+    parts = instantiate_parts(model, skip=())
+    derived = {"spatial_dims": facts["spatial_dims"], "image_channels": facts["image_channels"]}
+    if parts.pop("decoder_sees_map", False):
+        if not facts["num_classes"]:
+            raise InputError("model.decoder_sees_map=true but the dataset has no masks; set it to false")
+        derived["decoder_map_channels"] = facts["num_classes"]
+    autoencoder = parts.pop("autoencoder")(**derived)
+    discriminators = [
+        build(in_channels=facts["image_channels"]) if "spatial_dims" in build.keywords
+        else build(facts["spatial_dims"], in_channels=facts["image_channels"])
+        for build in (parts.pop("discriminators", None) or {}).values()
+    ]  # fmt: skip
+    return AutoencoderModule(autoencoder, discriminators=discriminators, **parts)
+
+
+def build_diffusion_module(
+    model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: nn.Module
+) -> DiffusionModule:
+    parts = instantiate_parts(model, skip=("first_stage",))
+    make_network = parts.pop("network")
+    conditioner = parts.pop("conditioner")(
+        facts["num_classes"],
+        spatial_dims=facts["spatial_dims"],
+        downsampling=first_stage.downsampling,
+        num_views=facts["num_views"] or 0,
+        num_phases=facts["num_phases"] or 0,
+        num_labels=facts["num_labels"] or 0,
+        embedding_dim=make_network.keywords["embedding_channels"],
+    )
+    network = make_network(
+        facts["spatial_dims"],
+        in_channels=first_stage.latent_channels + conditioner.concat_channels,
+        out_channels=first_stage.latent_channels,
+        spade_channels=conditioner.spade_channels or None,
+        context_channels=conditioner.context_dim or None,
+    )
+    return DiffusionModule(first_stage, conditioner, network, **parts)
+
+
+def build_module(
+    model: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    first_stage_description: Mapping[str, Any] | None = None,
+) -> LightningModule:
+    """The module of a config, with fresh weights.
+
+    A diffusion model takes its first stage from `model.first_stage.checkpoint`, unless the first stage's description is given
+    (its weights then come with the checkpoint that is about to be loaded).
+    """
+    if "first_stage" not in model:
+        return build_autoencoder_module(model, facts)
+    options = dict(model["first_stage"])
+    path = options.pop("checkpoint")
+    if path is None and first_stage_description is None:
+        stage = PixelStage(facts["image_channels"], spatial_dims=facts["spatial_dims"])
+        return build_diffusion_module(model, facts, stage)
+    if first_stage_description is None:
+        stage, first_stage_description = load_first_stage(path, **options)
+    else:
+        autoencoder = build_module(
+            first_stage_description["model"], first_stage_description["facts"]
+        ).autoencoder
+        stage = FirstStage(autoencoder, **options)
+    module = build_diffusion_module(model, facts, stage)
+    module.first_stage_description = dict(first_stage_description)
+    return module
+
+
+def load_first_stage(path: str | Path, **options: Any) -> tuple[FirstStage, dict[str, Any]]:
+    """The frozen first stage in a checkpoint, and its description."""
+    content = read_checkpoint(path)
+    description = content["medldm"]
+    if description["stage"] != "autoencoder":
+        raise InputError(
+            f"{path}: holds a {description['stage']} model; model.first_stage.checkpoint takes an autoencoder"
+        )
+    module = restore(path, content, weights="ema")
+    return FirstStage(module.autoencoder, **options), description
+
+
+def load_module(path: str | Path, *, weights: str = "ema") -> LightningModule:
+    """The trained module of a checkpoint, in eval mode. `weights`: "ema" (where there are any) or "raw"."""
+    if weights not in ("ema", "raw"):
+        raise InputError(f"weights={weights} is none of ema, raw")
+    return restore(path, read_checkpoint(path), weights=weights)
+
+
+def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> LightningModule:
+    description = content["medldm"]
+    if description["format"] > FORMAT:
+        raise InputError(f"{path}: written by a newer medldm (format {description['format']}); update medldm")
+    module = build_module(description["model"], description["facts"], description.get("first_stage"))
+    module.load_state_dict(content["state_dict"])
+    if weights == "ema" and "ema" in content:
+        averaged = {
+            key.removeprefix("module."): value
+            for key, value in content["ema"].items()
+            if key.startswith("module.")
+        }
+        module.ema_modules.load_state_dict(averaged)
+    module.facts = description["facts"]
+    return module.eval()

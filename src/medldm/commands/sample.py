@@ -1,0 +1,158 @@
+"""medldm sample: write generated images for the conditions of a prepared dataset.
+
+  medldm sample checkpoint=runs/.../best.ckpt data.root=DATA output=DIR split=test
+  medldm sample ... sampler.num_steps=50 sampler.guidance_scale=2 num_samples=4 drop=[edges] seed=1
+
+With a stage-one checkpoint it writes that autoencoder's reconstructions instead: the ceiling of stage two.
+Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop, edge_level, limit,
+max_slices, weights (ema or raw), data.batch_size, seed.
+Writes per case HDF5 (2D, with the conditions) or NIfTI (3D), 8-bit PNGs and provenance.json. Run it again to continue.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from medldm.commands import run_command
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def override_sampler(sampler: Any, given: dict[str, Any]) -> Any:
+    """The checkpoint's sampler with the fields that the user gave, or another kind of sampler."""
+    import dataclasses
+
+    from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverSampler
+
+    kinds = {"ancestral": AncestralSampler, "ddim": DDIMSampler, "dpm_solver": DPMSolverSampler}
+    kind = given.pop("kind")
+    changes = {key: value for key, value in given.items() if value is not None}
+    if kind is not None and kind not in kinds:
+        raise InputError(f"sampler.kind={kind} is none of {', '.join(kinds)}")
+    chosen = kinds[kind] if kind else type(sampler)
+    fields = {field.name for field in dataclasses.fields(chosen)}
+    unknown = set(changes) - fields
+    if unknown:
+        raise InputError(
+            f"sampler.{min(unknown)}: {chosen.__name__} has no such option; it has {', '.join(fields)}"
+        )
+    kept = {key: value for key, value in dataclasses.asdict(sampler).items() if key in fields}
+    if chosen is not type(sampler):
+        kept.pop("spacing", None)
+    return chosen(**(kept | changes))
+
+
+def model_keys(module: Any) -> tuple[str, ...]:
+    """What a batch must hold: the conditions, and the image where the model is an autoencoder."""
+    from medldm.models.autoencoder import AutoencoderModule
+
+    if isinstance(module, AutoencoderModule):
+        return ("image",) if module.autoencoder.decoder_map_channels is None else ("image", "mask")
+    conditioner = module.conditioner
+    wanted = {
+        "mask": getattr(conditioner, "use_mask", False),
+        "edges": getattr(conditioner, "use_edges", False),
+    }
+    return tuple(key for key, is_used in wanted.items() if is_used) or ("image",)
+
+
+def generate(module: Any, batch: dict, image_size: tuple[int, ...], options: dict[str, Any]) -> Any:
+    """(B, C, *S) float32 in [-1, 1] on the host: samples, or an autoencoder's reconstructions."""
+    import torch
+
+    from medldm.inference import autocast, to_device
+    from medldm.models.autoencoder import AutoencoderModule
+
+    batch = to_device(batch, module.device)
+    with torch.no_grad(), autocast(module.device):
+        if isinstance(module, AutoencoderModule):
+            images = module(batch["image"], module.decoder_map(batch))
+        else:
+            shape = module.first_stage.latent_shape(image_size)
+            images = module.sample(batch, batch["case_id"], shape, **options)
+    return images.float().clamp(-1, 1).cpu()
+
+
+def spread(positions: list[int], count: int | None) -> list[int]:
+    """At most `count` positions, evenly spread."""
+    if count is None or len(positions) <= count:
+        return positions
+    return [positions[round(i * (len(positions) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def task(cfg: Any) -> None:
+    import torch
+    from omegaconf import OmegaConf
+    from rich.progress import Progress
+
+    from medldm.checkpoints import load_module, sha256
+    from medldm.data import build_datamodule
+    from medldm.inference import case_batches, items_by_case, pick_device
+    from medldm.outputs import SampleFolder
+
+    module = load_module(cfg.checkpoint, weights=cfg.weights).to(pick_device(cfg.device))
+    is_generative = hasattr(module, "sample")
+    if is_generative:
+        module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
+    data = OmegaConf.to_container(cfg.data, resolve=True) | {"latents": None, "crop_size": None}
+    datamodule = build_datamodule(data, keys=model_keys(module), seed=cfg.seed)
+    check_facts(module.facts, datamodule.facts, cfg.checkpoint, data["root"])
+    dataset = datamodule.dataset(cfg.split, edge_level=cfg.edge_level)
+    cases = list(items_by_case(dataset.items).items())[: cfg.limit]
+    if not cases:
+        raise InputError(f"split={cfg.split}: no case of {data['root']} is in it; see its splits.json")
+    provenance = {
+        "checkpoint": str(cfg.checkpoint), "checkpoint_sha256": sha256(cfg.checkpoint), "weights": cfg.weights,
+        "stage": "diffusion" if is_generative else "autoencoder", "sampler": describe_sampler(module) if is_generative else None,
+        "seed": cfg.seed, "condition": list(model_keys(module)) if is_generative else None, "dropped": list(cfg.drop),
+        "edge_level": cfg.edge_level, "data_root": str(Path(data["root"]).resolve()), "split": cfg.split,
+        "num_samples": cfg.num_samples, "max_slices": cfg.max_slices, "torch": torch.__version__,
+    }  # fmt: skip
+    folder = SampleFolder(Path(cfg.output), dataset, provenance, png=cfg.png)
+    num_samples = cfg.num_samples if is_generative else 1
+    with Progress() as progress:
+        total = num_samples * sum(len(spread(p, cfg.max_slices)) for _, p in cases)
+        bar = progress.add_task("sampling" if is_generative else "reconstructing", total=total)
+        for case, positions in cases:
+            positions = spread(positions, cfg.max_slices)
+            if folder.has(case):
+                progress.advance(bar, num_samples * len(positions))
+                continue
+            size = tuple(dataset.cases[case].get("shape") or datamodule.facts["image_size"])[
+                -dataset.spatial_dims :
+            ]
+            batches = list(case_batches(dataset, positions, data["batch_size"]))
+            samples = []
+            for k in range(num_samples):
+                options = {"seed": cfg.seed + 1_000_003 * k, "drop": tuple(cfg.drop)}
+                images = []
+                for batch in batches:
+                    images.append(generate(module, batch, size, options))
+                    progress.advance(bar, len(batch["case_id"]))
+                samples.append(torch.cat(images))
+            folder.write(case, positions, samples, batches)
+    print(cfg.output)
+
+
+def describe_sampler(module: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return {"kind": type(module.sampler).__name__} | dataclasses.asdict(module.sampler)
+
+
+def check_facts(trained: dict, prepared: dict, checkpoint: str, root: str) -> None:
+    """A model fits a dataset only where dimensions, channels and classes are the same."""
+    for key in ("spatial_dims", "image_channels", "num_classes"):
+        if trained[key] != prepared[key]:
+            raise InputError(
+                f"{checkpoint}: trained with {key}={trained[key]}, but {root} has {prepared[key]}; use the data it knows"
+            )
+
+
+def main() -> None:
+    run_command(task, "sample", __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""medldm train: train one stage of an experiment.
+
+  medldm train experiment=cardiac2d/vqvae data.root=DATA
+  medldm train experiment=cardiac2d/ldm data.root=DATA model.first_stage.checkpoint=runs/.../best.ckpt
+
+Keys people use:
+  data.root=DIR               prepared dataset (`medldm prepare`); data=folder for your own images
+  data.batch_size, data.num_workers, data.latents=auto (the cache of `medldm encode`)
+  model.optimizer.lr, model.first_stage.checkpoint
+  trainer.max_steps (updates), trainer.max_epochs, trainer.devices, trainer.precision
+  run_dir=DIR                 default: runs/<experiment>/<time>
+  resume=auto | CKPT          continue run_dir, or the newest run of the experiment; starts afresh where there is none
+  logger=wandb                Weights & Biases beside metrics.csv
+  debug=tiny                  two updates of a narrow network: does everything fit together?
+  seed=0
+
+SIGUSR1, SIGTERM and Ctrl-C finish the step and write checkpoints/last.ckpt; after SIGUSR1 the exit status is 85.
+Prints the run folder at the end.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from medldm.commands import run_command
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+TINY_WIDTH = 16
+
+
+def shrink(model: dict[str, Any]) -> dict[str, Any]:
+    """The same model, narrow: what `debug=tiny` trains. Only sizes change, never the parts."""
+
+    def narrow(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: narrow(k, v) for k, v in value.items()}
+        if key in ("channels", "up_channels") and isinstance(value, list):
+            return [TINY_WIDTH] * len(value)
+        if key in ("stem_channels", "mid_channels", "hidden_channels") and value:
+            return TINY_WIDTH
+        limits = {"embedding_channels": 32, "sinusoidal_channels": 16, "num_codes": 64, "num_heads": 2}
+        limits |= {"head_channels": 8, "start": 1, "ramp": 0, "warmup_steps": 0, "num_mid_units": 1}
+        if key in limits and value is not None:
+            return min(value, limits[key])
+        return [1] * len(value) if key == "num_res_blocks" and isinstance(value, list) else value
+
+    small = {key: narrow(key, value) for key, value in model.items()}
+    if small.get("perceptual"):
+        small["perceptual"]["network"] = "random_conv"  # needs no weights
+    if small.get("sampler"):
+        small["sampler"]["num_steps"] = 2
+    return small
+
+
+def experiment_name() -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    return (
+        (HydraConfig.get().runtime.choices.get("experiment") or "default")
+        if HydraConfig.initialized()
+        else "default"
+    )
+
+
+def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to resume from or None). Ranks started by Lightning get the folder from the first."""
+    from medldm.runs import newest_run, new_run_dir
+
+    parent = Path(cfg.paths.output_root) / experiment_name()
+    given = cfg.run_dir or os.environ.get("MEDLDM_RUN_DIR")
+    if cfg.resume and cfg.resume != "auto":
+        checkpoint = Path(cfg.resume)
+        if not checkpoint.is_file():
+            raise InputError(f"resume={checkpoint}: no such checkpoint; give a path or resume=auto")
+        return Path(given) if given else checkpoint.resolve().parents[1], checkpoint
+    run_dir = Path(given) if given else (newest_run(parent) if cfg.resume else None) or new_run_dir(parent)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if cfg.resume:
+        return run_dir, last if last.is_file() else None
+    if last.is_file() and "MEDLDM_RUN_DIR" not in os.environ:
+        raise InputError(
+            f"run_dir={run_dir} holds a run already; add resume=auto to continue it, or give another"
+        )
+    return run_dir, None
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` is bf16 where the hardware multiplies it: elsewhere bf16 is emulated and slower than float32."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "32-true"
+
+
+def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None) -> Any:
+    """Lightning's Trainer with medldm's callbacks; accumulation and clipping go to modules that step by hand."""
+    import torch
+    from hydra.utils import instantiate
+    from lightning_fabric.plugins.environments import SLURMEnvironment
+    from omegaconf import OmegaConf
+    from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
+
+    from medldm.callbacks import EMA, Checkpoints, MetricsFile, Pictures, RandomState, StopOnSignal
+    from medldm.checkpoints import AtomicCheckpointIO
+
+    options = OmegaConf.to_container(cfg.trainer, resolve=True)
+    options["precision"] = resolve_precision(options["precision"])
+    if not module.automatic_optimization:
+        module.accumulate_grad_batches = options.pop("accumulate_grad_batches")
+        module.gradient_clip_val = options.pop("gradient_clip_val")
+    if options["strategy"] == "auto" and num_processes(options) > 1:
+        options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
+    checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
+    callbacks = [EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else []
+    callbacks += [Pictures(run_dir / "samples", **cfg.callbacks.pictures)] if cfg.callbacks.pictures else []
+    callbacks += [LearningRateMonitor("step"), RandomState(), checkpoints, StopOnSignal(checkpoints)]
+    if options["enable_progress_bar"]:
+        callbacks.append(RichProgressBar(refresh_rate=10, leave=False))
+    loggers: list[Any] = [MetricsFile(run_dir / "metrics.csv", resumed_step=resumed_step)]
+    if cfg.logger.wandb:
+        loggers.append(instantiate(cfg.logger.wandb, save_dir=str(run_dir)))
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # slurm/job.sbatch requeues
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    options["_target_"] = cfg.trainer._target_
+    return instantiate(
+        options, callbacks=callbacks, logger=loggers, plugins=plugins, default_root_dir=str(run_dir),
+        use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=True,
+    )  # fmt: skip
+
+
+def num_processes(options: dict[str, Any]) -> int:
+    import torch
+
+    devices = options["devices"]
+    if devices in ("auto", -1, "-1"):
+        devices = torch.cuda.device_count() if options["accelerator"] in ("auto", "gpu", "cuda") else 1
+    count = len(devices) if isinstance(devices, list) else int(devices)
+    return max(1, count) * int(options["num_nodes"])
+
+
+def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's content; InputError where it is of another model than the config's."""
+    from medldm.checkpoints import read_checkpoint
+
+    content = read_checkpoint(path)
+    description = content["medldm"]
+    if description["stage"] != model["kind"]:
+        raise InputError(
+            f"{path}: holds a {description['stage']} model, the experiment trains a {model['kind']} model"
+        )
+    changed = [
+        key
+        for key in ("autoencoder", "network", "conditioner", "schedule", "objective")
+        if description["model"].get(key) != model.get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"{path}: model.{changed[0]} differs from the run's config; undo it or start a new run"
+        )
+    return content
+
+
+def require_first_stage(model: dict[str, Any], content: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The first stage's description where a resumed checkpoint brings its weights, else None: they are loaded afresh."""
+    resumed = content["medldm"].get("first_stage") if content else None
+    if resumed is None and model.get("first_stage", {}).get("checkpoint") == "???":
+        raise InputError(
+            "model.first_stage.checkpoint: not given; name the stage-one checkpoint, or model/first_stage=pixel for none"
+        )
+    return resumed
+
+
+def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
+    """The arrays that a model's batches hold; what is not named is never opened."""
+    if model["kind"] == "autoencoder":
+        return ("image", "mask") if model["decoder_sees_map"] else ("image",)
+    keys = ["latent" if data["latents"] else "image"]
+    conditions = model["conditioner"]
+    return (
+        *keys,
+        *(key for key in ("mask", "edges") if conditions.get({"mask": "use_mask"}.get(key, "use_edges"))),
+    )
+
+
+def find_latents(data: dict[str, Any], model: dict[str, Any]) -> str | None:
+    """Name of the latent cache; `auto` takes the one that `medldm encode` made with this first stage, if there is one."""
+    from medldm.checkpoints import sha256
+
+    name = data.get("latents")
+    checkpoint = model.get("first_stage", {}).get("checkpoint")
+    if name is None or checkpoint is None:
+        return None
+    digest = sha256(checkpoint) if Path(checkpoint).is_file() else ""
+    if name == "auto":
+        found = Path(data["root"]) / "latents" / digest[:12] / "latents.json"
+        if not digest or not found.is_file():
+            log.warning("data.latents=auto: no cache of %s; encoding every batch", checkpoint)
+            return None
+        return digest[:12]
+    return name
+
+
+def fit_latent_statistics(module: Any, datamodule: Any) -> None:
+    """Mean and deviation of the latents, over the training set without augmentation."""
+    import torch
+    from rich.progress import track
+
+    if bool(module.first_stage.is_fitted):
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = datamodule.loader(datamodule.dataset("train"))
+    module.to(device).fit_first_stage(track(loader, "latent statistics", transient=True))
+    log.info(
+        "latent mean %s, deviation %s", module.first_stage.shift.tolist(), module.first_stage.scale.tolist()
+    )
+
+
+def use_channels_last(module: Any, spatial_dims: int) -> None:
+    import torch
+
+    layout = torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
+    module.to(memory_format=layout)
+
+
+def task(cfg: Any) -> None:
+    import torch
+    from omegaconf import OmegaConf
+    from pytorch_lightning import seed_everything
+
+    from medldm.callbacks import EXIT_REQUEUE, Interrupted
+    from medldm.checkpoints import build_module, describe
+    from medldm.data import build_datamodule
+    from medldm.runs import log_to, save_config
+
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    model = OmegaConf.to_container(cfg.model, resolve=True)
+    model = shrink(model) if cfg.get("tiny") else model
+    run_dir, resume = find_run_dir(cfg)
+    content = checked_resume(resume, model) if resume else None
+    resumed_step = content["global_step"] if content else None
+    first_stage = require_first_stage(model, content)
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    data["latents"] = find_latents(data, model)
+    datamodule = build_datamodule(data, keys=batch_keys(model, data), seed=cfg.seed)
+    module = build_module(model, datamodule.facts, first_stage)
+    module.description = describe(model, datamodule.facts, module)
+    if cfg.channels_last:
+        use_channels_last(module, datamodule.facts["spatial_dims"])
+    for part in module.compiled_parts if cfg.compile else ():
+        part.compile()
+    trainer = build_trainer(cfg, module, run_dir, resumed_step)
+    os.environ["MEDLDM_RUN_DIR"] = str(run_dir)
+    if trainer.is_global_zero:
+        save_config(cfg, run_dir)
+        log_to(run_dir / "log")
+        num_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        log.info(
+            "%s: %.2fM trainable parameters, run folder %s", model["kind"], num_parameters / 1e6, run_dir
+        )
+        log.info("resuming %s at step %s", resume, resumed_step) if resume else None
+    if hasattr(module, "fit_first_stage") and not resume:
+        fit_latent_statistics(module, datamodule)
+    torch.manual_seed(cfg.seed)
+    try:
+        trainer.fit(module, datamodule, ckpt_path=str(resume) if resume else None)
+    except Interrupted as stop:
+        import signal
+
+        message = f"medldm train: stopped by {stop}; continue with run_dir={run_dir} resume=auto"
+        print(message, file=sys.stderr)
+        sys.exit(EXIT_REQUEUE if stop.signum == signal.SIGUSR1 else 128 + stop.signum)
+    if trainer.is_global_zero:
+        print(run_dir)
+
+
+def main() -> None:
+    run_command(task, "train", __doc__)
+
+
+if __name__ == "__main__":
+    main()

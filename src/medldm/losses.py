@@ -1,0 +1,130 @@
+"""Losses of the autoencoders: pixels, perceptual features, adversarial terms, feature matching."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medldm.networks.features import LPIPS, RandomConvFeatures
+
+PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Lim and Ye 2017: mean relu(1 - D(x)) / 2 + mean relu(1 + D(x_hat)) / 2."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def vanilla_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Goodfellow et al. 2014, on logits."""
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def lsgan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Mao et al. 2017, targets 1 and 0."""
+    return 0.5 * ((real - 1).square().mean() + fake.square().mean())
+
+
+def linear_generator(fake: Tensor) -> Tensor:
+    """The generator's side of the hinge loss: its gradient does not vanish where the generator loses."""
+    return -fake.mean()
+
+
+def lsgan_generator(fake: Tensor) -> Tensor:
+    return (fake - 1).square().mean()
+
+
+# name -> (loss of the discriminator, loss of the generator)
+ADVERSARIAL_LOSSES = {
+    "hinge": (hinge_discriminator, linear_generator),
+    "vanilla": (vanilla_discriminator, linear_generator),
+    "lsgan": (lsgan_discriminator, lsgan_generator),
+}
+
+
+def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """L1 between the discriminator's features of x and x_hat, logits left out. Wang et al. 2018."""
+    terms = [F.l1_loss(f, r.detach()) for r, f in zip(real[:-1], fake[:-1], strict=True)]
+    return torch.stack(terms).mean()
+
+
+def random_slices(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """(B, C, *S) and one index per sample -> (B, C, *S without `axis`); no host synchronisation."""
+    index = index.reshape(-1, *[1] * (x.ndim - 1)).expand(
+        *[1 if d == axis + 2 else s for d, s in enumerate(x.shape)]
+    )
+    return x.gather(axis + 2, index).squeeze(axis + 2)
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of features of a frozen 2D network: "lpips_vgg", "lpips_alex", or "random_conv" (no weights needed;
+    a stand-in for tests, not LPIPS).
+
+    The network is built at first use, kept out of the state dict and out of `train()`: LPIPS holds dropout, which
+    Lightning's train() would switch on inside the loss.
+    """
+
+    def __init__(self, network: str = "lpips_vgg", *, weights_dir: str | None = None) -> None:
+        super().__init__()
+        if network not in ("lpips_vgg", "lpips_alex", "random_conv"):
+            raise ValueError(f"perceptual network '{network}' is none of lpips_vgg, lpips_alex, random_conv")
+        self.network, self.weights_dir = network, weights_dir
+        self._built: list[nn.Module] = []  # a list, so that nn.Module does not register it
+
+    def build(self) -> nn.Module:
+        """The frozen network; raises InputError where its weights are not on this machine."""
+        if not self._built:
+            if self.network == "random_conv":
+                net: nn.Module = RandomConvFeatures(2)
+            else:
+                net = LPIPS(self.network.removeprefix("lpips_"), weights_dir=self.weights_dir)
+            self._built.append(net.eval().requires_grad_(False))
+        return self._built[0]
+
+    def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Two (B, 1 or 3, H, W) in [-1, 1] -> scalar."""
+        net = self.build().to(x.device)
+        if self.network == "random_conv":
+            return F.mse_loss(net(x_hat), net(x))
+        return net(x_hat, x).mean()
+
+
+class AdversarialLoss:
+    """When and how much a discriminator counts.
+
+    start: optimiser updates of the generator before it counts; ramp: updates over which its weight then grows to full.
+    adaptive: the weight is multiplied by the ratio of the gradient norms of reconstruction and adversarial loss at the
+    last layer (Esser et al. 2021, Eq. 7), clipped at 1e4.
+    """
+
+    def __init__(
+        self,
+        kind: str = "hinge",
+        *,
+        weight: float = 1.0,
+        start: int = 0,
+        ramp: int = 0,
+        adaptive: bool = False,
+        feature_matching_weight: float = 0.0,
+    ) -> None:
+        if kind not in ADVERSARIAL_LOSSES:
+            raise ValueError(f"adversarial loss '{kind}' is none of {', '.join(ADVERSARIAL_LOSSES)}")
+        self.discriminator, self.generator = ADVERSARIAL_LOSSES[kind]
+        self.weight, self.start, self.ramp, self.adaptive = weight, start, ramp, adaptive
+        self.feature_matching_weight = feature_matching_weight
+
+    def factor(self, update: int) -> float:
+        """0 before `start`, then rising to 1 over `ramp` updates."""
+        if update < self.start:
+            return 0.0
+        return 1.0 if self.ramp == 0 else min(1.0, (update - self.start + 1) / self.ramp)
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """|grad of the reconstruction| / |grad of the adversarial loss| at the last layer, in [0, 1e4]."""
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        for loss in (reconstruction, adversarial)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()

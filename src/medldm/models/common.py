@@ -1,0 +1,62 @@
+"""What the Lightning modules share: optimiser groups, learning-rate schedule, per-step random numbers."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices and kernels decay; biases, norms, embeddings and schedules do not."""
+    decayed, exempt, seen = [], [], set()
+    for module in modules:
+        for owner in module.modules():
+            for parameter in owner.parameters(recurse=False):
+                if not parameter.requires_grad or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                decays = parameter.ndim > 1 and not isinstance(owner, nn.Embedding)
+                (decayed if decays else exempt).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(factory: Callable, modules: Sequence[nn.Module]) -> torch.optim.Optimizer:
+    """`factory` is a partial of an optimiser class; its weight decay goes to the decaying group alone."""
+    decay = factory.keywords.get("weight_decay", 0.0) if isinstance(factory, partial) else 0.0
+    return factory(parameter_groups(modules, decay))
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, *, warmup: int = 0, total: int | None = None, final: float = 0.0
+) -> LambdaLR:
+    """Multiplier min(1, (step + 1) / warmup) times, where `total` updates are given, a half cosine down to `final`."""
+
+    def multiplier(step: int) -> float:
+        rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        if total is None:
+            return rising
+        progress = min(step, total) / total
+        return rising * ((1 - final) * 0.5 * (1 + math.cos(math.pi * progress)) + final)
+
+    return LambdaLR(optimizer, multiplier)
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Random numbers of one step: a function of seed and step alone, so a resumed run draws the same ones.
+
+    Every rank makes the same generator and draws for the global batch, then takes its part: N processes see the
+    numbers that one process with N times the batch would see.
+    """
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step * 7_919 + 17) % 2**63)
+
+
+def rank_part(x: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+    return x.chunk(world_size)[rank] if world_size > 1 else x

@@ -1,0 +1,112 @@
+"""The folder that `medldm sample` writes: one file per case, pictures, and provenance.json."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from medldm.callbacks import save_png
+from medldm.data.dataset import CaseDataset
+from medldm.data.files import replacing, write_json
+from medldm.data.readers import open_hdf5
+from medldm.errors import InputError
+
+COPIED = ("view", "phase", "label", "slice_index", "num_slices", "spacing")
+
+
+class SampleFolder:
+    """Writes case by case, each file whole or not at all; a folder of other settings is refused, a begun one continued."""
+
+    def __init__(
+        self, root: Path, dataset: CaseDataset, provenance: dict[str, Any], *, png: bool = True
+    ) -> None:
+        self.root, self.dataset, self.png = root, dataset, png
+        path = root / "provenance.json"
+        settings = json.loads(json.dumps(provenance))
+        if path.is_file():
+            earlier = json.loads(path.read_text())
+            changed = sorted(key for key in settings if earlier.get(key) != settings[key])
+            if changed:
+                raise InputError(
+                    f"output={root}: holds images made with another {changed[0]} ({earlier.get(changed[0])}); "
+                    "give another folder, or delete it"
+                )
+        write_json(path, settings)
+
+    def path(self, case: int) -> Path:
+        suffix = ".h5" if self.dataset.spatial_dims == 2 else ".nii.gz"
+        return self.root / f"{self.dataset.cases[case]['id']}{suffix}"
+
+    def has(self, case: int) -> bool:
+        return self.path(case).is_file()
+
+    def write(
+        self,
+        case: int,
+        positions: Sequence[int],
+        samples: Sequence[Tensor],
+        batches: Sequence[dict[str, Any]],
+    ) -> None:
+        """`samples`: one (N, C, *S) in [-1, 1] per sample, in the order of `positions`; `batches` hold the conditions."""
+        if self.dataset.spatial_dims == 2:
+            self.write_slices(case, positions, samples, batches)
+        else:
+            self.write_volume(case, samples)
+
+    def write_slices(
+        self,
+        case: int,
+        positions: Sequence[int],
+        samples: Sequence[Tensor],
+        batches: Sequence[dict[str, Any]],
+    ) -> None:
+        rows = [self.dataset.items[p].row for p in positions]
+        source = open_hdf5(self.dataset.path("image", case))
+        with replacing(self.path(case)) as aside, h5py.File(aside, "w") as file:
+            for k, images in enumerate(samples):
+                array = images[:, 0].numpy()
+                file.create_dataset(
+                    f"images_{k}" if k else "images", data=array, chunks=(1, *array.shape[1:])
+                )
+            for key, name, dtype in (("edges", "edges", np.uint8), ("mask", "semantic_maps", np.uint8)):
+                if key in batches[0]:
+                    file[name] = torch.cat([b[key][:, 0] for b in batches]).numpy().astype(dtype)
+            for name in COPIED:
+                if name in source:
+                    file[name] = source.read(name)[rows]
+            file["row"] = np.asarray(rows, np.int32)
+            for name, value in source.attributes.items():
+                file.attrs[name] = value
+        for row, image in zip(rows, samples[0] if self.png else (), strict=False):
+            name = f"{self.dataset.cases[case]['id']}_{row:03d}.png"
+            save_png(self.root / "png" / name, to_uint8(image).expand(3, -1, -1))
+
+    def write_volume(self, case: int, samples: Sequence[Tensor]) -> None:
+        import nibabel
+
+        entry = self.dataset.cases[case]
+        for k, volumes in enumerate(samples):
+            array = volumes[0, 0].permute(2, 1, 0).contiguous().numpy()  # (D, H, W) -> (X, Y, Z)
+            path = self.path(case) if k == 0 else self.root / f"sample_{k}" / self.path(case).name
+            image = nibabel.Nifti1Image(array, np.asarray(entry["affine"], dtype=np.float64))
+            with replacing(path) as aside:
+                aside.write_bytes(image_bytes(image))
+            if self.png:
+                middle = volumes[0, :, volumes.shape[2] // 2]
+                save_png(self.root / "png" / f"{entry['id']}.png", to_uint8(middle).expand(3, -1, -1))
+
+
+def image_bytes(image: Any) -> bytes:
+    import gzip
+
+    return gzip.compress(image.to_bytes(), compresslevel=3)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """(1, H, W) in [-1, 1] -> 0..255, rounded."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
