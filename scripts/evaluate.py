@@ -1,0 +1,3 @@
+from medldm.commands.evaluate import main
+
+main()

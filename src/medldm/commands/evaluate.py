@@ -1,0 +1,170 @@
+"""medldm evaluate: compare a folder of generated images with the real ones, and with baselines.
+
+The folders may hold HDF5 (as `medldm prepare` and `medldm sample` write them), NIfTI, PNG or JPEG; images are
+matched by name. Writes metrics.json (numbers with n, 95% interval over subjects, range, networks and seeds),
+per_case.csv (one line an image and row) and panels/{best,median,worst}.png.
+
+keys
+  generated=DIR        images to judge
+  reference=DIR        real images of the same names, or a prepared data.root
+  output=DIR           where the numbers go
+  reconstruction=DIR   first-stage reconstructions of the same names: one more row
+  train=DIR            prepared data.root or folder whose (training) images make the mean image;
+                       without it the mean leaves the judged subject out
+  metrics=synthesis    what is measured; metrics.features=[random_conv], metrics.lpips=null change it
+  paths.weights=DIR    where pretrained weights lie (pt_inception-2015-12-05-6726825d.pth for FID and KID)
+
+example
+  medldm evaluate generated=runs/samples reference=data/mnms2 output=runs/evaluation train=data/mnms2
+"""
+
+import csv
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from medldm.commands import run_command
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(cfg) -> None:  # noqa: ANN001 - a Hydra config
+    from omegaconf import OmegaConf
+
+    from medldm.metrics.image import select_metrics
+    from medldm.metrics.summary import Bootstrap
+
+    settings = OmegaConf.to_container(cfg.metrics, resolve=True, throw_on_missing=True)
+    folders = {name: cfg[name] for name in ("generated", "reference", "output", "reconstruction", "train")}
+    folders = {name: None if folder is None else Path(folder) for name, folder in folders.items()}
+    functions = select_metrics(settings["image"])
+    check_baselines(settings["baselines"])
+    bootstrap = Bootstrap(**settings["bootstrap"], seed=cfg.seed)
+    run(folders, functions, settings, bootstrap, cfg)
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    from medldm.errors import InputError
+
+    known = ("mean_image", "random_real", "shuffled")
+    for name in names:
+        if name not in known:
+            raise InputError(f"metrics.baselines: no baseline '{name}'; choose from {', '.join(known)}")
+
+
+def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, bootstrap, cfg) -> None:  # noqa: ANN001
+    import torch
+
+    from medldm.evaluation.baselines import make_rows
+    from medldm.evaluation.measure import build_tools, measure
+    from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, make_pairs
+    from medldm.evaluation.results import build_results, case_columns
+
+    facts = known_facts(folders["reference"])
+    pairs = make_pairs(folders["generated"], folders["reference"], folders["reconstruction"])
+    tools = build_tools(
+        functions,
+        recipe=edge_recipe(facts),
+        tolerances=settings["edge_tolerances"],
+        networks=settings["features"],
+        lpips=settings["lpips"],
+        weights_dir=cfg.paths.weights,
+        image_shape=pairs[0].real.shape,
+    ).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    training, mean_source = read_training(folders["train"], cfg.train_split, pairs)
+    rows = make_rows(pairs, settings["baselines"], training=training, seed=cfg.seed)
+    groups = group_members(pairs, facts)
+    measured = measure_with_progress(pairs, rows, tools, measure)
+    results = build_results(pairs, measured, tools, groups, bootstrap, settings["kernel"])
+    results |= {"folders": folders, "mean_image": mean_source, "metrics": settings}
+    results["provenance"] = read_provenance(folders)
+    write_results(folders["output"], results, case_columns(pairs, measured, groups))
+    write_panels(folders["output"], pairs, measured.values["generated"], cfg.panel_rows)
+    show(results)
+    print(folders["output"] / "metrics.json")
+    print(folders["output"] / "per_case.csv")
+
+
+def read_training(train: Path | None, split_name: str, pairs: Sequence):  # noqa: ANN201
+    """The mean images of the training set, and a line that says where they come from."""
+    from medldm.evaluation.baselines import training_means
+    from medldm.evaluation.pairs import training_subjects
+
+    if train is None:
+        return None, "mean over every other subject of the reference set (leave one subject out), per view"
+    subjects = training_subjects(train, split_name)
+    means, num_images = training_means(train, subjects, {pair.subject for pair in pairs})
+    whose = f"split '{split_name}' of {train}" if subjects is not None else f"all of {train}"
+    return means, f"mean over {num_images} training images, {whose}, judged subjects left out, per view"
+
+
+def measure_with_progress(pairs: Sequence, rows: Mapping, tools, measure):  # noqa: ANN001, ANN201
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    text = TextColumn("{task.description}")
+    with Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("evaluate", total=len(pairs))
+        return measure(pairs, rows, tools, lambda count: progress.advance(task, count))
+
+
+def read_provenance(folders: Mapping[str, Path | None]) -> dict:
+    """provenance.json of the folders that have one, unchanged."""
+    found = {}
+    for name in ("generated", "reconstruction"):
+        path = folders[name] and folders[name] / "provenance.json"
+        if path and path.is_file():
+            found[name] = json.loads(path.read_text())
+    return found
+
+
+def write_results(output: Path, results: dict, table: tuple[list[str], list[list]]) -> None:
+    from medldm.data.files import replacing, write_json
+    from medldm.evaluation.results import jsonable
+
+    with replacing(output / "per_case.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(table[0])
+        writer.writerows(table[1])
+    write_json(output / "metrics.json", jsonable(results))
+
+
+def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int) -> None:
+    """panels/{best,median,worst}.png by nmse_var, or by the first metric there is."""
+    from medldm.data.files import replacing
+    from medldm.evaluation.panels import choose, draw_panel
+    from medldm.metrics.image import HIGHER_IS_BETTER
+
+    if num_rows < 1:
+        return
+    name = "nmse_var" if "nmse_var" in values else next(iter(values))
+    for kind, chosen in choose(values[name], num_rows, name not in HIGHER_IS_BETTER).items():
+        if chosen:
+            captions = [f"{pairs[i].id}\n{name} {values[name][i]:.3f}" for i in chosen]
+            figure = draw_panel([pairs[i] for i in chosen], captions)
+            with replacing(output / "panels" / f"{kind}.png") as temporary:
+                figure.savefig(temporary, format="png")
+
+
+def show(results: dict) -> None:
+    """The tables on screen, and every warning."""
+    from rich.console import Console
+
+    from medldm.evaluation.screen import distribution_table, group_tables, main_table
+
+    console = Console()
+    console.print(main_table(results))
+    console.print(distribution_table(results))
+    for table in group_tables(results):
+        console.print(table)
+    for line in results["warnings"]:
+        console.print(f"note: {line}", markup=False)
+    console.print(f"condition: {results['condition']['note']}", markup=False)
+
+
+def main() -> None:
+    run_command(evaluate, "evaluate", __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What a generated image is judged beside: a mean image, a random real one, one of another condition."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from medldm.data.readers import ImageRecord, read_images
+from medldm.evaluation.pairs import Pair
+
+DESCRIPTIONS = {
+    "generated": "the generated images (sample 0)",
+    "generated_mean_of_k": "mean of the metric over the K samples of a condition",
+    "generated_best_of_k": "best value of each metric among the K samples of a condition",
+    "reconstruction": "the real image through the first stage: the upper bound of a latent model",
+    "mean_image": "a pixelwise mean image, one a view",
+    "random_real": "a real image of another random subject, same view and phase",
+    "shuffled": "the image generated for another random subject, same view and phase: near `generated` means "
+    "that the condition is not used",
+    "real": "the real image itself (edge columns: what the detector gives back at best)",
+}
+
+
+def random_partners(pairs: list[Pair], seed: int) -> list[int | None]:
+    """For each image the number of a random one of another subject with the same view, phase and shape."""
+    rng = np.random.default_rng(seed)
+    places: dict[tuple, list[int]] = defaultdict(list)
+    for i, pair in enumerate(pairs):
+        places[pair.place].append(i)
+    partners: list[int | None] = []
+    for pair in pairs:
+        others = [i for i in places[pair.place] if pairs[i].subject != pair.subject]
+        partners.append(int(rng.choice(others)) if others else None)
+    return partners
+
+
+class MeanImages:
+    """Pixelwise mean per view and shape, in float64.
+
+    With training images their mean; without, the mean over every other subject of the reference set
+    (leave one subject out), so that no image takes part in its own baseline.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple, np.ndarray] = {}
+        self.counts: dict[tuple, int] = defaultdict(int)
+
+    @staticmethod
+    def key(image: np.ndarray, attributes: dict) -> tuple:
+        return image.shape, attributes.get("view")
+
+    def add(self, image: np.ndarray, attributes: dict) -> None:
+        key = self.key(image, attributes)
+        if key not in self.sums:
+            self.sums[key] = np.zeros(image.shape)
+        self.sums[key] += image
+        self.counts[key] += 1
+
+    def mean(self, key: tuple, without: "MeanImages | None" = None) -> np.ndarray | None:
+        """float32 mean of this view and shape, less the images of `without`; None where nothing is left."""
+        total, count = self.sums.get(key), self.counts.get(key, 0)
+        if without is not None and key in without.sums:
+            total, count = total - without.sums[key], count - without.counts[key]
+        return (total / count).astype(np.float32) if count else None
+
+
+def mean_of(items: Iterable[tuple[np.ndarray, dict]]) -> MeanImages:
+    means = MeanImages()
+    for image, attributes in items:
+        means.add(image, attributes)
+    return means
+
+
+def training_means(
+    train: Path, subjects: Collection[str] | None, evaluated: Collection[str]
+) -> tuple[MeanImages, int]:
+    """Mean over the training images and their number; subjects under evaluation are left out."""
+
+    def is_free(record: ImageRecord) -> bool:
+        return record.subject not in evaluated
+
+    records = filter(is_free, read_images(train, subjects=subjects))
+    means = mean_of((record.image, record.attributes) for record in records)
+    return means, sum(means.counts.values())
+
+
+def mean_images(pairs: list[Pair], training: MeanImages | None) -> list[np.ndarray | None]:
+    """The mean image of every pair's view."""
+    keys = [MeanImages.key(pair.real, pair.attributes) for pair in pairs]
+    if training is not None:
+        made = {key: training.mean(key) for key in set(keys)}
+        return [made[key] for key in keys]
+    everyone = mean_of((pair.real, pair.attributes) for pair in pairs)
+    made = {}
+    for subject in dict.fromkeys(pair.subject for pair in pairs):
+        own = mean_of((pair.real, pair.attributes) for pair in pairs if pair.subject == subject)
+        made.update({(subject, key): everyone.mean(key, without=own) for key in own.sums})
+    return [made[pair.subject, key] for pair, key in zip(pairs, keys, strict=True)]
+
+
+def make_rows(
+    pairs: list[Pair], baselines: Collection[str], *, training: MeanImages | None, seed: int
+) -> dict[str, list[np.ndarray | None]]:
+    """Every row of the table: an image (or None) for each pair. A row without any image is left out."""
+    partners = random_partners(pairs, seed)
+    rows: dict[str, list[np.ndarray | None]] = {
+        "generated": [pair.generated[0] for pair in pairs],
+        "reconstruction": [pair.reconstruction for pair in pairs],
+    }
+    if "mean_image" in baselines:
+        rows["mean_image"] = mean_images(pairs, training)
+    if "random_real" in baselines:
+        rows["random_real"] = [None if i is None else pairs[i].real for i in partners]
+    if "shuffled" in baselines:
+        rows["shuffled"] = [None if i is None else pairs[i].generated[0] for i in partners]
+    return {name: images for name, images in rows.items() if any(image is not None for image in images)}

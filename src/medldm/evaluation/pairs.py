@@ -1,0 +1,200 @@
+"""Two folders of images, matched one to one by name, with all that is known of each image."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from medldm.data.edges import EdgeRecipe
+from medldm.data.readers import ImageRecord, load_index, open_hdf5, read_images
+from medldm.data.splits import read_splits
+from medldm.errors import InputError
+
+IDENTITY = ("view", "phase", "slice_index")
+THIRDS = ("first", "middle", "last")
+CARDIAC_NAMES = {"view": ["SA", "LA"], "phase": ["ED", "ES"]}
+
+
+@dataclass
+class Pair:
+    """A generated image (K samples of it) and the real one of the same name; (C, *S) float32 in [-1, 1]."""
+
+    id: str
+    subject: str
+    real: np.ndarray
+    generated: list[np.ndarray]
+    reconstruction: np.ndarray | None
+    edges: np.ndarray | None  # (1, *S) {0, 1}: the condition, else the edges stored with the real image
+    mask: np.ndarray | None
+    edges_from_real: bool | None  # whether the condition's edges are those of the very test image
+    attributes: dict
+
+    @property
+    def place(self) -> tuple:
+        """What a stand-in must share: shape, view and phase."""
+        return self.real.shape, self.attributes.get("view"), self.attributes.get("phase")
+
+    @property
+    def slice_third(self) -> str | None:
+        """Which third of its stack the slice lies in; None for stacks of fewer than three."""
+        index, num = self.attributes.get("slice_index"), self.attributes.get("num_slices")
+        if index is None or num is None or num < 3:
+            return None
+        return THIRDS[min(2, 3 * int(index) // int(num))]
+
+
+def read_folder(path: Path, *, ids: Collection[str] | None = None, sample: int = 0) -> dict[str, ImageRecord]:
+    """Every image of a folder by name; InputError where two files would have the same name."""
+    records: dict[str, ImageRecord] = {}
+    for record in read_images(path, ids=ids, sample=sample):
+        if record.id in records:
+            raise InputError(f"{path}: two images are named {record.id}; put one of them elsewhere")
+        records[record.id] = record
+    return records
+
+
+def read_matching(path: Path, ids: Collection[str], against: Path) -> dict[str, ImageRecord]:
+    """The images of `path` with these names; every name must be there."""
+    first = next(islice(read_images(path), 1))
+    try:
+        records = read_folder(path, ids=ids)
+    except InputError as error:
+        if path.exists() and "holds no images that fit" in str(error):
+            raise InputError(
+                f"{against}: no image has a name in common with {path} "
+                f"('{sorted(ids)[0]}' here, '{first.id}' there); give folders whose files are named alike"
+            ) from error
+        raise
+    missing = sorted(set(ids) - records.keys())
+    if missing:
+        raise InputError(
+            f"{against}: '{missing[0]}' has no image of that name in {path} "
+            f"({len(missing)} of {len(ids)} missing); take it out or add its reference"
+        )
+    return records
+
+
+def read_samples(path: Path) -> list[dict[str, ImageRecord]]:
+    """The K samples of every condition: `images_1`, ... in the HDF5 files, or folders `sample_1/`, ..."""
+    folders = sorted(path.glob("sample_*/"), key=lambda folder: int(re.sub(r"\D", "", folder.name) or 0))
+    files = sorted(path.glob("*.h5"))
+    if folders and not files:
+        samples = [read_folder(folder) for folder in folders]
+    else:
+        num_samples = 1
+        while files and f"images_{num_samples}" in open_hdf5(files[0]):
+            num_samples += 1
+        samples = [read_folder(path, sample=k) for k in range(num_samples)]
+        samples += [read_folder(folder) for folder in folders]
+    for extra in samples[1:]:
+        if extra.keys() != samples[0].keys():
+            name = sorted(extra.keys() ^ samples[0].keys())[0]
+            raise InputError(f"{path}: '{name}' does not have as many samples as the others; sample again")
+    return samples
+
+
+def check_pair(record: ImageRecord, real: ImageRecord, folder: Path) -> None:
+    """InputError where the two cannot be the same image."""
+    if record.image.shape != real.image.shape:
+        raise InputError(
+            f"{folder}: '{record.id}' has shape {record.image.shape} and its reference {real.image.shape}; "
+            "generate at the size of the reference"
+        )
+    for name in IDENTITY:
+        here, there = record.attributes.get(name), real.attributes.get(name)
+        if here is not None and there is not None and here != there:
+            raise InputError(
+                f"{folder}: '{record.id}' is {name} {here} and its reference {name} {there}; "
+                "the files list their slices in different orders"
+            )
+    if not np.isfinite(record.image).all():
+        raise InputError(f"{folder}: '{record.id}' holds values that are not finite; sample it again")
+
+
+def same_edges(record: ImageRecord, real: ImageRecord) -> bool | None:
+    """Whether the condition's edges are those stored with the test image; None where either is unknown."""
+    if record.edges is None or real.edges is None:
+        return None if real.edges is None else True
+    return bool(np.array_equal(record.edges, real.edges))
+
+
+def make_pairs(generated: Path, reference: Path, reconstruction: Path | None) -> list[Pair]:
+    """Match the folders by image name; the reference is restricted to what was generated.
+
+    Raises InputError naming the file where a name has no partner or shapes differ.
+    """
+    samples = read_samples(generated)
+    ids = samples[0].keys()
+    reals = read_matching(reference, ids, generated)
+    rebuilt = read_matching(reconstruction, ids, generated) if reconstruction else {}
+    pairs = []
+    for name, record in samples[0].items():
+        real, again = reals[name], rebuilt.get(name)
+        for sample in samples:
+            check_pair(sample[name], real, generated)
+        if again is not None:
+            check_pair(again, real, reconstruction)
+        pairs.append(
+            Pair(
+                id=name,
+                subject=real.subject,
+                real=real.image,
+                generated=[sample[name].image for sample in samples],
+                reconstruction=None if again is None else again.image,
+                edges=real.edges if record.edges is None else record.edges,
+                mask=real.mask if record.mask is None else record.mask,
+                edges_from_real=same_edges(record, real),
+                attributes={**record.attributes, **real.attributes},
+            )
+        )
+    return pairs
+
+
+def known_facts(reference: Path) -> dict:
+    """index.json of the reference where it is a prepared folder, else nothing."""
+    return load_index(reference) if (reference / "index.json").is_file() else {}
+
+
+def edge_recipe(facts: dict) -> EdgeRecipe:
+    """The recipe that the data was prepared with, else the published one."""
+    stated = dict((facts.get("preprocess") or {}).get("edges") or {})
+    known = {name: stated[name] for name in EdgeRecipe.__dataclass_fields__ if name in stated}
+    if known.get("thresholds"):
+        known["thresholds"] = tuple(known["thresholds"])
+    return EdgeRecipe(**{**known, "source": "image"})
+
+
+def name_of(kind: str, value: object, facts: dict) -> str | None:
+    """'SA' for view 0: by the names that the data set gives, else the number."""
+    if value is None:
+        return None
+    names = facts.get(f"{kind}_names") or CARDIAC_NAMES[kind]
+    return names[int(value)] if int(value) < len(names) else str(value)
+
+
+def group_members(pairs: list[Pair], facts: dict) -> dict[str, list[str | None]]:
+    """View, phase and slice third of every image; a group with fewer than two values is left out."""
+    members = {
+        kind: [name_of(kind, p.attributes.get(kind), facts) for p in pairs] for kind in ("view", "phase")
+    }
+    members["slice_third"] = [pair.slice_third for pair in pairs]
+    return {kind: names for kind, names in members.items() if len(set(names) - {None}) > 1}
+
+
+def training_subjects(train: Path, split_name: str) -> set[str] | None:
+    """Subjects of the training part where `train` is a prepared folder; None for any other folder."""
+    path = train / "splits.json"
+    if not path.is_file():
+        return None
+    splits = read_splits(path)
+    if split_name not in splits:
+        raise InputError(f"train_split={split_name}: {path} has {', '.join(splits)}")
+    return set(splits[split_name]["train"])
+
+
+def count_subjects(pairs: Iterable[Pair]) -> Counter:
+    return Counter(pair.subject for pair in pairs)

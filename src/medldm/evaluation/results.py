@@ -1,0 +1,172 @@
+"""The content of metrics.json and per_case.csv: numbers with n, range, implementation, networks, seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from medldm.evaluation.baselines import DESCRIPTIONS
+from medldm.evaluation.measure import Measured, Tools, distances
+from medldm.evaluation.pairs import Pair, count_subjects
+from medldm.metrics.adherence import definition
+from medldm.metrics.image import DEFINITIONS, HIGHER_IS_BETTER
+from medldm.metrics.summary import Bootstrap, Table, paired_differences, summarise, summarise_groups
+from medldm.networks.features import FEATURE_NETS
+
+PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
+FROM_REAL = (
+    "the edges come from the very test image: paired metrics then measure how well the image is rebuilt from "
+    "its own outlines, not synthesis from a drawing"
+)
+
+
+def jsonable(value: object) -> object:
+    """Plain JSON: infinities as strings, NaN as null, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.generic):
+        return jsonable(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return str(value) if isinstance(value, Path) else value
+
+
+def table_dict(table: Table) -> dict:
+    return {row: {name: item.as_dict() for name, item in metrics.items()} for row, metrics in table.items()}
+
+
+def describe_condition(pairs: Sequence[Pair]) -> dict:
+    """Whether the conditioning edges are those of the test images: paired numbers then mean less."""
+    known = [pair.edges_from_real for pair in pairs if pair.edges_from_real is not None]
+    if not known:
+        return {"edges_from_test_image": None, "note": "no conditioning edges are stored with these images"}
+    share = sum(known) / len(known)
+    note = (
+        FROM_REAL if share else "the edges differ from those of the test images (degraded, drawn or absent)"
+    )
+    return {"edges_from_test_image": share, "note": note}
+
+
+def describe_networks(tools: Tools) -> dict:
+    """Every distribution metric by name: its network and hash, or why it is missing."""
+    out: dict[str, dict] = {}
+    for name, network in tools.networks.items():
+        entry = FEATURE_NETS[name]
+        facts = {"network": entry.description, "sha256": network.sha256, "num_features": network.num_features}
+        out[entry.frechet_name] = {**facts, "estimator": "Frechet distance, float64, unbiased covariance"}
+        out[entry.kernel_name] = {**facts, "estimator": "unbiased MMD^2, polynomial kernel (x.y / D + 1)^3"}
+    if tools.lpips is not None:
+        out["lpips"] = {"network": "LPIPS on [-1, 1], grey repeated", "sha256": tools.lpips.sha256}
+    return out | {name: {"missing": why} for name, why in tools.missing.items()}
+
+
+def warn_small(distribution: Mapping[str, dict], networks: Mapping[str, dict]) -> list[str]:
+    """One line for every Frechet distance whose n is below its feature dimension."""
+    lines = []
+    for name, score in distribution.get("generated", {}).items():
+        size = networks[name]["num_features"]
+        n = min(score["n"], score["n_reference"])
+        if "Frechet" in networks[name]["estimator"] and n < size:
+            lines.append(
+                f"{name}: n = {n} is below the {size} features, so the covariance is singular and the number "
+                "biased upward; compare only at equal n, and read the kernel distance beside it"
+            )
+    return lines
+
+
+def definitions(measured: Measured) -> dict[str, str]:
+    names = dict.fromkeys(name for metrics in measured.values.values() for name in metrics)
+    known = {
+        **DEFINITIONS,
+        "lpips": "LPIPS, lower is closer",
+        "diversity_rmse": "mean pairwise RMSE on [0, 1] between the K samples of a condition",
+        **{f"edge_f1_{t}px": definition(t) for t in range(1, 10)},
+    }
+    return {name: known.get(name, "") for name in names}
+
+
+def group_distances(
+    measured: Measured,
+    subjects: Sequence[str],
+    groups: Mapping[str, Sequence[str | None]],
+    kernel: Mapping[str, int],
+    seed: int,
+) -> dict:
+    """Distribution metrics within every group."""
+    return {
+        group: {
+            label: distances(measured, subjects, np.array([m == label for m in members]), kernel, seed)
+            for label in sorted({m for m in members if m is not None})
+        }
+        for group, members in groups.items()
+    }
+
+
+def build_results(
+    pairs: Sequence[Pair],
+    measured: Measured,
+    tools: Tools,
+    groups: Mapping[str, Sequence[str | None]],
+    bootstrap: Bootstrap,
+    kernel: Mapping[str, int],
+) -> dict:
+    """Everything that metrics.json says about the numbers; the command adds paths and provenance."""
+    subjects = [pair.subject for pair in pairs]
+    networks = describe_networks(tools)
+    everyone = np.ones(len(pairs), bool)
+    distribution = distances(measured, subjects, everyone, kernel, bootstrap.seed)
+    num_subjects = len(count_subjects(pairs))
+    return {
+        "schema_version": 1,
+        "n": {
+            "images": len(pairs),
+            "subjects": num_subjects,
+            "samples_per_condition": len(pairs[0].generated),
+        },
+        "image_shape": list(pairs[0].real.shape),
+        "data_range": "images clamped to [-1, 1], mapped to [0, 1]; data range 1",
+        "aggregation": f"mean over images; {bootstrap.level:.0%} percentile bootstrap over subjects, "
+        f"{bootstrap.num_resamples} resamples, seed {bootstrap.seed}",
+        "rows": table_dict(summarise(measured.values, subjects, bootstrap)),
+        "distribution": distribution,
+        "differences": table_dict(paired_differences(measured.values, subjects, "generated", bootstrap)),
+        "groups": {
+            group: {label: table_dict(table) for label, table in tables.items()}
+            for group, tables in summarise_groups(measured.values, subjects, groups, bootstrap).items()
+        },
+        "group_distribution": group_distances(measured, subjects, groups, kernel, bootstrap.seed),
+        "definitions": definitions(measured),
+        "higher_is_better": sorted(HIGHER_IS_BETTER),
+        "row_definitions": {
+            **{row: DESCRIPTIONS[row] for row in measured.values},
+            "real_halves": "half of the real subjects against the other half: what real images score",
+        },
+        "networks": networks,
+        "warnings": warn_small(distribution, networks),
+        "condition": describe_condition(pairs),
+        "seed": bootstrap.seed,
+        "software": {name: version(name) for name in PACKAGES},
+    }
+
+
+def case_columns(
+    pairs: Sequence[Pair], measured: Measured, groups: Mapping[str, Sequence[str | None]]
+) -> tuple[list[str], list[list]]:
+    """Header and lines of per_case.csv: one line an image and row kind."""
+    metrics = list(definitions(measured))
+    header = ["row", "id", "subject", *groups, "slice_index", "num_slices", *metrics]
+    lines = []
+    for row, values in measured.values.items():
+        for i, pair in enumerate(pairs):
+            numbers = [values[name][i] if name in values else math.nan for name in metrics]
+            if all(math.isnan(number) for number in numbers):
+                continue
+            facts = [members[i] for members in groups.values()]
+            place = [pair.attributes.get("slice_index"), pair.attributes.get("num_slices")]
+            cells = ["" if math.isnan(number) else f"{number:.8g}" for number in numbers]
+            lines.append([row, pair.id, pair.subject, *facts, *place, *cells])
+    return header, lines

@@ -1,0 +1,176 @@
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+from conftest import smooth_images, write_case
+
+from medldm.commands import evaluate
+from medldm.evaluation.baselines import mean_images, random_partners
+from medldm.evaluation.pairs import make_pairs
+
+QUICK = ("metrics.bootstrap.num_resamples=200", "panel_rows=1", "paths.weights=null")
+
+
+def paths(folder):
+    return f"generated={folder}/samples", f"reference={folder}/data", f"output={folder}/evaluation"
+
+
+def run(call, folder, *more):
+    status, out, err = call(evaluate, *paths(folder), *QUICK, *more)
+    assert status == 0, err
+    return json.loads((folder / "evaluation" / "metrics.json").read_text()), out
+
+
+def test_evaluate_writes_numbers_cases_and_panels(call, folders):
+    results, out = run(call, folders)
+    rows = results["rows"]
+    assert results["n"] == {"images": 24, "subjects": 3, "samples_per_condition": 1}
+    assert set(rows) == {"real", "generated", "mean_image", "random_real", "shuffled"}
+    assert rows["generated"]["nmse_var"]["mean"] < 0.5 < rows["shuffled"]["nmse_var"]["mean"]
+    assert rows["real"]["edge_f1_1px"]["n"] == 24
+    low, high = rows["generated"]["ssim"]["ci95"]
+    assert low <= rows["generated"]["ssim"]["mean"] <= high
+    assert results["differences"]["random_real"]["ssim"]["ci95"][0] > 0
+    assert set(results["groups"]) == {"view", "phase", "slice_third"}
+    assert results["groups"]["view"]["LA"]["generated"]["ssim"]["n"] == 6
+    assert results["groups"]["slice_third"]["first"]["generated"]["ssim"]["n"] == 6
+    assert results["condition"]["edges_from_test_image"] == 0
+    assert results["provenance"]["generated"]["checkpoint_sha256"] == "abc123"
+    assert str(folders / "evaluation" / "metrics.json") in out
+    assert all(
+        (folders / "evaluation" / "panels" / f"{kind}.png").is_file() for kind in ("best", "median", "worst")
+    )
+
+
+def test_per_case_lines_average_to_the_table(call, folders):
+    results, _ = run(call, folders)
+    with open(folders / "evaluation" / "per_case.csv") as file:
+        lines = [line for line in csv.DictReader(file) if line["row"] == "generated"]
+    assert len(lines) == 24 and {line["view"] for line in lines} == {"SA", "LA"}
+    mean = np.mean([float(line["psnr"]) for line in lines])
+    assert mean == pytest.approx(results["rows"]["generated"]["psnr"]["mean"], rel=1e-6)
+
+
+def test_missing_inception_weights_leave_the_rest_running(call, folders, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(folders / "nowhere"))
+    results, out = run(call, folders)
+    for name in ("fid", "kid"):
+        assert "pt_inception-2015-12-05-6726825d.pth" in results["networks"][name]["missing"]
+    score = results["distribution"]["generated"]["frechet_random_conv"]
+    assert score["n"] == score["n_reference"] == 24 and score["value"] > 0
+    assert len(results["networks"]["frechet_random_conv"]["sha256"]) == 64
+    assert "fid" not in results["distribution"]["generated"]
+    assert any("n = 24 is below the 224 features" in line for line in results["warnings"])
+
+
+def test_identical_folders_score_perfectly(call, folders):
+    results, _ = run(call, folders, f"generated={folders}/data")
+    rows = results["rows"]["generated"]
+    assert rows["ssim"]["mean"] == pytest.approx(1) and rows["nmse_var"]["mean"] == 0
+    assert rows["psnr"]["mean"] == "inf"
+    assert results["distribution"]["generated"]["frechet_random_conv"]["value"] < 1e-6
+    assert results["condition"]["edges_from_test_image"] == 1
+    assert "very test image" in results["condition"]["note"]
+
+
+def test_results_repeat_under_the_same_seed(call, folders):
+    first, _ = run(call, folders, "seed=3")
+    again, _ = run(call, folders, "seed=3")
+    assert first["rows"] == again["rows"] and first["distribution"] == again["distribution"]
+
+
+def test_mean_image_comes_from_training_subjects_only(call, folders):
+    results, _ = run(call, folders, f"train={folders}/data")
+    assert results["mean_image"].startswith("mean over 8 training images, split 'default'")
+
+
+def test_mean_image_leaves_the_judged_subject_out(folders):
+    pairs = make_pairs(folders / "samples", folders / "data", None)
+    means = mean_images(pairs, None)
+    others = [p.real for p in pairs if p.subject != "001" and p.attributes["view"] == 1]
+    assert np.allclose(means[0], np.mean(others, 0), atol=1e-6)
+
+
+def test_partners_are_other_subjects_of_the_same_view_and_phase(folders):
+    pairs = make_pairs(folders / "samples", folders / "data", None)
+    partners = random_partners(pairs, seed=0)
+    assert partners == random_partners(pairs, seed=0) != random_partners(pairs, seed=1)
+    for pair, i in zip(pairs, partners, strict=True):
+        assert pairs[i].subject != pair.subject and pairs[i].place == pair.place
+
+
+def test_reconstruction_is_a_row(call, folders):
+    results, _ = run(call, folders, f"reconstruction={folders}/samples")
+    assert results["rows"]["reconstruction"]["mae"] == results["rows"]["generated"]["mae"]
+
+
+def test_several_samples_give_mean_best_and_diversity(call, folders):
+    for i, subject in enumerate(("001", "002", "003")):
+        images = smooth_images(8, 32, seed=i)
+        path = folders / "samples" / f"{subject}.h5"
+        path.unlink()
+        write_case(path, images + 0.2, extra={"images_1": images - 0.1})
+    results, _ = run(call, folders)
+    rows = results["rows"]
+    assert results["n"]["samples_per_condition"] == 2
+    best, mean = rows["generated_best_of_k"]["rmse"]["mean"], rows["generated_mean_of_k"]["rmse"]["mean"]
+    assert best < mean < rows["generated"]["rmse"]["mean"]
+    assert rows["generated_mean_of_k"]["diversity_rmse"]["mean"] == pytest.approx(0.15, abs=0.01)
+
+
+def test_png_folders_are_compared_too(call, tmp_path):
+    images = smooth_images(6, 32, seed=0)
+    for folder, shift in (("samples", 4), ("data", 0)):
+        (tmp_path / folder).mkdir()
+        for i, image in enumerate(images):
+            grey = np.clip((image + 1) * 127.5 + shift, 0, 255).round().astype(np.uint8)
+            cv2.imwrite(str(tmp_path / folder / f"p{i % 3}_{i:03d}.png"), grey)
+    results, _ = run(call, tmp_path)
+    assert results["n"]["images"] == 6 and results["n"]["subjects"] == 3
+    assert results["rows"]["generated"]["mae"]["mean"] == pytest.approx(4 / 255, rel=0.05)
+    assert "edge_f1_1px" not in results["rows"]["generated"]
+
+
+def fail(call, folder, *more):
+    status, _, err = call(evaluate, *paths(folder), *QUICK, *more)
+    lines = [line for line in err.splitlines() if not line.startswith("Error executing job")]  # Hydra's own
+    assert status == 2 and len(lines) == 1, err
+    assert not (folder / "evaluation").exists()
+    return err
+
+
+def test_a_missing_folder_is_named(call, folders):
+    assert f"{folders}/nothing" in fail(call, folders, f"generated={folders}/nothing")
+    assert f"{folders}/nothing" in fail(call, folders, f"reference={folders}/nothing")
+
+
+def test_a_shape_that_differs_is_named(call, folders):
+    (folders / "samples" / "002.h5").unlink()
+    write_case(folders / "samples" / "002.h5", smooth_images(8, 24, seed=1))
+    assert "'002_000' has shape (1, 24, 24) and its reference (1, 32, 32)" in fail(call, folders)
+
+
+def test_names_without_a_partner_are_told(call, folders):
+    write_case(folders / "other" / "x.h5", smooth_images(8, 32, seed=1))
+    assert "no image has a name in common" in fail(call, folders, f"generated={folders}/other")
+    write_case(folders / "samples" / "x.h5", smooth_images(8, 32, seed=1))
+    assert "'x_000' has no image of that name" in fail(call, folders)
+
+
+def test_slices_in_another_order_are_not_compared(call, folders):
+    path = folders / "samples" / "002.h5"
+    path.unlink()
+    write_case(path, smooth_images(8, 32, seed=1))
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        file["phase"][:] = 1 - file["phase"][:]
+    assert "is phase 1 and its reference phase 0" in fail(call, folders)
+
+
+def test_unknown_metrics_and_baselines_are_named(call, folders):
+    assert "no metric 'sim'" in fail(call, folders, "metrics.image=[sim]")
+    assert "no network 'vgg'" in fail(call, folders, "metrics.features=[vgg]")
+    assert "no baseline 'zero'" in fail(call, folders, "metrics.baselines=[zero]")
