@@ -5,8 +5,8 @@
 #   RAW     the dataset as published          ROOT  the prepared dataset (made)     RUNS  trainings, samples, evaluation
 #   GPU     rtx3090 (24 GB, default), a6000 (48 GB) or cpu: sbatch options, and batches that make 36 an update
 #   STAGES  the stages to submit, e.g. "ldm sample evaluate report"; those left out count as done
-#   DATA    dataset (default mnms2)           SBATCH_OPTIONS  added to every sbatch, e.g. --partition=gpu
-#   GRES    default gpu:1                     DRY_RUN=1       prints the sbatch lines and submits nothing
+#   DATA    dataset, e.g. folder (default mnms2)  SBATCH_OPTIONS  added to every sbatch, e.g. --partition=gpu
+#   GRES    default gpu:1                         DRY_RUN=1       prints the sbatch lines and submits nothing
 
 # shellcheck source-path=SCRIPTDIR disable=SC2034,SC2154
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -30,19 +30,19 @@ case $GPU in  # 36 images an update everywhere
 esac
 [[ " $* " != *debug=* ]] || vqvae_batch=() ldm_batch=()  # a debug run has its own, tiny ones
 loading=(data.num_workers="$workers")
-root=data.root=$(quoted "$ROOT")
+dataset=(data="${DATA:-mnms2}" data.root="$(quoted "$ROOT")")
 first_stage=$(quoted "$RUNS/vqvae/checkpoints/best.ckpt")
 denoiser=$(quoted "$RUNS/ldm/checkpoints/best.ckpt")
 
-submit prepare cpu "" prepare data="${DATA:-mnms2}" data.raw="$(quoted "$RAW")" "$root"
-submit vqvae train "prepare" train experiment=cardiac2d/vqvae "$root" run_dir="$(quoted "$RUNS/vqvae")" resume=auto \
+submit prepare cpu "" prepare "${dataset[@]}" data.raw="$(quoted "$RAW")"
+submit vqvae train "prepare" train experiment=cardiac2d/vqvae "${dataset[@]}" run_dir="$(quoted "$RUNS/vqvae")" resume=auto \
   ${vqvae_batch[@]+"${vqvae_batch[@]}"} "${loading[@]}"
-submit encode gpu "vqvae" encode checkpoint="$first_stage" "$root"
-submit ldm train "encode" train experiment=cardiac2d/ldm "$root" model.first_stage.checkpoint="$first_stage" \
+submit encode gpu "vqvae" encode checkpoint="$first_stage" "${dataset[@]}"
+submit ldm train "encode" train experiment=cardiac2d/ldm "${dataset[@]}" model.first_stage.checkpoint="$first_stage" \
   data.latents=auto run_dir="$(quoted "$RUNS/ldm")" resume=auto ${ldm_batch[@]+"${ldm_batch[@]}"} "${loading[@]}"
-submit reconstruction gpu "vqvae" sample checkpoint="$first_stage" "$root" split=test \
+submit reconstruction gpu "vqvae" sample checkpoint="$first_stage" "${dataset[@]}" split=test \
   output="$(quoted "$RUNS/reconstruction")"
-submit sample gpu "ldm" sample checkpoint="$denoiser" "$root" split=test output="$(quoted "$RUNS/samples")"
+submit sample gpu "ldm" sample checkpoint="$denoiser" "${dataset[@]}" split=test output="$(quoted "$RUNS/samples")"
 submit evaluate gpu "reconstruction sample" evaluate generated="$(quoted "$RUNS/samples")" \
   reference="$(quoted "$ROOT")" reconstruction="$(quoted "$RUNS/reconstruction")" train="$(quoted "$ROOT")" \
   output="$(quoted "$RUNS/evaluation")" metrics=synthesis

@@ -42,6 +42,7 @@ read_arguments() {
       is_in "${BASH_REMATCH[1]}" "${stages[@]}" || fail "'$argument': no stage '${BASH_REMATCH[1]}'; choose from ${stages[*]}"
     fi
     case $argument in
+      data=*) fail "'$argument': set DATA=... before the script's name" ;;
       data.raw=*) fail "'$argument': set RAW=... before the script's name" ;;
       data.root=*) fail "'$argument': set ROOT=... before the script's name; the evaluation reads it too" ;;
       run_dir=*) fail "'$argument': set RUNS=... before the script's name; each stage has its folder there" ;;
@@ -59,7 +60,7 @@ overrides_of() {  # overrides_of STAGE: fills `own` with the user's overrides of
       continue
     fi
     case $argument in
-      data.* | +data.* | ++data.* | data=*) is_in "$stage" "${data_stages[@]}" || continue ;;
+      data.* | +data.* | ++data.*) is_in "$stage" "${data_stages[@]}" || continue ;;
       debug=*) is_in "$stage" "${debug_stages[@]}" || continue ;;
       *) is_in "$stage" "${train_stages[@]}" || continue ;;
     esac

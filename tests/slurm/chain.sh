@@ -34,15 +34,23 @@ check "the stages after it are cancelled" test "$(job_states "$work/broken.txt")
   "ldm:FAILED sample:CANCELLED evaluate:CANCELLED report:CANCELLED "
 check "its log names the file" grep -h "medldm train: .*/nowhere.ckpt" "$work"/broken/slurm/*ldm*.out
 
-run=$work/requeued num_steps=${NUM_STEPS:-60}
-rows() { tail -n +2 "$run/metrics.csv" 2>/dev/null | wc -l; }
-has_rows() { [ "$(rows)" -ge "$1" ]; }
+# The signal comes once ten updates are saved; what was trained before the requeue is not trained again.
+run=$work/requeued num_steps=${NUM_STEPS:-150}
+is_saved() { [ -s "$run/checkpoints/last.ckpt" ]; }
+last_step() {
+  "$MEDLDM_PYTHON" - "$run/checkpoints/last.ckpt" <<<'import sys, torch; print(torch.load(sys.argv[1], weights_only=True)["global_step"])'
+}
+logged_steps() { tail -n +2 "$run/metrics.csv" | awk -F, -v n="$num_steps" '$1 < n && !seen[$1]++ {count++} END {print count + 0}'; }
 job=$(sbatch --parsable --output="$work/requeued.out" --time=20 "$slurm/job.sbatch" train experiment=cardiac2d/vqvae \
-  debug=tiny data.root="$work/prepared" run_dir="$run" resume=auto trainer.max_steps="$num_steps")
-wait_until 120 eval 'has_rows 1 || has_ended "$job"'
-check "the training logs" has_rows 1
+  debug=tiny data.root="$work/prepared" run_dir="$run" resume=auto trainer.max_steps="$num_steps" \
+  callbacks.checkpoints.every_n_steps=10)
+wait_until 120 eval 'is_saved || has_ended "$job"'
+check "the training saves" is_saved
 scancel --signal=USR1 --batch "$job"
 wait_until 300 has_ended "$job"
 check "USR1: it is requeued, goes on and completes" has_state "$job" COMPLETED || cat "$work/requeued.out"
-check "it started twice" grep -q "start 2 on" "$work/requeued.out"
+check "it started twice" grep "start 2 on" "$work/requeued.out"
+check "it went on from its checkpoint" grep -E "resuming .* at step [1-9]" "$work/requeued.out"
+check "it ends with the right number of steps" test "$(last_step)" = "$num_steps"
+check "every step is logged once" test "$(logged_steps)" = "$num_steps"
 finish
