@@ -1,0 +1,40 @@
+"""medldm prepare: raw images -> prepared cases, index.json and splits.json.
+
+    medldm prepare data=mnms2 data.raw=DIR data.root=OUT
+    medldm prepare data=folder data.raw=DIR data.root=OUT data.spatial_dims=3
+
+data              mnms2 (M&Ms-2 as published) or folder (images/ and masks/, or manifest.csv)
+data.raw          the raw dataset; data.root: folder to write to
+data.num_workers  processes (0: none beside this one)
+data.image_size   grid of the prepared images; data.spatial_dims: 2 or 3
+data.preprocess.* resizing, intensity, labels, edges, storage
+
+It can be stopped and started again: finished cases are kept as long as raw files and preprocessing are the same.
+A bad file ends the run with one line that names it.
+"""
+
+from typing import TYPE_CHECKING
+
+from medldm.commands import run_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def task(cfg: "DictConfig") -> None:
+    from omegaconf import OmegaConf
+
+    from medldm.data.prepare import prepare_dataset
+
+    raw, root = cfg.data.raw, cfg.data.root
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits")
+    print(prepare_dataset(raw=raw, root=root, **{key: data[key] for key in keys}))
+
+
+def main() -> None:
+    run_command(task, "prepare", __doc__)
+
+
+if __name__ == "__main__":
+    main()
