@@ -133,6 +133,21 @@ def test_png_folders_are_compared_too(call, tmp_path):
     assert "edge_f1_1px" not in results["rows"]["generated"]
 
 
+def test_a_part_of_a_case_is_matched_by_its_rows(folders):
+    import h5py
+
+    path = folders / "samples" / "002.h5"
+    path.unlink()
+    write_case(path, smooth_images(8, 32, seed=1)[4:], extra={"row": np.arange(4, 8)})
+    with h5py.File(path, "r+") as file, h5py.File(folders / "data" / "cases" / "002.h5") as whole:
+        for name in ("view", "phase", "slice_index", "num_slices"):
+            file[name][:] = whole[name][4:]
+    pairs = make_pairs(folders / "samples", folders / "data", folders / "samples")
+    part = [pair for pair in pairs if pair.subject == "002"]
+    assert [pair.id for pair in part] == [f"002_{row:03d}" for row in range(4, 8)]
+    assert all(np.array_equal(pair.generated[0], pair.real) for pair in part)
+
+
 def fail(call, folder, *more):
     status, _, err = call(evaluate, *paths(folder), *QUICK, *more)
     lines = [line for line in err.splitlines() if not line.startswith("Error executing job")]  # Hydra's own

@@ -47,13 +47,29 @@ class Pair:
         return THIRDS[min(2, 3 * int(index) // int(num))]
 
 
+def stored_names(path: Path) -> dict[str, str]:
+    """Name by position -> name by row of the prepared case, for files that hold some of its slices."""
+    names: dict[str, str] = {}
+    for file in sorted(path.glob("*.h5")):
+        reader = open_hdf5(file)
+        if "row" in reader:
+            rows = reader.read("row").tolist()
+            names |= {f"{file.stem}_{i:03d}": f"{file.stem}_{row:03d}" for i, row in enumerate(rows)}
+    return names
+
+
 def read_folder(path: Path, *, ids: Collection[str] | None = None, sample: int = 0) -> dict[str, ImageRecord]:
     """Every image of a folder by name; InputError where two files would have the same name."""
+    names = stored_names(path)
+    wanted = ids if ids is None or not names else {old for old, new in names.items() if new in ids} | set(ids)
     records: dict[str, ImageRecord] = {}
-    for record in read_images(path, ids=ids, sample=sample):
-        if record.id in records:
-            raise InputError(f"{path}: two images are named {record.id}; put one of them elsewhere")
-        records[record.id] = record
+    for record in read_images(path, ids=wanted, sample=sample):
+        name = names.get(record.id, record.id)
+        if ids is not None and name not in ids:
+            continue
+        if name in records:
+            raise InputError(f"{path}: two images are named {name}; put one of them elsewhere")
+        records[name] = record._replace(id=name)
     return records
 
 
@@ -82,14 +98,11 @@ def read_samples(path: Path) -> list[dict[str, ImageRecord]]:
     """The K samples of every condition: `images_1`, ... in the HDF5 files, or folders `sample_1/`, ..."""
     folders = sorted(path.glob("sample_*/"), key=lambda folder: int(re.sub(r"\D", "", folder.name) or 0))
     files = sorted(path.glob("*.h5"))
-    if folders and not files:
-        samples = [read_folder(folder) for folder in folders]
-    else:
-        num_samples = 1
-        while files and f"images_{num_samples}" in open_hdf5(files[0]):
-            num_samples += 1
-        samples = [read_folder(path, sample=k) for k in range(num_samples)]
-        samples += [read_folder(folder) for folder in folders]
+    num_samples = 0 if folders and not files and not any(path.glob("*.nii*")) else 1
+    while files and f"images_{num_samples}" in open_hdf5(files[0]):
+        num_samples += 1
+    samples = [read_folder(path, sample=k) for k in range(num_samples)]
+    samples += [read_folder(folder) for folder in folders]
     for extra in samples[1:]:
         if extra.keys() != samples[0].keys():
             name = sorted(extra.keys() ^ samples[0].keys())[0]

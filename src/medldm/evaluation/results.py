@@ -64,6 +64,14 @@ def describe_networks(tools: Tools) -> dict:
     return out | {name: {"missing": why} for name, why in tools.missing.items()}
 
 
+def warn_rescaled(pairs: Sequence[Pair]) -> list[str]:
+    """One line where values had to be brought into range: paired numbers then depend on how."""
+    num = sum(bool(pair.attributes.get("rescaled")) for pair in pairs)
+    return [
+        f"{num} images were outside [-1, 1] and rescaled by their own percentiles; paired numbers depend on it"
+    ][: bool(num)]
+
+
 def warn_small(distribution: Mapping[str, dict], networks: Mapping[str, dict]) -> list[str]:
     """One line for every Frechet distance whose n is below its feature dimension."""
     lines = []
@@ -146,7 +154,7 @@ def build_results(
             "real_halves": "half of the real subjects against the other half: what real images score",
         },
         "networks": networks,
-        "warnings": warn_small(distribution, networks),
+        "warnings": warn_rescaled(pairs) + warn_small(distribution, networks),
         "condition": describe_condition(pairs),
         "seed": bootstrap.seed,
         "software": {name: version(name) for name in PACKAGES},
