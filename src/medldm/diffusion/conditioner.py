@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.batch import Batch, expand_as, spatial_shape
+from medldm.diffusion.latent import latent_shape
 from medldm.errors import InputError
 from medldm.networks.layers import conv, group_norm
 
@@ -63,7 +64,9 @@ class NearestEncoder(nn.Module):
         self.project = conv(len(downsampling), in_channels, out_channels, kernel_size=1, bias=False)
 
     def forward(self, planes: Tensor) -> Tensor:
-        return self.project(F.interpolate(planes, latent_shape(planes, self.downsampling), mode="nearest"))
+        return self.project(
+            F.interpolate(planes, latent_shape(spatial_shape(planes), self.downsampling), mode="nearest")
+        )
 
 
 class Rescaler(nn.Module):
@@ -77,7 +80,9 @@ class Rescaler(nn.Module):
 
     def forward(self, planes: Tensor) -> Tensor:
         for strides in self.strides:
-            planes = F.interpolate(planes, latent_shape(planes, strides), mode=self.mode, align_corners=False)
+            planes = F.interpolate(
+                planes, latent_shape(spatial_shape(planes), strides), mode=self.mode, align_corners=False
+            )
         return self.project(planes)
 
 
@@ -134,7 +139,8 @@ class SpatialConditioner(nn.Module):
     Groups that drop: "edges", "mask", "attributes". Each sample loses edges with `drop_edges_prob`, the mask
     with `drop_mask_prob`, independently, and everything with `drop_all_prob`. A dropped plane is all zeros,
     which no real one-hot mask is; a dropped attribute contributes its learned null (index 0) or, for the
-    slice position, nothing. An attribute of -1 is unknown and counts as dropped.
+    slice position, nothing. An attribute of -1 is unknown and counts as dropped. `use_*` "auto" embeds
+    an attribute where the dataset states it.
 
     What a dataset decides (`num_*`, `downsampling`, `spatial_dims`, `embedding_dim`) is passed by the model,
     not by a config.
@@ -155,10 +161,10 @@ class SpatialConditioner(nn.Module):
         drop_edges_prob: float = 0.0,
         drop_mask_prob: float = 0.0,
         drop_all_prob: float = 0.0,
-        use_view: bool = False,
-        use_phase: bool = False,
-        use_label: bool = False,
-        use_slice_position: bool = False,
+        use_view: bool | str = False,
+        use_phase: bool | str = False,
+        use_label: bool | str = False,
+        use_slice_position: bool | str = False,
         num_views: int = 0,
         num_phases: int = 0,
         num_labels: int = 0,
@@ -201,18 +207,22 @@ class SpatialConditioner(nn.Module):
         )
         self.spade_channels = spade_out_channels if is_learned else num_planes if spade else 0
 
-        counts = {
-            "view": num_views if use_view else None,
-            "phase": num_phases if use_phase else None,
-            "label": num_labels if use_label else None,
+        counts = {"view": num_views, "phase": num_phases, "label": num_labels}
+        uses = {
+            "view": use_view,
+            "phase": use_phase,
+            "label": use_label,
+            "slice_position": use_slice_position,
         }
-        for name, count in counts.items():
-            if count == 0:
+        for name, use in uses.items():
+            if use not in (True, False, "auto"):
+                raise InputError(f"model.conditioner.use_{name}={use} is none of true, false, auto")
+            if use is True and counts.get(name) == 0:
                 raise InputError(
                     f"model.conditioner.use_{name}=true but the dataset has no {name}; set it to false"
                 )
-        counts = {name: count for name, count in counts.items() if count}
-        uses_attributes = bool(counts) or use_slice_position
+        counts = {name: count for name, count in counts.items() if count and uses[name]}
+        uses_attributes = bool(counts) or bool(use_slice_position)
         if uses_attributes and embedding_dim < 1:
             raise ValueError(
                 f"embedding_dim={embedding_dim}: embeddings of attributes need the size of the time embedding"
@@ -222,6 +232,7 @@ class SpatialConditioner(nn.Module):
             {name: nn.Embedding(count + 1, embedding_dim) for name, count in counts.items()}
         )
         self.position = scalar_mlp(embedding_dim) if use_slice_position else None
+        self.needs_position = use_slice_position is True
 
         used = {"edges": use_edges, "mask": use_mask, "attributes": uses_attributes}
         self.groups = tuple(name for name, is_used in used.items() if is_used)
@@ -270,7 +281,7 @@ class SpatialConditioner(nn.Module):
     def planes(self, batch: Batch, dropped: dict[str, Tensor]) -> Tensor:
         """(B, edges + classes, *S) float32 in {0, 1}, zero where dropped; edges, if used, are channel 0."""
         reference = require(batch, "edges" if self.use_edges else "mask")
-        check_divisible(spatial_shape(reference), self.downsampling)
+        latent_shape(spatial_shape(reference), self.downsampling)  # raises where the grid does not divide
         first_class = int(self.use_edges)
         shape = (len(reference), first_class + self.num_classes, *spatial_shape(reference))
         planes = torch.zeros(shape, dtype=torch.float32, device=reference.device)
@@ -282,16 +293,16 @@ class SpatialConditioner(nn.Module):
             planes[:, first_class:].scatter_(1, mask, kept)
         return planes
 
-    def embed(self, batch: Batch, drop: Tensor | None) -> Tensor:
-        """(B, embedding_dim), to be added to the time embedding."""
-        total = 0
+    def embed(self, batch: Batch, drop: Tensor | None) -> Tensor | None:
+        """(B, embedding_dim), to be added to the time embedding; None where the batch states nothing."""
+        terms = []
         for name, embedding in self.embeddings.items():
             index = require(batch, name).long() + 1
-            total = total + embedding(index if drop is None else index.masked_fill(drop, 0))
-        if self.position is not None:
+            terms.append(embedding(index if drop is None else index.masked_fill(drop, 0)))
+        if self.position is not None and (self.needs_position or "slice_position" in batch):
             position = require(batch, "slice_position").float()[:, None]
-            total = total + keep(self.position(position), drop)
-        return total
+            terms.append(keep(self.position(position), drop))
+        return sum(terms) if terms else None
 
 
 class NullConditioner(nn.Module):
@@ -374,21 +385,12 @@ def stage_strides(downsampling: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [tuple(2 if stage < e else 1 for e in exponents) for stage in range(max(exponents))]
 
 
-def latent_shape(x: Tensor, factors: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size // factor for size, factor in zip(spatial_shape(x), factors, strict=True))
-
-
-def check_divisible(shape: tuple[int, ...], factors: tuple[int, ...]) -> None:
-    if len(shape) != len(factors) or any(size % factor for size, factor in zip(shape, factors, strict=True)):
-        raise InputError(
-            f"data: images of {shape} do not divide by the first stage's factors {factors}; crop or pad"
-        )
-
-
 def unshuffle(x: Tensor, factors: tuple[int, ...]) -> Tensor:
     """(B, C, *S) -> (B, C prod(f), *S/f) for any number of axes and a factor for each."""
     dims = len(factors)
-    cells = [size for pair in zip(latent_shape(x, factors), factors, strict=True) for size in pair]
+    cells = [
+        size for pair in zip(latent_shape(spatial_shape(x), factors), factors, strict=True) for size in pair
+    ]
     x = x.reshape(*x.shape[:2], *cells)  # (B, C, s1, f1, s2, f2 ..)
     grid, within = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
     return x.permute(0, 1, *within, *grid).flatten(1, 1 + dims)

@@ -12,6 +12,16 @@ LATENTS = ("prequant", "quant")
 NORMALISATIONS = ("std", "codebook_range", "none")
 
 
+def latent_shape(image_shape: tuple[int, ...], factors: tuple[int, ...]) -> tuple[int, ...]:
+    """`image_shape` divided by one factor for each axis; InputError where an axis does not divide."""
+    if len(image_shape) != len(factors) or any(n % f for n, f in zip(image_shape, factors, strict=True)):
+        raise InputError(
+            f"data: images of {tuple(image_shape)} do not divide by the first stage's factors {factors}; "
+            "crop or pad"
+        )
+    return tuple(n // f for n, f in zip(image_shape, factors, strict=True))
+
+
 class FirstStage(nn.Module):
     """A frozen VQ autoencoder; the only place where latents are shifted and scaled.
 
@@ -56,14 +66,7 @@ class FirstStage(nn.Module):
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Latent grid *s of an image grid *S."""
-        if len(image_shape) != self.spatial_dims or any(
-            size % factor for size, factor in zip(image_shape, self.downsampling, strict=True)
-        ):
-            raise InputError(
-                f"data: images of {tuple(image_shape)} do not divide by the first stage's factors "
-                f"{self.downsampling}; crop or pad"
-            )
-        return tuple(size // factor for size, factor in zip(image_shape, self.downsampling, strict=True))
+        return latent_shape(image_shape, self.downsampling)
 
     @torch.no_grad()
     def encode_raw(self, x: Tensor) -> Tensor:

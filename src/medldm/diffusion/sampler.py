@@ -3,6 +3,7 @@
 Every step is z <- a z_t + b x0_hat + c x0_hat_previous + d noise, with a, b, c, d functions of gamma alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,26 +37,28 @@ class TimeGrid(NamedTuple):
 SPACINGS = ("leading", "trailing", "linspace", "logsnr")
 
 
-def step_positions(num_steps: int, num_timesteps: int, spacing: str) -> Tensor:
-    """(N,) float64 falling positions in [0, T - 1]; fractional where N does not divide T.
+def step_positions(num_steps: int, num_timesteps: int, spacing: str) -> list[float]:
+    """N falling positions in [0, T - 1]; fractional where N does not divide T.
 
     leading: 0, T/N, 2T/N .. shifted by one, as CompVis's DDIM does (200 of 1000: 1, 6, .., 996).
     trailing: T - 1, T - 1 - T/N ..: starts at pure noise. linspace: both ends, T - 1 .. 0.
     """
-    k = torch.arange(num_steps, dtype=torch.float64)
+    k = range(num_steps)
     if spacing == "leading":
-        return (k * num_timesteps / num_steps).flip(0) + (1 if num_steps < num_timesteps else 0)
+        offset = 1 if num_steps < num_timesteps else 0
+        return [i * num_timesteps / num_steps + offset for i in reversed(k)]
     if spacing == "trailing":
-        return num_timesteps * (1 - k / num_steps) - 1
-    return torch.linspace(num_timesteps - 1, 0, num_steps, dtype=torch.float64)
+        return [num_timesteps * (1 - i / num_steps) - 1 for i in k]
+    return [(num_timesteps - 1) * (1 - i / max(1, num_steps - 1)) for i in k]
 
 
 def equal_logsnr_times(num_steps: int, schedule: NoiseSchedule, device: torch.device | None) -> Tensor:
     """(N,) float64 falling times from 1 to the first grid point, equally far apart in gamma."""
     total = schedule.num_timesteps or CONTINUOUS_STEPS
-    t = torch.linspace(1 / total, 1, 10 * total + 1, dtype=torch.float64).to(device)
+    t = torch.linspace(1 / total, 1, 10 * total + 1, dtype=torch.float64, device=device)
     gamma = schedule.gamma(t).double()
-    wanted = torch.lerp(gamma[-1], gamma[0], torch.linspace(0, 1, num_steps, dtype=torch.float64).to(device))
+    shares = torch.linspace(0, 1, num_steps, dtype=torch.float64, device=device)
+    wanted = torch.lerp(gamma[-1], gamma[0], shares)
     right = torch.searchsorted(gamma, wanted).clamp(1, len(t) - 1)
     share = (wanted - gamma[right - 1]) / (gamma[right] - gamma[right - 1])
     return torch.lerp(t[right - 1], t[right], share)
@@ -103,22 +106,22 @@ class Sampler:
         if self.spacing == "logsnr":
             times, last = equal_logsnr_times(self.num_steps, schedule, device), 0.0
         else:
-            times = self.spaced_times(schedule.num_timesteps)
-            last = first if times[-1] > first else 0.0
-        arrival = torch.tensor([last], dtype=torch.float64)
-        times = times.to(device)
-        gamma = schedule.gamma(torch.cat([times, arrival.to(device)]))
+            spaced = self.spaced_times(schedule.num_timesteps)
+            times = torch.tensor(spaced, dtype=torch.float64, device=device)
+            last = first if spaced[-1] > first else 0.0
+        gamma = schedule.gamma(torch.cat([times, times.new_full((1,), last)]))
         if self.clean_last_step:
             gamma = torch.cat([gamma[:-1], torch.full_like(gamma[-1:], -torch.inf)])
         return TimeGrid(times, gamma.double())
 
-    def spaced_times(self, num_timesteps: int | None) -> Tensor:
+    def spaced_times(self, num_timesteps: int | None) -> list[float]:
         total = num_timesteps or max(CONTINUOUS_STEPS, self.num_steps)
         positions = step_positions(self.num_steps, total, self.spacing)
         if num_timesteps is not None and self.num_steps <= num_timesteps:
             # The network was trained on whole steps only.
-            positions = positions.floor() if self.spacing == "leading" else positions.round()
-        return (positions + 1) / total
+            snap = math.floor if self.spacing == "leading" else round
+            positions = [snap(position) for position in positions]
+        return [(position + 1) / total for position in positions]
 
     @torch.no_grad()
     def __call__(

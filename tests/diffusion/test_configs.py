@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.objective import guided
+
+GROUPS = Path(__file__).parents[2] / "configs" / "model"
+DERIVED = {
+    "num_classes": 4,
+    "downsampling": (4, 4),
+    "spatial_dims": 2,
+    "embedding_dim": 16,
+    "num_views": 2,
+    "num_phases": 2,
+    "num_labels": 0,
+}
+
+
+def members(group):
+    return [pytest.param(path, id=path.stem) for path in sorted((GROUPS / group).glob("*.yaml"))]
+
+
+def make(path, **kwargs):
+    with initialize_config_dir(str(path.parent), version_base="1.3"):
+        return instantiate(compose(path.stem), **kwargs)
+
+
+def predict(z_t, t, condition):
+    return 0.1 * z_t
+
+
+@pytest.mark.parametrize("schedule", members("schedule"))
+@pytest.mark.parametrize("objective", members("objective"))
+def test_every_objective_trains_and_samples_on_every_schedule(schedule, objective):
+    schedule = make(schedule)
+    times = "continuous" if schedule.num_timesteps is None else "discrete"
+    objective = make(objective, times=times)
+    losses = objective(predict, schedule, torch.randn(2, 3, 4, 4), Condition())
+    assert losses["loss"].isfinite()
+    sampler = make(GROUPS / "sampler" / "dpm_solver.yaml", num_steps=3)
+    null = Condition()
+    denoise = guided(objective, predict, schedule, null, null, scale=sampler.guidance_scale)
+    assert sampler(denoise, schedule, torch.randn(2, 3, 4, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", members("sampler"))
+def test_every_sampler_reads_the_keys_users_override(sampler):
+    sampler = make(sampler, num_steps=4, guidance_scale=2.0, clamp=1.0, clamp_percentile=0.9)
+    schedule = make(GROUPS / "schedule" / "cosine.yaml")
+    assert sampler.guidance_scale == 2
+    assert sampler(lambda z, t: z, schedule, torch.randn(2, 3, 4, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("conditioner", members("conditioner"))
+def test_every_conditioner_is_built_from_derived_values(conditioner):
+    conditioner = make(conditioner)(**DERIVED)
+    batch = {"edges": torch.zeros(2, 1, 8, 8), "mask": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}
+    condition = conditioner(batch, drop=conditioner.sample_drop(2))
+    assert (condition.concat is not None) == bool(conditioner.concat_channels)
+    assert (condition.spade is not None) == bool(conditioner.spade_channels)
