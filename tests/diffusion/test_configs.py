@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.objective import guided
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*missing `_self_`")
 GROUPS = Path(__file__).parents[2] / "configs" / "model"
 DERIVED = {
     "num_classes": 4,
@@ -58,7 +59,10 @@ def test_every_sampler_reads_the_keys_users_override(sampler):
 @pytest.mark.parametrize("conditioner", members("conditioner"))
 def test_every_conditioner_is_built_from_derived_values(conditioner):
     conditioner = make(conditioner)(**DERIVED)
-    batch = {"edges": torch.zeros(2, 1, 8, 8), "mask": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}
+    index = torch.zeros(2, dtype=torch.int64)
+    batch = {"view": index, "phase": index, "slice_position": torch.zeros(2)}
+    batch |= {"edges": torch.zeros(2, 1, 8, 8), "mask": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}
     condition = conditioner(batch, drop=conditioner.sample_drop(2))
     assert (condition.concat is not None) == bool(conditioner.concat_channels)
     assert (condition.spade is not None) == bool(conditioner.spade_channels)
+    assert (condition.embedding is not None) == bool(conditioner.embedding_dim)
