@@ -1,7 +1,7 @@
 """The one Lightning data module: prepared cases of any dataset, in 2D and 3D, split by subject."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from medldm.data.dataset import ARRAY_DTYPES, CaseDataset, EdgeDegradation, Item, case_items
+from medldm.batch import Batch
+from medldm.data.dataset import ARRAY_DTYPES, CaseDataset, EdgeDegradation, Item, case_items, expand
 from medldm.data.edges import EdgeDegrade, EdgeRecipe
 from medldm.data.readers import load_index, read_json
 from medldm.data.sampler import ResumableSampler
@@ -254,14 +255,19 @@ class CaseDataModule(pl.LightningDataModule):
                 "multiprocessing_context": self.worker_context,
                 "worker_init_fn": single_threaded,
             }
-        return DataLoader(
+        return CaseLoader(
             dataset,
+            expand_here=trainer is None,
             batch_sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=as_is,
             pin_memory=self.pin_memory and torch.accelerator.is_available(),
             **workers,
         )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lightning moves the compact batch to the device; here it gets its dtypes."""
+        return expand(batch)
 
     def train_dataloader(self) -> DataLoader:
         loader = self.loader(self.dataset("train", augment=True), train=True)
@@ -303,6 +309,18 @@ class CaseDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         self.set_position(int(state_dict["epoch"]), int(state_dict["batch"]))
+
+
+class CaseLoader(DataLoader):
+    """A DataLoader whose batches are expanded on their way out, unless Lightning does it after the transfer."""
+
+    def __init__(self, dataset: CaseDataset, *, expand_here: bool, **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.expand_here = expand_here
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = super().__iter__()
+        return map(expand, batches) if self.expand_here else batches
 
 
 def view_weights(items: Sequence[Item]) -> np.ndarray:

@@ -61,7 +61,9 @@ def case_items(index: dict, case: int) -> list[Item]:
 
 
 class CaseDataset(Dataset):
-    """`dataset.__getitems__([(epoch, item), ...])` is a whole `Batch`; `dataset[item]` a batch of one, of epoch 0.
+    """`dataset.__getitems__([(epoch, item), ...])` is a whole batch in the stored dtypes (half floats and bytes, a
+    quarter of the traffic between processes and to the device), which `expand` turns into a `Batch`; `dataset[item]`
+    is an expanded batch of one, of epoch 0.
 
     Nothing is opened here: files open on first use in whichever process reads them.
     """
@@ -91,7 +93,7 @@ class CaseDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, request: int | Request) -> Batch:
-        return self.__getitems__([request])
+        return expand(self.__getitems__([request]))
 
     def __getitems__(self, requests: Sequence[int | Request]) -> Batch:
         pairs = [request if isinstance(request, tuple) else (0, int(request)) for request in requests]
@@ -151,7 +153,7 @@ class CaseDataset(Dataset):
         return name if self.spatial_dims == 3 else f"{name}_{item.row:03d}"
 
     def stack(self, key: str, arrays: Sequence[np.ndarray], items: Sequence[Item]) -> Tensor:
-        """(B, C, *S) in the batch's dtype, written straight into shared memory inside a worker."""
+        """(B, C, *S) in the stored dtype, written straight into shared memory inside a worker."""
         shape = arrays[0].shape
         for array, item in zip(arrays, items, strict=True):
             if array.shape != shape:
@@ -159,7 +161,7 @@ class CaseDataset(Dataset):
                     f"{self.path(key, item.case)}: {key} has shape {array.shape[1:]}, another of its batch {shape[1:]}; "
                     "set data.crop_size, or data.batch_size=1, or prepare with one data.image_size"
                 )
-        out = empty_batch((len(arrays), *shape), ARRAY_DTYPES[key])
+        out = empty_batch((len(arrays), *shape), torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype)
         target = out.numpy()
         for i, array in enumerate(arrays):
             target[i] = array
@@ -178,6 +180,11 @@ class CaseDataset(Dataset):
                     np.ascontiguousarray(reader.read("latents" if key == "latent" else key))
                 )
                 self.cached[key, case] = rows.share_memory_() if share else rows
+
+
+def expand(batch: Batch) -> Batch:
+    """Arrays in the dtypes that `Batch` promises, on whatever device they are. Does nothing the second time."""
+    return {key: x.to(ARRAY_DTYPES[key]) if key in ARRAY_DTYPES else x for key, x in batch.items()}
 
 
 def empty_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
