@@ -58,7 +58,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
 
     from medldm.evaluation.baselines import make_rows
     from medldm.evaluation.measure import build_tools, measure
-    from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, make_pairs
+    from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, make_pairs, view_names
     from medldm.evaluation.results import build_results, case_columns
 
     facts = known_facts(folders["reference"])
@@ -66,6 +66,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     tools = build_tools(
         functions,
         recipe=edge_recipe(facts),
+        view_names=view_names(facts),
         tolerances=settings["edge_tolerances"],
         networks=settings["features"],
         lpips=settings["lpips"],

@@ -30,12 +30,19 @@ class Tools:
     """What is measured and with which networks; `missing` says in one line why a metric is not there."""
 
     functions: Mapping[str, ImageFunction]
-    recipe: EdgeRecipe | None
+    recipe: EdgeRecipe
+    view_names: Sequence[str] = ()
     tolerances: Sequence[int] = ()
     networks: dict[str, nn.Module] = field(default_factory=dict)
     lpips: nn.Module | None = None
     missing: dict[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def recipe_for(self, pair: Pair) -> EdgeRecipe:
+        """The edge recipe of the view that the image shows."""
+        view = pair.attributes.get("view")
+        named = view is not None and int(view) < len(self.view_names)
+        return self.recipe.for_view(self.view_names[int(view)] if named else None)
 
     def to(self, device: torch.device) -> "Tools":
         self.device = device
@@ -47,7 +54,8 @@ class Tools:
 def build_tools(
     functions: Mapping[str, ImageFunction],
     *,
-    recipe: EdgeRecipe | None,
+    recipe: EdgeRecipe,
+    view_names: Sequence[str],
     tolerances: Sequence[int],
     networks: Sequence[str],
     lpips: str | None,
@@ -55,7 +63,7 @@ def build_tools(
     image_shape: tuple[int, ...],
 ) -> Tools:
     """Build the networks that can be built; what cannot is noted. An unknown name is an InputError."""
-    tools = Tools(functions, recipe, tolerances)
+    tools = Tools(functions, recipe, view_names, tolerances)
     dims, channels = len(image_shape) - 1, image_shape[0]
     for name in networks:
         if name not in FEATURE_NETS:
@@ -96,29 +104,28 @@ def chunks(pairs: list[Pair]) -> Iterator[Chunk]:
         start = stop
 
 
-def find_edges(images: Tensor, recipe: EdgeRecipe) -> Tensor:
-    """Edges of (B, 1, H, W) by the data set's recipe, {0, 1}."""
-    found = [recipe(image[0]) for image in images.cpu().numpy()]
-    return torch.from_numpy(np.stack(found)[:, None]).to(images)
-
-
-def measure_images(images: Tensor, real: Tensor, edges: Tensor | None, tools: Tools) -> dict[str, np.ndarray]:
+def measure_images(
+    images: Tensor, real: Tensor, pairs: Sequence[Pair], tools: Tools
+) -> dict[str, np.ndarray]:
     """Every per-image metric of (B, C, *S) in [-1, 1] against the real images; each (B,)."""
     x_hat, x = to_unit(images), to_unit(real)
     values = {name: function(x_hat, x) for name, function in tools.functions.items()}
     if tools.lpips is not None:
         values["lpips"] = tools.lpips(images, real)
-    return {name: value.double().cpu().numpy() for name, value in values.items()} | measure_edges(
-        images, edges, tools
-    )
+    arrays = {name: value.double().cpu().numpy() for name, value in values.items()}
+    return arrays | measure_edges(images, pairs, tools)
 
 
-def measure_edges(images: Tensor, edges: Tensor | None, tools: Tools) -> dict[str, np.ndarray]:
-    if edges is None or tools.recipe is None:
+def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:
+    """Edges found again in 2D images against those they were made from; nothing where none are stored."""
+    if images.ndim != 4 or any(pair.edges is None for pair in pairs):
         return {}
-    found = find_edges(images, tools.recipe)
+    pictures = zip(images[:, 0].cpu().numpy(), pairs, strict=True)
+    found = np.stack([tools.recipe_for(pair)(picture) for picture, pair in pictures])[:, None]
+    wanted = np.stack([pair.edges for pair in pairs])
+    found, edges = (torch.from_numpy(maps).float() for maps in (found, wanted))
     return {
-        f"edge_f1_{tolerance}px": edge_f1(found, edges, tolerance=tolerance).cpu().numpy()
+        f"edge_f1_{tolerance}px": edge_f1(found, edges, tolerance=tolerance).numpy()
         for tolerance in tools.tolerances
     }
 
@@ -133,15 +140,11 @@ class Measuring:
 
     def __init__(self, pairs: list[Pair], rows: Mapping[str, Images], tools: Tools) -> None:
         self.pairs, self.rows, self.tools = pairs, rows, tools
-        self.has_edges = all(pair.edges is not None for pair in pairs) and pairs[0].real.ndim == 3
         self.values: dict[str, dict[str, np.ndarray]] = {}
         self.features: dict[str, dict[str, list[Tensor]]] = {name: {} for name in tools.networks}
 
     def tensor(self, arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(arrays)).float().to(self.tools.device)
-
-    def edges(self, pairs: Sequence[Pair]) -> Tensor | None:
-        return self.tensor([pair.edges for pair in pairs]) if self.has_edges else None
 
     def store(self, row: str, index: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         for name, value in values.items():
@@ -158,14 +161,14 @@ class Measuring:
         everything = np.arange(chunk.start, chunk.start + len(chunk.pairs))
         real = self.tensor([pair.real for pair in chunk.pairs])
         self.store_features("real", real)
-        self.store("real", everything, measure_edges(real, self.edges(chunk.pairs), self.tools))
+        self.store("real", everything, measure_edges(real, chunk.pairs, self.tools))
         for row, images in self.rows.items():
             index = np.array([i for i in everything if images[i] is not None], dtype=int)
             if not len(index):
                 continue
             batch = self.tensor([images[i] for i in index])
-            edges = self.edges([self.pairs[i] for i in index])
-            self.store(row, index, measure_images(batch, real[index - chunk.start], edges, self.tools))
+            pairs = [self.pairs[i] for i in index]
+            self.store(row, index, measure_images(batch, real[index - chunk.start], pairs, self.tools))
             if row in FEATURE_ROWS:
                 self.store_features(row, batch)
         self.add_samples(chunk, everything, real)
@@ -175,9 +178,8 @@ class Measuring:
         num_samples = len(chunk.pairs[0].generated)
         if num_samples == 1:
             return
-        edges = self.edges(chunk.pairs)
         samples = [self.tensor([pair.generated[k] for pair in chunk.pairs]) for k in range(num_samples)]
-        measured = [measure_images(sample, real, edges, self.tools) for sample in samples]
+        measured = [measure_images(sample, real, chunk.pairs, self.tools) for sample in samples]
         for name in measured[0]:
             values = np.stack([values[name] for values in measured])
             mean, best = combine_samples(values, name in HIGHER_IS_BETTER)

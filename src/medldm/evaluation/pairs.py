@@ -181,6 +181,10 @@ def edge_recipe(facts: dict) -> EdgeRecipe:
     return EdgeRecipe(**{**known, "source": "image"})
 
 
+def view_names(facts: dict) -> list[str]:
+    return facts.get("view_names") or CARDIAC_NAMES["view"]
+
+
 def name_of(kind: str, value: object, facts: dict) -> str | None:
     """'SA' for view 0: by the names that the data set gives, else the number."""
     if value is None:

@@ -68,7 +68,7 @@ def warn_rescaled(pairs: Sequence[Pair]) -> list[str]:
     """One line where values had to be brought into range: paired numbers then depend on how."""
     num = sum(bool(pair.attributes.get("rescaled")) for pair in pairs)
     return [
-        f"{num} images were outside [-1, 1] and rescaled by their own percentiles; paired numbers depend on it"
+        f"{num} images were outside [-1, 1] and rescaled by their own percentiles; paired numbers feel it"
     ][: bool(num)]
 
 

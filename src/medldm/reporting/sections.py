@@ -1,0 +1,260 @@
+"""What the report says, section by section, from the files of runs and evaluations."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from medldm.evaluation.screen import metric_names, number
+from medldm.reporting.charts import Curve, curve_chart, score_chart
+from medldm.reporting.page import (
+    element,
+    escape,
+    facts_list,
+    folded,
+    paragraph,
+    picture,
+    section,
+    table,
+    tiles,
+)
+
+HEADLINES = ("ssim", "nmse_var", "psnr", "edge_f1_2px")
+HEADLINE_NAMES = {
+    "ssim": "SSIM",
+    "nmse_var": "NMSE (var)",
+    "psnr": "PSNR, dB",
+    "edge_f1_2px": "edge F1, 2 px",
+}
+MAX_STEPS_SHOWN = 7
+UP, DOWN = "\u2191", "\u2193"
+
+
+class RunFiles(NamedTuple):
+    """What was read of one run folder."""
+
+    path: str
+    config: Mapping
+    config_text: str
+    columns: Mapping[str, Curve]  # of metrics.csv
+    pictures: Mapping[str, bytes]  # file name -> PNG
+    checkpoints: Mapping[str, int]  # file name -> bytes
+
+
+class EvaluationFiles(NamedTuple):
+    path: str
+    results: Mapping
+    panels: Mapping[str, bytes]
+
+
+def score_cell(score: Mapping | None) -> str:
+    """Mean with its interval below it."""
+    if score is None:
+        return "-"
+    interval = score.get("ci95")
+    spread = f"{number(interval[0])} to {number(interval[1])}" if interval else ""
+    excluded = f", {score['num_excluded']} excluded" if score.get("num_excluded") else ""
+    return escape(number(score.get("mean"))) + element("small", escape(spread + excluded), class_="ci")
+
+
+def row_label(row: str) -> str:
+    return escape(row.replace("_", " "))
+
+
+def headline(results: Mapping) -> str:
+    scores = results["rows"]["generated"]
+    facts = [(HEADLINE_NAMES[name], number(scores[name]["mean"])) for name in HEADLINES if name in scores]
+    for name in ("fid", "frechet_random_conv"):
+        score = results["distribution"].get("generated", {}).get(name)
+        if score:
+            facts.append((f"{'FID' if name == 'fid' else name}, n = {score['n']}", number(score["value"])))
+            break
+    n = results["n"]
+    return tiles([*facts, (f"images of {n['subjects']} subjects", str(n["images"]))])
+
+
+def scores_table(results: Mapping) -> str:
+    rows = results["rows"]
+    names = metric_names(rows)
+    n = results["n"]
+    facts = (
+        f"{n['images']} images of {n['subjects']} subjects",
+        results["aggregation"],
+        results["data_range"],
+    )
+    lines = [
+        [row_label(row), *(score_cell(scores.get(name)) for name in names)] for row, scores in rows.items()
+    ]
+    arrows = [f"{name} {UP if name in results['higher_is_better'] else DOWN}" for name in names]
+    return table(["", *arrows], lines, caption=". ".join(facts) + ".", marked=["generated"])
+
+
+def sets_table(results: Mapping) -> str:
+    """Distribution metrics; a missing network says which file to put where."""
+    lines = []
+    for name, facts in results["networks"].items():
+        if "missing" in facts:
+            lines.append(
+                [escape(name), "missing", element("small", escape(facts["missing"]), class_="ci"), "", ""]
+            )
+        for row, scores in results["distribution"].items():
+            if name in scores:
+                score = scores[name]
+                spread = score.get("std_over_subsets")
+                value = number(score["value"]) + (f" \u00b1 {number(spread)}" if spread is not None else "")
+                cells = [name, row.replace("_", " "), value, score["n"], score["n_reference"]]
+                lines.append([escape(cell) for cell in cells])
+    return table(["distance between sets", "images", "value", "n", "n real"], lines)
+
+
+def difference_table(results: Mapping) -> str:
+    """Generated minus each baseline, paired by image."""
+    names = [name for name in metric_names(results["rows"]) if name in results["rows"]["generated"]]
+    rows = {row: scores for row, scores in results["differences"].items() if not row.startswith("generated")}
+    lines = [
+        [row_label(row), *(score_cell(scores.get(name)) for name in names)] for row, scores in rows.items()
+    ]
+    caption = "Generated minus the other row, image by image: an interval without zero is a real difference."
+    return table(["generated minus", *names], lines, caption=caption)
+
+
+def group_table(group: str, tables: Mapping, results: Mapping) -> str:
+    names = metric_names({"generated": results["rows"]["generated"]})
+    lines = [
+        [
+            escape(label),
+            escape(rows["generated"][names[0]]["n"]),
+            *(score_cell(rows["generated"].get(name)) for name in names),
+        ]
+        for label, rows in tables.items()
+    ]
+    return table([group.replace("_", " "), "n", *names], lines)
+
+
+def evaluation_section(evaluation: EvaluationFiles) -> str:
+    results = evaluation.results
+    names = [name for name in HEADLINES if name in results["rows"]["generated"]]
+    rows = {row: scores for row, scores in results["rows"].items() if row != "real"}
+    chart = score_chart(rows, names, results["higher_is_better"]) if names else ""
+    notes = [f"Condition: {results['condition']['note']}.", *results["warnings"]]
+    groups = [
+        element("h3", escape(f"By {group.replace('_', ' ')}")) + group_table(group, tables, results)
+        for group, tables in results["groups"].items()
+    ]
+    return section(
+        "Numbers",
+        element("div", chart, class_="card wide"),
+        scores_table(results),
+        *(element("div", escape(note), class_="note") for note in notes),
+        element("h3", "Against the baselines") + difference_table(results),
+        element("h3", "Sets of images") + sets_table(results),
+        *groups,
+        anchor="numbers",
+    )
+
+
+def panels_section(panels: Mapping[str, bytes]) -> str:
+    order = [name for name in ("best", "median", "worst") if name in panels]
+    order += sorted(set(panels) - set(order))
+    figures = "".join(picture(panels[name], f"{name} by nmse_var") for name in order)
+    return section("Real and generated", element("div", figures, class_="stack"), anchor="panels")
+
+
+def definitions_section(results: Mapping) -> str:
+    rows = [[row_label(row), escape(text)] for row, text in results["row_definitions"].items()]
+    metrics = [[escape(name), escape(text)] for name, text in results["definitions"].items()]
+    networks = [
+        [escape(name), escape(f"{facts.get('network', '')}; sha256 {facts['sha256'][:16]}")]
+        for name, facts in results["networks"].items()
+        if "sha256" in facts
+    ]
+    lines = [[name, text.replace("<td>", "")] for name, text in rows + metrics + networks]
+    wide = [
+        [name, element("div", text, style="white-space: normal; text-align: left")] for name, text in lines
+    ]
+    return section("What the numbers mean", table(["name", ""], wide), anchor="definitions")
+
+
+def curve_groups(columns: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
+    """`train/loss` and `val/loss` -> {"loss": {"train": ..., "val": ...}}."""
+    groups: dict[str, dict[str, Curve]] = {}
+    for column, curve in sorted(columns.items()):
+        part, _, name = column.rpartition("/")
+        if name in ("epoch", "step") or not len(curve.values):
+            continue
+        groups.setdefault(re.sub(r"_(step|epoch)$", "", name), {})[part] = curve
+    return dict(sorted(groups.items(), key=lambda item: ("loss" not in item[0], item[0])))
+
+
+def spread(names: Sequence[str], num: int) -> list[str]:
+    """`num` of the names, evenly, the first and the last among them."""
+    index = np.linspace(0, len(names) - 1, num).round().astype(int)
+    return [names[i] for i in sorted(set(index.tolist()))]
+
+
+def chosen_pictures(names: Sequence[str]) -> dict[str, list[str]]:
+    """Pictures by kind (the name less its numbers), spread over the training."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)]):
+        kinds.setdefault(re.sub(r"\d+", "", name).strip("_-. "), []).append(name)
+    return {kind: spread(found, MAX_STEPS_SHOWN) for kind, found in kinds.items()}
+
+
+def caption_of(name: str) -> str:
+    digits = re.findall(r"\d+", name)
+    return f"step {int(digits[-1]):,}" if digits else name
+
+
+def pictures_block(pictures: Mapping[str, bytes]) -> str:
+    """The newest picture large, the way there small."""
+    blocks = []
+    for found in chosen_pictures(list(pictures)).values():
+        newest = picture(pictures[found[-1]], f"newest: {caption_of(found[-1])}")
+        earlier = "".join(picture(pictures[name], caption_of(name)) for name in found[:-1])
+        blocks.append(element("div", newest, class_="stack") + element("div", earlier, class_="pictures"))
+    return "".join(blocks)
+
+
+def pick(config: Mapping, key: str) -> object:
+    """`trainer.max_steps` of a nested config, None where it is not there."""
+    value: object = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+RUN_FACTS = {
+    "experiment": "experiment_name",
+    "data": "data.root",
+    "image size": "data.image_size",
+    "batch size": "data.batch_size",
+    "learning rate": "model.optimizer.lr",
+    "max steps": "trainer.max_steps",
+    "max epochs": "trainer.max_epochs",
+    "precision": "trainer.precision",
+    "seed": "seed",
+}
+
+
+def run_section(run: RunFiles, number_of_run: int) -> str:
+    facts = [("folder", run.path)]
+    facts += [
+        (name, pick(run.config, key)) for name, key in RUN_FACTS.items() if pick(run.config, key) is not None
+    ]
+    steps = [int(curve.steps.max()) for curve in run.columns.values() if len(curve.steps)]
+    facts += [("last logged step", f"{max(steps):,}")] if steps else []
+    facts += [(name, f"{size / 2**20:,.1f} MiB") for name, size in run.checkpoints.items()]
+    charts = "".join(
+        element("div", curve_chart(name, curves), class_="card")
+        for name, curves in curve_groups(run.columns).items()
+    )
+    title = f"Training: {pick(run.config, 'experiment_name') or run.path}"
+    return section(
+        title,
+        facts_list(facts),
+        element("div", charts, class_="charts") if charts else paragraph("No metrics.csv yet.", class_="dim"),
+        element("h3", "Pictures over the training") + pictures_block(run.pictures) if run.pictures else "",
+        folded("whole config", run.config_text) if run.config_text else "",
+        anchor=f"run{number_of_run}",
+    )
