@@ -78,7 +78,7 @@ def describe(model: Mapping[str, Any], facts: Mapping[str, Any], module: Lightni
     """Plain data from which `load_module` rebuilds the module."""
     description = {
         "format": FORMAT,
-        "stage": STAGES[type(module)],
+        "stage": model["kind"],
         "model": dict(model),
         "facts": dict(facts),
     }
@@ -87,7 +87,12 @@ def describe(model: Mapping[str, Any], facts: Mapping[str, Any], module: Lightni
 
 
 def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
-    return {key: instantiate(value) for key, value in model.items() if key not in ("kind", *skip)}
+    """Every dict of the config becomes what its `_target_` names; numbers and strings stay."""
+    return {
+        key: instantiate(value) if isinstance(value, Mapping) else value
+        for key, value in model.items()
+        if key not in ("kind", *skip)
+    }
 
 
 def build_autoencoder_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> AutoencoderModule:

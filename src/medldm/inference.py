@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medldm.data.dataset import CaseDataset, Item
+from medldm.data.dataset import CaseDataset, Item, expand
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -24,7 +24,10 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    """The batch on a device in the data types of `Batch`; it travels in those of the file."""
+    return expand(
+        {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    )
 
 
 def items_by_case(items: Sequence[Item]) -> dict[int, list[int]]:

@@ -3,7 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from medldm.errors import InputError
 
@@ -46,19 +48,30 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
-def run_command(task: Callable, name: str, description: str) -> None:
-    """Run `task(cfg)` under Hydra with the config of this name; ends the process with status 2 on bad input."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{description.strip()}\n\n`medldm {name} --cfg job` prints every key with its value.")
-        return
-    import hydra
-
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+@contextmanager
+def mistakes_in_one_line(name: str) -> Iterator[None]:
+    """Bad input ends the process with one line on stderr and status 2; MEDLDM_TRACEBACK=1 shows where it came from."""
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
+        yield
     except Exception as error:
         message = user_message(error)
         if message is None or os.environ.get("MEDLDM_TRACEBACK"):
             raise
         print(f"medldm {name}: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_command(task: Callable, name: str, description: str) -> None:
+    """Run `task(cfg)` under Hydra with the config of this name."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{description.strip()}\n\n`medldm {name} --cfg job` prints every key with its value.")
+        return
+    import hydra
+
+    def guarded(cfg: Any) -> None:
+        with mistakes_in_one_line(name):  # inside Hydra, which would print a line of its own
+            task(cfg)
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    with mistakes_in_one_line(name):
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(guarded)()

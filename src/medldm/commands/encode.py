@@ -21,12 +21,12 @@ def encode_case(module: Any, dataset: Any, positions: list[int], batch_size: int
     import numpy as np
     import torch
 
-    from medldm.inference import autocast, case_batches
+    from medldm.inference import autocast, case_batches, to_device
 
     parts = []
     with torch.no_grad(), autocast(device):
         for batch in case_batches(dataset, positions, batch_size):
-            parts.append(module.autoencoder.encode(batch["image"].to(device)).float().cpu().numpy())
+            parts.append(module.autoencoder.encode(to_device(batch, device)["image"]).float().cpu().numpy())
     latents = np.concatenate(parts)
     if not np.isfinite(latents).all() or np.abs(latents).max() > np.finfo(np.float16).max:
         raise InputError(

@@ -151,16 +151,17 @@ def show(results: dict) -> None:
     """The tables on screen, and every warning."""
     from rich.console import Console
 
-    from medldm.evaluation.screen import distribution_table, group_tables, main_table
+    from medldm.evaluation.screen import distribution_table, group_tables, main_table, notes
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a log file has no width of its own
     console.print(main_table(results))
     console.print(distribution_table(results))
     for table in group_tables(results):
         console.print(table)
-    for line in results["warnings"]:
-        console.print(f"note: {line}", markup=False)
-    console.print(f"condition: {results['condition']['note']}", markup=False)
+    for line in notes(results):
+        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

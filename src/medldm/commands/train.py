@@ -138,6 +138,22 @@ def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None
     )  # fmt: skip
 
 
+def quieten() -> None:
+    """Drop Lightning's advertisements and hints that do not apply; warnings of substance stay."""
+    import warnings
+
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*`srun` command is available.*",
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*module(s) in eval mode.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+    warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval.*")
+
+
 def num_processes(options: dict[str, Any]) -> int:
     import torch
 
@@ -242,6 +258,7 @@ def task(cfg: Any) -> None:
     from medldm.data import build_datamodule
     from medldm.runs import log_to, save_config
 
+    quieten()
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = OmegaConf.to_container(cfg.model, resolve=True)
     model = shrink(model) if cfg.get("tiny") else model

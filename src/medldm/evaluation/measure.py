@@ -22,6 +22,16 @@ from medldm.networks.features import FEATURE_NETS, LPIPS, build_features
 log = logging.getLogger(__name__)
 Images = Sequence[np.ndarray | None]
 CHUNK_ELEMENTS = 2**21  # 32 slices of 256 x 256, one volume of 128^3
+ROW_ORDER = (
+    "generated",
+    "generated_mean_of_k",
+    "generated_best_of_k",
+    "reconstruction",
+    "mean_image",
+    "random_real",
+    "shuffled",
+    "real",
+)
 FEATURE_ROWS = ("generated", "reconstruction", "mean_image")
 
 
@@ -188,11 +198,12 @@ class Measuring:
         self.store("generated_mean_of_k", index, {"diversity_rmse": diversity(samples)})
 
     def result(self) -> Measured:
+        values = {row: self.values[row] for row in ROW_ORDER if row in self.values}
         features = {
             name: {row: torch.cat(parts) for row, parts in rows.items()}
             for name, rows in self.features.items()
         }
-        return Measured(self.values, features)
+        return Measured(values, features)
 
 
 def diversity(samples: Sequence[Tensor]) -> np.ndarray:

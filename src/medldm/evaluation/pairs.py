@@ -15,6 +15,7 @@ from medldm.data.splits import read_splits
 from medldm.errors import InputError
 
 IDENTITY = ("view", "phase", "slice_index")
+KINDS = ("view", "phase", "label")
 THIRDS = ("first", "middle", "last")
 CARDIAC_NAMES = {"view": ["SA", "LA"], "phase": ["ED", "ES"]}
 
@@ -187,14 +188,14 @@ def view_names(facts: dict) -> list[str]:
 
 def name_of(kind: str, value: object, facts: dict) -> str | None:
     """'SA' for view 0: by the names that the data set gives, else the number."""
-    if value is None:
-        return None
-    names = facts.get(f"{kind}_names") or CARDIAC_NAMES[kind]
+    if value is None or not str(value).isdigit():
+        return None if value is None else str(value)
+    names = facts.get("label_values" if kind == "label" else f"{kind}_names") or CARDIAC_NAMES.get(kind, [])
     return names[int(value)] if int(value) < len(names) else str(value)
 
 
 def group_members(pairs: list[Pair], facts: dict) -> dict[str, list[str | None]]:
-    """View, phase and slice third of every image; a group with fewer than two values is left out."""
+    """View, phase, label and slice third of every image; a group with fewer than two values is left out."""
     members = {
         kind: [name_of(kind, p.attributes.get(kind), facts) for p in pairs] for kind in ("view", "phase")
     }

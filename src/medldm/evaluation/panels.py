@@ -22,18 +22,26 @@ def flat(image: np.ndarray | None) -> np.ndarray | None:
     return picture[len(picture) // 2] if picture.ndim == 3 else picture
 
 
+def label_colours():  # noqa: ANN201 - matplotlib is imported lazily
+    """Black background, then ten colours; further classes begin again."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(["black", *colormaps["tab10"].colors])
+
+
 def columns(pair: Pair) -> dict[str, tuple[np.ndarray | None, dict]]:
     """Title -> (picture, how matplotlib shows it)."""
     grey = {"cmap": "gray", "vmin": -1, "vmax": 1}
     difference = pair.generated[0] - pair.real
-    num_classes = 8 if pair.mask is None else max(8, int(pair.mask.max()) + 1)
+    labels = None if pair.mask is None else np.where(pair.mask > 0, (pair.mask - 1) % 10 + 1, 0)
     return {
         "real": (flat(pair.real), grey),
         "generated": (flat(pair.generated[0]), grey),
         "reconstruction": (flat(pair.reconstruction), grey),
         "generated - real": (flat(difference), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}),
         "edges": (flat(pair.edges), {"cmap": "gray", "vmin": 0, "vmax": 1}),
-        "map": (flat(pair.mask), {"cmap": "nipy_spectral", "vmin": 0, "vmax": num_classes}),
+        "map": (flat(labels), {"cmap": label_colours(), "vmin": 0, "vmax": 10}),
     }
 
 
@@ -43,7 +51,7 @@ def draw_panel(pairs: Sequence[Pair], captions: Sequence[str]):  # noqa: ANN201 
 
     cells = [columns(pair) for pair in pairs]
     titles = [title for title in cells[0] if any(row[title][0] is not None for row in cells)]
-    figure = Figure(figsize=(2.0 * len(titles), 2.2 * len(pairs) + 0.3), dpi=110, layout="constrained")
+    figure = Figure(figsize=(2.0 * len(titles) + 0.4, 2.0 * len(pairs) + 0.25), dpi=110, layout="constrained")
     axes = figure.subplots(len(pairs), len(titles), squeeze=False)
     for row, line in enumerate(axes):
         for title, axis in zip(titles, line, strict=True):

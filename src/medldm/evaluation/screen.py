@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 
@@ -12,59 +13,76 @@ def number(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def cell(score: Mapping | None) -> str:
-    """'0.612 [0.58, 0.64]', with the interval where there is one."""
+def brief(value: float | str | None) -> str:
+    """Three significant digits, for tables with many columns."""
+    return value if isinstance(value, str) else "-" if value is None else f"{value:#.3g}".rstrip(".")
+
+
+def cell(score: Mapping | None, *, interval: bool = True) -> str:
+    """'0.612 [0.580, 0.640]', with the interval where there is one and it is wanted."""
     if score is None:
         return "-"
-    interval = score.get("ci95")
-    text = number(score.get("mean"))
-    return f"{text} [{number(interval[0])}, {number(interval[1])}]" if interval else text
+    ends = score.get("ci95") if interval else None
+    text = brief(score.get("mean"))
+    return f"{text} [{brief(ends[0])}, {brief(ends[1])}]" if ends else text
 
 
 def metric_names(rows: Mapping[str, Mapping]) -> list[str]:
-    return list(
-        dict.fromkeys(name for scores in rows.values() for name in scores if name != "diversity_rmse")
+    """Metrics in the order of the table: paired ones, then edges."""
+    names = dict.fromkeys(name for scores in rows.values() for name in scores)
+    return sorted(
+        (name for name in names if name != "diversity_rmse"), key=lambda name: name.startswith("edge")
     )
 
 
 def main_table(results: Mapping) -> Table:
-    n = results["n"]
+    """A line a metric: the generated images with their interval, then every other row's mean."""
+    n, rows = results["n"], results["rows"]
     table = Table(
-        title=f"n = {n['images']} images of {n['subjects']} subjects; mean [95% interval over subjects]"
+        title=f"{n['images']} images of {n['subjects']} subjects, 95% interval over subjects", box=SIMPLE
     )
-    table.add_column("row", no_wrap=True)
-    names = metric_names(results["rows"])
-    for name in names:
-        table.add_column(name, justify="right")
-    for row, scores in results["rows"].items():
-        table.add_row(row, *(cell(scores.get(name)) for name in names))
+    table.add_column("metric", no_wrap=True)
+    for row in rows:
+        table.add_column(row.replace("_", " "), justify="right", no_wrap=False)
+    for name in metric_names(rows):
+        mark = "higher" if name in results["higher_is_better"] else "lower"
+        cells = (cell(scores.get(name), interval=row == "generated") for row, scores in rows.items())
+        table.add_row(f"{name} ({mark})", *cells)
     return table
 
 
 def distribution_table(results: Mapping) -> Table:
-    """Set against set; a metric without its network says which file is missing."""
-    table = Table(title="sets of images")
-    for title in ("metric", "row", "value", "n", "n real"):
-        table.add_column(title, justify="right" if title in ("value", "n", "n real") else "left")
-    for name, facts in results["networks"].items():
-        if "missing" in facts:
-            table.add_row(name, "missing", facts["missing"], "", "")
-            continue
-        for row, scores in results["distribution"].items():
-            if name in scores:
-                score = scores[name]
-                table.add_row(name, row, number(score["value"]), str(score["n"]), str(score["n_reference"]))
+    """A line a distance between sets, a column a set; n beside the number."""
+    rows = results["distribution"]
+    table = Table(title="distance between sets of images (n)", box=SIMPLE)
+    table.add_column("metric", no_wrap=True)
+    for row in rows:
+        table.add_column(row.replace("_", " "), justify="right")
+    for name in dict.fromkeys(name for scores in rows.values() for name in scores):
+        scores = [row.get(name) for row in rows.values()]
+        table.add_row(name, *(f"{brief(s['value'])} ({s['n']})" if s else "-" for s in scores))
     return table
 
 
 def group_tables(results: Mapping) -> Iterator[Table]:
-    """One table a group: the generated images by view, phase and slice third."""
+    """One table a group: the generated images by view, phase, label and slice third."""
     names = metric_names({"generated": results["rows"]["generated"]})
     for group, tables in results["groups"].items():
-        table = Table(title=f"generated, by {group}")
-        for title in (group, "n", *names):
-            table.add_column(title, justify="left" if title == group else "right")
+        table = Table(title=f"generated, by {group.replace('_', ' ')}", box=SIMPLE)
+        table.add_column("metric", no_wrap=True)
         for label, rows in tables.items():
-            scores = rows["generated"]
-            table.add_row(label, str(scores[names[0]]["n"]), *(cell(scores.get(name)) for name in names))
+            table.add_column(f"{label} (n = {rows['generated'][names[0]]['n']})", justify="right")
+        for name in names:
+            table.add_row(name, *(cell(rows["generated"].get(name)) for rows in tables.values()))
         yield table
+
+
+def notes(results: Mapping) -> Iterator[str]:
+    """What must be read with the numbers: missing weights, small n, where the condition came from."""
+    whys: dict[str, list[str]] = {}
+    for name, facts in results["networks"].items():
+        if "missing" in facts:
+            whys.setdefault(facts["missing"], []).append(name)
+    yield from (f"{' and '.join(names)} left out: {why}" for why, names in whys.items())
+    yield from results["warnings"]
+    yield f"condition: {results['condition']['note']}"

@@ -81,7 +81,7 @@ class DiffusionModule(LightningModule):
         def latents() -> Iterable[Tensor]:
             seen = 0
             for batch in batches:
-                moved = {k: v.to(self.device) for k, v in batch.items() if k in ("latent", "image")}
+                moved = {k: v.to(self.device).float() for k, v in batch.items() if k in ("latent", "image")}
                 h = self.raw_latents(moved)
                 yield h
                 seen += len(h)

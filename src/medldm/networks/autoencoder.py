@@ -5,6 +5,7 @@ arrangement is adding a layout function. Layouts: "res_up" (CompVis latent diffu
 report) and "strided" (TATS, Med-LSDM).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -153,9 +154,7 @@ class VQAutoencoder(nn.Module):
         axis_strides = [per_axis(stride, spatial_dims) for stride in strides]
         self.spatial_dims, self.image_channels = spatial_dims, image_channels
         self.latent_channels = latent_channels
-        self.downsampling = tuple(
-            int(torch.tensor([s[axis] for s in axis_strides]).prod()) for axis in range(spatial_dims)
-        )
+        self.downsampling = tuple(math.prod(factors) for factors in zip(*axis_strides, strict=True))
         self.output_activation = output_activation
         self.decoder_map_channels = decoder_map_channels
 

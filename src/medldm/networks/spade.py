@@ -1,5 +1,6 @@
 """Spatially adaptive normalisation. Park et al. 2019, "Semantic Image Synthesis with SPADE", Eq. 1."""
 
+import math
 import weakref
 
 import torch
@@ -27,7 +28,7 @@ class SPADE(nn.Module):
         super().__init__()
         conv = getattr(nn, f"Conv{spatial_dims}d")
         padding = kernel_size // 2
-        self.groups = groups
+        self.groups = math.gcd(groups, channels) if groups else None
         self.shared = conv(map_channels, hidden_channels, kernel_size, padding=padding)
         self.gamma = conv(hidden_channels, channels, kernel_size, padding=padding)
         self.beta = conv(hidden_channels, channels, kernel_size, padding=padding)

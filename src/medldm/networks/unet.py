@@ -160,10 +160,6 @@ class UNet(nn.Module):
         else:
             for level, out in zip(reversed(range(len(channels))), up_channels or (), strict=True):
                 skip = stem_channels if level == 0 else channels[level - 1]
-                if skip != width:
-                    raise ValueError(
-                        f"with skips='level' the width {width} that goes up to level {level} must equal its skip's {skip}"
-                    )
                 units = [
                     unit(width + skip if i == 0 else out, out, spade, attends(level))
                     for i in range(num_res_blocks)

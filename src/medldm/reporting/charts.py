@@ -55,8 +55,10 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def wants_log(curves: Mapping[str, Curve]) -> bool:
-    """Whether every value is positive and they span more than a factor of 30."""
+def wants_log(name: str, curves: Mapping[str, Curve]) -> bool:
+    """Losses whose values are all positive and span more than a factor of 30."""
+    if "loss" not in name:
+        return False
     values = np.concatenate([curve.values for curve in curves.values()])
     return bool(values.min() > 0 and values.max() / values.min() > 30)
 
@@ -73,7 +75,7 @@ def curve_chart(name: str, curves: Mapping[str, Curve]) -> str:
             curve = Curve(curve.steps, smooth(curve.values, len(curve.values) // 20))
         marker = "o" if len(curve.values) < 12 else None
         axis.plot(*curve, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=part or name)
-    if wants_log(curves):
+    if wants_log(name, curves):
         axis.set_yscale("log")
     axis.set_title(name, loc="left", fontsize=10, color=INK, fontweight="bold")
     axis.set_xlabel("step", fontsize=8, color=INK)
@@ -89,12 +91,15 @@ def as_float(value: object) -> float:
 
 def score_chart(rows: Mapping[str, Mapping], names: Sequence[str], higher: Sequence[str]) -> str:
     """One small panel a metric, one line a row: the mean as a dot, its interval as a bar."""
+    from matplotlib.ticker import MaxNLocator
+
     order = [row for row in rows if any(name in rows[row] for name in names)][::-1]
     figure = new_figure(2.75 * len(names) + 1.2, 0.34 * len(order) + 1.0, "scores")
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         style(axis)
         axis.grid(False, axis="y")
+        axis.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
         for y, row in enumerate(order):
             draw_score(axis, y, row, rows[row].get(name))
         better = "higher is better" if name in higher else "lower is better"

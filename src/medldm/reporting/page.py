@@ -31,15 +31,15 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
   font-variant-numeric: tabular-nums; }
 .tile span { color: var(--dim); font-size: 13px; display: block; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: 0 0 8px; }
-th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 7px 8px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .text { text-align: left; white-space: normal; }
 thead th { color: var(--dim); font-weight: 560; font-size: 12.5px; }
 tbody tr:last-child td { border-bottom: 0; }
 tr.mark td { background: var(--soft); font-weight: 600; }
-small.ci { color: var(--dim); font-weight: 400; display: block; font-size: 11.5px; }
+small.ci { color: var(--dim); font-weight: 400; display: block; font-size: 11px; }
 .note { background: var(--warnbg); color: var(--warn); border-radius: 10px; padding: 10px 14px; margin: 10px 0;
   font-size: 13.5px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medldm.evaluation.screen import metric_names, number
+from medldm.evaluation.screen import brief, metric_names, number
 from medldm.reporting.charts import Curve, curve_chart, score_chart
 from medldm.reporting.page import (
     element,
@@ -27,6 +27,7 @@ HEADLINE_NAMES = {
     "psnr": "PSNR, dB",
     "edge_f1_2px": "edge F1, 2 px",
 }
+BASELINES = ("reconstruction", "mean_image", "random_real", "shuffled")
 MAX_STEPS_SHOWN = 7
 UP, DOWN = "\u2191", "\u2193"
 
@@ -53,9 +54,9 @@ def score_cell(score: Mapping | None) -> str:
     if score is None:
         return "-"
     interval = score.get("ci95")
-    spread = f"{number(interval[0])} to {number(interval[1])}" if interval else ""
+    spread = f"{brief(interval[0])} to {brief(interval[1])}" if interval else ""
     excluded = f", {score['num_excluded']} excluded" if score.get("num_excluded") else ""
-    return escape(number(score.get("mean"))) + element("small", escape(spread + excluded), class_="ci")
+    return escape(brief(score.get("mean"))) + element("small", escape(spread + excluded), class_="ci")
 
 
 def row_label(row: str) -> str:
@@ -90,28 +91,33 @@ def scores_table(results: Mapping) -> str:
     return table(["", *arrows], lines, caption=". ".join(facts) + ".", marked=["generated"])
 
 
+def set_cell(score: Mapping | None) -> str:
+    """A distance, its spread over subsets where there is one, and both n."""
+    if score is None:
+        return "-"
+    spread = score.get("std_over_subsets")
+    value = number(score["value"]) + (f" \u00b1 {brief(spread)}" if spread is not None else "")
+    sizes = f"n = {score['n']} against {score['n_reference']}"
+    return escape(value) + element("small", escape(sizes), class_="ci")
+
+
 def sets_table(results: Mapping) -> str:
     """Distribution metrics; a missing network says which file to put where."""
-    lines = []
-    for name, facts in results["networks"].items():
-        if "missing" in facts:
-            lines.append(
-                [escape(name), "missing", element("small", escape(facts["missing"]), class_="ci"), "", ""]
-            )
-        for row, scores in results["distribution"].items():
-            if name in scores:
-                score = scores[name]
-                spread = score.get("std_over_subsets")
-                value = number(score["value"]) + (f" \u00b1 {number(spread)}" if spread is not None else "")
-                cells = [name, row.replace("_", " "), value, score["n"], score["n_reference"]]
-                lines.append([escape(cell) for cell in cells])
-    return table(["distance between sets", "images", "value", "n", "n real"], lines)
+    distribution, networks = results["distribution"], results["networks"]
+    names = [name for name in networks if any(name in scores for scores in distribution.values())]
+    lines = [
+        [row_label(row), *(set_cell(scores.get(name)) for name in names)]
+        for row, scores in distribution.items()
+    ]
+    missing = {name: facts["missing"] for name, facts in networks.items() if "missing" in facts}
+    notes = (element("div", escape(f"{name}: {why}"), class_="note") for name, why in missing.items())
+    return table(["", *names], lines, marked=["generated"]) + "".join(notes)
 
 
 def difference_table(results: Mapping) -> str:
     """Generated minus each baseline, paired by image."""
     names = [name for name in metric_names(results["rows"]) if name in results["rows"]["generated"]]
-    rows = {row: scores for row, scores in results["differences"].items() if not row.startswith("generated")}
+    rows = {row: scores for row, scores in results["differences"].items() if row in BASELINES}
     lines = [
         [row_label(row), *(score_cell(scores.get(name)) for name in names)] for row, scores in rows.items()
     ]

@@ -1,0 +1,3 @@
+from medldm.commands.sample import main
+
+main()

@@ -1,0 +1,3 @@
+from medldm.commands.train import main
+
+main()

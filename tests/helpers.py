@@ -1,0 +1,28 @@
+"""Composing configs as the commands do, and small numbers."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+
+def compose_config(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def compose_part(path: str):
+    """Instantiate one member of a group under configs/model."""
+    with initialize_config_dir(str(CONFIG_DIR / "model"), version_base="1.3"):
+        cfg = compose(path)
+    for key in path.split("/")[:-1]:
+        cfg = cfg[key]
+    return instantiate(OmegaConf.to_container(cfg, resolve=True))
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
