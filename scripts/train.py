@@ -1,3 +1,4 @@
 from medldm.commands.train import main
 
-main()
+if __name__ == "__main__":
+    main()
