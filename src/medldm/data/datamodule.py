@@ -22,9 +22,18 @@ from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 FACTS = (
-    "spatial_dims image_channels num_classes label_names num_views view_names num_phases phase_names "
-    "num_labels label_values image_size"
-).split()
+    "spatial_dims",
+    "image_channels",
+    "num_classes",
+    "label_names",
+    "num_views",
+    "view_names",
+    "num_phases",
+    "phase_names",
+    "num_labels",
+    "label_values",
+    "image_size",
+)
 FRACTIONS = {"val": 0.1, "test": 0.1}
 
 

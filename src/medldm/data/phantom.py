@@ -13,8 +13,8 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from medldm.data.files import replacing
 from medldm.errors import InputError
+from medldm.files import replacing
 
 Progress = Callable[[], None]
 VENDORS = {  # scanner, field in T, grey scale, gamma, noise

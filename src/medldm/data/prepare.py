@@ -23,11 +23,11 @@ import numpy as np
 import medldm
 from medldm.data.case import Case, split_path
 from medldm.data.edges import EdgeRecipe
-from medldm.data.files import replacing, write_json
 from medldm.data.readers import HANDLES, Image, load_index, read_image, read_mask
 from medldm.data.splits import make_splits, write_splits_once
 from medldm.data.transforms import Intensity, Labels, Resize, finite, prepare_volume, to_unit
 from medldm.errors import InputError
+from medldm.files import replacing, write_json
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.files import write_json
 from medldm.errors import InputError
+from medldm.files import write_json
 
 log = logging.getLogger(__name__)
 SUBSETS = ("train", "val", "test")
