@@ -134,12 +134,12 @@ def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int) 
     """panels/{best,median,worst}.png by nmse_var, or by the first metric there is."""
     from medldm.evaluation.panels import choose, draw_panel
     from medldm.files import replacing
-    from medldm.metrics.image import HIGHER_IS_BETTER
+    from medldm.metrics.image import is_higher_better
 
     if num_rows < 1:
         return
     name = "nmse_var" if "nmse_var" in values else next(iter(values))
-    for kind, chosen in choose(values[name], num_rows, name not in HIGHER_IS_BETTER).items():
+    for kind, chosen in choose(values[name], num_rows, not is_higher_better(name)).items():
         if chosen:
             captions = [f"{pairs[i].id}\n{name} {values[name][i]:.3f}" for i in chosen]
             figure = draw_panel([pairs[i] for i in chosen], captions)
