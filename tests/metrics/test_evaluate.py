@@ -4,7 +4,7 @@ import json
 import cv2
 import numpy as np
 import pytest
-from conftest import smooth_images, write_case
+from synthetic_folders import smooth_images, write_case
 
 from medldm.commands import evaluate
 from medldm.evaluation.baselines import mean_images, random_partners
