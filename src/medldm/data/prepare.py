@@ -65,7 +65,7 @@ class Recipe:
     def hash(self) -> str:
         """Of the parameters and of the versions of the libraries that do the work."""
         libraries = (
-            ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "scipy", "monai", "torch")
+            ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "nibabel", "scipy")
         )
         versions = {name: importlib.import_module(name).__version__ for name in libraries}
         return digest({"schema": SCHEMA_VERSION, "recipe": self.as_dict(), "libraries": versions})

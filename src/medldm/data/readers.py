@@ -149,7 +149,10 @@ class HDF5Reader:
 
     @property
     def attributes(self) -> dict:
-        return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in self.file.attrs.items()}
+        return {
+            key: value.tolist() if hasattr(value, "tolist") else value
+            for key, value in self.file.attrs.items()
+        }
 
     def row_offsets(self, key: str) -> np.ndarray | None:
         """Byte offset of every row, or None where rows are not stored whole and unfiltered."""
