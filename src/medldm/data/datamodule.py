@@ -40,10 +40,10 @@ FRACTIONS = {"val": 0.1, "test": 0.1}
 class CaseDataModule(pl.LightningDataModule):
     """Train, validation and test batches of a prepared folder.
 
-    `keys` are the arrays read (image, mask, edges, latent): what is not named is never opened. `crop_size` cuts a
-    random box in training and the central one in validation; testing sees whole images. `views` keeps slices of
-    these views, `balance_views` draws the views equally often. An item's randomness depends on (seed, epoch, item)
-    alone. InputError where the folder is not prepared, or lacks what `keys` asks for.
+    `keys` are the arrays read (image, mask, edges, latent): what is not named is never opened. `crop_size`
+    cuts a random box in training and the central one in validation; testing sees whole images. `views` keeps
+    slices of these views, `balance_views` draws the views equally often. An item's randomness depends on
+    (seed, epoch, item) alone. InputError where the folder is not prepared, or lacks what `keys` asks for.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.position = {"epoch": 0, "batch": 0}
         self.train_sampler: ResumableSampler | None = None
 
-    # ---- facts -------------------------------------------------------------------------------------------------
+    # ---- facts ----
 
     def setup(self, stage: str | None = None) -> None:
         """Read the index and the split and check that both fit what is asked for. Opens no image."""
@@ -94,8 +94,9 @@ class CaseDataModule(pl.LightningDataModule):
 
     @property
     def facts(self) -> dict:
-        """What the model is built from: spatial_dims, image_channels, num_classes (None without masks), num_views,
-        num_phases, num_labels, their names, and image_size."""
+        """What the model is built from: spatial_dims, image_channels, num_classes (None without masks),
+        num_views, num_phases, num_labels, their names, and image_size.
+        """
         self.setup()
         return {name: self.index.get(name) for name in FACTS}
 
@@ -137,7 +138,8 @@ class CaseDataModule(pl.LightningDataModule):
             self.latent_facts  # noqa: B018 - raises where the cache is absent
             if self.crop_size is not None or self.flip_axes:
                 raise InputError(
-                    "data.latents: cached latents cannot be cropped or flipped; set data.crop_size=null data.flip_axes=[]"
+                    "data.latents: cached latents cannot be cropped or flipped; set data.crop_size=null "
+                    "data.flip_axes=[]"
                 )
         self.check_views(index)
         for case in index["cases"]:
@@ -175,7 +177,7 @@ class CaseDataModule(pl.LightningDataModule):
             log.warning("%s: %d subjects of split '%s' are not in the index", path, len(absent), self.split)
         return {subset: [s for s in part if s not in absent] for subset, part in named.items()}
 
-    # ---- items -------------------------------------------------------------------------------------------------
+    # ---- items ----
 
     def items(self, subset: str) -> list[Item]:
         """Items of train, val, test or all, cases in index order, filtered by `views`."""
@@ -191,7 +193,9 @@ class CaseDataModule(pl.LightningDataModule):
         ]
 
     def dataset(self, subset: str, *, augment: bool = False, edge_level: float | None = None) -> CaseDataset:
-        """The items of a subset; `augment` applies the training transforms, `edge_level` degrades edges at one level."""
+        """The items of a subset; `augment` applies the training transforms, `edge_level` degrades edges at
+        one level.
+        """
         size = self.box_size()
         transforms: list = []
         if size is not None and (augment or subset == "val"):
@@ -241,7 +245,7 @@ class CaseDataModule(pl.LightningDataModule):
             return EdgeDegradation(degrade, (edge_level, edge_level))
         return EdgeDegradation(degrade, levels, ramp_epochs)
 
-    # ---- loaders -----------------------------------------------------------------------------------------------
+    # ---- loaders ----
 
     def loader(
         self, dataset: CaseDataset, *, train: bool = False, batch_size: int | None = None
@@ -296,7 +300,7 @@ class CaseDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader | list:
         return self.eval_dataloader("test")
 
-    # ---- resuming ----------------------------------------------------------------------------------------------
+    # ---- resuming ----
 
     def set_position(self, epoch: int, batch: int) -> None:
         """Training continues after `batch` batches of `epoch`."""
@@ -321,7 +325,7 @@ class CaseDataModule(pl.LightningDataModule):
 
 
 class CaseLoader(DataLoader):
-    """A DataLoader whose batches are expanded on their way out, unless Lightning does it after the transfer."""
+    """A DataLoader that expands batches on their way out, unless Lightning does it after the transfer."""
 
     def __init__(self, dataset: CaseDataset, *, expand_here: bool, **settings: Any) -> None:
         super().__init__(dataset, **settings)

@@ -1,7 +1,8 @@
-"""Edge conditions: the eight-step detector of the cardiac report, and the degradations that teach rough sketches.
+"""Edge conditions: the eight-step detector of the cardiac report, and the degradations that teach rough
+sketches.
 
-Recipe: tonyyunyang/ldm-medical-image as described in specs/cardiac2d.md section 2, reimplemented; degradations:
-section 10.2. A binary edge map is never resized: resize the image, then detect.
+Recipe: tonyyunyang/ldm-medical-image as described in specs/cardiac2d.md section 2, reimplemented;
+degradations: section 10.2. A binary edge map is never resized: resize the image, then detect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,8 @@ EIGHT = 8  # connectivity
 class EdgeRecipe:
     """Parameters of `detect_edges`; the defaults are the published recipe, the switches after it ours.
 
-    Lengths in pixels, intensities in grey levels 0..255. `thresholds` fixes (lower, upper) of Canny in place of the
-    median rule; `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}.
+    Lengths in pixels, intensities in grey levels 0..255. `thresholds` fixes (lower, upper) of Canny in place
+    of the median rule; `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}.
     """
 
     source: str = "image"
@@ -121,12 +122,14 @@ def label_contours(mask: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EdgeDegrade:
-    """Make an edge map rougher, as a hand would draw it: level d in [0, 1], 0 leaves it untouched, 1 is the worst.
+    """Make an edge map rougher, as a hand would draw it: level d in [0, 1], 0 leaves it untouched, 1 is the
+    worst.
 
-    Every effect grows with d: (a) the detector run again with blur, other thresholds and no short pieces (needs
-    the image), (b) components dropped or only the longest kept, (c) lines simplified by Douglas-Peucker and
-    redrawn with a pen, (d) vertices moved by a smooth field, (e) gaps, thickening and thinning, (f) spurious
-    strokes, (g) class contours alone (needs the class map), (h) nothing at all. Probabilities hold at d = 1.
+    Every effect grows with d: (a) the detector run again with blur, other thresholds and no short pieces
+    (needs the image), (b) components dropped or only the longest kept, (c) lines simplified by
+    Douglas-Peucker and redrawn with a pen, (d) vertices moved by a smooth field, (e) gaps, thickening and
+    thinning, (f) spurious strokes, (g) class contours alone (needs the class map), (h) nothing at all.
+    Probabilities hold at d = 1.
     """
 
     recipe: EdgeRecipe = EdgeRecipe()

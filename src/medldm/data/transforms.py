@@ -1,7 +1,7 @@
 """From raw arrays to the prepared grid and range, and the random crops and flips of training.
 
-NumPy, OpenCV, nibabel and SciPy, without torch, so that `prepare` workers start at once: importing MONAI for the
-3D part would cost each of them 18 seconds.
+NumPy, OpenCV, nibabel and SciPy, without torch, so that `prepare` workers start at once: importing MONAI for
+the 3D part would cost each of them 18 seconds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ INTENSITY_MODES = ("volume_percentile", "slice_minmax", "window")
 class Resize:
     """Where the pixels of a slice land on the (H, W) grid.
 
-    stretch: fill the grid, aspect ratio not kept (the published system). pad_square: keep the aspect ratio in mm
-    and pad. spacing_crop: resample to `spacing` mm, then crop or pad about the centre. `antialias` averages when
-    shrinking; without it the image goes through SciPy's cubic spline as in the author's code.
+    stretch: fill the grid, aspect ratio not kept (the published system). pad_square: keep the aspect ratio in
+    mm and pad. spacing_crop: resample to `spacing` mm, then crop or pad about the centre. `antialias`
+    averages when shrinking; without it the image goes through SciPy's cubic spline as in the author's code.
     """
 
     mode: str = "stretch"
@@ -103,8 +103,8 @@ def center_fit(x: np.ndarray, size: Sequence[int], fill: float) -> np.ndarray:
 class Intensity:
     """Which raw values become -1 and 1.
 
-    volume_percentile: the 0.5 and 99.5 percentiles of the whole volume; slice_minmax: extremes of each resized
-    slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT.
+    volume_percentile: the 0.5 and 99.5 percentiles of the whole volume; slice_minmax: extremes of each
+    resized slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT.
     """
 
     mode: str = "volume_percentile"
@@ -118,7 +118,8 @@ class Intensity:
             )
         if self.mode == "window" and (self.window is None or not self.window[0] < self.window[1]):
             raise InputError(
-                f"data.preprocess.intensity.window={self.window}: give [low, high], for instance [-1000, 1000]"
+                f"data.preprocess.intensity.window={self.window}: give [low, high], for instance [-1000, "
+                "1000]"
             )
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
@@ -159,13 +160,15 @@ def finite(x: np.ndarray, path: str | Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Labels:
-    """Known classes of a dataset: `names[i]` belongs to class i; `mapping` sends raw label values to classes."""
+    """Known classes: `names[i]` belongs to class i; `mapping` sends raw label values to classes."""
 
     names: tuple[str, ...] | None = None
     mapping: Mapping[int, int] | None = None
 
     def __call__(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
-        """Raw labels -> uint8 or uint16 classes; InputError on a value that is negative, fractional or unknown."""
+        """Raw labels -> uint8 or uint16 classes; InputError on a value that is negative, fractional or
+        unknown.
+        """
         rounded = np.rint(mask)
         if not np.issubdtype(mask.dtype, np.integer):
             fraction = np.abs(mask - rounded).max()
@@ -190,7 +193,8 @@ class Labels:
     def reject(self, unknown: list[int], path: str | Path, known: str) -> None:
         if unknown:
             raise InputError(
-                f"{path}: the mask holds label {', '.join(map(str, unknown[:5]))}, known are {known}; correct the mask, "
+                f"{path}: the mask holds label {', '.join(map(str, unknown[:5]))}, known are {known}; "
+                "correct the mask, "
                 f"or map it with data.preprocess.labels.mapping='{{{unknown[0]}: 0, ...}}'"
             )
 
@@ -237,7 +241,7 @@ def prepare_volume(
     cut = tuple(map(slice, start, stop))
     size = image_size or tuple(-(-int(n) // divisible_by) * divisible_by for n in stop - start)
     fitted = {key: center_fit(array[cut], size, FILL[key]) for key, array in arrays.items()}
-    # center_fit moves the origin by half the difference of the sizes: inwards when it crops, outwards when it pads.
+    # center_fit moves the origin by half the difference of the sizes: inwards to crop, outwards to pad.
     start = start + [
         (n - m) // 2 if n > m else -((m - n) // 2) for n, m in zip(stop - start, size, strict=True)
     ]
@@ -270,7 +274,9 @@ def orient(arrays: dict, affine: np.ndarray, codes: str) -> tuple[dict, np.ndarr
 
 
 def resample(arrays: dict, affine: np.ndarray, spacing: Sequence[float]) -> tuple[dict, np.ndarray]:
-    """To `spacing` mm about the same centre: linear for images (smoothed first where they shrink), nearest for classes."""
+    """To `spacing` mm about the same centre: linear for images (smoothed first where they shrink), nearest
+    for classes.
+    """
     from scipy import ndimage
 
     shape = np.array(arrays["image"].shape)
