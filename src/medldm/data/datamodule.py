@@ -5,14 +5,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
 from medldm.batch import Batch
-from medldm.data.dataset import ARRAY_DTYPES, CaseDataset, EdgeDegradation, Item, case_items, expand
+from medldm.data.dataset import (
+    ARRAY_DTYPES,
+    CaseDataset,
+    EdgeDegradation,
+    Item,
+    as_is,
+    case_items,
+    expand,
+    single_threaded,
+)
 from medldm.data.edges import EdgeDegrade, EdgeRecipe
 from medldm.data.readers import load_index, read_json
 from medldm.data.sampler import ResumableSampler
@@ -275,6 +283,7 @@ class CaseDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=as_is,
             pin_memory=self.pin_memory and torch.accelerator.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # else each pass draws from the global one
             **workers,
         )
 
@@ -316,7 +325,7 @@ class CaseDataModule(pl.LightningDataModule):
         batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return (
             {"epoch": epoch, "batch": batch}
-            if batch < len(self.train_sampler)
+            if batch < min(len(self.train_sampler), self.trainer.num_training_batches)
             else {"epoch": epoch + 1, "batch": 0}
         )
 
@@ -340,12 +349,3 @@ def view_weights(items: Sequence[Item]) -> np.ndarray:
     """Weight of each item such that every view is drawn equally often."""
     views = np.array([item.view for item in items])
     return 1 / np.bincount(views)[views]
-
-
-def as_is(batch: Any) -> Any:
-    """`CaseDataset.__getitems__` has stacked already."""
-    return batch
-
-
-def single_threaded(worker: int) -> None:
-    cv2.setNumThreads(0)

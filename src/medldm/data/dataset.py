@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -197,3 +198,12 @@ def empty_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = int(np.prod(shape))
     storage = torch.UntypedStorage._new_shared(count * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+
+
+def as_is(batch: Any) -> Any:
+    """The collate function: `CaseDataset.__getitems__` has stacked already."""
+    return batch
+
+
+def single_threaded(worker: int) -> None:
+    cv2.setNumThreads(0)

@@ -24,7 +24,7 @@ import numpy as np
 import medldm
 from medldm.data.case import Case, split_path
 from medldm.data.edges import EdgeRecipe
-from medldm.data.readers import HANDLES, Image, load_index, read_image, read_mask
+from medldm.data.readers import Image, load_index, read_image, read_mask
 from medldm.data.splits import make_splits, write_splits_once
 from medldm.data.transforms import Intensity, Labels, Resize, finite, prepare_volume, to_unit
 from medldm.errors import InputError
@@ -619,7 +619,6 @@ def verify(root: Path) -> None:
     index = load_index(root)
     for case in index["cases"]:
         path = root / case["file"]
-        HANDLES.drop(path)
         if not path.is_file() or path.stat().st_size != case["file_size"]:
             raise InputError(f"{path}: missing or changed while preparing; run `medldm prepare` again")
         if index["spatial_dims"] == 2 and any(

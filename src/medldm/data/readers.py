@@ -133,6 +133,7 @@ class HDF5Reader:
                 f"{path}: not a complete HDF5 file ({str(error).splitlines()[0]}); run `medldm prepare` again"
             ) from error
         self.descriptor = os.open(self.path, os.O_RDONLY)
+        self.identity = file_identity(self.path)
         self.offsets: dict[str, np.ndarray | None] = {}
         self.datasets: dict[str, h5py.Dataset] = {}
 
@@ -191,9 +192,21 @@ class HDF5Reader:
             return self.read(key)
         return np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape)
 
+    def is_current(self) -> bool:
+        """Whether the path still leads to the file that was opened."""
+        return file_identity(self.path) == self.identity
+
     def close(self) -> None:
         self.file.close()
         os.close(self.descriptor)
+
+
+def file_identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def find_row_offsets(dataset) -> np.ndarray | None:  # noqa: ANN001
@@ -232,18 +245,14 @@ class HandleCache:
             self.readers, self.pid = OrderedDict(), os.getpid()
         key = str(path)
         if key in self.readers:
-            self.readers.move_to_end(key)
-            return self.readers[key]
+            if self.readers[key].is_current():
+                self.readers.move_to_end(key)
+                return self.readers[key]
+            self.readers.pop(key).close()
         while len(self.readers) >= self.max_open:
             self.readers.popitem(last=False)[1].close()
         self.readers[key] = HDF5Reader(Path(path))
         return self.readers[key]
-
-    def drop(self, path: str | Path) -> None:
-        """Forget a file that is about to be replaced."""
-        reader = self.readers.pop(str(path), None)
-        if reader is not None and self.pid == os.getpid():
-            reader.close()
 
 
 HANDLES = HandleCache()
