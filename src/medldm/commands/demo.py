@@ -3,7 +3,8 @@
   medldm demo
   medldm demo output=demo num_subjects=40 seed=0
 
-Everything a real study does, on synthetic cardiac subjects in the M&Ms-2 layout: the numbers are of held-out subjects.
+Everything a real study does, on synthetic cardiac subjects in the M&Ms-2 layout; the numbers are of held-out
+subjects.
 Run it again to continue where it stopped. Ends with the paths of the page of pictures and of metrics.json.
 """
 
