@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -122,9 +123,20 @@ class AdversarialLoss:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|grad of the reconstruction| / |grad of the adversarial loss| at the last layer, in [0, 1e4]."""
+    """|grad of the reconstruction| / |grad of the adversarial loss| at the last layer, in [0, 1e4].
+
+    The gradients are those of the global batch: N processes agree on the weight.
+    """
     norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
         for loss in (reconstruction, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Changes x in place."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x

@@ -71,7 +71,8 @@ def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
     from medldm.runs import new_run_dir, newest_run
 
     parent = Path(cfg.paths.output_root) / experiment_name()
-    given = cfg.run_dir or os.environ.get("MEDLDM_RUN_DIR")
+    of_first_rank = os.environ.get("MEDLDM_RUN_DIR") if "LOCAL_RANK" in os.environ else None
+    given = cfg.run_dir or of_first_rank
     if cfg.resume and cfg.resume != "auto":
         checkpoint = Path(cfg.resume)
         if not checkpoint.is_file():
@@ -81,7 +82,7 @@ def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
     last = run_dir / "checkpoints" / "last.ckpt"
     if cfg.resume:
         return run_dir, last if last.is_file() else None
-    if last.is_file() and "MEDLDM_RUN_DIR" not in os.environ:
+    if last.is_file() and of_first_rank is None:
         raise InputError(
             f"run_dir={run_dir} holds a run already; add resume=auto to continue it, or give another"
         )
@@ -107,7 +108,15 @@ def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None
     from omegaconf import OmegaConf
     from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
 
-    from medldm.callbacks import EMA, Checkpoints, MetricsFile, Pictures, RandomState, StopOnSignal
+    from medldm.callbacks import (
+        EMA,
+        Checkpoints,
+        CountUpdates,
+        MetricsFile,
+        Pictures,
+        RandomState,
+        StopOnSignal,
+    )
     from medldm.checkpoints import AtomicCheckpointIO
 
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
@@ -118,7 +127,7 @@ def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None
     if options["strategy"] == "auto" and num_processes(options) > 1:
         options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
-    callbacks = [EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else []
+    callbacks = [CountUpdates(), *([EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else [])]
     callbacks += [Pictures(run_dir / "samples", **cfg.callbacks.pictures)] if cfg.callbacks.pictures else []
     callbacks += [LearningRateMonitor("step"), RandomState(), checkpoints, StopOnSignal(checkpoints)]
     if options["enable_progress_bar"]:
@@ -148,7 +157,8 @@ def quieten() -> None:
         ".*`srun` command is available.*",
         ".*does not have many workers.*",
         ".*LeafSpec.*",
-        ".*module(s) in eval mode.*",
+        ".*module\\(s\\) in eval mode.*",
+        ".*your dataloader is not resumable.*",  # the data module is
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval.*")
@@ -226,6 +236,14 @@ def find_latents(data: dict[str, Any], model: dict[str, Any]) -> str | None:
     return name
 
 
+def check_monitor(monitor: str, module: Any) -> None:
+    if monitor not in module.validation_metrics:
+        raise InputError(
+            f"callbacks.checkpoints.monitor={monitor}: not logged by this model; "
+            f"choose one of {', '.join(module.validation_metrics)}"
+        )
+
+
 def fit_latent_statistics(module: Any, datamodule: Any) -> None:
     """Mean and deviation of the latents, over the training set without augmentation."""
     import torch
@@ -256,7 +274,8 @@ def task(cfg: Any) -> None:
     from medldm.callbacks import EXIT_REQUEUE, Interrupted
     from medldm.checkpoints import build_module, describe
     from medldm.data import build_datamodule
-    from medldm.runs import log_to, save_config
+    from medldm.files import replacing
+    from medldm.runs import log_to
 
     quieten()
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -275,10 +294,15 @@ def task(cfg: Any) -> None:
         use_channels_last(module, datamodule.facts["spatial_dims"])
     for part in module.compiled_parts if cfg.compile else ():
         part.compile()
+    check_monitor(cfg.callbacks.checkpoints.monitor, module)
+    module.setup("fit")  # finds out whether its weights are there, before the run folder is
     trainer = build_trainer(cfg, module, run_dir, resumed_step)
     os.environ["MEDLDM_RUN_DIR"] = str(run_dir)
     if trainer.is_global_zero:
-        save_config(cfg, run_dir)
+        for left in (run_dir / "checkpoints").glob(".*.tmp"):  # of a process killed while it saved
+            left.unlink(missing_ok=True)
+        with replacing(run_dir / "config.yaml") as aside:
+            aside.write_text(OmegaConf.to_yaml(cfg, resolve=True))
         log_to(run_dir / "log")
         num_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         log.info(
@@ -294,6 +318,8 @@ def task(cfg: Any) -> None:
         import signal
 
         message = f"medldm train: stopped by {stop}; continue with run_dir={run_dir} resume=auto"
+        if not trainer.is_global_zero:
+            return  # Lightning kills the first process when another ends with a status, be it its own
         print(message, file=sys.stderr)
         sys.exit(EXIT_REQUEUE if stop.signum == signal.SIGUSR1 else 128 + stop.signum)
     if trainer.is_global_zero:

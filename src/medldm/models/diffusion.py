@@ -54,6 +54,8 @@ class DiffusionModule(LightningModule):
         """What a moving average follows: the denoiser, not the frozen first stage."""
         return nn.ModuleDict({"network": self.network, "conditioner": self.conditioner})
 
+    validation_metrics = ("val/loss", "val/unweighted")
+
     @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network]
