@@ -1,4 +1,4 @@
-"""Training callbacks: moving averages, checkpoints, signals, pictures, and a metrics file that survives a resume."""
+"""Training callbacks: moving average, checkpoints, signals, pictures, metrics that survive a resume."""
 
 import csv
 import logging
@@ -25,8 +25,8 @@ EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
 class EMA(Callback):
     """Exponential moving average of `module.ema_modules`, used in validation, sampling and export.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)). Weights are saved under the checkpoint's own key "ema". A module
-    without `ema_modules` has no average.
+    The decay warms up as min(decay, (1 + n) / (10 + n)). It is saved under the checkpoint's key "ema". A
+    module without `ema_modules` has no average.
     """
 
     def __init__(self, decay: float = 0.9999, *, every_n_steps: int = 1) -> None:
@@ -108,7 +108,7 @@ class CountUpdates(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """`best.ckpt` by a validation metric and `last.ckpt` every so many updates, at every epoch's end and at the end.
+    """`best.ckpt` by a validation metric; `last.ckpt` every so many updates and at every epoch's end.
 
     A model with a number that is not finite is never written: the last good checkpoint stays.
     """
@@ -176,8 +176,8 @@ class Checkpoints(Checkpoint):
 def leave_epoch(loops: dict[str, Any], *, is_whole: bool) -> None:
     """Move saved loops from on_train_epoch_end to where training goes on.
 
-    That is the next epoch, or the middle of this one where max_steps cut it short. Lightning would run the end
-    of the epoch again, and one more batch.
+    That is the next epoch, or the middle of this one where max_steps cut it short. Lightning would run the
+    end of the epoch again, and one more batch.
     """
     for progress in loops["epoch_progress"].values():
         progress["completed"] = progress["processed"] = progress["processed"] - (not is_whole)
@@ -204,7 +204,7 @@ def check_finite(module: LightningModule, step: int) -> None:
     norms = torch._foreach_norm([v for v in module.state_dict().values() if v.is_floating_point()])
     if not torch.stack([norm.float() for norm in norms]).sum().isfinite():
         raise InputError(
-            f"training diverged before step {step}: weights are not finite; the checkpoints from before are kept; "
+            f"training diverged before step {step}: weights are not finite; earlier checkpoints are kept; "
             "lower model.optimizer.lr or set trainer.precision=32-true, then resume=auto"
         )
 
@@ -218,10 +218,10 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the way out of the l
 
 
 class StopOnSignal(Callback):
-    """SIGUSR1 (SLURM, before the limit), SIGTERM and Ctrl-C: finish the step, write last.ckpt, leave the loop.
+    """SIGUSR1 (SLURM, before the limit), SIGTERM, Ctrl-C: finish the step, write last.ckpt, leave the loop.
 
-    Lightning's own requeue saves inside the signal handler, in the middle of a step. A signal during validation
-    takes effect after it. A second Ctrl-C ends at once.
+    Lightning's own requeue saves inside the signal handler, in the middle of a step. A signal during
+    validation takes effect after it. A second Ctrl-C ends at once.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -263,7 +263,7 @@ class StopOnSignal(Callback):
 
 
 class RandomState(Callback):
-    """Saves and restores the random states of the host and of each rank's device, for what draws from them (dropout)."""
+    """Saves and restores the random states of host and device, for what draws from them (dropout)."""
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] | None = None
@@ -287,7 +287,7 @@ class RandomState(Callback):
 
 
 class Pictures(Callback):
-    """A grid of the module's `picture` of the same validation samples, `samples/step_<n>.png`, every few validations."""
+    """A grid of the module's `picture` of the same samples, `samples/step_<n>.png`, every few validations."""
 
     def __init__(self, folder: str | Path, *, every_n_validations: int = 1, num_samples: int = 8) -> None:
         self.folder = Path(folder)

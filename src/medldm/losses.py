@@ -59,11 +59,11 @@ def random_slices(x: Tensor, axis: int, index: Tensor) -> Tensor:
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of features of a frozen 2D network: "lpips_vgg", "lpips_alex", or "random_conv" (no weights needed;
-    a stand-in for tests, not LPIPS).
+    """Distance of features of a frozen 2D network: "lpips_vgg", "lpips_alex", or "random_conv" (needs no
+    weights; a stand-in for tests, not LPIPS).
 
-    The network is built at first use, kept out of the state dict and out of `train()`: LPIPS holds dropout, which
-    Lightning's train() would switch on inside the loss.
+    The network is built at first use, kept out of the state dict and out of `train()`: LPIPS holds dropout,
+    which Lightning's train() would switch on inside the loss.
     """
 
     def __init__(self, network: str = "lpips_vgg", *, weights_dir: str | None = None) -> None:
@@ -94,9 +94,9 @@ class PerceptualLoss(nn.Module):
 class AdversarialLoss:
     """When and how much a discriminator counts.
 
-    start: optimiser updates of the generator before it counts; ramp: updates over which its weight then grows to full.
-    adaptive: the weight is multiplied by the ratio of the gradient norms of reconstruction and adversarial loss at the
-    last layer (Esser et al. 2021, Eq. 7), clipped at 1e4.
+    start: updates of the generator before it counts; ramp: updates over which its weight then grows to full.
+    adaptive: the weight is multiplied by the ratio of the gradient norms of reconstruction and adversarial
+    loss at the last layer (Esser et al. 2021, Eq. 7), clipped at 1e4.
     """
 
     def __init__(

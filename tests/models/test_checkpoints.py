@@ -130,10 +130,8 @@ def test_a_kill_during_a_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     assert in_child(save_and_die) == -signal.SIGKILL
     assert load(path) == {"value": 1}
-    left = [p for p in tmp_path.iterdir() if p != path]
-    assert (
-        left and not list(tmp_path.glob("*.ckpt*"))[1:]
-    )  # hidden: nothing that looks for checkpoints finds it
+    assert list(tmp_path.glob("*.ckpt")) == [path]  # the half-written one has another ending
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
     AtomicCheckpointIO().save_checkpoint({"value": 3}, path)
     assert load(path) == {"value": 3}
 
@@ -141,6 +139,6 @@ def test_a_kill_during_a_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_an_error_during_a_save_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"value": 1}, path)
-    with pytest.raises((AttributeError, TypeError, RuntimeError, Exception)):
+    with pytest.raises(Exception, match="lambda"):
         AtomicCheckpointIO().save_checkpoint({"value": lambda: 2}, path)
     assert load(path) == {"value": 1} and list(tmp_path.iterdir()) == [path]

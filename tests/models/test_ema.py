@@ -47,7 +47,7 @@ def test_only_the_denoiser_is_averaged(module):
 
 def test_the_average_is_used_in_validation_and_only_there(module):
     ema, seen = EMA(0.9), []
-    module.validation_step = lambda batch, i: seen.append(weights_of(module))
+    module.validation_step = lambda batch, batch_idx: seen.append(weights_of(module))
     recorder = Recorder()
     batches = make_batches(3, 2)
     fit(module, batches, ema, recorder, validation=batches[:1])

@@ -9,12 +9,12 @@ Keys people use:
   model.optimizer.lr, model.first_stage.checkpoint
   trainer.max_steps (updates), trainer.max_epochs, trainer.devices, trainer.precision
   run_dir=DIR                 default: runs/<experiment>/<time>
-  resume=auto | CKPT          continue run_dir, or the newest run of the experiment; starts afresh where there is none
+  resume=auto | CKPT          continue run_dir, or the newest run of the experiment, or start afresh
   logger=wandb                Weights & Biases beside metrics.csv
   debug=tiny                  two updates of a narrow network: does everything fit together?
   seed=0
 
-SIGUSR1, SIGTERM and Ctrl-C finish the step and write checkpoints/last.ckpt; after SIGUSR1 the exit status is 85.
+SIGUSR1, SIGTERM and Ctrl-C finish the step and write checkpoints/last.ckpt; SIGUSR1 exits with 85.
 Prints the run folder at the end.
 """
 
@@ -44,6 +44,7 @@ def shrink(model: dict[str, Any]) -> dict[str, Any]:
             return TINY_WIDTH
         limits = {"embedding_channels": 32, "sinusoidal_channels": 16, "num_codes": 64, "num_heads": 2}
         limits |= {"head_channels": 8, "start": 1, "ramp": 0, "warmup_steps": 0, "num_mid_units": 1}
+        limits["norm_groups"] = 8  # two channels a group: one alone cannot be normalised on a 1x1 grid
         if key in limits and value is not None:
             return min(value, limits[key])
         return [1] * len(value) if key == "num_res_blocks" and isinstance(value, list) else value
@@ -67,7 +68,7 @@ def experiment_name() -> str:
 
 
 def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint to resume from or None). Ranks started by Lightning get the folder from the first."""
+    """(run folder, checkpoint to resume from or None). Other ranks use the first one's folder."""
     from medldm.runs import new_run_dir, newest_run
 
     parent = Path(cfg.paths.output_root) / experiment_name()
@@ -101,7 +102,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None) -> Any:
-    """Lightning's Trainer with medldm's callbacks; accumulation and clipping go to modules that step by hand."""
+    """Lightning's Trainer with medldm's callbacks; modules that step by hand accumulate and clip."""
     import torch
     from hydra.utils import instantiate
     from lightning_fabric.plugins.environments import SLURMEnvironment
@@ -197,11 +198,12 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_first_stage(model: dict[str, Any], content: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The first stage's description where a resumed checkpoint brings its weights, else None: they are loaded afresh."""
+    """The first stage's description where a resumed checkpoint brings its weights, else None: load them."""
     resumed = content["medldm"].get("first_stage") if content else None
     if resumed is None and model.get("first_stage", {}).get("checkpoint") == "???":
         raise InputError(
-            "model.first_stage.checkpoint: not given; name the stage-one checkpoint, or model/first_stage=pixel for none"
+            "model.first_stage.checkpoint: not given; name the stage-one checkpoint, "
+            "or model/first_stage=pixel for none"
         )
     return resumed
 
@@ -219,7 +221,7 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
 
 
 def find_latents(data: dict[str, Any], model: dict[str, Any]) -> str | None:
-    """Name of the latent cache; `auto` takes the one that `medldm encode` made with this first stage, if there is one."""
+    """Name of the latent cache; `auto`: what `medldm encode` made with this first stage, if anything."""
     from medldm.checkpoints import sha256
 
     name = data.get("latents")

@@ -24,9 +24,10 @@ from medldm.networks.autoencoder import VQAutoencoder
 class AutoencoderModule(LightningModule):
     """Trains `autoencoder` to reconstruct batch["image"].
 
-    One forward pass serves generator and discriminators. `trainer.global_step` counts the generator's updates: the
-    discriminators' optimiser steps outside Lightning's count. Accumulation and clipping are done here, because Lightning
-    refuses them under manual optimisation; `medldm train` moves the trainer's keys to this module.
+    One forward pass serves generator and discriminators. `trainer.global_step` counts the generator's
+    updates: the discriminators' optimiser steps outside Lightning's count. Accumulation and clipping are done
+    here, because Lightning refuses them under manual optimisation; `medldm train` moves the trainer's keys to
+    this module.
     A discriminator of fewer dimensions than the image sees one random slice per sample.
     """
 
@@ -169,7 +170,7 @@ class AutoencoderModule(LightningModule):
         return torch.stack(losses).sum()
 
     def draw_slices(self, x: Tensor, batch_idx: int) -> tuple[int, Tensor]:
-        """An axis and one slice index per sample, from seed, step and the sample's place in the global batch."""
+        """An axis and one slice index per sample, from seed, step and place in the global batch."""
         step = self.global_step * self.accumulate_grad_batches + batch_idx % self.accumulate_grad_batches
         generator = step_generator(self.seed, step, torch.device("cpu"))
         axis = self.slice_axes[int(torch.randint(len(self.slice_axes), (), generator=generator))]
