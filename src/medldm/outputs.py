@@ -95,7 +95,7 @@ class SampleFolder:
 
         entry = self.dataset.cases[case]
         for k, volumes in enumerate(samples):
-            array = volumes[0, 0].permute(2, 1, 0).contiguous().numpy()  # (D, H, W) -> (X, Y, Z)
+            array = volumes[0, 0].contiguous().numpy()  # axes in the order that the affine describes
             path = self.path(case) if k == 0 else self.root / f"sample_{k}" / self.path(case).name
             image = nibabel.Nifti1Image(array, np.asarray(entry["affine"], dtype=np.float64))
             with replacing(path) as aside:
