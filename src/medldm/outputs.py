@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medldm.callbacks import save_png
+from medldm.callbacks import middle_slice, save_png
 from medldm.data.dataset import CaseDataset
 from medldm.data.readers import open_hdf5
 from medldm.errors import InputError
@@ -101,8 +101,8 @@ class SampleFolder:
             with replacing(path) as aside:
                 aside.write_bytes(image_bytes(image))
             if self.png:
-                middle = volumes[0, :, volumes.shape[2] // 2]
-                save_png(self.root / "png" / f"{entry['id']}.png", to_uint8(middle).expand(3, -1, -1))
+                middle = to_uint8(middle_slice(volumes)[0])
+                save_png(self.root / "png" / f"{entry['id']}.png", middle.expand(3, -1, -1))
 
 
 def image_bytes(image: Any) -> bytes:
