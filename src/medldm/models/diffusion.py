@@ -1,6 +1,5 @@
 """Stage two: diffusion of a first stage's latents under a condition. Rombach et al. 2022."""
 
-import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,14 +10,16 @@ from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.objective import DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler
 from medldm.diffusion.schedule import NoiseSchedule
-from medldm.models.common import build_optimizer, rank_part, step_generator, warmup_cosine
+from medldm.models.common import (
+    build_optimizer,
+    case_noise,
+    rank_part,
+    seed_of,
+    step_generator,
+    warmup_cosine,
+)
 
 NUM_STATISTICS_SAMPLES = 4096  # images whose latents give the mean and deviation per channel
-
-
-def seed_of(*parts: object) -> int:
-    """A seed from names: the same on every machine and in every order of cases."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 class DiffusionModule(LightningModule):
@@ -51,8 +52,10 @@ class DiffusionModule(LightningModule):
 
     @property
     def ema_modules(self) -> nn.ModuleDict:
-        """What a moving average follows: the denoiser, not the frozen first stage."""
-        return nn.ModuleDict({"network": self.network, "conditioner": self.conditioner})
+        """What a moving average follows: the denoiser and a learned schedule, not the frozen first stage."""
+        return nn.ModuleDict(
+            {"network": self.network, "conditioner": self.conditioner, "schedule": self.schedule}
+        )
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
@@ -128,11 +131,6 @@ class DiffusionModule(LightningModule):
             batch, self.first_stage, self.conditioner.drop_groups(size, drop, self.device)
         )
 
-    def case_noise(self, names: list[str], shape: tuple[int, ...], seed: int) -> Tensor:
-        """Starting noise that belongs to a case and a seed, whatever the batch it is sampled in."""
-        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, n))) for n in names]
-        return torch.stack(draws).to(self.device)
-
     @torch.no_grad()
     def sample(
         self,
@@ -152,7 +150,7 @@ class DiffusionModule(LightningModule):
         draw for the batch as a whole, so those samplers repeat exactly only with the same batches.
         """
         sampler = sampler or self.sampler
-        noise = self.case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed)
+        noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
         condition = self.condition(batch, drop)
         null = self.condition(batch, None)
         denoise = guided(
