@@ -1,7 +1,6 @@
 """Training callbacks: moving averages, checkpoints, signals, pictures, and a metrics file that survives a resume."""
 
 import csv
-import io
 import logging
 import os
 import signal
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torchvision.utils import make_grid
 
-from medldm.checkpoints import write_atomically
 from medldm.errors import InputError
+from medldm.files import replacing
 
 log = logging.getLogger(__name__)
 EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
@@ -279,9 +278,8 @@ def save_png(path: Path, picture: Tensor) -> None:
     from PIL import Image
 
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    with replacing(path) as aside:
+        image.save(aside, format="PNG")
 
 
 class MetricsFile(Logger):
@@ -323,11 +321,10 @@ class MetricsFile(Logger):
             return
         self._flushed = time.monotonic()
         keys = sorted(set().union(*self.rows.values()))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=["step", *keys], restval="")
-        writer.writeheader()
-        writer.writerows({"step": step, **self.rows[step]} for step in sorted(self.rows))
-        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+        with replacing(self.path) as aside, open(aside, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=["step", *keys], restval="")
+            writer.writeheader()
+            writer.writerows({"step": step, **self.rows[step]} for step in sorted(self.rows))
 
     def finalize(self, status: str) -> None:
         self.save()

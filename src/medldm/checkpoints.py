@@ -5,7 +5,6 @@ second stage, the first stage's own description. It loads under `weights_only=Tr
 """
 
 import hashlib
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,36 +18,19 @@ from torch import nn
 
 from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.errors import InputError
+from medldm.files import replacing
 from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.diffusion import DiffusionModule
 
 FORMAT = 1
 
 
-def write_atomically(path: Path, write) -> None:
-    """`write(file)` to a file beside `path`, synced to disk, then renamed: a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's reading and writing of checkpoints, made safe against a crash at any moment."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options: Any = None) -> None:
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        with replacing(Path(path)) as aside:
+            torch.save(checkpoint, aside)
 
     def load_checkpoint(self, path, map_location=None, weights_only: bool | None = True) -> dict[str, Any]:
         return read_checkpoint(path, map_location or "cpu")

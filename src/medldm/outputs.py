@@ -12,9 +12,9 @@ from torch import Tensor
 
 from medldm.callbacks import save_png
 from medldm.data.dataset import CaseDataset
-from medldm.data.files import replacing, write_json
 from medldm.data.readers import open_hdf5
 from medldm.errors import InputError
+from medldm.files import replacing, write_json
 
 COPIED = ("view", "phase", "label", "slice_index", "num_slices", "spacing")
 

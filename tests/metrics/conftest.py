@@ -1,35 +1,9 @@
 import json
 import sys
 
-import h5py
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
-
-
-def smooth_images(num: int, size: int, seed: int) -> np.ndarray:
-    """(N, H, W) float32 in [-1, 1]: smooth blobs, every image another."""
-    rng = np.random.default_rng(seed)
-    images = gaussian_filter(rng.normal(size=(num, size, size)), (0, 3, 3))
-    return (images / np.abs(images).max((1, 2), keepdims=True)).astype(np.float32)
-
-
-def write_case(path, images: np.ndarray, extra: dict | None = None) -> None:
-    """A file of the 2D schema: two long-axis slices, then short-axis stacks at ED and ES."""
-    num = len(images)
-    half = (num - 2) // 2
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        file["images"] = images
-        file["edges"] = (np.abs(np.diff(images, axis=2, prepend=0)) > 0.1).astype(np.uint8)
-        file["semantic_maps"] = (images > 0).astype(np.uint8)
-        file["view"] = np.array([1, 1] + [0] * (2 * half), np.uint8)
-        file["phase"] = np.array([0, 1] + [0] * half + [1] * half, np.uint8)
-        file["slice_index"] = np.array([0, 0, *range(half), *range(half)], np.int16)
-        file["num_slices"] = np.array([1, 1] + [half] * (2 * half), np.int16)
-        file.attrs["subject_id"] = path.stem
-        for name, value in (extra or {}).items():
-            file[name] = value
+from synthetic_folders import smooth_images, write_case
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ check "the chain ends" wait_until 900 queue_empty
 states=$(job_states "$work/runs.txt")
 echo "        $states"
 check "every job is COMPLETED" test "${states//:COMPLETED/}" = "prepare vqvae encode ldm reconstruction sample evaluate report " ||
-  { show_logs "$work/runs"; finish; exit 1; }
+  show_logs "$work/runs"
 for file in runs/vqvae/checkpoints/best.ckpt runs/ldm/checkpoints/best.ckpt runs/samples/provenance.json \
   runs/reconstruction/provenance.json runs/evaluation/metrics.json; do
   check "$file" test -s "$work/$file"
@@ -34,8 +34,8 @@ check "the stages after it are cancelled" test "$(job_states "$work/broken.txt")
   "ldm:FAILED sample:CANCELLED evaluate:CANCELLED report:CANCELLED "
 check "its log names the file" grep -h "medldm train: .*/nowhere.ckpt" "$work"/broken/slurm/*ldm*.out
 
-# The signal comes once ten updates are saved; what was trained before the requeue is not trained again.
-run=$work/requeued num_steps=${NUM_STEPS:-150}
+# The signal comes once an update is saved; what was trained before the requeue is not trained again.
+run=$work/requeued num_steps=${NUM_STEPS:-40}
 is_saved() { [ -s "$run/checkpoints/last.ckpt" ]; }
 last_step() {
   "$MEDLDM_PYTHON" - "$run/checkpoints/last.ckpt" <<<'import sys, torch; print(torch.load(sys.argv[1], weights_only=True)["global_step"])'
@@ -43,7 +43,7 @@ last_step() {
 logged_steps() { tail -n +2 "$run/metrics.csv" | awk -F, -v n="$num_steps" '$1 < n && !seen[$1]++ {count++} END {print count + 0}'; }
 job=$(sbatch --parsable --output="$work/requeued.out" --time=20 "$slurm/job.sbatch" train experiment=cardiac2d/vqvae \
   debug=tiny data.root="$work/prepared" run_dir="$run" resume=auto trainer.max_steps="$num_steps" \
-  callbacks.checkpoints.every_n_steps=10)
+  callbacks.checkpoints.every_n_steps=5 trainer.check_val_every_n_epoch=100)
 wait_until 120 eval 'is_saved || has_ended "$job"'
 check "the training saves" is_saved
 scancel --signal=USR1 --batch "$job"

@@ -24,7 +24,8 @@ case $(python -c 'import medldm; print(medldm.__file__)') in
 esac
 medldm --help >help.txt && grep -q train help.txt
 echo "ok      medldm --help"
-for command in phantom prepare train encode sample evaluate report demo; do
+commands=$(python -c 'from medldm.cli import COMMANDS; print(*COMMANDS)')
+for command in $commands; do
   medldm "$command" --help >help.txt && medldm "$command" --cfg job >config.txt
   [ -s help.txt ] && [ -s config.txt ] || { echo "FAILED  medldm $command --help"; exit 1; }
 done

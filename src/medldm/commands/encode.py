@@ -42,7 +42,7 @@ def task(cfg: Any) -> None:
 
     from medldm.checkpoints import load_module, sha256
     from medldm.data import build_datamodule
-    from medldm.data.files import replacing, write_json
+    from medldm.files import replacing, write_json
     from medldm.inference import items_by_case, pick_device
     from medldm.models.autoencoder import AutoencoderModule
 

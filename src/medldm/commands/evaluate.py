@@ -120,8 +120,8 @@ def read_provenance(folders: Mapping[str, Path | None]) -> dict:
 
 
 def write_results(output: Path, results: dict, table: tuple[list[str], list[list]]) -> None:
-    from medldm.data.files import replacing, write_json
     from medldm.evaluation.results import jsonable
+    from medldm.files import replacing, write_json
 
     with replacing(output / "per_case.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
@@ -132,14 +132,14 @@ def write_results(output: Path, results: dict, table: tuple[list[str], list[list
 
 def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int) -> None:
     """panels/{best,median,worst}.png by nmse_var, or by the first metric there is."""
-    from medldm.data.files import replacing
     from medldm.evaluation.panels import choose, draw_panel
-    from medldm.metrics.image import HIGHER_IS_BETTER
+    from medldm.files import replacing
+    from medldm.metrics.image import is_higher_better
 
     if num_rows < 1:
         return
     name = "nmse_var" if "nmse_var" in values else next(iter(values))
-    for kind, chosen in choose(values[name], num_rows, name not in HIGHER_IS_BETTER).items():
+    for kind, chosen in choose(values[name], num_rows, not is_higher_better(name)).items():
         if chosen:
             captions = [f"{pairs[i].id}\n{name} {values[name][i]:.3f}" for i in chosen]
             figure = draw_panel([pairs[i] for i in chosen], captions)
@@ -148,7 +148,7 @@ def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int) 
 
 
 def show(results: dict) -> None:
-    """The tables on screen, and every warning."""
+    """The tables on screen, and every note."""
     from rich.console import Console
 
     from medldm.evaluation.screen import distribution_table, group_tables, main_table, notes

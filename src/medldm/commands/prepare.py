@@ -9,8 +9,8 @@ data.num_workers  processes (0: none beside this one)
 data.image_size   grid of the prepared images; data.spatial_dims: 2 or 3
 data.preprocess.* resizing, intensity, labels, edges, storage
 
-It can be stopped and started again: finished cases are kept as long as raw files and preprocessing are the same.
-A bad file ends the run with one line that names it.
+It can be stopped and started again: finished cases are kept as long as raw files and preprocessing
+are the same. A bad file ends the run with one line that names it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
 """medldm report: one self-contained HTML page about a run (or a chain of runs) and its evaluation.
 
-Tables with intervals, real and generated images side by side, loss curves, reconstruction and sample grids over
-the training, provenance. Everything is inside the one file: it can be mailed, and it needs no network.
+Tables with intervals, real and generated images side by side, loss curves, reconstruction and sample grids
+over the training, provenance. Everything is inside the one file: it can be mailed, and it needs no network.
 
 keys
   run=DIR              a run folder; several stages: run=[DIR1,DIR2]
@@ -25,7 +25,7 @@ MAX_WIDTH = 1600  # px; wider pictures are scaled down
 
 
 def report(cfg) -> None:  # noqa: ANN001 - a Hydra config
-    from medldm.data.files import replacing
+    from medldm.files import replacing
 
     folders = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run)
     folders = [Path(folder) for folder in folders]

@@ -68,7 +68,7 @@ def experiment_name() -> str:
 
 def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
     """(run folder, checkpoint to resume from or None). Ranks started by Lightning get the folder from the first."""
-    from medldm.runs import newest_run, new_run_dir
+    from medldm.runs import new_run_dir, newest_run
 
     parent = Path(cfg.paths.output_root) / experiment_name()
     given = cfg.run_dir or os.environ.get("MEDLDM_RUN_DIR")

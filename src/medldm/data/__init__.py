@@ -14,7 +14,7 @@ MISSING = (None, "???")
 
 
 def build_datamodule(data: Mapping[str, Any], *, keys: Sequence[str], seed: int) -> "CaseDataModule":
-    """The data module of a `data` config as a plain dict. InputError where root is absent or not as stated."""
+    """The data module of a plain `data` config. InputError where root is absent or not as stated."""
     from medldm.data.datamodule import CaseDataModule
 
     settings = {key: value for key, value in data.items() if key not in PREPARE_KEYS}

@@ -1,4 +1,4 @@
-"""One acquisition before preparation: where its image and mask lie, whose they are, and what is known of it."""
+"""One acquisition before preparation: where image and mask lie, whose they are, what is known."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +8,9 @@ from pathlib import Path
 class Case:
     """One image file (a volume, or a single picture) with its mask.
 
-    `paths` maps a key ("image", "mask") to `file` or, inside HDF5, `file::dataset`. `attributes` holds what the
-    dataset states: view, phase, label, split, vendor... In 2D all cases of a subject share one prepared file.
+    `paths` maps a key ("image", "mask") to `file` or, inside HDF5, `file::dataset`. `attributes` holds what
+    the dataset states: view, phase, label, split, vendor... In 2D all cases of a subject share one prepared
+    file.
     """
 
     id: str

@@ -5,14 +5,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
 from medldm.batch import Batch
-from medldm.data.dataset import ARRAY_DTYPES, CaseDataset, EdgeDegradation, Item, case_items, expand
+from medldm.data.dataset import (
+    ARRAY_DTYPES,
+    CaseDataset,
+    EdgeDegradation,
+    Item,
+    as_is,
+    case_items,
+    expand,
+    single_threaded,
+)
 from medldm.data.edges import EdgeDegrade, EdgeRecipe
 from medldm.data.readers import load_index, read_json
 from medldm.data.sampler import ResumableSampler
@@ -22,19 +30,28 @@ from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 FACTS = (
-    "spatial_dims image_channels num_classes label_names num_views view_names num_phases phase_names "
-    "num_labels label_values image_size"
-).split()
+    "spatial_dims",
+    "image_channels",
+    "num_classes",
+    "label_names",
+    "num_views",
+    "view_names",
+    "num_phases",
+    "phase_names",
+    "num_labels",
+    "label_values",
+    "image_size",
+)
 FRACTIONS = {"val": 0.1, "test": 0.1}
 
 
 class CaseDataModule(pl.LightningDataModule):
     """Train, validation and test batches of a prepared folder.
 
-    `keys` are the arrays read (image, mask, edges, latent): what is not named is never opened. `crop_size` cuts a
-    random box in training and the central one in validation; testing sees whole images. `views` keeps slices of
-    these views, `balance_views` draws the views equally often. An item's randomness depends on (seed, epoch, item)
-    alone. InputError where the folder is not prepared, or lacks what `keys` asks for.
+    `keys` are the arrays read (image, mask, edges, latent): what is not named is never opened. `crop_size`
+    cuts a random box in training and the central one in validation; testing sees whole images. `views` keeps
+    slices of these views, `balance_views` draws the views equally often. An item's randomness depends on
+    (seed, epoch, item) alone. InputError where the folder is not prepared, or lacks what `keys` asks for.
     """
 
     def __init__(
@@ -67,7 +84,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.position = {"epoch": 0, "batch": 0}
         self.train_sampler: ResumableSampler | None = None
 
-    # ---- facts -------------------------------------------------------------------------------------------------
+    # ---- facts ----
 
     def setup(self, stage: str | None = None) -> None:
         """Read the index and the split and check that both fit what is asked for. Opens no image."""
@@ -85,8 +102,9 @@ class CaseDataModule(pl.LightningDataModule):
 
     @property
     def facts(self) -> dict:
-        """What the model is built from: spatial_dims, image_channels, num_classes (None without masks), num_views,
-        num_phases, num_labels, their names, and image_size."""
+        """What the model is built from: spatial_dims, image_channels, num_classes (None without masks),
+        num_views, num_phases, num_labels, their names, and image_size.
+        """
         self.setup()
         return {name: self.index.get(name) for name in FACTS}
 
@@ -128,7 +146,8 @@ class CaseDataModule(pl.LightningDataModule):
             self.latent_facts  # noqa: B018 - raises where the cache is absent
             if self.crop_size is not None or self.flip_axes:
                 raise InputError(
-                    "data.latents: cached latents cannot be cropped or flipped; set data.crop_size=null data.flip_axes=[]"
+                    "data.latents: cached latents cannot be cropped or flipped; set data.crop_size=null "
+                    "data.flip_axes=[]"
                 )
         self.check_views(index)
         for case in index["cases"]:
@@ -166,7 +185,7 @@ class CaseDataModule(pl.LightningDataModule):
             log.warning("%s: %d subjects of split '%s' are not in the index", path, len(absent), self.split)
         return {subset: [s for s in part if s not in absent] for subset, part in named.items()}
 
-    # ---- items -------------------------------------------------------------------------------------------------
+    # ---- items ----
 
     def items(self, subset: str) -> list[Item]:
         """Items of train, val, test or all, cases in index order, filtered by `views`."""
@@ -182,7 +201,9 @@ class CaseDataModule(pl.LightningDataModule):
         ]
 
     def dataset(self, subset: str, *, augment: bool = False, edge_level: float | None = None) -> CaseDataset:
-        """The items of a subset; `augment` applies the training transforms, `edge_level` degrades edges at one level."""
+        """The items of a subset; `augment` applies the training transforms, `edge_level` degrades edges at
+        one level.
+        """
         size = self.box_size()
         transforms: list = []
         if size is not None and (augment or subset == "val"):
@@ -232,7 +253,7 @@ class CaseDataModule(pl.LightningDataModule):
             return EdgeDegradation(degrade, (edge_level, edge_level))
         return EdgeDegradation(degrade, levels, ramp_epochs)
 
-    # ---- loaders -----------------------------------------------------------------------------------------------
+    # ---- loaders ----
 
     def loader(
         self, dataset: CaseDataset, *, train: bool = False, batch_size: int | None = None
@@ -262,6 +283,7 @@ class CaseDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=as_is,
             pin_memory=self.pin_memory and torch.accelerator.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # else each pass draws from the global one
             **workers,
         )
 
@@ -287,7 +309,7 @@ class CaseDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader | list:
         return self.eval_dataloader("test")
 
-    # ---- resuming ----------------------------------------------------------------------------------------------
+    # ---- resuming ----
 
     def set_position(self, epoch: int, batch: int) -> None:
         """Training continues after `batch` batches of `epoch`."""
@@ -303,7 +325,7 @@ class CaseDataModule(pl.LightningDataModule):
         batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return (
             {"epoch": epoch, "batch": batch}
-            if batch < len(self.train_sampler)
+            if batch < min(len(self.train_sampler), self.trainer.num_training_batches)
             else {"epoch": epoch + 1, "batch": 0}
         )
 
@@ -312,7 +334,7 @@ class CaseDataModule(pl.LightningDataModule):
 
 
 class CaseLoader(DataLoader):
-    """A DataLoader whose batches are expanded on their way out, unless Lightning does it after the transfer."""
+    """A DataLoader that expands batches on their way out, unless Lightning does it after the transfer."""
 
     def __init__(self, dataset: CaseDataset, *, expand_here: bool, **settings: Any) -> None:
         super().__init__(dataset, **settings)
@@ -327,12 +349,3 @@ def view_weights(items: Sequence[Item]) -> np.ndarray:
     """Weight of each item such that every view is drawn equally often."""
     views = np.array([item.view for item in items])
     return 1 / np.bincount(views)[views]
-
-
-def as_is(batch: Any) -> Any:
-    """`CaseDataset.__getitems__` has stacked already."""
-    return batch
-
-
-def single_threaded(worker: int) -> None:
-    cv2.setNumThreads(0)

@@ -1,10 +1,11 @@
-"""Prepared cases as batches: reads rows of HDF5, crops, flips, degrades edges and stacks, all in the worker."""
+"""Prepared cases as batches: HDF5 rows read, cropped, flipped, degraded and stacked in the worker."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class EdgeDegradation:
-    """`EdgeDegrade` at a level drawn uniformly from `levels`; the upper end grows over the first `ramp_epochs`."""
+    """`EdgeDegrade` at a level drawn uniformly from `levels`; the upper end grows over the first
+    `ramp_epochs`.
+    """
 
     degrade: EdgeDegrade
     levels: tuple[float, float] = (0.0, 1.0)
@@ -61,9 +64,9 @@ def case_items(index: dict, case: int) -> list[Item]:
 
 
 class CaseDataset(Dataset):
-    """`dataset.__getitems__([(epoch, item), ...])` is a whole batch in the stored dtypes (half floats and bytes, a
-    quarter of the traffic between processes and to the device), which `expand` turns into a `Batch`; `dataset[item]`
-    is an expanded batch of one, of epoch 0.
+    """`dataset.__getitems__([(epoch, item), ...])` is a whole batch in the stored dtypes (half floats and
+    bytes, a quarter of the traffic between processes and to the device), which `expand` turns into a `Batch`;
+    `dataset[item]` is an expanded batch of one, of epoch 0.
 
     Nothing is opened here: files open on first use in whichever process reads them.
     """
@@ -148,7 +151,7 @@ class CaseDataset(Dataset):
         return batch
 
     def item_id(self, item: Item) -> str:
-        """`<case>_<row>` for a slice, `<case>` for a volume: the same names as `readers.read_images` gives."""
+        """`<case>_<row>` for a slice, `<case>` for a volume: as in `readers.read_images`."""
         name = self.cases[item.case]["id"]
         return name if self.spatial_dims == 3 else f"{name}_{item.row:03d}"
 
@@ -158,7 +161,8 @@ class CaseDataset(Dataset):
         for array, item in zip(arrays, items, strict=True):
             if array.shape != shape:
                 raise InputError(
-                    f"{self.path(key, item.case)}: {key} has shape {array.shape[1:]}, another of its batch {shape[1:]}; "
+                    f"{self.path(key, item.case)}: {key} has shape {array.shape[1:]}, another of its "
+                    f"batch {shape[1:]}; "
                     "set data.crop_size, or data.batch_size=1, or prepare with one data.image_size"
                 )
         out = empty_batch((len(arrays), *shape), torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype)
@@ -183,7 +187,7 @@ class CaseDataset(Dataset):
 
 
 def expand(batch: Batch) -> Batch:
-    """Arrays in the dtypes that `Batch` promises, on whatever device they are. Does nothing the second time."""
+    """Arrays in the dtypes that `Batch` promises, on whatever device they are. Idempotent."""
     return {key: x.to(ARRAY_DTYPES[key]) if key in ARRAY_DTYPES else x for key, x in batch.items()}
 
 
@@ -194,3 +198,12 @@ def empty_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = int(np.prod(shape))
     storage = torch.UntypedStorage._new_shared(count * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+
+
+def as_is(batch: Any) -> Any:
+    """The collate function: `CaseDataset.__getitems__` has stacked already."""
+    return batch
+
+
+def single_threaded(worker: int) -> None:
+    cv2.setNumThreads(0)

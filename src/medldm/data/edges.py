@@ -1,7 +1,8 @@
-"""Edge conditions: the eight-step detector of the cardiac report, and the degradations that teach rough sketches.
+"""Edge conditions: the eight-step detector of the cardiac report, and the degradations that teach rough
+sketches.
 
-Recipe: tonyyunyang/ldm-medical-image as described in specs/cardiac2d.md section 2, reimplemented; degradations:
-section 10.2. A binary edge map is never resized: resize the image, then detect.
+Recipe: tonyyunyang/ldm-medical-image as described in specs/cardiac2d.md section 2, reimplemented;
+degradations: section 10.2. A binary edge map is never resized: resize the image, then detect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,8 @@ EIGHT = 8  # connectivity
 class EdgeRecipe:
     """Parameters of `detect_edges`; the defaults are the published recipe, the switches after it ours.
 
-    Lengths in pixels, intensities in grey levels 0..255. `thresholds` fixes (lower, upper) of Canny in place of the
-    median rule; `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}.
+    Lengths in pixels, intensities in grey levels 0..255. `thresholds` fixes (lower, upper) of Canny in place
+    of the median rule; `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}.
     """
 
     source: str = "image"
@@ -121,12 +122,15 @@ def label_contours(mask: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EdgeDegrade:
-    """Make an edge map rougher, as a hand would draw it: level d in [0, 1], 0 leaves it untouched, 1 is the worst.
+    """Make an edge map rougher, as a hand would draw it: level d in [0, 1], 0 leaves it untouched, 1 is the
+    worst.
 
-    Every effect grows with d: (a) the detector run again with blur, other thresholds and no short pieces (needs
-    the image), (b) components dropped or only the longest kept, (c) lines simplified by Douglas-Peucker and
-    redrawn with a pen, (d) vertices moved by a smooth field, (e) gaps, thickening and thinning, (f) spurious
-    strokes, (g) class contours alone (needs the class map), (h) nothing at all. Probabilities hold at d = 1.
+    Every effect grows with d: (a) the detector run again with blur, other thresholds and no short pieces
+    (needs the image), (b) components dropped or only the longest kept, (c) lines simplified by
+    Douglas-Peucker and redrawn with a pen, (d) vertices moved by a smooth field, (e) gaps, thickening and
+    thinning, (f) spurious strokes, (g) class contours alone (needs the class map), (h) nothing at all.
+    Probabilities hold
+    at d = 1, lengths in pixels at d = 1 and 256 x 256.
     """
 
     recipe: EdgeRecipe = EdgeRecipe()
@@ -170,7 +174,7 @@ class EdgeDegrade:
     def redetect(self, image: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (a)
         blur = 3 * level * generator.random()
         sigma = self.recipe.sigma + level * generator.uniform(0.2 - 0.38, 0.6 - 0.38)
-        min_length = round(60 * level * generator.random())
+        min_length = round(60 * level * generator.random() * min(image.shape) / 256)
         smooth = cv2.GaussianBlur(np.asarray(image, np.float32), (0, 0), blur) if blur > 0.3 else image
         recipe = replace(self.recipe, sigma=float(np.clip(sigma, 0, 0.99)), min_length=min_length)
         return detect_edges(smooth, recipe)
@@ -188,9 +192,11 @@ class EdgeDegrade:
     def redraw(
         self, edges: np.ndarray, level: float, generator: np.random.Generator
     ) -> np.ndarray:  # (c), (d)
-        epsilon = self.simplify_epsilon * level * generator.random()
-        shift = smooth_field(edges.shape, self.max_shift * level * generator.random(), generator)
-        thickness = 1 + int(generator.random() < level * 0.3) * int(generator.integers(1, self.max_thickness))
+        scale = min(edges.shape) / 256
+        epsilon = self.simplify_epsilon * level * generator.random() * scale
+        shift = smooth_field(edges.shape, self.max_shift * level * generator.random() * scale, generator)
+        pen = int(generator.integers(1, self.max_thickness + 1)) if generator.random() < 0.3 * level else 1
+        thickness = max(1, round(pen * scale))
         out = np.zeros_like(edges)
         outlines, _ = cv2.findContours(edges, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         for outline in outlines:

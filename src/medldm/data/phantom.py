@@ -1,8 +1,9 @@
-"""Synthetic subjects written in a dataset's own raw layout, so that demo and tests go through the real readers.
+"""Synthetic subjects written in a dataset's own raw layout, so that demo and tests go through the real
+readers.
 
-Anatomy is drawn in millimetres with soft signed distances: an oblique chest with fat, muscle, ribs, lungs, liver,
-spine and aorta, and a beating heart. Borders and class maps follow from the same distances, and textures hang on
-the anatomy, so that edges and class map determine much of the image.
+Anatomy is drawn in millimetres with soft signed distances: an oblique chest with fat, muscle, ribs, lungs,
+liver, spine and aorta, and a beating heart. Borders and class maps follow from the same distances, and
+textures hang on the anatomy, so that edges and class map determine much of the image.
 """
 
 import csv
@@ -13,8 +14,8 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from medldm.data.files import replacing
 from medldm.errors import InputError
+from medldm.files import replacing
 
 Progress = Callable[[], None]
 VENDORS = {  # scanner, field in T, grey scale, gamma, noise
@@ -67,7 +68,9 @@ class Canvas:
         angle: float = 0.0,
         lobes: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Approximate signed distance in mm, negative inside; `lobes` are relative Fourier amplitudes of the outline."""
+        """Approximate signed distance in mm, negative inside; `lobes` are relative Fourier amplitudes of the
+        outline.
+        """
         dx, dy = self.x - center[0], self.y - center[1]
         c, s = np.cos(angle), np.sin(angle)
         u, v = (c * dx + s * dy) / radii[0], (c * dy - s * dx) / radii[1]
@@ -191,7 +194,7 @@ def heart_state(a: Anatomy, contraction: float) -> tuple[float, float]:
 
 
 def draw_short_axis(canvas: Canvas, a: Anatomy, place: float, contraction: float) -> np.ndarray:
-    """Paint the heart at `place` from 0 (base) to 1 (apex); returns the class map (1 LV, 2 myocardium, 3 RV)."""
+    """Paint the heart at `place` from 0 (base) to 1 (apex); returns the class map."""
     signal, labels = a.signal, np.zeros(canvas.shape, np.uint8)
     if place > 1.02:
         return labels
@@ -316,8 +319,8 @@ def compressed(image: nibabel.Nifti1Image) -> bytes:
 
 
 def cine(
-    view: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], a: Anatomy, vendor: str, num_frames: int,
-    generator: np.random.Generator,
+    view: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], a: Anatomy, vendor: str,
+    num_frames: int, generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Images (X, Y, Z, T) int16 and class maps (X, Y, Z, T) uint8 of one view."""
     width, height, depth = shape
@@ -347,7 +350,9 @@ def cine(
 def write_mnms2_subject(
     root: Path, number: int, seed: int, image_size: int, num_slices: tuple[int, int]
 ) -> dict:
-    """Write one subject; returns its row of dataset_information.csv. `image_size` is the typical matrix, in pixels."""
+    """Write one subject; returns its row of dataset_information.csv. `image_size` is the typical matrix, in
+    pixels.
+    """
     generator = np.random.default_rng((seed, number))
     disease = DISEASES[int(generator.integers(len(DISEASES)))]
     vendor = list(VENDORS)[number % len(VENDORS)]
@@ -373,10 +378,12 @@ def write_mnms2_subject(
 
 
 def write_mnms2(
-    root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 256, num_slices: tuple[int, int] = (8, 12),
-    progress: Progress = lambda: None,
+    root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 256,
+    num_slices: tuple[int, int] = (8, 12), progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """Subjects 001.. with SA and LA, ED and ES, class maps and CINE, and dataset_information.csv. Returns the root."""
+    """Subjects 001.. with SA and LA, ED and ES, class maps and CINE, and dataset_information.csv. Returns the
+    root.
+    """
     root = Path(root)
     check(num_subjects, image_size)
     rows = []
@@ -391,8 +398,8 @@ def write_mnms2(
 
 
 def write_folder(
-    root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 64, num_slices: tuple[int, int] = (40, 56),
-    progress: Progress = lambda: None,
+    root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 64,
+    num_slices: tuple[int, int] = (40, 56), progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
     """3D torso volumes in HU, `images/` and `masks/` (1 lung, 2 liver, 3 heart, 4 spine). Returns the root.
 

@@ -1,7 +1,8 @@
-"""Raw cases -> one HDF5 file a subject (2D) or a case (3D), index.json and splits.json: parallel, resumable, atomic.
+"""Raw cases -> one HDF5 file a subject (2D) or a case (3D), index.json and splits.json: parallel, resumable,
+atomic.
 
-A file is written beside its place, verified and renamed, so that whatever stands under `cases/` is whole; a second
-run keeps what was made from the same raw files with the same preprocessing.
+A file is written beside its place, verified and renamed, so that whatever stands under `cases/` is whole; a
+second run keeps what was made from the same raw files with the same preprocessing.
 """
 
 import hashlib
@@ -23,11 +24,11 @@ import numpy as np
 import medldm
 from medldm.data.case import Case, split_path
 from medldm.data.edges import EdgeRecipe
-from medldm.data.files import replacing, write_json
-from medldm.data.readers import HANDLES, Image, load_index, read_image, read_mask
+from medldm.data.readers import Image, load_index, read_image, read_mask
 from medldm.data.splits import make_splits, write_splits_once
 from medldm.data.transforms import Intensity, Labels, Resize, finite, prepare_volume, to_unit
 from medldm.errors import InputError
+from medldm.files import replacing, write_json
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -64,9 +65,7 @@ class Recipe:
     @property
     def hash(self) -> str:
         """Of the parameters and of the versions of the libraries that do the work."""
-        libraries = (
-            ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "scipy", "monai", "torch")
-        )
+        libraries = ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "nibabel", "scipy")
         versions = {name: importlib.import_module(name).__version__ for name in libraries}
         return digest({"schema": SCHEMA_VERSION, "recipe": self.as_dict(), "libraries": versions})
 
@@ -187,11 +186,11 @@ def make_jobs(cases: Sequence[Case], root: Path, dataset: str, recipe: Recipe) -
     ]
 
 
-# ---- 2D ----------------------------------------------------------------------------------------------------------
+# ---- 2D ----
 
 
 def as_slices(image: Image, axis: int, path: str) -> tuple[np.ndarray, tuple[float, float]]:
-    """(N, H, W) with rows downwards, and mm per pixel (H, W). A NIfTI (X, Y) plane becomes rows Y, columns X."""
+    """(N, H, W), and mm per pixel (H, W). A NIfTI plane (X, Y) becomes rows Y and columns X."""
     if image.affine is None:
         return image.array[None], image.spacing or (1.0, 1.0)
     array, spacing = image.array, [s or 1.0 for s in image.spacing]
@@ -214,7 +213,8 @@ def read_pair(case: Case) -> tuple[Image, Image | None]:
     mask = read_mask(case.paths["mask"])
     if mask.array.shape != image.array.shape:
         raise InputError(
-            f"{case.paths['mask']}: mask of shape {mask.array.shape} for an image of shape {image.array.shape}; "
+            f"{case.paths['mask']}: mask of shape {mask.array.shape} for an image of shape "
+            f"{image.array.shape}; "
             "resample one onto the other's grid"
         )
     if mask.affine is not None and image.affine is not None:
@@ -286,7 +286,7 @@ def write_slices(job: Job, file: h5py.File) -> None:
     file.create_dataset("source", data=sources, dtype=h5py.string_dtype())
 
 
-# ---- 3D ----------------------------------------------------------------------------------------------------------
+# ---- 3D ----
 
 
 def write_volume(job: Job, file: h5py.File) -> None:
@@ -326,7 +326,7 @@ def write_volume(job: Job, file: h5py.File) -> None:
     )
 
 
-# ---- one job -----------------------------------------------------------------------------------------------------
+# ---- one job ----
 
 
 def run_job(job: Job) -> dict:
@@ -369,7 +369,9 @@ def common_attributes(cases: Sequence[Case]) -> dict:
 
 
 def describe(path: Path, job: Job, fingerprint: str) -> dict:
-    """The index entry of a prepared file, after checking the file against schema and job. InputError if it fails."""
+    """The index entry of a prepared file, after checking the file against schema and job. InputError if it
+    fails.
+    """
     try:
         with h5py.File(path, "r") as file:
             if file.attrs.get("fingerprint") != fingerprint:
@@ -477,7 +479,7 @@ def describe_volume(file: h5py.File, path: Path, job: Job) -> dict:
     return entry
 
 
-# ---- the whole dataset -------------------------------------------------------------------------------------------
+# ---- the whole dataset ----
 
 
 def prepare_dataset(
@@ -491,7 +493,8 @@ def prepare_dataset(
     preprocess: Mapping[str, Any],
     splits: Mapping[str, Any],
 ) -> Path:
-    """Prepare every case under `raw` into `root`; returns `root`. `splits` holds seed, val and test (fractions).
+    """Prepare every case under `raw` into `root`; returns `root`. `splits` holds seed, val and test
+    (fractions).
 
     InputError names the first bad file; finished cases are kept and the next run goes on from them.
     """
@@ -525,7 +528,8 @@ def stated_splits(cases: Sequence[Case]) -> dict[str, str] | None:
         name = case.attributes.get("split")
         if name is not None and stated.setdefault(case.subject, str(name)) != name:
             raise InputError(
-                f"manifest.csv: subject {case.subject} is in both {stated[case.subject]} and {name}; keep it in one split"
+                f"manifest.csv: subject {case.subject} is in both {stated[case.subject]} and {name}; keep "
+                "it in one split"
             )
     missing = {case.subject for case in cases} - stated.keys()
     if stated and missing:
@@ -536,7 +540,7 @@ def stated_splits(cases: Sequence[Case]) -> dict[str, str] | None:
 
 
 def run_jobs(jobs: Sequence[Job], num_workers: int) -> Iterator[dict]:
-    """Entries in the order of the jobs, under a progress bar. The first failure cancels what has not started."""
+    """Entries in the order of the jobs, under a progress bar. The first failure cancels the rest."""
     from rich.progress import track
 
     if num_workers < 1:
@@ -562,7 +566,9 @@ def single_threaded() -> None:
 
 
 def count_classes(recipe: Recipe, jobs: Sequence[Job], entries: Sequence[dict]) -> int | None:
-    """Number of classes with the background, or None without masks. InputError where the numbering has wide gaps."""
+    """Number of classes with the background, or None without masks. InputError where the numbering has wide
+    gaps.
+    """
     if recipe.labels.names is not None and entries[0]["max_class"] is not None:
         return len(recipe.labels.names)
     largest = [entry["max_class"] for entry in entries if entry["max_class"] is not None]
@@ -573,7 +579,8 @@ def count_classes(recipe: Recipe, jobs: Sequence[Job], entries: Sequence[dict]) 
         job = jobs[int(np.argmax(largest))]
         mapping = ", ".join(f"{value}: {i}" for i, value in enumerate(present[:4]))
         raise InputError(
-            f"{job.cases[0].paths['mask']}: class numbers go up to {max(largest)} but only {len(present)} occur; "
+            f"{job.cases[0].paths['mask']}: class numbers go up to {max(largest)} but only {len(present)} "
+            "occur; "
             f"number them anew with data.preprocess.labels.mapping='{{{mapping}}}'"
         )
     return max(max(largest) + 1, 2)
@@ -606,12 +613,12 @@ def make_index(dataset: str, recipe: Recipe, jobs: Sequence[Job], entries: Seque
 
 
 def verify(root: Path) -> None:
-    """The index against the files beside it: each there, whole, and as long as stated. Every file was checked inside
-    when it was written or taken over."""
+    """The index against the files beside it: each there, whole, and as long as stated. Every file was checked
+    inside when it was written or taken over.
+    """
     index = load_index(root)
     for case in index["cases"]:
         path = root / case["file"]
-        HANDLES.drop(path)
         if not path.is_file() or path.stat().st_size != case["file_size"]:
             raise InputError(f"{path}: missing or changed while preparing; run `medldm prepare` again")
         if index["spatial_dims"] == 2 and any(

@@ -82,7 +82,9 @@ def read_nifti(path: Path) -> Image:
 
 
 def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
-    """(H, W) of a PNG, JPEG, BMP or TIFF with its bit depth kept. Colour becomes grey; a mask must be grey already."""
+    """(H, W) of a PNG, JPEG, BMP or TIFF with its bit depth kept. Colour becomes grey; a mask must be grey
+    already.
+    """
     import cv2
 
     data = path.read_bytes()
@@ -106,7 +108,7 @@ def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
 
 
 def read_mask(path: str | Path) -> Image:
-    """As `read_image`, but a coloured picture is an InputError: grey levels of colours are no class numbers."""
+    """As `read_image`, but a coloured picture is an InputError: its grey levels are no classes."""
     file, key = split_path(path)
     if key is None and has_suffix(file, RASTER_SUFFIXES):
         return Image(read_raster(require_file(file), is_mask=True), None, None)
@@ -116,8 +118,8 @@ def read_mask(path: str | Path) -> Image:
 class HDF5Reader:
     """Rows of an HDF5 file. Unfiltered chunks are read straight from the file at their stored offset.
 
-    That is several times faster than h5py (no locks, no chunk cache) and holds no HDF5 state that a fork could
-    share. Filtered or oddly chunked datasets go through h5py.
+    That is several times faster than h5py (no locks, no chunk cache) and holds no HDF5 state that a fork
+    could share. Filtered or oddly chunked datasets go through h5py.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,6 +133,7 @@ class HDF5Reader:
                 f"{path}: not a complete HDF5 file ({str(error).splitlines()[0]}); run `medldm prepare` again"
             ) from error
         self.descriptor = os.open(self.path, os.O_RDONLY)
+        self.identity = file_identity(self.path)
         self.offsets: dict[str, np.ndarray | None] = {}
         self.datasets: dict[str, h5py.Dataset] = {}
 
@@ -149,7 +152,10 @@ class HDF5Reader:
 
     @property
     def attributes(self) -> dict:
-        return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in self.file.attrs.items()}
+        return {
+            key: value.tolist() if hasattr(value, "tolist") else value
+            for key, value in self.file.attrs.items()
+        }
 
     def row_offsets(self, key: str) -> np.ndarray | None:
         """Byte offset of every row, or None where rows are not stored whole and unfiltered."""
@@ -172,20 +178,35 @@ class HDF5Reader:
             return dataset[selection]
         except OSError as error:
             raise InputError(
-                f"{self.path}: dataset '{key}' is damaged ({str(error).splitlines()[0]}); run `medldm prepare` again"
+                f"{self.path}: dataset '{key}' is damaged ({str(error).splitlines()[0]}); run `medldm "
+                "prepare` again"
             ) from error
 
     def mapped(self, key: str) -> np.ndarray:
-        """The whole dataset, mapped into memory where it is stored in one unfiltered piece: a crop reads only itself."""
+        """The whole dataset, mapped into memory where it is stored in one unfiltered piece: a crop reads only
+        itself.
+        """
         dataset = self.dataset(key)
         offset = dataset.id.get_offset() if dataset.chunks is None and dataset.dtype.isnative else None
         if offset is None:
             return self.read(key)
         return np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape)
 
+    def is_current(self) -> bool:
+        """Whether the path still leads to the file that was opened."""
+        return file_identity(self.path) == self.identity
+
     def close(self) -> None:
         self.file.close()
         os.close(self.descriptor)
+
+
+def file_identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def find_row_offsets(dataset) -> np.ndarray | None:  # noqa: ANN001
@@ -208,7 +229,9 @@ def find_row_offsets(dataset) -> np.ndarray | None:  # noqa: ANN001
 
 
 class HandleCache:
-    """Open HDF5 files of this process, the least recently used closed first. After a fork the child starts afresh."""
+    """Open HDF5 files of this process, the least recently used closed first. After a fork the child starts
+    afresh.
+    """
 
     def __init__(self, max_open: int = 128) -> None:
         self.max_open = max_open
@@ -222,18 +245,14 @@ class HandleCache:
             self.readers, self.pid = OrderedDict(), os.getpid()
         key = str(path)
         if key in self.readers:
-            self.readers.move_to_end(key)
-            return self.readers[key]
+            if self.readers[key].is_current():
+                self.readers.move_to_end(key)
+                return self.readers[key]
+            self.readers.pop(key).close()
         while len(self.readers) >= self.max_open:
             self.readers.popitem(last=False)[1].close()
         self.readers[key] = HDF5Reader(Path(path))
         return self.readers[key]
-
-    def drop(self, path: str | Path) -> None:
-        """Forget a file that is about to be replaced."""
-        reader = self.readers.pop(str(path), None)
-        if reader is not None and self.pid == os.getpid():
-            reader.close()
 
 
 HANDLES = HandleCache()
@@ -264,13 +283,14 @@ def load_index(root: str | Path) -> dict:
     index = read_json(root / "index.json", mend)
     if index.get("schema_version") != 1:
         raise InputError(
-            f"{root / 'index.json'}: schema version {index.get('schema_version')} is not 1; prepare the data again"
+            f"{root / 'index.json'}: schema version {index.get('schema_version')} is not 1; prepare the "
+            "data again"
         )
     return index
 
 
 def author_slices(num_samples: int) -> dict[str, list[int]]:
-    """View and phase of the author's files, recoverable from position alone: LA ED, LA ES, then SA ED, SA ES."""
+    """View and phase of the author's files, by position: LA ED, LA ES, then SA ED..., SA ES..."""
     per_phase = (num_samples - 2) // 2
     view = [1, 1] + [0] * (2 * per_phase)
     phase = [0, 1] + [0] * per_phase + [1] * per_phase
@@ -280,7 +300,7 @@ def author_slices(num_samples: int) -> dict[str, list[int]]:
 
 
 def load_author_index(root: Path) -> dict:
-    """An index for `{NNN}_data.h5` files with `dataset_index_mapping.json` (tonyyunyang/ldm-medical-image)."""
+    """An index for `{NNN}_data.h5` files with `dataset_index_mapping.json` of ldm-medical-image."""
     mapping = read_json(root / AUTHOR_INDEX, "restore it beside the `NNN_data.h5` files")
     cases = []
     for subject, entry in sorted(mapping.items()):
@@ -327,12 +347,13 @@ def read_images(
     ids: Collection[str] | None = None,
     sample: int = 0,
 ) -> Iterator[ImageRecord]:
-    """Images of a prepared folder, of a folder that `medldm sample` wrote, or of any folder or file of pictures.
+    """Images of a prepared folder, of a folder that `medldm sample` wrote, or of any folder or file of
+    pictures.
 
     HDF5 and NIfTI at the top of the folder win over pictures below it. Values: HDF5 as stored; integers of a
-    picture by the range of their type; a NIfTI already within [-1, 1] as it is, any other by its own 0.5 and 99.5
-    percentiles (`attributes["rescaled"]` says so). `subjects` and `ids` restrict what is read; `sample` picks
-    `images_<k>` where a file holds several samples a condition.
+    picture by the range of their type; a NIfTI already within [-1, 1] as it is, any other by its own 0.5 and
+    99.5 percentiles (`attributes["rescaled"]` says so). `subjects` and `ids` restrict what is read; `sample`
+    picks `images_<k>` where a file holds several samples a condition.
     """
     path = Path(path)
     if not path.exists():

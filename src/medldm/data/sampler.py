@@ -1,4 +1,6 @@
-"""Which items make up which batch, as a pure function of seed, epoch and rank, so that training can resume anywhere."""
+"""Which items make up which batch, as a pure function of seed, epoch and rank, so that training can resume
+anywhere.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,11 +11,13 @@ Request = tuple[int, int]  # (epoch, item): all that an item's randomness may de
 
 
 class ResumableSampler(Sampler[list[Request]]):
-    """A batch sampler: global batch k of an epoch is `order[k * W * B : (k + 1) * W * B]`, rank r takes its r-th part.
+    """A batch sampler: global batch k of an epoch is `order[k * W * B : (k + 1) * W * B]`, rank r takes its
+    r-th part.
 
-    `batch_size` B counts items a rank. In training (`drop_last`) the last incomplete global batch is dropped unless
-    it is the only one. `weights` draw items with replacement in proportion. `len` is the full epoch also after
-    `set_position`. Each full pass moves on to the next epoch; `set_epoch` (Lightning calls it) chooses another.
+    `batch_size` B counts items a rank. In training (`drop_last`) the last incomplete global batch is dropped
+    unless it is the only one. `weights` draw items with replacement in proportion. `len` is the full epoch
+    also after `set_position`. Each full pass moves on to the next epoch; `set_epoch` (Lightning calls it)
+    chooses another.
     """
 
     def __init__(

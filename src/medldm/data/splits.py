@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.files import write_json
 from medldm.errors import InputError
+from medldm.files import write_json
 
 log = logging.getLogger(__name__)
 SUBSETS = ("train", "val", "test")
@@ -19,7 +19,8 @@ MNMS2_SUBJECTS = [f"{i:03d}" for i in range(1, 361)]
 def seed42_350_10(num_val: int = 20) -> Split:
     """The report's 350/10 split of M&Ms-2, whose ten held-out subjects are the test set.
 
-    The report called the same ten subjects validation and test; here `num_val` of the 350 become the validation set.
+    The report called the same ten subjects validation and test; here `num_val` of the 350 become the
+    validation set.
     """
     order = np.random.RandomState(42).permutation(360)  # the legacy generator that the author's code used
     test, rest = order[:10], order[10:]
@@ -68,7 +69,9 @@ def make_splits(
     seed: int,
     stated: Mapping[str, str] | None = None,
 ) -> dict[str, Split]:
-    """Every split of a dataset by name; `default` is the stated one, else the report's, else a seeded fraction split."""
+    """Every split of a dataset by name; `default` is the stated one, else the report's, else a seeded
+    fraction split.
+    """
     drawn = fraction_split(subjects, fractions, seed)
     if stated:
         return {"default": stated_split(stated, "manifest.csv"), "fraction": drawn}
@@ -93,7 +96,8 @@ def check_splits(splits: Mapping[str, Split], where: str | Path) -> None:
             for subject in subjects:
                 if subject in seen:
                     raise InputError(
-                        f"{where}: split '{name}' has subject {subject} in both {seen[subject]} and {subset}; "
+                        f"{where}: split '{name}' has subject {subject} in both {seen[subject]} and "
+                        f"{subset}; "
                         "take it out of one of them"
                     )
                 seen[subject] = subset

@@ -1,7 +1,7 @@
 """From raw arrays to the prepared grid and range, and the random crops and flips of training.
 
-The 2D part is NumPy and OpenCV (no torch, so that `prepare` workers start fast); the deterministic 3D part is
-MONAI's dictionary transforms.
+NumPy, OpenCV, nibabel and SciPy, without torch, so that `prepare` workers start at once: importing MONAI for
+the 3D part would cost each of them 18 seconds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ INTENSITY_MODES = ("volume_percentile", "slice_minmax", "window")
 class Resize:
     """Where the pixels of a slice land on the (H, W) grid.
 
-    stretch: fill the grid, aspect ratio not kept (the published system). pad_square: keep the aspect ratio in mm
-    and pad. spacing_crop: resample to `spacing` mm, then crop or pad about the centre. `antialias` averages when
-    shrinking; without it the image goes through SciPy's cubic spline as in the author's code.
+    stretch: fill the grid, aspect ratio not kept (the published system). pad_square: keep the aspect ratio in
+    mm and pad. spacing_crop: resample to `spacing` mm, then crop or pad about the centre. `antialias`
+    averages when shrinking; without it the image goes through SciPy's cubic spline as in the author's code.
     """
 
     mode: str = "stretch"
@@ -103,8 +103,8 @@ def center_fit(x: np.ndarray, size: Sequence[int], fill: float) -> np.ndarray:
 class Intensity:
     """Which raw values become -1 and 1.
 
-    volume_percentile: the 0.5 and 99.5 percentiles of the whole volume; slice_minmax: extremes of each resized
-    slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT.
+    volume_percentile: the 0.5 and 99.5 percentiles of the whole volume; slice_minmax: extremes of each
+    resized slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT.
     """
 
     mode: str = "volume_percentile"
@@ -118,7 +118,8 @@ class Intensity:
             )
         if self.mode == "window" and (self.window is None or not self.window[0] < self.window[1]):
             raise InputError(
-                f"data.preprocess.intensity.window={self.window}: give [low, high], for instance [-1000, 1000]"
+                f"data.preprocess.intensity.window={self.window}: give [low, high], for instance [-1000, "
+                "1000]"
             )
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
@@ -159,13 +160,15 @@ def finite(x: np.ndarray, path: str | Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Labels:
-    """Known classes of a dataset: `names[i]` belongs to class i; `mapping` sends raw label values to classes."""
+    """Known classes: `names[i]` belongs to class i; `mapping` sends raw label values to classes."""
 
     names: tuple[str, ...] | None = None
     mapping: Mapping[int, int] | None = None
 
     def __call__(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
-        """Raw labels -> uint8 or uint16 classes; InputError on a value that is negative, fractional or unknown."""
+        """Raw labels -> uint8 or uint16 classes; InputError on a value that is negative, fractional or
+        unknown.
+        """
         rounded = np.rint(mask)
         if not np.issubdtype(mask.dtype, np.integer):
             fraction = np.abs(mask - rounded).max()
@@ -190,7 +193,8 @@ class Labels:
     def reject(self, unknown: list[int], path: str | Path, known: str) -> None:
         if unknown:
             raise InputError(
-                f"{path}: the mask holds label {', '.join(map(str, unknown[:5]))}, known are {known}; correct the mask, "
+                f"{path}: the mask holds label {', '.join(map(str, unknown[:5]))}, known are {known}; "
+                "correct the mask, "
                 f"or map it with data.preprocess.labels.mapping='{{{unknown[0]}: 0, ...}}'"
             )
 
@@ -223,60 +227,71 @@ def prepare_volume(
     """Orient, resample, scale, crop to the foreground and pad one raw volume (X, Y, Z).
 
     Intensity limits come from the raw volume, before resampling. `image_size` crops or pads about the centre;
-    without it the axes are padded to a multiple of `divisible_by`.
+    without it the axes are padded about the centre to a multiple of `divisible_by`.
     """
-    import torch
-    from monai.data import MetaTensor
-    from monai.transforms import (
-        Compose,
-        CropForegroundd,
-        DivisiblePadd,
-        Orientationd,
-        ResizeWithPadOrCropd,
-        Spacingd,
+    low, high = intensity.volume_range(image)
+    arrays = {"image": to_unit(image, low, high)} | ({} if mask is None else {"mask": mask})
+    arrays, affine = orient(arrays, affine, orientation)
+    if spacing is not None:
+        arrays, affine = resample(arrays, affine, spacing)
+    start, stop = np.zeros(3, int), np.array(arrays["image"].shape)
+    if crop_foreground and (arrays["image"] > -0.99).any():
+        places = np.argwhere(arrays["image"] > -0.99)
+        start, stop = places.min(0), places.max(0) + 1
+    cut = tuple(map(slice, start, stop))
+    size = image_size or tuple(-(-int(n) // divisible_by) * divisible_by for n in stop - start)
+    fitted = {key: center_fit(array[cut], size, FILL[key]) for key, array in arrays.items()}
+    # center_fit moves the origin by half the difference of the sizes: inwards to crop, outwards to pad.
+    start = start + [
+        (n - m) // 2 if n > m else -((m - n) // 2) for n, m in zip(stop - start, size, strict=True)
+    ]
+    affine = affine @ translation(start)
+    return Volume(
+        fitted["image"][None],
+        fitted["mask"][None] if mask is not None else None,
+        affine,
+        tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()),
+        (low, high),
+        (start.tolist(), (start + size).tolist()),
     )
 
-    keys = ["image"] if mask is None else ["image", "mask"]
-    low, high = intensity.volume_range(image)
-    data = {"image": to_unit(image, low, high), "mask": mask}
-    item = {
-        key: MetaTensor(
-            torch.from_numpy(np.asarray(data[key], np.float32))[None], affine=torch.from_numpy(affine)
+
+def translation(offset: Sequence[float]) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, 3] = offset
+    return matrix
+
+
+def orient(arrays: dict, affine: np.ndarray, codes: str) -> tuple[dict, np.ndarray]:
+    """Permute and flip axes so that they point along `codes`, such as RAS."""
+    from nibabel import orientations
+
+    have, want = orientations.io_orientation(affine), orientations.axcodes2ornt(tuple(codes))
+    change = orientations.ornt_transform(have, want)
+    shape = arrays["image"].shape
+    turned = {key: orientations.apply_orientation(array, change) for key, array in arrays.items()}
+    return turned, affine @ orientations.inv_ornt_aff(change, shape)
+
+
+def resample(arrays: dict, affine: np.ndarray, spacing: Sequence[float]) -> tuple[dict, np.ndarray]:
+    """To `spacing` mm about the same centre: linear for images (smoothed first where they shrink), nearest
+    for classes.
+    """
+    from scipy import ndimage
+
+    shape = np.array(arrays["image"].shape)
+    ratio = np.asarray(spacing, np.float64) / np.linalg.norm(affine[:3, :3], axis=0)  # new voxel / old voxel
+    new_shape = np.maximum(1, np.rint(shape / ratio)).astype(int)
+    offset = (shape - 1) / 2 - (new_shape - 1) / 2 * ratio
+    out = {}
+    for key, array in arrays.items():
+        if key == "image":
+            array = ndimage.gaussian_filter(array, np.maximum(0, (ratio - 1) / 2), mode="nearest")
+        order = 1 if key == "image" else 0
+        out[key] = ndimage.affine_transform(
+            array, ratio, offset, output_shape=tuple(new_shape), order=order, mode="nearest"
         )
-        for key in keys
-    }
-    fill = {"image": -1.0, "mask": 0.0}
-    modes = ["bilinear", "nearest"][: len(keys)]
-    grid = [Orientationd(keys, axcodes=orientation, labels=None)]
-    if spacing is not None:
-        grid.append(Spacingd(keys, pixdim=tuple(spacing), mode=modes, padding_mode="border"))
-    item = Compose(grid)(item)
-    resampled_affine = item["image"].affine.numpy().copy()
-    fit = []
-    if crop_foreground:
-        fit.append(
-            CropForegroundd(keys, source_key="image", select_fn=lambda x: x > -0.99, allow_smaller=True)
-        )
-    for key in keys:
-        if image_size is not None:
-            fit.append(
-                ResizeWithPadOrCropd([key], spatial_size=tuple(image_size), mode="constant", value=fill[key])
-            )
-        elif divisible_by > 1:
-            fit.append(DivisiblePadd([key], k=divisible_by, mode="constant", value=fill[key]))
-    item = Compose(fit)(item) if fit else item
-    final_affine = np.asarray(item["image"].affine, np.float64)
-    offset = np.linalg.solve(resampled_affine[:3, :3], final_affine[:3, 3] - resampled_affine[:3, 3])
-    start = [round(float(v)) for v in offset]
-    shape = item["image"].shape[1:]
-    return Volume(
-        np.clip(item["image"].as_tensor().numpy(), -1, 1),
-        None if mask is None else item["mask"].as_tensor().numpy().astype(mask.dtype),
-        final_affine,
-        tuple(float(v) for v in np.linalg.norm(final_affine[:3, :3], axis=0)),
-        (low, high),
-        (start, [s + n for s, n in zip(start, shape, strict=True)]),
-    )
+    return out, affine @ translation(offset) @ np.diag([*ratio, 1.0])
 
 
 FILL = {"image": -1, "source": -1, "mask": 0, "edges": 0}

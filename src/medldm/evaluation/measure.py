@@ -15,7 +15,7 @@ from medldm.errors import InputError
 from medldm.evaluation.pairs import Pair
 from medldm.metrics.adherence import edge_f1
 from medldm.metrics.frechet import frechet_from_features, kernel_distance
-from medldm.metrics.image import HIGHER_IS_BETTER, ImageFunction, to_unit
+from medldm.metrics.image import ImageFunction, is_higher_better, to_unit
 from medldm.metrics.summary import combine_samples
 from medldm.networks.features import FEATURE_NETS, LPIPS, build_features
 
@@ -192,7 +192,7 @@ class Measuring:
         measured = [measure_images(sample, real, chunk.pairs, self.tools) for sample in samples]
         for name in measured[0]:
             values = np.stack([values[name] for values in measured])
-            mean, best = combine_samples(values, name in HIGHER_IS_BETTER)
+            mean, best = combine_samples(values, is_higher_better(name))
             self.store("generated_mean_of_k", index, {name: mean})
             self.store("generated_best_of_k", index, {name: best})
         self.store("generated_mean_of_k", index, {"diversity_rmse": diversity(samples)})

@@ -196,9 +196,7 @@ def name_of(kind: str, value: object, facts: dict) -> str | None:
 
 def group_members(pairs: list[Pair], facts: dict) -> dict[str, list[str | None]]:
     """View, phase, label and slice third of every image; a group with fewer than two values is left out."""
-    members = {
-        kind: [name_of(kind, p.attributes.get(kind), facts) for p in pairs] for kind in ("view", "phase")
-    }
+    members = {kind: [name_of(kind, p.attributes.get(kind), facts) for p in pairs] for kind in KINDS}
     members["slice_third"] = [pair.slice_third for pair in pairs]
     return {kind: names for kind, names in members.items() if len(set(names) - {None}) > 1}
 

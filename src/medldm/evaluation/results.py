@@ -11,7 +11,7 @@ from medldm.evaluation.baselines import DESCRIPTIONS
 from medldm.evaluation.measure import Measured, Tools, distances
 from medldm.evaluation.pairs import Pair, count_subjects
 from medldm.metrics.adherence import definition
-from medldm.metrics.image import DEFINITIONS, HIGHER_IS_BETTER
+from medldm.metrics.image import DEFINITIONS, is_higher_better
 from medldm.metrics.summary import Bootstrap, Table, paired_differences, summarise, summarise_groups
 from medldm.networks.features import FEATURE_NETS
 
@@ -148,7 +148,7 @@ def build_results(
         },
         "group_distribution": group_distances(measured, subjects, groups, kernel, bootstrap.seed),
         "definitions": definitions(measured),
-        "higher_is_better": sorted(HIGHER_IS_BETTER),
+        "higher_is_better": [name for name in definitions(measured) if is_higher_better(name)],
         "row_definitions": {
             **{row: DESCRIPTIONS[row] for row in measured.values},
             "real_halves": "half of the real subjects against the other half: what real images score",

@@ -43,7 +43,7 @@ def main_table(results: Mapping) -> Table:
     )
     table.add_column("metric", no_wrap=True)
     for row in rows:
-        table.add_column(row.replace("_", " "), justify="right", no_wrap=False)
+        table.add_column(row.replace("_", " "), justify="right", no_wrap=row == "generated")
     for name in metric_names(rows):
         mark = "higher" if name in results["higher_is_better"] else "lower"
         cells = (cell(scores.get(name), interval=row == "generated") for row, scores in rows.items())

@@ -125,7 +125,6 @@ IMAGE_METRICS: dict[str, ImageFunction] = {
     "rmse": rmse,
     "mae": mae,
 }
-HIGHER_IS_BETTER = {"ssim", "ssim_gaussian", "psnr", "edge_f1_1px", "edge_f1_2px"}
 DEFINITIONS = {
     "ssim": "uniform window 7, sample covariance: scikit-image's default; data range 1 on [0, 1]",
     "ssim_gaussian": "Gaussian window 11, sigma 1.5, population covariance (Wang et al. 2004); range 1",
@@ -135,6 +134,10 @@ DEFINITIONS = {
     "rmse": "root of the mean squared error on [0, 1]",
     "mae": "mean absolute error on [0, 1]",
 }
+
+
+def is_higher_better(name: str) -> bool:
+    return name.startswith(("ssim", "psnr", "edge_f1"))
 
 
 def select_metrics(names: list[str]) -> dict[str, ImageFunction]:

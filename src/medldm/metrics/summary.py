@@ -56,15 +56,13 @@ def summarise_groups(
 
 def paired_differences(values: Values, subjects: Sequence[str], row: str, bootstrap: Bootstrap) -> Table:
     """`row` minus every other row, image by image: the interval says whether the gap is more than chance."""
-    return {
-        other: {
-            metric: bootstrap(values[row][metric] - array, subjects)
-            for metric, array in metrics.items()
-            if metric in values[row]
+    with np.errstate(invalid="ignore"):  # PSNR of identical images: infinity minus infinity is excluded
+        gaps = {
+            other: {name: values[row][name] - array for name, array in metrics.items() if name in values[row]}
+            for other, metrics in values.items()
+            if other != row
         }
-        for other, metrics in values.items()
-        if other != row
-    }
+    return summarise(gaps, subjects, bootstrap)
 
 
 def combine_samples(values: np.ndarray, higher_is_better: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2430; --dim: #5f6b7a; --line: #dfe4ea;
-  --page: #f4f6f8; --card: #ffffff; --soft: #eef2f7; --accent: #2563c9; --good: #1c7f4f; --warn: #9a5b00; --warnbg: #fff4df; }
+  --page: #f4f6f8; --card: #ffffff; --soft: #eef2f7; --accent: #2563c9; --warn: #9a5b00; --warnbg: #fff4df; }
 @media (prefers-color-scheme: dark) { :root {
   --ink: #e6eaf0; --dim: #97a3b4; --line: #2c3642;
-  --page: #11161c; --card: #19212a; --soft: #212b36; --accent: #74a7ff; --good: #5fcf97; --warn: #f0b75b; --warnbg: #33291a; } }
+  --page: #11161c; --card: #19212a; --soft: #212b36; --accent: #74a7ff;
+  --warn: #f0b75b; --warnbg: #33291a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 40px 24px 80px; }
+main { max-width: 1300px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 30px; letter-spacing: -.02em; margin: 0 0 4px; }
 h2 { font-size: 21px; letter-spacing: -.01em; margin: 52px 0 12px; }
 h3 { font-size: 15px; margin: 26px 0 8px; }
@@ -40,8 +41,8 @@ thead th { color: var(--dim); font-weight: 560; font-size: 12.5px; }
 tbody tr:last-child td { border-bottom: 0; }
 tr.mark td { background: var(--soft); font-weight: 600; }
 small.ci { color: var(--dim); font-weight: 400; display: block; font-size: 11px; }
-.note { background: var(--warnbg); color: var(--warn); border-radius: 10px; padding: 10px 14px; margin: 10px 0;
-  font-size: 13.5px; }
+.note { background: var(--warnbg); color: var(--warn); border-radius: 10px; padding: 10px 14px;
+  margin: 10px 0;  font-size: 13.5px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }
 .charts svg, .wide svg { width: 100%; height: auto; display: block; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 12px; }

@@ -12,10 +12,11 @@ KNOWN = ("image", "mask", "subject", "label", "split")
 
 
 def index(root: str | Path) -> list[Case]:
-    """Cases of a folder. Columns of the manifest beyond the known ones become attributes (view and phase have a meaning).
+    """Cases of a folder. Columns of the manifest beyond the known ones become attributes (view and phase have
+    a meaning).
 
-    Paths in the manifest are relative to the root. Without a subject each file is one. InputError names a missing
-    file, an image without its mask, and two images that would get the same name.
+    Paths in the manifest are relative to the root. Without a subject each file is one. InputError names a
+    missing file, an image without its mask, and two images that would get the same name.
     """
     root = Path(root)
     if not root.is_dir():
@@ -26,7 +27,8 @@ def index(root: str | Path) -> list[Case]:
     cases = manifest_cases(manifest) if manifest.is_file() else folder_cases(root)
     if not cases:
         raise InputError(
-            f"{root}: holds no images; put NIfTI, PNG or JPEG files into images/, or list them in manifest.csv"
+            f"{root}: holds no images; put NIfTI, PNG or JPEG files into images/, or list them in "
+            "manifest.csv"
         )
     with_mask = sum("mask" in case.paths for case in cases)
     if 0 < with_mask < len(cases):

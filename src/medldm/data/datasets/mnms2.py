@@ -1,4 +1,6 @@
-"""M&Ms-2 (Martin-Isla et al., IEEE JBHI 2023): 360 subjects, short and long axis, end-diastole and end-systole."""
+"""M&Ms-2 (Martin-Isla et al., IEEE JBHI 2023): 360 subjects, short and long axis, end-diastole and
+end-systole.
+"""
 
 import csv
 import logging
@@ -21,7 +23,8 @@ def index(root: str | Path) -> list[Case]:
     root = Path(root)
     if not root.is_dir():
         raise InputError(
-            f"data.raw={root}: no such folder; give the folder that holds M&Ms-2's dataset/001, dataset/002..."
+            f"data.raw={root}: no such folder; give the folder that holds M&Ms-2's dataset/001, "
+            "dataset/002..."
         )
     folder = root / "dataset" if (root / "dataset").is_dir() else root
     subjects = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())

@@ -1,0 +1,247 @@
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from medldm.data import build_datamodule
+from medldm.data.dataset import expand
+from medldm.data.sampler import ResumableSampler
+from medldm.errors import InputError
+
+KEYS = ("image", "mask", "edges")
+
+
+def build(root, keys=KEYS, seed=0, **settings):
+    return build_datamodule({"root": str(root), "batch_size": 3, **settings}, keys=keys, seed=seed)
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in a
+    )
+
+
+# ---- sampler ----
+
+
+def test_sampler_continues_at_any_position():
+    whole = ResumableSampler(23, 4, seed=5)
+    epochs = [list(whole) for _ in range(3)]
+    assert len(whole) == 5 and epochs[0] != epochs[1]
+    resumed = ResumableSampler(23, 4, seed=5)
+    resumed.set_position(1, 3)
+    assert len(resumed) == 5 and list(resumed) == epochs[1][3:] and list(resumed) == epochs[2]
+    resumed.set_position(0, 5)
+    assert list(resumed) == epochs[1]
+
+
+def test_set_epoch_keeps_a_position_within_that_epoch():
+    sampler = ResumableSampler(23, 4, seed=5)
+    sampler.set_position(2, 1)
+    sampler.set_epoch(2)
+    assert len(list(sampler)) == 4
+    sampler.set_epoch(7)
+    assert len(list(sampler)) == 5
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("num_items", [1, 5, 24, 27])
+def test_ranks_side_by_side_are_the_single_process_batch(shuffle, num_items):
+    single = list(ResumableSampler(num_items, 6, 1, shuffle))
+    ranks = [list(ResumableSampler(num_items, 3, 1, shuffle, rank, 2)) for rank in range(2)]
+    assert len(single) == len(ranks[0]) == len(ranks[1])
+    for batch, first, second in zip(single, *ranks, strict=True):
+        assert len(first) == len(second)
+        assert (first + second)[: len(batch)] == batch
+
+
+def test_training_drops_the_last_incomplete_batch_unless_it_is_the_only_one():
+    assert [len(b) for b in ResumableSampler(10, 4)] == [4, 4]
+    assert [len(b) for b in ResumableSampler(3, 4)] == [3]
+    assert [len(b) for b in ResumableSampler(10, 4, shuffle=False)] == [4, 4, 2]
+
+
+# ---- batches ----
+
+
+def test_batch_has_the_agreed_keys_and_dtypes(mnms2):
+    batch = next(iter(build(mnms2).train_dataloader()))
+    assert batch["image"].shape == batch["mask"].shape == batch["edges"].shape == (3, 1, 64, 64)
+    assert (batch["image"].dtype, batch["mask"].dtype, batch["edges"].dtype) == (
+        torch.float32,
+        torch.int64,
+        torch.float32,
+    )
+    assert batch["image"].abs().max() <= 1 and set(batch["edges"].unique().tolist()) <= {0.0, 1.0}
+    assert all(batch[key].dtype == torch.int64 for key in ("view", "phase", "label"))
+    assert ((batch["slice_position"] >= 0) & (batch["slice_position"] <= 1)).all()
+
+
+def test_values_equal_what_h5py_reads(mnms2):
+    module = build(mnms2)
+    for i, item in enumerate(module.items("all")):
+        batch = module.dataset("all")[i]
+        with h5py.File(mnms2 / module.index["cases"][item.case]["file"]) as file:
+            assert np.array_equal(batch["image"][0, 0].numpy(), file["images"][item.row].astype(np.float32))
+            assert np.array_equal(batch["mask"][0, 0].numpy(), file["semantic_maps"][item.row])
+            assert batch["view"].item() == file["view"][item.row]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"worker_context": "fork", "num_workers": 2},
+        {"worker_context": "spawn", "num_workers": 1, "cache": "ram"},
+    ],
+)
+def test_workers_give_what_the_main_process_gives(mnms2, settings):
+    augment = {"flip_axes": [1], "edge_degrade": {"level": [0.2, 0.9]}, "crop_size": 48}
+    here = list(build(mnms2, **augment).train_dataloader())
+    loader = build(mnms2, **augment, **settings).train_dataloader()
+    there = list(loader)
+    assert len(here) == len(there) > 1 and all(same(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_batches_after_resuming_equal_the_uninterrupted_ones(mnms2):
+    settings = {"flip_axes": [0, 1], "edge_degrade": {}, "crop_size": [40, 32]}
+    loader = build(mnms2, **settings).train_dataloader()
+    whole = [list(loader) for _ in range(2)]
+    assert not same(whole[0][0], whole[1][0])
+    resumed = build(mnms2, **settings)
+    resumed.load_state_dict({"epoch": 1, "batch": 2})
+    assert resumed.state_dict() == {"epoch": 1, "batch": 2}
+    rest = list(resumed.train_dataloader())
+    assert len(rest) == len(whole[1]) - 2
+    assert all(same(a, b) for a, b in zip(rest, whole[1][2:], strict=True))
+
+
+def test_other_seed_gives_other_batches(mnms2):
+    first, second = (next(iter(build(mnms2, seed=seed).train_dataloader())) for seed in (0, 1))
+    assert first["case_id"] != second["case_id"]
+
+
+def test_evaluation_visits_every_item_once_in_order(mnms2):
+    module = build(mnms2)
+    ids = sum((batch["case_id"] for batch in module.test_dataloader()), [])
+    assert ids == sorted(ids) and len(ids) == len(set(ids)) == len(module.items("test"))
+
+
+def test_views_filter_and_balance(mnms2):
+    module = build(mnms2, views=["SA"])
+    assert {item.view for item in module.items("all")} == {0}
+    balanced = build(mnms2, balance_views=True, batch_size=1)
+    loader = balanced.train_dataloader()
+    views = torch.cat([batch["view"] for _ in range(30) for batch in loader]).float()
+    assert abs(views.mean() - 0.5) < 0.12
+
+
+def test_stage_two_on_latents_opens_no_image(mnms2, tmp_path, monkeypatch):
+    root = Path(shutil.copytree(mnms2, tmp_path / "root"))
+    folder = root / "latents" / "vq"
+    folder.mkdir(parents=True)
+    index = json.loads((root / "index.json").read_text())
+    for case in index["cases"]:
+        with h5py.File(folder / f"{case['id']}.h5", "w") as file:
+            rows = np.arange(case["num_slices"], dtype=np.float16).reshape(-1, 1, 1, 1)
+            file["latents"] = np.broadcast_to(rows, (case["num_slices"], 3, 8, 8))
+    (folder / "latents.json").write_text(json.dumps({"checkpoint_sha256": "x", "shape": [3, 8, 8]}))
+    module = build(root, keys=("latent", "mask"), latents="vq")
+    batch = next(iter(module.train_dataloader()))
+    assert batch["latent"].shape == (3, 3, 8, 8) and batch["latent"].dtype == torch.float32
+    assert torch.equal(batch["latent"][:, 0, 0, 0].long(), batch["row"])
+    assert "image" not in batch and module.latent_facts["shape"] == [3, 8, 8]
+    with pytest.raises(InputError, match="cropped or flipped"):
+        build(root, keys=("latent",), latents="vq", flip_axes=[1])
+    with pytest.raises(InputError, match="medldm encode"):
+        build(root, keys=("latent",), latents="other")
+
+
+def test_degraded_edges_reach_the_batch_with_their_level(mnms2):
+    module = build(mnms2, edge_degrade={"level": [0.5, 0.5]})
+    batch = next(iter(module.train_dataloader()))
+    assert (batch["edge_level"] == 0.5).all()
+    plain, rough = (module.dataset("test", edge_level=level)[2] for level in (0.0, 1.0))
+    assert torch.equal(plain["edges"], module.dataset("test")[2]["edges"])
+    assert not torch.equal(plain["edges"], rough["edges"])
+
+
+def test_compact_batches_expand_once(mnms2):
+    compact = build(mnms2).dataset("train").__getitems__([(0, 0), (0, 1)])
+    assert compact["image"].dtype == torch.float16 and compact["mask"].dtype == torch.uint8
+    assert same(expand(compact), expand(expand(compact)))
+
+
+# ---- 3D ----
+
+
+def test_volumes_are_cropped_at_random_in_training_and_centrally_in_validation(volumes):
+    module = build(volumes, keys=("image", "mask"), batch_size=2, spatial_dims=3, crop_size=16)
+    train, again = (next(iter(module.train_dataloader())) for _ in range(2))
+    assert train["image"].shape == train["mask"].shape == (2, 1, 16, 16, 16) and same(train, again)
+    assert train["affine"].shape == (2, 4, 4) and train["affine"].dtype == torch.float64
+    assert train["spacing"].shape == (2, 3)
+    (validation,) = list(module.val_dataloader())
+    whole = next(iter(module.loader(module.dataset("all"), batch_size=1)))
+    assert validation["image"].shape[2:] == (16, 16, 16) and whole["image"].shape[2] >= 16
+
+
+def test_volumes_of_unequal_shape_ask_for_a_crop(volumes, tmp_path):
+    root = Path(shutil.copytree(volumes, tmp_path / "root"))
+    index = json.loads((root / "index.json").read_text())
+    path = root / index["cases"][0]["file"]
+    with h5py.File(path, "a") as file:
+        image = file["image"][..., :8]
+        del file["image"]
+        file["image"] = image
+    index["cases"][0]["file_size"] = path.stat().st_size
+    (root / "index.json").write_text(json.dumps(index))
+    module = build(root, keys=("image",), batch_size=4)
+    with pytest.raises(InputError, match="data.crop_size"):
+        list(module.loader(module.dataset("all")))
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"root": "???"}, "data.root: not given"),
+        ({"root": "/nowhere"}, "run `medldm prepare"),
+        ({"views": ["SAX"]}, "no view 'SAX'"),
+        ({"split": "mine"}, "data.split=mine"),
+        ({"spatial_dims": 3}, "data.spatial_dims=3"),
+        ({"cache": "disk"}, "data.cache=disk"),
+        ({"keys": ("latent",)}, "data.latents"),
+        ({"bach_size": 3}, "bach_size"),
+        ({"crop_size": [1, 2, 3]}, "data.crop_size"),
+        ({"edge_degrade": {"levle": 1}}, "data.edge_degrade"),
+    ],
+)
+def test_wrong_settings_are_input_errors(mnms2, settings, message):
+    settings = dict(settings)
+    keys, root = settings.pop("keys", KEYS), settings.pop("root", mnms2)
+    with pytest.raises(InputError, match=message):
+        build(root, keys=keys, **settings).train_dataloader()
+
+
+def test_missing_or_shortened_case_is_found_before_training(mnms2, tmp_path):
+    root = Path(shutil.copytree(mnms2, tmp_path / "root"))
+    path = root / "cases" / "002.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="002.h5: damaged"):
+        build(root)
+    path.unlink()
+    with pytest.raises(InputError, match="002.h5: missing"):
+        build(root)
+
+
+def test_overlapping_split_stops_training(mnms2, tmp_path):
+    root = Path(shutil.copytree(mnms2, tmp_path / "root"))
+    (root / "splits.json").write_text(json.dumps({"default": {"train": ["001"], "val": ["001"], "test": []}}))
+    with pytest.raises(InputError, match="both train and val"):
+        build(root)

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from medldm.data.splits import (
+    MNMS2_SUBJECTS,
+    fraction_split,
+    make_splits,
+    official_160_40_160,
+    seed42_350_10,
+    write_splits_once,
+)
+from medldm.errors import InputError
+
+FRACTIONS = {"val": 0.1, "test": 0.1}
+
+
+def test_report_split_holds_out_the_ten_published_subjects():
+    split = seed42_350_10()
+    assert split["test"] == ["225", "043", "286", "303", "057", "273", "016", "058", "249", "125"]
+    assert len(split["train"]) + len(split["val"]) == 350
+    assert sorted(sum(split.values(), [])) == MNMS2_SUBJECTS
+
+
+def test_official_split_is_sequential():
+    split = official_160_40_160()
+    assert (split["train"][-1], split["val"][0], split["val"][-1], split["test"][0]) == (
+        "160",
+        "161",
+        "200",
+        "201",
+    )
+
+
+def test_full_mnms2_gets_the_named_splits_and_others_a_fraction_split():
+    full = make_splits(MNMS2_SUBJECTS, dataset="mnms2", fractions=FRACTIONS, seed=1)
+    assert full["default"] == full["seed42_350_10"] and "official_160_40_160" in full
+    assert set(make_splits(["a", "b", "c"], dataset="folder", fractions=FRACTIONS, seed=1)) == {"default"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 101])
+def test_fraction_split_is_seeded_and_covers_every_subject_once(count):
+    subjects = [f"s{i}" for i in range(count)]
+    split = fraction_split(subjects, FRACTIONS, seed=3)
+    assert split == fraction_split(subjects[::-1], FRACTIONS, seed=3)
+    assert sorted(sum(split.values(), [])) == sorted(subjects) and split["train"]
+    assert count < 3 or all(split.values())
+
+
+def test_splits_are_written_once(tmp_path):
+    path = tmp_path / "splits.json"
+    first = write_splits_once(path, make_splits("abcd", dataset="x", fractions=FRACTIONS, seed=1), "abcd")
+    again = write_splits_once(path, make_splits("abcd", dataset="x", fractions=FRACTIONS, seed=9), "abcd")
+    assert first == again == json.loads(path.read_text())
+
+
+def test_overlapping_split_is_an_input_error(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"default": {"train": ["a", "b"], "val": ["b"], "test": []}}))
+    with pytest.raises(InputError, match="subject b in both train and val"):
+        write_splits_once(path, {}, ["a", "b"])

@@ -1,0 +1,97 @@
+import csv
+import json
+import re
+
+import cv2
+import numpy as np
+import pytest
+
+from medldm.commands import evaluate, report
+from medldm.evaluation.screen import brief
+from medldm.reporting.charts import Curve, curve_chart, smooth
+from medldm.reporting.page import element, table
+from medldm.reporting.sections import chosen_pictures, curve_groups
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run folder: config, metrics with empty cells, three sample grids."""
+    folder = tmp_path / "runs" / "vqvae"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        "experiment_name: cardiac2d/vqvae\nseed: 7\ntrainer: {max_steps: 40}\n"
+    )
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "train/loss", "val/loss", "train/perplexity"])
+        writer.writerows([i, 1 / (i + 1), "", 10 + i] for i in range(40))
+        writer.writerow([39, "", 0.125, ""])
+    for step in (10, 20, 30):
+        cv2.imwrite(str(folder / "samples" / f"step_{step:07d}.png"), np.full((8, 16), step, np.uint8))
+    return folder
+
+
+def test_the_page_holds_numbers_pictures_and_curves_and_loads_nothing(call, folders, run_dir):
+    arguments = [
+        f"{name}={folders}/{part}" for name, part in (("generated", "samples"), ("reference", "data"))
+    ]
+    output = folders / "evaluation"
+    assert call(evaluate, *arguments, f"output={output}", "panel_rows=1")[0] == 0
+    status, out, err = call(report, f"run=[{run_dir}]", f"evaluation={output}")
+    assert status == 0, err
+    assert out.strip().splitlines()[-1] == str(output / "report.html")
+    text = (output / "report.html").read_text()
+    rows = json.loads((output / "metrics.json").read_text())["rows"]
+    for row in ("generated", "mean_image", "random_real", "shuffled"):
+        assert brief(rows[row]["ssim"]["mean"]) in text
+        assert brief(rows[row]["nmse_var"]["ci95"][0]) in text
+    assert text.count("data:image/png;base64,") == 3 + 3  # panels, sample grids
+    assert text.count("<svg") == 1 + 2  # scores, loss, perplexity
+    assert "pt_inception-2015-12-05-6726825d.pth" in text and "very test image" not in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text) and "@import" not in text
+
+
+def test_a_run_without_an_evaluation_has_a_page(call, run_dir):
+    status, out, _ = call(report, f"run={run_dir}")
+    text = (run_dir / "report.html").read_text()
+    assert status == 0 and str(run_dir / "report.html") in out
+    assert "cardiac2d/vqvae" in text and "step 30" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run={tmp}/none",), "none: no such folder"),
+        (("run={tmp}",), "holds neither config.yaml nor metrics.csv"),
+        (("run={run}", "evaluation={tmp}/none"), "metrics.json: not found; run `medldm evaluate"),
+    ],
+)
+def test_a_folder_that_is_none_is_named(call, tmp_path, run_dir, arguments, said):
+    status, _, err = call(report, *(a.format(tmp=tmp_path, run=run_dir) for a in arguments))
+    assert status == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_training_and_validation_share_a_chart():
+    curve = Curve(np.arange(3), np.ones(3))
+    groups = curve_groups({"train/loss": curve, "val/loss": curve, "epoch": curve, "lr": curve})
+    assert {name: list(parts) for name, parts in groups.items()} == {"loss": ["train", "val"], "lr": [""]}
+
+
+def test_a_chart_follows_the_ink_of_the_page():
+    svg = curve_chart("loss", {"train": Curve(np.arange(100), np.linspace(5, 1, 100))})
+    assert svg.startswith("<svg") and "currentColor" in svg and "#010203" not in svg
+    assert not re.search(r"<svg[^>]* (width|height)=", svg)
+
+
+def test_the_running_mean_keeps_a_line_straight():
+    assert np.allclose(smooth(np.arange(50.0), 9)[4:-4], np.arange(50.0)[4:-4])
+
+
+def test_the_first_and_the_newest_picture_are_among_the_chosen():
+    chosen = chosen_pictures([f"step_{i:07d}" for i in range(100)])["step"]
+    assert len(chosen) == 7 and chosen[0] == "step_0000000" and chosen[-1] == "step_0000099"
+
+
+def test_markup_in_names_is_escaped():
+    assert element("p", "x", title='a"<b>') == '<p title="a&quot;&lt;b&gt;">x</p>'
+    assert "&lt;metric&gt;" in table(["<metric>"], [])
