@@ -115,4 +115,3 @@ class DiscretizedGaussian(nn.Module):
     def entropy_floor(self, x: Tensor) -> Tensor:
         """0: a decoder may be sure of every level."""
         return x.new_zeros(len(x))
-

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from medldm.diffusion.latent import latent_shape
 from medldm.errors import InputError
 from medldm.networks.autoencoder import VQAutoencoder
 from medldm.networks.quantizer import Quantized
@@ -100,7 +99,7 @@ class ConvCodec(nn.Module):
         self.latent_channels = self.autoencoder.latent_channels
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return latent_shape(image_shape, self.autoencoder.downsampling)
+        return tuple(n // f for n, f in zip(image_shape, self.autoencoder.downsampling, strict=True))
 
     def encode(self, x: Tensor, e: Tensor | None = None) -> Tensor:
         """(B, C, *S) in [-1, 1] -> (B, Cz, *S/f); the label enters the score network alone."""

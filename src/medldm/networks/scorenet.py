@@ -51,7 +51,9 @@ class ResidualLinear(nn.Module):
 class ResidualMLP(nn.ModuleList):
     """`num_blocks` of `ResidualLinear`: the identity at first."""
 
-    def __init__(self, channels: int, num_blocks: int, *, film: str = "shift", activation: str = "gelu", **options):
+    def __init__(
+        self, channels: int, num_blocks: int, *, film: str = "shift", activation: str = "gelu", **options
+    ):
         if film not in FILMS:
             raise ValueError(f"film '{film}' is none of {', '.join(FILMS)}")
         if activation not in ACTIVATIONS:
@@ -99,7 +101,9 @@ class ScoreNet(nn.Module):
     ) -> None:
         super().__init__()
         if spade_channels or context_channels:
-            raise ValueError("ScoreNet takes neither SPADE maps nor context: choose a conditioner without them")
+            raise ValueError(
+                "ScoreNet takes neither SPADE maps nor context: choose a conditioner without them"
+            )
         width = embedding_channels
         self.embedding_channels, self.fourier = width, tuple(fourier) if fourier else None
         num_features = 2 * in_channels * (self.fourier[1] - self.fourier[0]) if self.fourier else 0
@@ -167,4 +171,3 @@ class PixelScoreNet(nn.Module):
         """z_t (B, C, *S), t (B,) in [0, 1000), condition -> noise_hat (B, C, *S)."""
         features = fourier_features(z_t, *self.fourier).to(z_t.dtype)
         return z_t + self.unet(torch.cat([z_t, features], dim=1), t, condition)
-
