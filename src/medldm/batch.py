@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 class Batch(TypedDict, total=False):
-    """One collated batch; `*S` is (H, W) or (D, H, W). Which keys exist depends on the dataset and `data.keys`."""
+    """One collated batch; `*S` is (H, W) or (D, H, W). Which keys exist depends on the dataset and
+    `data.keys`.
+    """
 
     image: Tensor  # (B, C, *S) float32 in [-1, 1]: always what is generated
     latent: Tensor  # (B, Cz, *S/f) float32, unscaled pre-quantisation latent from `medldm encode`

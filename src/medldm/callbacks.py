@@ -1,10 +1,8 @@
-"""Training callbacks: moving averages, checkpoints, signals, pictures, and a metrics file that survives a resume."""
+"""Training callbacks: moving average, checkpoints, signals, pictures, metrics that survive a resume."""
 
 import csv
 import logging
-import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -26,8 +25,8 @@ EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
 class EMA(Callback):
     """Exponential moving average of `module.ema_modules`, used in validation, sampling and export.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)). Weights are saved under the checkpoint's own key "ema". A module
-    without `ema_modules` has no average.
+    The decay warms up as min(decay, (1 + n) / (10 + n)). It is saved under the checkpoint's key "ema". A
+    module without `ema_modules` has no average.
     """
 
     def __init__(self, decay: float = 0.9999, *, every_n_steps: int = 1) -> None:
@@ -50,10 +49,12 @@ class EMA(Callback):
             return
         self.average = AveragedModel(module.ema_modules, multi_avg_fn=self._lerp)
         self.average.requires_grad_(False)
-        self.last_step = trainer.global_step
         if self._state is not None:
             self.average.load_state_dict(self._state)
             self._state = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.last_step = trainer.global_step  # a resumed run's step is not restored yet in on_fit_start
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if self.average is None or trainer.global_step == self.last_step:
@@ -96,8 +97,18 @@ class EMA(Callback):
         self._state = checkpoint.get("ema")
 
 
+class CountUpdates(Callback):
+    """Makes loggers count updates of the generator, whatever accumulates and whoever resumes.
+
+    Lightning counts micro-batches under manual optimisation, and one too many after some resumes.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 class Checkpoints(Checkpoint):
-    """`best.ckpt` by a validation metric and `last.ckpt` every so many updates, at every epoch's end and at the end.
+    """`best.ckpt` by a validation metric; `last.ckpt` every so many updates and at every epoch's end.
 
     A model with a number that is not finite is never written: the last good checkpoint stays.
     """
@@ -118,6 +129,7 @@ class Checkpoints(Checkpoint):
         self.sign = 1.0 if mode == "min" else -1.0
         self.best: float | None = None
         self.last_saved = -1
+        self.is_epoch_end = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -136,12 +148,20 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         is_due = step > 0 and step % self.every_n_steps == 0 and step != self.last_saved
-        if is_due and not trainer.fit_loop.epoch_loop._should_accumulate():
+        if is_due and is_between_batches(trainer, module):
             self.save_last(trainer, module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.every_epoch or trainer.should_stop or trainer.fit_loop.done:
-            self.save_last(trainer, module)
+        if not (self.every_epoch or trainer.should_stop or trainer.fit_loop.done):
+            return
+        self.is_epoch_end = True
+        self.save_last(trainer, module)
+        self.is_epoch_end = False
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        if self.is_epoch_end:
+            is_whole = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+            leave_epoch(checkpoint["loops"]["fit_loop"], is_whole=is_whole)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -158,17 +178,42 @@ class Checkpoints(Checkpoint):
             self.save(trainer, module, "best.ckpt")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_step != self.last_saved:
-            self.save_last(trainer, module)
         if self.best is None:  # no validation ran
             self.save(trainer, module, "best.ckpt")
 
 
+def leave_epoch(loops: dict[str, Any], *, is_whole: bool) -> None:
+    """Move saved loops from on_train_epoch_end to where training goes on.
+
+    That is the next epoch, or the middle of this one where max_steps cut it short. Lightning would run the
+    end of the epoch again, and one more batch.
+    """
+    for progress in loops["epoch_progress"].values():
+        progress["completed"] = progress["processed"] = progress["processed"] - (not is_whole)
+    if is_whole:
+        batches = loops["epoch_loop.batch_progress"]
+        batches["is_last_batch"] = False
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+
+
+def is_between_batches(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether what follows is one more training batch on clean gradients: the place to save and to stop.
+
+    A checkpoint from before a validation would resume after it, without its metrics and best.ckpt; one with
+    gradients pending would lose them.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    is_pending = loop._should_accumulate() if module.automatic_optimization else module.is_accumulating
+    ends_epoch = loop._is_training_done or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    return not (is_pending or ends_epoch)
+
+
 def check_finite(module: LightningModule, step: int) -> None:
-    norms = torch._foreach_norm([p.detach() for p in module.parameters() if p.requires_grad])
+    """InputError where a weight or a codebook entry is not finite."""
+    norms = torch._foreach_norm([v for v in module.state_dict().values() if v.is_floating_point()])
     if not torch.stack([norm.float() for norm in norms]).sum().isfinite():
         raise InputError(
-            f"training diverged before step {step}: weights are not finite; the checkpoints from before are kept; "
+            f"training diverged before step {step}: weights are not finite; earlier checkpoints are kept; "
             "lower model.optimizer.lr or set trainer.precision=32-true, then resume=auto"
         )
 
@@ -182,14 +227,19 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the way out of the l
 
 
 class StopOnSignal(Callback):
-    """SIGUSR1 (SLURM, before the limit), SIGTERM and Ctrl-C: finish the step, write last.ckpt, leave the loop.
+    """SIGUSR1 (SLURM, before the limit), SIGTERM, Ctrl-C: finish the step, write last.ckpt, leave the loop.
 
-    Lightning's own requeue saves inside the signal handler, in the middle of a step. A second Ctrl-C ends at once.
+    Lightning's own requeue saves inside the signal handler, in the middle of a step. A signal during
+    validation takes effect after it. A second Ctrl-C ends at once.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
         self.received: int | None = None
+        self.has_saved = False
+        self.listen()
+
+    def listen(self) -> None:
         for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._receive)
 
@@ -199,17 +249,30 @@ class StopOnSignal(Callback):
         self.received = signum
         log.info("received %s: stopping after this step", signal.Signals(signum).name)
 
+    def is_asked(self, trainer: Trainer) -> bool:
+        """Whether any rank has heard a signal: they may have heard it at different steps."""
+        asked = self.received is not None
+        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.listen()  # Lightning has put its own handler of SIGTERM in this one's place
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        stops = self.received is not None
-        if trainer.world_size > 1:  # ranks may have heard at different steps
-            stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
-        if stops and not trainer.fit_loop.epoch_loop._should_accumulate():
+        if self.is_asked(trainer) and is_between_batches(trainer, module):
             self.checkpoints.save_last(trainer, module)
+            self.has_saved = True
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if self.has_saved:  # not in on_train_batch_end: the step's metrics are logged after it
+            raise Interrupted(self.received or signal.SIGUSR1)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.is_asked(trainer) and self.checkpoints.last_saved == trainer.global_step:
             raise Interrupted(self.received or signal.SIGUSR1)
 
 
 class RandomState(Callback):
-    """Saves and restores the random states of the host and of each rank's device, for what draws from them (dropout)."""
+    """Saves and restores the random states of host and device, for what draws from them (dropout)."""
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] | None = None
@@ -233,8 +296,10 @@ class RandomState(Callback):
 
 
 class Pictures(Callback):
-    """The same validation samples every few validations: the module's `picture` as `samples/step_<n>.png`, and what
-    its `figures` draws, where it has them, as `samples/<name>_<n>.png`."""
+    """The same validation samples every few validations: the module's `picture` as `samples/step_<n>.png`.
+
+    What the module's `figures` draws, where it has them, goes to `samples/<name>_<n>.png`.
+    """
 
     def __init__(self, folder: str | Path, *, every_n_validations: int = 1, num_samples: int = 8) -> None:
         self.folder = Path(folder)
@@ -282,21 +347,19 @@ def save_png(path: Path, picture: Tensor) -> None:
 
 
 class MetricsFile(Logger):
-    """metrics.csv, one row per logged step. Lightning's CSVLogger deletes the file of the run it resumes; this one drops
-    the rows after the resumed step and goes on."""
+    """metrics.csv, one row per logged update. Lightning's CSVLogger deletes the file of the run it resumes;
+    this one drops the rows from after the checkpoint and goes on.
+    """
 
-    def __init__(
-        self, path: str | Path, *, resumed_step: int | None = None, flush_seconds: float = 15
-    ) -> None:
+    def __init__(self, path: str | Path, *, resumed_step: int | None = None) -> None:
         super().__init__()
-        self.path, self.flush_seconds = Path(path), flush_seconds
+        self.path = Path(path)
         self.rows: dict[int, dict[str, Any]] = {}
-        self._flushed = time.monotonic()
         if resumed_step is not None and self.path.is_file():
             with open(self.path, newline="") as file:
                 for row in csv.DictReader(file):
                     step = int(row.pop("step"))
-                    if step <= resumed_step:
+                    if step < resumed_step:  # rows count from 0: the n-th update is row n - 1
                         self.rows[step] = {key: value for key, value in row.items() if value != ""}
 
     @property
@@ -310,15 +373,15 @@ class MetricsFile(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """config.yaml holds them."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.rows.setdefault(int(step or 0), {}).update(metrics)
-        if time.monotonic() - self._flushed > self.flush_seconds:
-            self.save()
 
+    @rank_zero_only
     def save(self) -> None:
-        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) or not self.rows:
+        """Lightning calls this after every row."""
+        if not self.rows:
             return
-        self._flushed = time.monotonic()
         keys = sorted(set().union(*self.rows.values()))
         with replacing(self.path) as aside, open(aside, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=["step", *keys], restval="")

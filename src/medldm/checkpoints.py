@@ -1,7 +1,7 @@
 """Checkpoints that describe themselves: one file rebuilds its model, and is written whole or not at all.
 
-Under the key "medldm" a checkpoint holds plain data: the stage, the resolved model config, facts of the data and, for a
-second stage, the first stage's own description. It loads under `weights_only=True`, strictly.
+Under the key "medldm" a checkpoint holds plain data: the stage, the resolved model config, facts of the data
+and, for a second stage, the first stage's own description. It loads under `weights_only=True`, strictly.
 """
 
 import hashlib
@@ -152,8 +152,8 @@ def build_module(
 ) -> LightningModule:
     """The module of a config, with fresh weights.
 
-    A diffusion model takes its first stage from `model.first_stage.checkpoint`, unless the first stage's description is given
-    (its weights then come with the checkpoint that is about to be loaded).
+    A diffusion model takes its first stage from `model.first_stage.checkpoint`, unless the first stage's
+    description is given (its weights then come with the checkpoint that is about to be loaded).
     """
     if model["kind"] == "variational":
         return build_variational_module(model, facts)

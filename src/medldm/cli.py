@@ -24,7 +24,8 @@ def usage() -> str:
     rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
     return (
         f"usage: medldm COMMAND [key=value ...]\n\n{rows}\n\n"
-        "`medldm COMMAND --help` explains a command and its keys; `medldm COMMAND --cfg job` prints its config."
+        "`medldm COMMAND --help` explains a command and its keys, "
+        "`medldm COMMAND --cfg job` prints its config."
     )
 
 

@@ -1,4 +1,6 @@
-"""What every command that runs a trained model shares: the device, the precision, and batches that follow the cases."""
+"""What every command that runs a trained model shares: the device, the precision, and batches that follow
+the cases.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence

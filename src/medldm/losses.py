@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,11 +59,11 @@ def random_slices(x: Tensor, axis: int, index: Tensor) -> Tensor:
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of features of a frozen 2D network: "lpips_vgg", "lpips_alex", or "random_conv" (no weights needed;
-    a stand-in for tests, not LPIPS).
+    """Distance of features of a frozen 2D network: "lpips_vgg", "lpips_alex", or "random_conv" (needs no
+    weights; a stand-in for tests, not LPIPS).
 
-    The network is built at first use, kept out of the state dict and out of `train()`: LPIPS holds dropout, which
-    Lightning's train() would switch on inside the loss.
+    The network is built at first use, kept out of the state dict and out of `train()`: LPIPS holds dropout,
+    which Lightning's train() would switch on inside the loss.
     """
 
     def __init__(self, network: str = "lpips_vgg", *, weights_dir: str | None = None) -> None:
@@ -93,9 +94,9 @@ class PerceptualLoss(nn.Module):
 class AdversarialLoss:
     """When and how much a discriminator counts.
 
-    start: optimiser updates of the generator before it counts; ramp: updates over which its weight then grows to full.
-    adaptive: the weight is multiplied by the ratio of the gradient norms of reconstruction and adversarial loss at the
-    last layer (Esser et al. 2021, Eq. 7), clipped at 1e4.
+    start: updates of the generator before it counts; ramp: updates over which its weight then grows to full.
+    adaptive: the weight is multiplied by the ratio of the gradient norms of reconstruction and adversarial
+    loss at the last layer (Esser et al. 2021, Eq. 7), clipped at 1e4.
     """
 
     def __init__(
@@ -122,9 +123,20 @@ class AdversarialLoss:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|grad of the reconstruction| / |grad of the adversarial loss| at the last layer, in [0, 1e4]."""
+    """|grad of the reconstruction| / |grad of the adversarial loss| at the last layer, in [0, 1e4].
+
+    The gradients are those of the global batch: N processes agree on the weight.
+    """
     norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
         for loss in (reconstruction, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Changes x in place."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x

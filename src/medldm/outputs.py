@@ -20,7 +20,9 @@ COPIED = ("view", "phase", "label", "slice_index", "num_slices", "spacing")
 
 
 class SampleFolder:
-    """Writes case by case, each file whole or not at all; a folder of other settings is refused, a begun one continued."""
+    """Writes case by case, each file whole or not at all; a folder of other settings is refused, a begun one
+    continued.
+    """
 
     def __init__(
         self, root: Path, dataset: CaseDataset, provenance: dict[str, Any], *, png: bool = True
@@ -33,7 +35,7 @@ class SampleFolder:
             changed = sorted(key for key in settings if earlier.get(key) != settings[key])
             if changed:
                 raise InputError(
-                    f"output={root}: holds images made with another {changed[0]} ({earlier.get(changed[0])}); "
+                    f"output={root}: holds images of another {changed[0]} ({earlier.get(changed[0])}); "
                     "give another folder, or delete it"
                 )
         write_json(path, settings)
@@ -52,7 +54,9 @@ class SampleFolder:
         samples: Sequence[Tensor],
         batches: Sequence[dict[str, Any]],
     ) -> None:
-        """`samples`: one (N, C, *S) in [-1, 1] per sample, in the order of `positions`; `batches` hold the conditions."""
+        """`samples`: one (N, C, *S) in [-1, 1] per sample, in the order of `positions`; `batches` hold the
+        conditions.
+        """
         if self.dataset.spatial_dims == 2:
             self.write_slices(case, positions, samples, batches)
         else:

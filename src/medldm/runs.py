@@ -3,7 +3,6 @@
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 
 def new_run_dir(parent: Path) -> Path:
@@ -17,13 +16,6 @@ def newest_run(parent: Path) -> Path | None:
     """The run of this experiment whose last.ckpt is the newest."""
     checkpoints = list(parent.glob("*/checkpoints/last.ckpt"))
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1] if checkpoints else None
-
-
-def save_config(cfg: Any, run_dir: Path) -> None:
-    from omegaconf import OmegaConf
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def log_to(path: Path) -> None:

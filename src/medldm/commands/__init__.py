@@ -50,7 +50,9 @@ def user_message(error: BaseException) -> str | None:
 
 @contextmanager
 def mistakes_in_one_line(name: str) -> Iterator[None]:
-    """Bad input ends the process with one line on stderr and status 2; MEDLDM_TRACEBACK=1 shows where it came from."""
+    """Bad input ends the process with one line on stderr and status 2; MEDLDM_TRACEBACK=1 shows where it
+    came from.
+    """
     try:
         yield
     except Exception as error:

@@ -3,7 +3,8 @@
   medldm demo
   medldm demo output=demo num_subjects=40 seed=0
 
-Everything a real study does, on synthetic cardiac subjects in the M&Ms-2 layout: the numbers are of held-out subjects.
+Everything a real study does, on synthetic cardiac subjects in the M&Ms-2 layout; the numbers are of held-out
+subjects.
 Run it again to continue where it stopped. Ends with the paths of the page of pictures and of metrics.json.
 """
 
@@ -44,7 +45,10 @@ def stages(cfg: Any, folder: Path) -> list[tuple[str, str, list[str]]]:
         (
             "drawing synthetic cardiac subjects in the M&Ms-2 layout",
             "phantom",
-            ["dataset=mnms2", f"root={raw}", f"num_subjects={cfg.num_subjects}", f"image_size={cfg.image_size}", seed],
+            [
+                "dataset=mnms2", f"root={raw}", f"num_subjects={cfg.num_subjects}",
+                f"image_size={cfg.image_size}", seed,
+            ],
         ),
         (
             "preparing: resize, normalise, detect edges",
@@ -79,14 +83,18 @@ def stages(cfg: Any, folder: Path) -> list[tuple[str, str, list[str]]]:
             "measuring against the real slices",
             "evaluate",
             [
-                f"generated={samples}", f"reference={data}", f"reconstruction={reconstruction}", f"train={data}",
-                f"output={folder / 'evaluation'}", "metrics.features=[random_conv]", "metrics.lpips=null", seed,
+                f"generated={samples}", f"reference={data}", f"reconstruction={reconstruction}",
+                f"train={data}", f"output={folder / 'evaluation'}", "metrics.features=[random_conv]",
+                "metrics.lpips=null", seed,
             ],
         ),
         (
             "making the page",
             "report",
-            [f"run=[{vqvae},{ldm}]", f"evaluation={folder / 'evaluation'}", f"output={folder / 'report.html'}"],
+            [
+                f"run=[{vqvae},{ldm}]", f"evaluation={folder / 'evaluation'}",
+                f"output={folder / 'report.html'}",
+            ],
         ),
     ]  # fmt: skip
 

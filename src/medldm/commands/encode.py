@@ -2,8 +2,9 @@
 
   medldm encode checkpoint=runs/.../best.ckpt data.root=DATA
 
-Writes DATA/latents/<first 12 digits of the checkpoint's sha256>/<case>.h5 with the latents before quantisation (float16), and
-latents.json when all are there. Run it again to continue. Then: medldm train experiment=.../ldm data.latents=auto.
+Writes DATA/latents/<first 12 digits of the checkpoint's sha256>/<case>.h5 with the latents before
+quantisation (float16), and latents.json when all are there. Run it again to continue. Then: medldm train
+experiment=.../ldm data.latents=auto.
 """
 
 import logging

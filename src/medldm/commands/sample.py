@@ -4,9 +4,10 @@
   medldm sample ... sampler.num_steps=50 sampler.guidance_scale=2 num_samples=4 drop=[edges] seed=1
 
 With a stage-one checkpoint it writes that autoencoder's reconstructions instead: the ceiling of stage two.
-Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop, edge_level, limit,
-max_slices, weights (ema or raw), data.batch_size, seed.
-Writes per case HDF5 (2D, with the conditions) or NIfTI (3D), 8-bit PNGs and provenance.json. Run it again to continue.
+Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop,
+edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed.
+Writes per case HDF5 (2D, with the conditions) or NIfTI (3D), 8-bit PNGs and provenance.json. Run it again to
+continue.
 """
 
 import logging
@@ -88,13 +89,17 @@ def task(cfg: Any) -> None:
 
     from medldm.checkpoints import load_module, sha256
     from medldm.data import build_datamodule
+    from medldm.data.splits import SUBSETS
     from medldm.inference import case_batches, items_by_case, pick_device
     from medldm.outputs import SampleFolder
 
+    if cfg.split not in (*SUBSETS, "all"):
+        raise InputError(f"split={cfg.split} is none of {', '.join(SUBSETS)}, all")
     module = load_module(cfg.checkpoint, weights=cfg.weights).to(pick_device(cfg.device))
     is_generative = hasattr(module, "sample")
     if is_generative:
         module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
+        module.conditioner.drop_groups(1, tuple(cfg.drop))  # names an unknown one before anything is written
     data = OmegaConf.to_container(cfg.data, resolve=True) | {"latents": None, "crop_size": None}
     datamodule = build_datamodule(data, keys=model_keys(module), seed=cfg.seed)
     check_facts(module.facts, datamodule.facts, cfg.checkpoint, data["root"])
@@ -103,12 +108,21 @@ def task(cfg: Any) -> None:
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {data['root']} is in it; see its splits.json")
     provenance = {
-        "checkpoint": str(cfg.checkpoint), "checkpoint_sha256": sha256(cfg.checkpoint), "weights": cfg.weights,
-        "stage": "diffusion" if is_generative else "autoencoder", "sampler": describe_sampler(module) if is_generative else None,
-        "seed": cfg.seed, "condition": list(model_keys(module)) if is_generative else None, "dropped": list(cfg.drop),
-        "edge_level": cfg.edge_level, "data_root": str(Path(data["root"]).resolve()), "split": cfg.split,
-        "num_samples": cfg.num_samples, "max_slices": cfg.max_slices, "torch": torch.__version__,
-    }  # fmt: skip
+        "checkpoint": str(cfg.checkpoint),
+        "checkpoint_sha256": sha256(cfg.checkpoint),
+        "weights": cfg.weights,
+        "stage": "diffusion" if is_generative else "autoencoder",
+        "sampler": describe_sampler(module) if is_generative else None,
+        "condition": list(model_keys(module)) if is_generative else None,
+        "dropped": list(cfg.drop),
+        "edge_level": cfg.edge_level,
+        "seed": cfg.seed,
+        "data_root": str(Path(data["root"]).resolve()),
+        "split": cfg.split,
+        "num_samples": cfg.num_samples,
+        "max_slices": cfg.max_slices,
+        "torch": torch.__version__,
+    }
     folder = SampleFolder(Path(cfg.output), dataset, provenance, png=cfg.png)
     num_samples = cfg.num_samples if is_generative else 1
     with Progress() as progress:
@@ -146,7 +160,8 @@ def check_facts(trained: dict, prepared: dict, checkpoint: str, root: str) -> No
     for key in ("spatial_dims", "image_channels", "num_classes"):
         if trained[key] != prepared[key]:
             raise InputError(
-                f"{checkpoint}: trained with {key}={trained[key]}, but {root} has {prepared[key]}; use the data it knows"
+                f"{checkpoint}: trained with {key}={trained[key]}, but {root} has {prepared[key]}; "
+                "use the data it knows"
             )
 
 

@@ -9,12 +9,12 @@ Keys people use:
   model.optimizer.lr, model.first_stage.checkpoint
   trainer.max_steps (updates), trainer.max_epochs, trainer.devices, trainer.precision
   run_dir=DIR                 default: runs/<experiment>/<time>
-  resume=auto | CKPT          continue run_dir, or the newest run of the experiment; starts afresh where there is none
+  resume=auto | CKPT          continue run_dir, or the newest run of the experiment, or start afresh
   logger=wandb                Weights & Biases beside metrics.csv
   debug=tiny                  two updates of a narrow network: does everything fit together?
   seed=0
 
-SIGUSR1, SIGTERM and Ctrl-C finish the step and write checkpoints/last.ckpt; after SIGUSR1 the exit status is 85.
+SIGUSR1, SIGTERM and Ctrl-C finish the step and write checkpoints/last.ckpt; SIGUSR1 exits with 85.
 Prints the run folder at the end.
 """
 
@@ -46,6 +46,7 @@ def shrink(model: dict[str, Any]) -> dict[str, Any]:
         limits = {"embedding_channels": 32, "sinusoidal_channels": 16, "num_codes": 64, "num_heads": 2}
         limits |= {"head_channels": 8, "start": 1, "ramp": 0, "warmup_steps": 0, "num_mid_units": 1}
         limits |= {"num_res_blocks": 1, "num_blocks": 1, "num_features": 16}
+        limits["norm_groups"] = 8  # two channels a group: one alone cannot be normalised on a 1x1 grid
         if key in limits and value is not None:
             return [limits[key]] * len(value) if isinstance(value, list) else min(value, limits[key])
         return value
@@ -69,11 +70,12 @@ def experiment_name() -> str:
 
 
 def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint to resume from or None). Ranks started by Lightning get the folder from the first."""
+    """(run folder, checkpoint to resume from or None). Other ranks use the first one's folder."""
     from medldm.runs import new_run_dir, newest_run
 
     parent = Path(cfg.paths.output_root) / experiment_name()
-    given = cfg.run_dir or os.environ.get("MEDLDM_RUN_DIR")
+    of_first_rank = os.environ.get("MEDLDM_RUN_DIR") if "LOCAL_RANK" in os.environ else None
+    given = cfg.run_dir or of_first_rank
     if cfg.resume and cfg.resume != "auto":
         checkpoint = Path(cfg.resume)
         if not checkpoint.is_file():
@@ -83,7 +85,7 @@ def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
     last = run_dir / "checkpoints" / "last.ckpt"
     if cfg.resume:
         return run_dir, last if last.is_file() else None
-    if last.is_file() and "MEDLDM_RUN_DIR" not in os.environ:
+    if last.is_file() and of_first_rank is None:
         raise InputError(
             f"run_dir={run_dir} holds a run already; add resume=auto to continue it, or give another"
         )
@@ -102,14 +104,22 @@ def resolve_precision(precision: str) -> str:
 
 
 def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None) -> Any:
-    """Lightning's Trainer with medldm's callbacks; accumulation and clipping go to modules that step by hand."""
+    """Lightning's Trainer with medldm's callbacks; modules that step by hand accumulate and clip."""
     import torch
     from hydra.utils import instantiate
     from lightning_fabric.plugins.environments import SLURMEnvironment
     from omegaconf import OmegaConf
     from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
 
-    from medldm.callbacks import EMA, Checkpoints, MetricsFile, Pictures, RandomState, StopOnSignal
+    from medldm.callbacks import (
+        EMA,
+        Checkpoints,
+        CountUpdates,
+        MetricsFile,
+        Pictures,
+        RandomState,
+        StopOnSignal,
+    )
     from medldm.checkpoints import AtomicCheckpointIO
 
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
@@ -120,7 +130,7 @@ def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None
     if options["strategy"] == "auto" and num_processes(options) > 1:
         options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
-    callbacks = [EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else []
+    callbacks = [CountUpdates(), *([EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else [])]
     callbacks += [Pictures(run_dir / "samples", **cfg.callbacks.pictures)] if cfg.callbacks.pictures else []
     callbacks += [LearningRateMonitor("step"), RandomState(), checkpoints, StopOnSignal(checkpoints)]
     if options["enable_progress_bar"]:
@@ -150,7 +160,8 @@ def quieten() -> None:
         ".*`srun` command is available.*",
         ".*does not have many workers.*",
         ".*LeafSpec.*",
-        ".*module(s) in eval mode.*",
+        ".*module\\(s\\) in eval mode.*",
+        ".*your dataloader is not resumable.*",  # the data module is
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval.*")
@@ -189,11 +200,12 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_first_stage(model: dict[str, Any], content: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The first stage's description where a resumed checkpoint brings its weights, else None: they are loaded afresh."""
+    """The first stage's description where a resumed checkpoint brings its weights, else None: load them."""
     resumed = content["medldm"].get("first_stage") if content else None
     if resumed is None and model.get("first_stage", {}).get("checkpoint") == "???":
         raise InputError(
-            "model.first_stage.checkpoint: not given; name the stage-one checkpoint, or model/first_stage=pixel for none"
+            "model.first_stage.checkpoint: not given; name the stage-one checkpoint, "
+            "or model/first_stage=pixel for none"
         )
     return resumed
 
@@ -211,7 +223,7 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
 
 
 def find_latents(data: dict[str, Any], model: dict[str, Any]) -> str | None:
-    """Name of the latent cache; `auto` takes the one that `medldm encode` made with this first stage, if there is one."""
+    """Name of the latent cache; `auto`: what `medldm encode` made with this first stage, if anything."""
     from medldm.checkpoints import sha256
 
     name = data.get("latents")
@@ -226,6 +238,14 @@ def find_latents(data: dict[str, Any], model: dict[str, Any]) -> str | None:
             return None
         return digest[:12]
     return name
+
+
+def check_monitor(monitor: str, module: Any) -> None:
+    if monitor not in module.validation_metrics:
+        raise InputError(
+            f"callbacks.checkpoints.monitor={monitor}: not logged by this model; "
+            f"choose one of {', '.join(module.validation_metrics)}"
+        )
 
 
 def fit_latent_statistics(module: Any, datamodule: Any) -> None:
@@ -258,7 +278,8 @@ def task(cfg: Any) -> None:
     from medldm.callbacks import EXIT_REQUEUE, Interrupted
     from medldm.checkpoints import build_module, describe
     from medldm.data import build_datamodule
-    from medldm.runs import log_to, save_config
+    from medldm.files import replacing
+    from medldm.runs import log_to
 
     quieten()
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -277,10 +298,15 @@ def task(cfg: Any) -> None:
         use_channels_last(module, datamodule.facts["spatial_dims"])
     for part in module.compiled_parts if cfg.compile else ():
         part.compile()
+    check_monitor(cfg.callbacks.checkpoints.monitor, module)
+    module.setup("fit")  # finds out whether its weights are there, before the run folder is
     trainer = build_trainer(cfg, module, run_dir, resumed_step)
     os.environ["MEDLDM_RUN_DIR"] = str(run_dir)
     if trainer.is_global_zero:
-        save_config(cfg, run_dir)
+        for left in (run_dir / "checkpoints").glob(".*.tmp"):  # of a process killed while it saved
+            left.unlink(missing_ok=True)
+        with replacing(run_dir / "config.yaml") as aside:
+            aside.write_text(OmegaConf.to_yaml(cfg, resolve=True))
         log_to(run_dir / "log")
         num_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         log.info(
@@ -296,6 +322,8 @@ def task(cfg: Any) -> None:
         import signal
 
         message = f"medldm train: stopped by {stop}; continue with run_dir={run_dir} resume=auto"
+        if not trainer.is_global_zero:
+            return  # Lightning kills the first process when another ends with a status, be it its own
         print(message, file=sys.stderr)
         sys.exit(EXIT_REQUEUE if stop.signum == signal.SIGUSR1 else 128 + stop.signum)
     if trainer.is_global_zero:

@@ -62,7 +62,7 @@ def draw_radiograph(g: np.random.Generator, size: int, *, has_pneumonia: bool) -
     for side in (-1, 1):
         clavicle = y - (-0.62 - 0.18 * side * x)
         inside = (side * x > 0.04) & (side * x < 0.7)
-        dose += 0.16 * smooth_step(np.abs(clavicle) - 0.024, 0.008) * inside
+        dose += 0.16 * smooth_step(np.abs(clavicle) - 0.024, 0.008) * inside * chest
     markings = ndimage.gaussian_filter(g.normal(size=dose.shape), size / 90)
     dose += 0.035 * markings / markings.std() * lungs
     if has_pneumonia:

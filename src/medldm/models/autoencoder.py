@@ -17,16 +17,17 @@ from medldm.losses import (
     random_slices,
 )
 from medldm.metrics.image import psnr, ssim
-from medldm.models.common import build_optimizer, step_generator, warmup_cosine
+from medldm.models.common import build_optimizer, rank_part, step_generator, warmup_cosine
 from medldm.networks.autoencoder import VQAutoencoder
 
 
 class AutoencoderModule(LightningModule):
     """Trains `autoencoder` to reconstruct batch["image"].
 
-    One forward pass serves generator and discriminators. `trainer.global_step` counts the generator's updates: the
-    discriminators' optimiser steps outside Lightning's count. Accumulation and clipping are done here, because Lightning
-    refuses them under manual optimisation; `medldm train` moves the trainer's keys to this module.
+    One forward pass serves generator and discriminators. `trainer.global_step` counts the generator's
+    updates: the discriminators' optimiser steps outside Lightning's count. Accumulation and clipping are done
+    here, because Lightning refuses them under manual optimisation; `medldm train` moves the trainer's keys to
+    this module.
     A discriminator of fewer dimensions than the image sees one random slice per sample.
     """
 
@@ -43,6 +44,7 @@ class AutoencoderModule(LightningModule):
         adversarial: AdversarialLoss | None = None,
         discriminator_optimizer: Callable | None = None,
         warmup_steps: int = 0,
+        cosine_steps: int | None = None,
         quantizer_weight: float = 1.0,
         slice_axes: Sequence[int] = (0,),
         seed: int = 0,
@@ -60,25 +62,33 @@ class AutoencoderModule(LightningModule):
         self.adversarial, self.perceptual = adversarial, perceptual
         self.pixel_loss = PIXEL_LOSSES[pixel_loss]
         self.pixel_weight, self.perceptual_weight = pixel_weight, perceptual_weight
-        self.quantizer_weight, self.warmup_steps = quantizer_weight, warmup_steps
+        self.quantizer_weight = quantizer_weight
+        self.warmup_steps, self.cosine_steps = warmup_steps, cosine_steps
         self.slice_axes, self.seed = tuple(slice_axes), seed
         self.make_optimizer = optimizer
         self.make_discriminator_optimizer = discriminator_optimizer or optimizer
         self.accumulate_grad_batches, self.gradient_clip_val = 1, None
+        self.is_accumulating = False  # gradients of a part of a batch are pending
         self.description: dict = {}  # what checkpoints.describe says of this module
         self.val_psnr, self.val_ssim = MeanMetric(), MeanMetric()
+
+    validation_metrics = ("val/loss", "val/mse", "val/perplexity", "val/psnr", "val/ssim")
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.autoencoder, *self.discriminators]
 
     def setup(self, stage: str) -> None:
+        """Builds the perceptual network; InputError where its weights are not on this machine."""
         if self.perceptual is not None and self.perceptual_weight:
             self.perceptual.build()
 
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, [self.autoencoder])
-        optimizers, schedules = [optimizer], [warmup_cosine(optimizer, warmup=self.warmup_steps)]
+        optimizers, schedules = (
+            [optimizer],
+            [warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)],
+        )
         if self.discriminators:
             optimizers.append(build_optimizer(self.make_discriminator_optimizer, [self.discriminators]))
         return optimizers, schedules
@@ -101,6 +111,7 @@ class AutoencoderModule(LightningModule):
         x_hat, quantized = self.autoencoder(x, self.decoder_map(batch))
         slices = self.draw_slices(x, batch_idx)
         is_last = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        self.is_accumulating = not is_last
 
         self.discriminators.requires_grad_(False)  # the generator's backward leaves no gradient in them
         losses = self.generator_losses(x, x_hat, quantized.loss, factor, slices)
@@ -159,12 +170,13 @@ class AutoencoderModule(LightningModule):
         return torch.stack(losses).sum()
 
     def draw_slices(self, x: Tensor, batch_idx: int) -> tuple[int, Tensor]:
-        """An axis and one slice index per sample, from seed and step alone."""
+        """An axis and one slice index per sample, from seed, step and place in the global batch."""
         step = self.global_step * self.accumulate_grad_batches + batch_idx % self.accumulate_grad_batches
         generator = step_generator(self.seed, step, torch.device("cpu"))
         axis = self.slice_axes[int(torch.randint(len(self.slice_axes), (), generator=generator))]
-        index = torch.randint(x.shape[axis + 2], (len(x),), generator=generator)
-        return axis, index.to(x.device, non_blocking=True)
+        rank, world = self.global_rank, self.trainer.world_size
+        index = torch.randint(x.shape[axis + 2], (world * len(x),), generator=generator)
+        return axis, rank_part(index, rank, world).to(x.device, non_blocking=True)
 
     @staticmethod
     def view(x: Tensor, spatial_dims: int, slices: tuple[int, Tensor]) -> Tensor:
@@ -190,6 +202,10 @@ class AutoencoderModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["medldm"] = self.description
+        checkpoint["epoch_count"] = self.autoencoder.quantizer.epoch_count
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.autoencoder.quantizer.epoch_count.copy_(checkpoint["epoch_count"])
 
     def on_train_epoch_end(self) -> None:
         self.log("train/codebook_usage", self.autoencoder.quantizer.epoch_usage())

@@ -44,7 +44,9 @@ def build_optimizer(factory: Callable, modules: Sequence[nn.Module]) -> torch.op
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, *, warmup: int = 0, total: int | None = None, final: float = 0.0
 ) -> LambdaLR:
-    """Multiplier min(1, (step + 1) / warmup) times, where `total` updates are given, a half cosine down to `final`."""
+    """Multiplier min(1, (step + 1) / warmup) times, where `total` updates are given, a half cosine down to
+    `final`.
+    """
 
     def multiplier(step: int) -> float:
         rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
@@ -59,8 +61,8 @@ def warmup_cosine(
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Random numbers of one step: a function of seed and step alone, so a resumed run draws the same ones.
 
-    Every rank makes the same generator and draws for the global batch, then takes its part: N processes see the
-    numbers that one process with N times the batch would see.
+    Every rank makes the same generator and draws for the global batch, then takes its part: N processes see
+    the numbers that one process with N times the batch would see.
     """
     return torch.Generator(device).manual_seed((seed * 1_000_003 + step * 7_919 + 17) % 2**63)
 

@@ -57,6 +57,8 @@ class DiffusionModule(LightningModule):
             {"network": self.network, "conditioner": self.conditioner, "schedule": self.schedule}
         )
 
+    validation_metrics = ("val/loss", "val/unweighted")
+
     @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network]
@@ -146,8 +148,8 @@ class DiffusionModule(LightningModule):
     ) -> Tensor:
         """Images (B, C, *S) in about [-1, 1] under the batch's condition.
 
-        `names` identify the samples: noise is seeded by name and `seed`. Steps that draw noise (ancestral, eta > 0)
-        draw for the batch as a whole, so those samplers repeat exactly only with the same batches.
+        `names` identify the samples: noise is seeded by name and `seed`. Steps that draw noise (ancestral,
+        eta > 0) draw for the batch as a whole, so those samplers repeat exactly only with the same batches.
         """
         sampler = sampler or self.sampler
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)

@@ -1,8 +1,8 @@
 """One vector-quantised autoencoder for 2D and 3D.
 
-Its stages come from a plan: a list of (what, channels in, channels out, stride) that a layout writes. Adding an
-arrangement is adding a layout function. Layouts: "res_up" (CompVis latent diffusion, ALDM), "up_res" (the cardiac
-report) and "strided" (TATS, Med-LSDM).
+Its stages come from a plan: a list of (what, channels in, channels out, stride) that a layout writes. Adding
+an arrangement is adding a layout function. Layouts: "res_up" (CompVis latent diffusion, ALDM), "up_res" (the
+cardiac report) and "strided" (TATS, Med-LSDM).
 """
 
 import math
@@ -115,9 +115,9 @@ class VQAutoencoder(nn.Module):
 
     channels, strides: one entry per level; a stride is a number or one per axis, 1 keeps the size.
     mid: blocks between the two halves, of "res" and "attn". num_res_blocks: per level, (encoder, decoder).
-    decoder_map_channels: channels of a semantic map that SPADE norms of the decoder see; None means plain norms.
-    has_code_convs: 1x1 convolutions around the quantiser; latent_kernel: kernel of the last encoder and first decoder
-    convolution (None: the 1x1 convolutions alone do it, as in TATS).
+    decoder_map_channels: channels of a semantic map that SPADE norms of the decoder see; None means plain
+    norms. latent_kernel: kernel of the last encoder and first decoder convolution (None: the 1x1 convolutions
+    around the quantiser alone do it, as in TATS).
     use_checkpoint: recompute residual blocks in the backward pass to save memory.
     """
 
@@ -211,11 +211,13 @@ class VQAutoencoder(nn.Module):
         self.head = conv(spatial_dims, narrowest, image_channels, 3, padding=1, padding_mode=padding_mode)
 
     def encode(self, x: Tensor) -> Tensor:
-        """(B, C, *S) image -> (B, Cz, *S/f) latent before quantisation. Raises ValueError where S does not divide."""
+        """(B, C, *S) image -> (B, Cz, *S/f) latent before quantisation. Raises ValueError where S does not
+        divide.
+        """
         for size, factor in zip(x.shape[2:], self.downsampling, strict=True):
             if size % factor:
                 raise ValueError(
-                    f"image size {tuple(x.shape[2:])} is not divisible by the downsampling {self.downsampling}"
+                    f"image size {tuple(x.shape[2:])} does not divide by the downsampling {self.downsampling}"
                 )
         h = F.silu(self.encoder_norm(self.encoder(self.stem(x))))
         return self.pre_quantizer(self.to_latent(h))  # (B, Cz, *S/f)

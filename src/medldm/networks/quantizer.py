@@ -1,10 +1,12 @@
 """Vector quantisation with a learned or a moving-average codebook.
 
-van den Oord et al. 2017 (straight-through, codebook and commitment terms), Razavi et al. 2019 (moving average),
-Dhariwal et al. 2020 (restart of unused codes).
+van den Oord et al. 2017 (straight-through, codebook and commitment terms), Razavi et al. 2019 (moving
+average), Dhariwal et al. 2020 (restart of unused codes).
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows of the distance matrix that exist at a time are chosen so that it stays within the cache of a CPU core
-# and a few per cent of a GPU: 2^21 floats are 8 MiB.
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+# Entries of the distance matrix that exist at a time: 2^20 floats are 4 MiB, within a CPU's cache, and 2^26
+# keep a
+# GPU busy at 256 MiB.
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+BLOCK = 128  # codes per block of the two-step argmin
 
 
 class Quantized(NamedTuple):
@@ -24,13 +28,39 @@ class Quantized(NamedTuple):
     perplexity: Tensor  # scalar: exp of the entropy of this batch's codes
 
 
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """float32 products without TF32, whose ten bits move the nearest code."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code (L2) of each row: (N, C), (K, C) -> (N,); never holds an N x K matrix."""
-    half_norm = codebook.square().sum(1).mul_(0.5)
-    codes = codebook.t().contiguous()
-    rows = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**24) // len(codebook))
-    # argmin |x - e|^2 = argmin |e|^2 / 2 - x e
-    return torch.cat([torch.addmm(half_norm, part, codes, alpha=-1).argmin(1) for part in x.split(rows)])
+    """Index of the nearest code (L2) of each row: (N, C), (K, C) -> (N,); never holds an N x K matrix.
+
+    argmin |x - e|^2 = argmin |e|^2 / 2 - x e: one product of (-e, |e|^2 / 2) with (x, 1). argmin does not
+    vectorise and the minimum does, so the minima of blocks of codes are taken first; ties go to the first
+    code.
+    """
+    codes = torch.cat([-codebook, codebook.square().sum(1, keepdim=True) / 2], dim=1)  # (K, C + 1)
+    filler = -len(codes) % BLOCK
+    if filler:
+        never = F.pad(codes.new_full((filler, 1), torch.inf), (x.shape[1], 0))
+        codes = torch.cat([codes, never])
+    columns = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**24) // len(codes))
+    with exact_matmul() if x.is_cuda else contextlib.nullcontext():
+        return torch.cat([nearest_in_blocks(codes, part) for part in x.split(columns)])
+
+
+def nearest_in_blocks(codes: Tensor, x: Tensor) -> Tensor:
+    distances = (codes @ F.pad(x, (0, 1), value=1.0).t()).view(-1, BLOCK, len(x))  # (K / block, block, n)
+    block = distances.amin(1).argmin(0)  # (n,)
+    within = distances[block, :, torch.arange(len(x), device=x.device)].argmin(1)
+    return block * BLOCK + within
 
 
 def all_reduce(x: Tensor) -> Tensor:
@@ -42,9 +72,9 @@ def all_reduce(x: Tensor) -> Tensor:
 class VectorQuantizer(nn.Module):
     """Nearest-code quantiser over the channel axis of (B, C, *S), in float32 whatever the autocast.
 
-    ema_decay: None learns the codebook by gradient; a number (0.99) replaces the codebook term by moving averages.
-    restart_threshold: a code whose moving count falls below it is moved to an input vector of the current batch.
-    init: "uniform" in +-1/K, "normal", or "data" (vectors of the first training batch).
+    ema_decay: None learns the codebook by gradient; a number (0.99) replaces the codebook term by moving
+    averages. restart_threshold: a code whose moving count falls below it is moved to an input vector of the
+    current batch. init: "uniform" in +-1/K, "normal", or "data" (vectors of the first training batch).
     legacy_beta: puts `commitment_weight` on the codebook term, as CompVis' and ALDM's code does.
     The "initialised" flag and every statistic are buffers, so a resumed run goes on with its codebook.
     """
@@ -152,8 +182,9 @@ class VectorQuantizer(nn.Module):
     def _candidates(self, x: Tensor) -> Tensor:
         """One input vector per code, (K, C), the same on every rank.
 
-        Which vector a code gets is a hash of the code and the update: it needs no random state, so it is the same
-        after a resume, and codes are spread evenly over the batch. Ranks fill their share and are summed.
+        Which vector a code gets is a hash of the code and the update: it needs no random state, so it is the
+        same after a resume, and codes are spread evenly over the batch. Ranks fill their share and are
+        summed.
         """
         world, rank = 1, 0
         if dist.is_available() and dist.is_initialized():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class SPADE(nn.Module):
     """Parameter-free norm of x, scaled and shifted by two maps computed from the condition.
 
-    Outside training the maps of one condition tensor are kept: a sampler calls with the same static map at every
-    step, and they do not depend on the step.
+    Outside training the maps of one condition tensor are kept: a sampler calls with the same static map at
+    every step, and they do not depend on the step.
     """
 
     def __init__(

@@ -1,0 +1,58 @@
+"""Phantom data and a first stage, made once a session."""
+
+import pytest
+
+from tests.helpers import compose_config
+
+
+@pytest.fixture(scope="session")
+def phantom_raw(tmp_path_factory):
+    """Four subjects at 64 px in the M&Ms-2 layout."""
+    from medldm.commands import phantom
+
+    root = tmp_path_factory.mktemp("raw")
+    sizes = ("num_subjects=4", "image_size=64", "num_slices=[4,5]")
+    phantom.task(compose_config("phantom", f"root={root}", *sizes))
+    return root
+
+
+@pytest.fixture(scope="session")
+def prepared(phantom_raw, tmp_path_factory):
+    """The prepared phantom: 22 training slices of two subjects, one subject to validate, one to test."""
+    from medldm.commands import prepare
+
+    root = tmp_path_factory.mktemp("prepared")
+    paths = (f"data.raw={phantom_raw}", f"data.root={root}")
+    prepare.task(compose_config("prepare", *paths, "data.num_workers=0", "data.image_size=64"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def first_stage(prepared, tmp_path_factory):
+    """best.ckpt of a tiny cardiac autoencoder."""
+    from tests.training import VQVAE, run_training
+
+    last = run_training(prepared, tmp_path_factory.mktemp("first_stage") / "run", VQVAE)
+    return last.with_name("best.ckpt")
+
+
+@pytest.fixture(scope="session")
+def diffusion(prepared, first_stage, tmp_path_factory):
+    """last.ckpt of a tiny cardiac diffusion model on that autoencoder."""
+    from tests.training import LDM, run_training
+
+    run_dir = tmp_path_factory.mktemp("diffusion") / "run"
+    return run_training(prepared, run_dir, LDM, f"model.first_stage.checkpoint={first_stage}")
+
+
+@pytest.fixture(scope="session")
+def prepared_3d(tmp_path_factory):
+    """Six torso volumes with organ masks, 32 voxels wide, as somebody's own folder."""
+    from medldm.commands import phantom, prepare
+
+    raw, root = tmp_path_factory.mktemp("raw_3d"), tmp_path_factory.mktemp("prepared_3d")
+    sizes = ("dataset=folder", "num_subjects=6", "image_size=40", "num_slices=[36,40]")
+    phantom.task(compose_config("phantom", f"root={raw}", *sizes))
+    options = ("data=folder", "data.spatial_dims=3", "data.image_size=[32,32,32]", "data.num_workers=0")
+    prepare.task(compose_config("prepare", *options, f"data.raw={raw}", f"data.root={root}"))
+    return root

@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from medldm import losses
+from medldm.losses import AdversarialLoss, PerceptualLoss, adaptive_weight, feature_matching, random_slices
+from medldm.networks import features
+
+REAL, FAKE = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "discriminator", "generator"),
+    [
+        ("hinge", 0.5 * (0.5 + 0.75), 0.75),  # relu(1 - [2, 0]) = [0, 1], relu(1 + [-2, 0.5]) = [0, 1.5]
+        (
+            "vanilla",
+            0.25 * sum(math.log1p(math.exp(v)) for v in (-2.0, 0.0, -2.0, 0.5)),
+            0.75,
+        ),
+        ("lsgan", 0.5 * ((1 + 1) / 2 + (4 + 0.25) / 2), (9 + 0.25) / 2),
+    ],
+)
+def test_adversarial_losses_have_their_closed_forms(kind, discriminator, generator):
+    loss = AdversarialLoss(kind)
+    torch.testing.assert_close(loss.discriminator(REAL, FAKE), torch.tensor(discriminator))
+    torch.testing.assert_close(loss.generator(FAKE), torch.tensor(generator))
+
+
+def test_a_discriminator_that_cannot_tell_pays_ln2():
+    zero = torch.zeros(3)
+    assert AdversarialLoss("vanilla").discriminator(zero, zero).item() == pytest.approx(math.log(2))
+
+
+def test_an_unknown_adversarial_loss_is_named():
+    with pytest.raises(ValueError, match="wgan.*hinge, vanilla, lsgan"):
+        AdversarialLoss("wgan")
+
+
+def test_the_discriminator_counts_from_start_and_ramps():
+    loss = AdversarialLoss(start=10, ramp=4)
+    assert [loss.factor(n) for n in (0, 9, 10, 11, 13, 14, 99)] == [0, 0, 0.25, 0.5, 1, 1, 1]
+    assert [AdversarialLoss(start=10).factor(n) for n in (9, 10)] == [0, 1]
+
+
+def test_feature_matching_leaves_the_logits_out_and_the_real_side_alone():
+    real = [torch.zeros(2, requires_grad=True), torch.zeros(1), torch.zeros(1)]
+    fake = [torch.full((2,), 3.0, requires_grad=True), torch.ones(1), torch.full((1,), 1e6)]
+    loss = feature_matching(real, fake)
+    assert loss.item() == 2  # (3 + 1) / 2
+    loss.backward()
+    assert real[0].grad is None and fake[0].grad is not None
+
+
+def test_adaptive_weight_is_the_ratio_of_gradient_norms():
+    w = torch.ones(4, requires_grad=True)
+    weight = adaptive_weight(3 * w.sum(), 0.5 * w.sum(), w)  # norms 6 and 1
+    assert weight.item() == pytest.approx(6 / (1 + 1e-4))
+    assert not weight.requires_grad
+
+
+def test_adaptive_weight_is_clipped():
+    w = torch.ones(4, requires_grad=True)
+    assert adaptive_weight(1e3 * w.sum(), 0 * w.sum(), w).item() == 1e4
+
+
+def test_random_slices_take_one_slice_a_sample():
+    x = torch.arange(2 * 1 * 3 * 4 * 5.0).reshape(2, 1, 3, 4, 5)
+    for axis, index in ((0, [2, 0]), (1, [3, 1]), (2, [0, 4])):
+        expected = torch.stack([x[i].select(axis + 1, k) for i, k in enumerate(index)])
+        assert torch.equal(random_slices(x, axis, torch.tensor(index)), expected)
+
+
+def test_the_perceptual_network_is_frozen_unregistered_and_in_eval_mode_inside_train():
+    loss = PerceptualLoss("random_conv")
+    network = loss.build()
+    holder = nn.Sequential(loss).train()
+    assert not network.training
+    assert not list(holder.parameters()) and not holder.state_dict()
+    x = torch.rand(1, 1, 16, 16)
+    assert loss(x, x) == 0
+
+
+def test_lpips_stays_in_eval_mode_inside_train(monkeypatch, tmp_path):
+    (tmp_path / "weights").write_bytes(b"")
+    monkeypatch.setattr(features, "find_weights", lambda *_: tmp_path / "weights")
+    monkeypatch.setattr(features, "torchvision_state", lambda path: {})
+    monkeypatch.setattr(features.LPIPS, "load_backbone", lambda self, state: None)
+    loss = losses.PerceptualLoss("lpips_alex")
+    network = loss.build().train()
+    dropouts = [m for m in network.modules() if isinstance(m, nn.Dropout)]
+    assert dropouts and not any(m.training for m in dropouts)
+    x, y = torch.rand(2, 1, 1, 64, 64)
+    assert torch.equal(loss(x, y), loss(x, y))

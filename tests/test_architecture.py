@@ -1,0 +1,85 @@
+"""Imports run downwards, as DESIGN.md section 2 lays the tree out."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "medldm"
+LEAVES = {"errors", "batch", "files"}
+# package or module -> what of medldm it may import, beside itself and the leaves
+MAY_IMPORT = {
+    "errors": set(),
+    "batch": set(),
+    "files": set(),
+    "networks": set(),
+    "data": set(),
+    "metrics": {"networks"},
+    "losses": {"networks"},
+    "diffusion": {"networks"},
+    "models": {"diffusion", "networks", "losses", "metrics"},
+    "checkpoints": {"models", "diffusion", "networks"},
+    "callbacks": {"models"},
+    "runs": set(),
+    "inference": {"data"},
+    "outputs": {"data", "callbacks"},
+    "evaluation": {"data", "metrics", "networks"},
+    "reporting": {"evaluation", "data"},
+    "cli": set(),
+    "__main__": {"cli"},
+}
+HYDRA = {"cli", "commands", "checkpoints"}
+LIGHTNING = {"models", "data.datamodule", "callbacks", "checkpoints", "commands"}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        yield name, ast.parse(path.read_text())
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+IMPORTS = [(name, target) for name, tree in modules() for target in imports(tree) if name != "__init__"]
+
+
+def is_within(name: str, allowed: set[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+
+
+def test_no_module_imports_one_above_it():
+    wrong = []
+    for name, target in IMPORTS:
+        package, _, rest = name.partition(".")
+        if package != "commands" and target.startswith("medldm."):
+            allowed = MAY_IMPORT[package] | LEAVES | {package}
+            if target.split(".")[1] not in allowed:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("libraries", "allowed"),
+    [(("hydra", "omegaconf"), HYDRA), (("pytorch_lightning", "lightning_fabric"), LIGHTNING)],
+    ids=["hydra", "lightning"],
+)
+def test_configs_and_lightning_stay_in_their_places(libraries, allowed):
+    wrong = [
+        f"{name} imports {target}"
+        for name, target in IMPORTS
+        if target.split(".")[0] in libraries and not is_within(name, allowed)
+    ]
+    assert not wrong
+
+
+def test_commands_do_not_import_each_other():
+    names = {name.removeprefix("commands.") for name, _ in IMPORTS if name.startswith("commands.")}
+    targets = {target.split(".")[2] for _, target in IMPORTS if target.startswith("medldm.commands.")}
+    assert not targets & names
