@@ -1,4 +1,6 @@
-"""The bound against a Gaussian whose answer is known: x ~ N(0, 0.3), where the best noise_hat is linear in z_t."""
+"""The bound against a Gaussian whose answer is known: x ~ N(0, 0.3), where the best noise_hat is linear in
+z_t.
+"""
 
 import math
 
@@ -14,7 +16,8 @@ from medldm.errors import InputError
 
 VARIANCE = 0.3
 SCHEDULE = fixed_linear_schedule(-13.3, 5.0)
-# Means over these four pairs are those over x ~ N(0, 0.3) and noise ~ N(0, 1) of every quadratic: no sampling error.
+# Means over these four pairs are those over x ~ N(0, 0.3) and noise ~ N(0, 1) of every quadratic: no sampling
+# error.
 X = math.sqrt(VARIANCE) * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=torch.float64)
 NOISE = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
 TABLE = {5: "48.15", 50: "1.962", 250: "1.025", 1000: "0.8680", 10000: "0.8220"}
@@ -210,7 +213,9 @@ def test_settings_without_meaning_are_the_users_mistake(options):
 @pytest.mark.parametrize("interior", ["variance", "bound"])
 @pytest.mark.parametrize("num_timesteps", [None, 20])
 def test_a_learned_schedule_lowers_the_bound_or_its_variance(interior, num_timesteps):
-    """Trained with the oracle: the discrete bound falls, or the spread of the continuous estimate over t does."""
+    """Trained with the oracle: the discrete bound falls, or the spread of the continuous estimate over t
+    does.
+    """
     schedule = learned_nnet_schedule(
         -13.3, 5.0, endpoints="fixed", interior=interior, num_features=64
     ).double()

@@ -3,8 +3,8 @@
     medldm prepare data=mnms2 data.raw=DIR data.root=OUT
     medldm prepare data=folder data.raw=DIR data.root=OUT data.spatial_dims=3
 
-data              mnms2 (M&Ms-2 as published), nih_cxr14, chestxray or class_folders (one folder a class), or folder
-                  (images/ and masks/, or manifest.csv)
+data              mnms2 (M&Ms-2 as published), nih_cxr14, chestxray or class_folders (one folder a class),
+                  or folder (images/ and masks/, or manifest.csv)
 data.raw          the raw dataset; data.root: folder to write to
 data.num_workers  processes (0: none beside this one)
 data.image_size   grid of the prepared images; data.spatial_dims: 2 or 3

@@ -1,7 +1,7 @@
 """Synthetic chest X-rays in the raw layouts of NIH ChestX-ray14 and of class folders.
 
-A radiograph is drawn as an absorption: body, lungs, mediastinum, ribs, clavicles and diaphragm add up and exponentiate;
-pneumonia is one or two soft opacities in a lung.
+A radiograph is drawn as an absorption: body, lungs, mediastinum, ribs, clavicles and diaphragm add up and
+exponentiate; pneumonia is one or two soft opacities in a lung.
 """
 
 import csv

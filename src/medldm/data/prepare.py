@@ -242,7 +242,7 @@ def read_pair(case: Case) -> tuple[Image, Image | None]:
 
 
 def is_inverted(case: Case, volume: np.ndarray, rule: str) -> bool:
-    """Whether a picture shows air bright, as MONOCHROME1 does: `declared` by its manifest, or seen by `auto`."""
+    """Whether a picture shows air bright (MONOCHROME1): `declared` by its manifest, or seen by `auto`."""
     stated = str(case.attributes.get("photometric", "")).upper()
     if rule == "none":
         return False
@@ -565,7 +565,8 @@ def select_cases(
         unknown = [name for name in classes if str(name) not in known]
         if unknown:
             raise InputError(
-                f"data.select.classes: no image has the label {unknown[0]}; there are {', '.join(sorted(known))}"
+                f"data.select.classes: no image has the label {unknown[0]}; "
+                f"there are {', '.join(sorted(known))}"
             )
         cases = [case for case in cases if str(case.attributes.get("label")) in map(str, classes)]
     if max_images is not None and max_images < 1:

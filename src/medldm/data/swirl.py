@@ -56,7 +56,10 @@ class SwirlPoints(torch.utils.data.Dataset):
 
 
 class SwirlDataModule(pl.LightningDataModule):
-    """Batches {"image": (B, 2)}: two channels and no space. Training and validation points are other draws."""
+    """Batches {"image": (B, 2)}: two channels and no space.
+
+    Training and validation points are other draws.
+    """
 
     def __init__(self, *, num_points: int = 1024, batch_size: int = 512, num_workers: int = 0, seed: int = 0):
         super().__init__()

@@ -106,9 +106,9 @@ class Intensity:
     """Which raw values become -1 and 1.
 
     volume_percentile: the 0.5 and 99.5 percentiles of the whole volume; slice_minmax: extremes of each
-    resized slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT; bit_depth: 0 and the
-    largest number of 8, 10, 12, 14 or 16 bits, the fewest that hold the picture (radiographs: 8-bit pictures become
-    value / 255, and 12 bits in a 16-bit file do not turn out dark).
+    resized slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT;
+    bit_depth: 0 and the largest number of 8, 10, 12, 14 or 16 bits, the fewest that hold the picture
+    (radiographs: 8-bit pictures become value / 255, and 12 bits in a 16-bit file do not turn out dark).
     """
 
     mode: str = "volume_percentile"
@@ -149,16 +149,18 @@ def full_scale(x: np.ndarray) -> float:
     """The largest value that the bit depth of a picture could hold."""
     if x.min() < 0 or x.max() >= 2 ** BIT_DEPTHS[-1]:
         raise InputError(
-            f"data.preprocess.intensity.mode=bit_depth: values from {x.min():g} to {x.max():g} are no picture of up to "
-            "16 bits; choose volume_percentile, or window"
+            f"data.preprocess.intensity.mode=bit_depth: values from {x.min():g} to {x.max():g} are no picture "
+            "of up to 16 bits; choose volume_percentile, or window"
         )
     return float(next(2**bits - 1 for bits in BIT_DEPTHS if x.max() < 2**bits))
 
 
 def looks_inverted(x: np.ndarray) -> bool:
-    """Whether a chest X-ray (H, W) seems to show air bright: its upper corners, which are air, against its middle.
+    """Whether a chest X-ray (H, W) seems to show air bright: its upper corners, which are air, against its
+    middle.
 
-    Median of the two upper corners (a tenth of each side) above that of the central column, where spine and heart are.
+    Median of the two upper corners (a tenth of each side) above that of the central column, where spine and
+    heart are.
     """
     height, width = x.shape
     h, w = max(1, height // 10), max(1, width // 10)

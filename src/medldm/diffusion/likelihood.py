@@ -27,9 +27,10 @@ def binary_entropy(y: Tensor) -> Tensor:
 class Bernoulli(nn.Module):
     """Independent coins with the decoder's logits.
 
-    `target` "soft" scores the grey levels themselves by cross-entropy: bits, but no likelihood of grey images, and
-    never below their binary entropy (`entropy_floor`). "dynamic" tosses each grey level into 0 or 1 anew, which is
-    what the model then sees; "threshold" cuts at one half. Never an integer cast, which makes every grey level 0.
+    `target` "soft" scores the grey levels themselves by cross-entropy: bits, but no likelihood of grey
+    images, and never below their binary entropy (`entropy_floor`). "dynamic" tosses each grey level into 0 or
+    1 anew, which is what the model then sees; "threshold" cuts at one half. Never an integer cast, which
+    makes every grey level 0.
     """
 
     def __init__(self, target: str) -> None:
@@ -56,17 +57,18 @@ class Bernoulli(nn.Module):
         return 2 * torch.sigmoid(output.float()) - 1
 
     def entropy_floor(self, x: Tensor) -> Tensor:
-        """(B,) nats that no decoder can go below on an image as it came, in the mean over its observations."""
+        """(B,) nats that no decoder can go below on an image as it came, in the mean over observations."""
         if self.target == "threshold":
             return x.new_zeros(len(x))
         return binary_entropy(grey(x).double()).flatten(1).sum(1).float()
 
 
 class DiscretizedGaussian(nn.Module):
-    """A normal density on V grey levels f(v) = 2 (v + 1/2) / V - 1, normalised over them: honest bits per dimension.
+    """A normal density on V grey levels f(v) = 2 (v + 1/2) / V - 1, normalised over them: honest bits per
+    dimension.
 
-    `scale` "schedule" takes the variance exp(gamma_0), with z_0 / alpha_0 as the mean: the pixel model of Kingma et
-    al. 2021. "learned" has one variance for all pixels of a decoder's mean.
+    `scale` "schedule" takes the variance exp(gamma_0), with z_0 / alpha_0 as the mean: the pixel model of
+    Kingma et al. 2021. "learned" has one variance for all pixels of a decoder's mean.
     """
 
     is_random = False

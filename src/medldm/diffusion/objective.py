@@ -35,7 +35,7 @@ def network_time(t: Tensor, schedule: NoiseSchedule, gamma: Tensor | None = None
 def spread_uniform(
     n: int, *, antithetic: bool, device: torch.device | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(n,) float64 in [0, 1): independent, or with `antithetic` one number for the batch, (u + i / n) mod 1."""
+    """(n,) float64 in [0, 1): independent, or `antithetic`: one u for the batch, (u + i / n) mod 1."""
     u = torch.rand(1 if antithetic else n, dtype=torch.float64, device=device, generator=generator)
     # arange(0, 1, 1 / n) has n + 1 entries for some n
     return (u + torch.arange(n, device=device) / n) % 1 if antithetic else u
@@ -47,11 +47,13 @@ def on_grid(u: Tensor, num_timesteps: int) -> Tensor:
 
 
 class ScheduleGradient:
-    """gamma and its derivative at some times, through which an interior can learn to lower an estimator's variance.
+    """gamma and its derivative at some times, through which an interior can learn to lower an estimator's
+    variance.
 
-    The gradient that a loss L_i sends into the share of a learned curve is multiplied by L_i / mean(L), which turns
-    the gradient of the mean into that of the mean square: the variance, since the mean does not depend on the
-    share. Section I.2, Kingma et al. 2021. `moves_endpoints` False holds the end points still, with zero gradients.
+    The gradient that a loss L_i sends into the share of a learned curve is multiplied by L_i / mean(L), which
+    turns the gradient of the mean into that of the mean square: the variance, since the mean does not depend
+    on the share. Section I.2, Kingma et al. 2021. `moves_endpoints` False holds the end points still, with
+    zero gradients.
     """
 
     def __init__(self, schedule: NoiseSchedule, *, by_variance: bool, moves_endpoints: bool = True) -> None:
@@ -89,11 +91,12 @@ class DenoisingObjective:
     `loss` "l1" or "l2" is averaged over all but the batch axis, then weighted per sample. `min_snr_gamma` (5
     in the paper) is the weight of Hang et al. 2023 in the form that belongs to the prediction; None weighs
     all times alike. `times` "discrete" draws from the T grid points of a tabulated schedule, "continuous"
-    from the interval, "auto" as the schedule has a grid or not. `antithetic` spreads the times of a batch evenly,
-    which lowers the variance of the loss.
+    from the interval, "auto" as the schedule has a grid or not. `antithetic` spreads the times of a batch
+    evenly, which lowers the variance of the loss.
 
-    On a learned schedule the loss is the integral over gamma that a straight line would give: the share of the
-    curve is an importance sampler and learns to lower the variance, the end points stay. Kingma & Gao 2023.
+    On a learned schedule the loss is the integral over gamma that a straight line would give: the share of
+    the curve is an importance sampler and learns to lower the variance, the end points stay. Kingma & Gao
+    2023.
     """
 
     def __init__(

@@ -136,14 +136,15 @@ INTERIORS = ("variance", "bound")
 
 
 class LearnedCurve(nn.Module):
-    """gamma(t) = low + |gap| share(t), with a share that rises from 0 at t = 0 to 1 at t = 1; here share(t) = t.
+    """gamma(t) = low + |gap| share(t), with a share that rises from 0 at t = 0 to 1 at t = 1; here share(t) =
+    t.
 
-    `endpoints` "learned" trains low = gamma(0) and gap = gamma(1) - gamma(0), "fixed" keeps both. The continuous
-    bound depends on a schedule through these two alone; the share between them decides the variance of its
-    estimator. So `interior` "variance" trains the share to lower that variance and "bound" trains it on the bound
-    itself, which matters with few discrete steps. Sections 5.1 and I.2, Kingma et al. 2021. A denoising objective,
-    which is no bound, never moves the end points. `gamma_min` and `gamma_max` are where the end points start and,
-    for good, the range by which the network's time is normalised.
+    `endpoints` "learned" trains low = gamma(0) and gap = gamma(1) - gamma(0), "fixed" keeps both. The
+    continuous bound depends on a schedule through these two alone; the share between them decides the
+    variance of its estimator. So `interior` "variance" trains the share to lower that variance and "bound"
+    trains it on the bound itself, which matters with few discrete steps. Sections 5.1 and I.2, Kingma et al.
+    2021. A denoising objective, which is no bound, never moves the end points. `gamma_min` and `gamma_max`
+    are where the end points start and, for good, the range by which the network's time is normalised.
     """
 
     def __init__(
@@ -186,14 +187,18 @@ class LearnedCurve(nn.Module):
         return low + gap * self.share(t)
 
     def network_time(self, gamma: Tensor) -> Tensor:
-        """0 at `gamma_min`, 1000 at `gamma_max`: what the network is told does not change when the curve learns."""
+        """0 at `gamma_min`, 1000 at `gamma_max`: what the network is told does not change when the curve
+        learns.
+        """
         return 1000 * (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
 
 
 class MonotoneCurve(LearnedCurve):
-    """The share is a monotone network: |w1| t + mean_j |w3_j| (2 sigmoid(|w2_j| (2 t - 1) + b_j) - 1), scaled to [0, 1].
+    """The share is a monotone network: |w1| t + mean_j |w3_j| (2 sigmoid(|w2_j| (2 t - 1) + b_j) - 1), scaled
+    to [0, 1].
 
-    Section H, Kingma et al. 2021, in the normalised form, so that the end points cannot drift with the weights.
+    Section H, Kingma et al. 2021, in the normalised form, so that the end points cannot drift with the
+    weights.
     """
 
     def __init__(self, gamma_min: float, gamma_max: float, *, num_features: int = 1024, **options) -> None:

@@ -46,10 +46,11 @@ def bits(nats: Tensor, num_dims: int) -> Tensor:
 class VariationalObjective:
     """The bound itself as the loss of a network that predicts the noise. Eq. 11 to 18, Kingma et al. 2021.
 
-    `num_timesteps` T gives the bound of T steps, null that of continuous time. `times` "auto" takes T from here or
-    from a schedule that has a grid, "discrete" insists on one, "continuous" ignores them. `antithetic` spreads the
-    times evenly over the batch: 16 times less variance at a batch of 8, 130 times at 64, none at 1. The loss is
-    recon + (prior + diffusion) / beta in bits per dimension; the terms are reported without beta.
+    `num_timesteps` T gives the bound of T steps, null that of continuous time. `times` "auto" takes T from
+    here or from a schedule that has a grid, "discrete" insists on one, "continuous" ignores them.
+    `antithetic` spreads the times evenly over the batch: 16 times less variance at a batch of 8, 130 times at
+    64, none at 1. The loss is recon + (prior + diffusion) / beta in bits per dimension; the terms are
+    reported without beta.
     """
 
     def __init__(
@@ -108,7 +109,10 @@ class VariationalObjective:
         noise: Tensor,
         steps: int | None,
     ) -> Tensor:
-        """(B,) nats: one draw of the diffusion term at each sample's own time. Eq. 13 (steps T) and 17 (None)."""
+        """(B,) nats: one draw of the diffusion term at each sample's own time. Eq.
+
+        13 (steps T) and 17 (None).
+        """
         x, t = at_least_float32(x), at_least_float32(t)
         by_variance = schedule.is_learned and schedule.curve.interior == "variance"
         gradient = ScheduleGradient(schedule, by_variance=by_variance)
@@ -158,10 +162,12 @@ class VariationalObjective:
         recon: Tensor | None = None,
         num_dims: int | None = None,
     ) -> dict[str, Tensor]:
-        """Clean latents (B, Cz, *s) -> "loss" and, detached, the terms in bits per dimension and nats a sample.
+        """Clean latents (B, Cz, *s) -> "loss" and, detached, the terms in bits per dimension and nats a
+        sample.
 
-        `recon` (B,) are the nats of a decoder and `num_dims` the dimensions of the image behind it. Without them
-        the bound is on the density of the latents, per latent dimension (differential: it may be negative).
+        `recon` (B,) are the nats of a decoder and `num_dims` the dimensions of the image behind it. Without
+        them the bound is on the density of the latents, per latent dimension (differential: it may be
+        negative).
         """
         x = at_least_float32(x)
         t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t

@@ -126,6 +126,9 @@ class DiffusionModule(LightningModule):
         terms = {f"val/{name}": value for name, value in losses.items()}
         self.log_dict(terms, on_epoch=True, batch_size=len(z), sync_dist=True)
 
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.first_stage.latent_shape(image_shape)
+
     def condition(self, batch: dict, drop: tuple[str, ...] | None = ()) -> Condition:
         """The condition of a batch without the groups in `drop`; None drops all: the null of guidance."""
         size = len(next(v for v in batch.values() if isinstance(v, Tensor)))

@@ -1,4 +1,7 @@
-"""Medical VDM: encoder, decoder, score network and noise schedule trained together on one bound. Kingma et al. 2021."""
+"""Medical VDM: encoder, decoder, score network and noise schedule trained together on one bound.
+
+Kingma et al. 2021.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,12 +33,14 @@ MIN_SSIM_SIZE = 11  # the window
 
 
 class VariationalModule(LightningModule):
-    """`codec` between images and latents, `network` as the score of the latents under the `conditioner`'s label.
+    """`codec` between images and latents, `network` as the score of the latents under the `conditioner`'s
+    label.
 
-    The same embedding, with the same null, enters codec and network, in training and in guidance. `mse_weight` and
-    `gradient_weight` add the seed's squared error and gradient difference of the decoded mean to the loss, outside
-    the bound that is reported. All random numbers of a step are a function of `seed` and the step, drawn for the
-    global batch, separately for times, diffusion noise, decoder noise and labels.
+    The same embedding, with the same null, enters codec and network, in training and in guidance.
+    `mse_weight` and `gradient_weight` add the seed's squared error and gradient difference of the decoded
+    mean to the loss, outside the bound that is reported. All random numbers of a step are a function of
+    `seed` and the step, drawn for the global batch, separately for times, diffusion noise, decoder noise and
+    labels.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class VariationalModule(LightningModule):
         self.seed = seed
         self.description: dict = {}  # what checkpoints.describe says of this module
 
-    # ---- training ----------------------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------------
 
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
@@ -174,7 +179,7 @@ class VariationalModule(LightningModule):
         names = [f"{batch_idx}_{i}" for i in range(len(batch["image"]))]
         return self.sample(batch, names, self.latent_shape(spatial_shape(batch["image"])))
 
-    # ---- parts of the model ------------------------------------------------------------------------------------
+    # ---- parts of the model ----------------------------------------------------------------------------
 
     def condition(self, batch: dict, drop: tuple[str, ...] | None = ()) -> Condition:
         """The condition of a batch without the groups in `drop`; None drops all: the null of guidance."""
@@ -209,7 +214,7 @@ class VariationalModule(LightningModule):
         alpha, sigma = self.schedule.alpha_sigma(t, noise_hat)
         return noise_hat, (z_t - sigma * noise_hat) / alpha
 
-    # ---- what the model is for ---------------------------------------------------------------------------------
+    # ---- what the model is for -------------------------------------------------------------------------
 
     @torch.no_grad()
     def shortcut(self, x: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
@@ -328,7 +333,7 @@ class VariationalModule(LightningModule):
             totals.append(bound.total)
         return torch.stack(totals).argmin(0)
 
-    # ---- pictures ----------------------------------------------------------------------------------------------
+    # ---- pictures --------------------------------------------------------------------------------------
 
     def picture_sampler(self) -> Sampler:
         return dataclasses.replace(self.sampler, num_steps=min(self.sampler.num_steps, PICTURE_STEPS))
@@ -351,7 +356,9 @@ class VariationalModule(LightningModule):
 
     @torch.no_grad()
     def figures(self, batch: dict) -> dict[str, Tensor]:
-        """More pictures by name, (3, H, W) uint8: the schedule, forward noising, or points where data are points."""
+        """More pictures by name, (3, H, W) uint8: the schedule, forward noising, or points where data are
+        points.
+        """
         x = batch["image"]
         figures = {"schedule": schedule_figure(self.schedule)}
         if x.ndim < 4:

@@ -1,7 +1,9 @@
-"""Encoders and decoders that are trained together with a diffusion of their latents: no quantiser, no second stage.
+"""Encoders and decoders that are trained together with a diffusion of their latents: no quantiser, no second
+stage.
 
-A codec has `latent_channels`, `latent_shape(image_shape)`, `encode(x, e)` and `decode(z, e)`; x is an image in
-[-1, 1], e the embedding of its label or None, and what `decode` returns is for the likelihood to interpret.
+A codec has `latent_channels`, `latent_shape(image_shape)`, `encode(x, e)` and `decode(z, e)`; x is an image
+in [-1, 1], e the embedding of its label or None, and what `decode` returns is for the likelihood to
+interpret.
 """
 
 import math
@@ -17,10 +19,11 @@ from medldm.networks.scorenet import ResidualMLP
 
 
 class MLPCodec(nn.Module):
-    """Images as vectors: flatten, Linear, residual blocks, Linear. The label enters every block of both halves.
+    """Images as vectors: flatten, Linear, residual blocks, Linear. The label enters every block of both
+    halves.
 
-    SimpleDiffusionColab, where the images were 28 x 28. At 256 x 256 its two outer matrices hold 50 million weights and
-    know nothing of neighbourhood.
+    SimpleDiffusionColab, where the images were 28 x 28. At 256 x 256 its two outer matrices hold 50 million
+    weights and know nothing of neighbourhood.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class NoQuantizer(nn.Module):
 
 
 class ConvCodec(nn.Module):
-    """The encoder and decoder of `VQAutoencoder` (`autoencoder` holds its arguments) without its quantiser."""
+    """The encoder and decoder of `VQAutoencoder` (`autoencoder`: its arguments) without its quantiser."""
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""Score networks of variational diffusion: the residual MLP of SimpleDiffusionColab and the pixel network of VDM."""
+"""Score networks of variational diffusion: the residual MLP of SimpleDiffusionColab and the pixel network of
+VDM.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -70,7 +72,10 @@ class ResidualMLP(nn.ModuleList):
 
 
 def fourier_features(x: Tensor, first: int, last: int) -> Tensor:
-    """(B, C, *S) -> (B, 2 C n, *S) with n = last - first: sines, then cosines, of 2 pi 2^k x. Kingma et al. 2021, C."""
+    """(B, C, *S) -> (B, 2 C n, *S) with n = last - first: sines, then cosines, of 2 pi 2^k x. Kingma et al.
+
+    2021, C.
+    """
     powers = 2.0 ** torch.arange(first, last, dtype=torch.float32, device=x.device) * 2 * math.pi
     angles = (x.float()[:, :, None] * powers.reshape((1, 1, -1) + (1,) * (x.ndim - 2))).flatten(1, 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -79,9 +84,9 @@ def fourier_features(x: Tensor, first: int, last: int) -> Tensor:
 class ScoreNet(nn.Module):
     """noise_hat = z + out(residual MLP(in(z))) of vector latents (B, D), D = `in_channels`.
 
-    The time and the label's embedding (zeros where there is none) go side by side through an MLP whose output enters
-    every block. `embedding_channels` E is the width of both and of the blocks; where E = D the last projection is
-    left out, as in the colab. `fourier` [first, last) adds base-2 features of z to the input.
+    The time and the label's embedding (zeros where there is none) go side by side through an MLP whose output
+    enters every block. `embedding_channels` E is the width of both and of the blocks; where E = D the last
+    projection is left out, as in the colab. `fourier` [first, last) adds base-2 features of z to the input.
     """
 
     def __init__(
@@ -140,9 +145,10 @@ class PixelScoreNet(nn.Module):
     """noise_hat = z + U-Net(z, Fourier features of z): the pixel model of VDM on the U-Net of this package.
 
     `unet` builds the U-Net. One entry in its `channels` and no downsampling is the published network at full
-    resolution (n_layer = `num_res_blocks`, attention in the middle alone); more entries make 256 x 256 feasible.
-    What differs from the publication: the time enters each block through a Linear with a bias and the usual init
-    (there: no bias, zeros), and its sinusoids have i / half in the exponent (there: i / (half - 1)).
+    resolution (n_layer = `num_res_blocks`, attention in the middle alone); more entries make 256 x 256
+    feasible. What differs from the publication: the time enters each block through a Linear with a bias and
+    the usual init (there: no bias, zeros), and its sinusoids have i / half in the exponent (there: i / (half
+    - 1)).
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Pictures in one folder a class, with or without train/, val/, test/ above: Kermany et al. 2018 and many others."""
+"""Pictures in one folder a class, with or without train/, val/, test/ above: Kermany et al.
+
+2018 and many others.
+"""
 
 import re
 from pathlib import Path
@@ -19,8 +22,8 @@ PATIENTS = (
 def index(root: str | Path) -> list[Case]:
     """Cases with the folder's name as `label` and, below train/, val/, test/, that as `split`.
 
-    A file name that tells the patient gives the subject (within a split folder: Kermany counts anew in each), any
-    other picture is a subject of its own. InputError where there are no class folders, or an empty one.
+    A file name that tells the patient gives the subject (within a split folder: Kermany counts anew in each),
+    any other picture is a subject of its own. InputError where there are no class folders, or an empty one.
     """
     root = Path(root)
     if not root.is_dir():
@@ -46,11 +49,12 @@ def class_cases(folder: Path, split: str | None) -> list[Case]:
         raise InputError(f"{folder}: holds no PNG or JPEG pictures; fill the class folder, or remove it")
     prefix = f"{split}-" if split else ""
     attributes = {"label": folder.name} | ({"split": split} if split else {})
-    return [
-        Case(f"{prefix}{folder.name}_{name}", f"{prefix}{patient_of(name, folder.name)}", {"image": str(file)}, attributes)
-        for file in files
-        for name in ["_".join((*file.relative_to(folder).parts[:-1], stem_of(file)))]
-    ]  # fmt: skip
+    cases = []
+    for file in files:
+        name = "_".join((*file.relative_to(folder).parts[:-1], stem_of(file)))
+        identity, subject = f"{folder.name}_{name}", patient_of(name, folder.name)
+        cases.append(Case(prefix + identity, prefix + subject, {"image": str(file)}, attributes))
+    return cases
 
 
 def patient_of(name: str, label: str) -> str:

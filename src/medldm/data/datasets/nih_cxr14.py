@@ -1,4 +1,6 @@
-"""NIH ChestX-ray14 (Wang et al., CVPR 2017): 112,120 frontal chest X-rays of 30,805 patients, PNG 1024 x 1024."""
+"""NIH ChestX-ray14 (Wang et al., CVPR 2017): 112,120 frontal chest X-rays of 30,805 patients, PNG 1024 x
+1024.
+"""
 
 import csv
 import logging
@@ -14,9 +16,9 @@ SEVERAL = "Several Findings"
 def index(root: str | Path) -> list[Case]:
     """Cases of the published layout: images_001/images/*.png ... (or images/*.png) and Data_Entry_2017.csv.
 
-    The patient is the file name's first number, so that a split is by patient also without the table. With the table
-    `label` is the finding (several of them: "Several Findings", all in `findings`) and `view` AP or PA. Archives
-    may be missing: what is not there is left out.
+    The patient is the file name's first number, so that a split is by patient also without the table. With
+    the table `label` is the finding (several of them: "Several Findings", all in `findings`) and `view` AP or
+    PA. Archives may be missing: what is not there is left out.
     """
     root = Path(root)
     if not root.is_dir():
