@@ -1,6 +1,6 @@
 """The bound, its floor and the shortcut of a Medical VDM on held-out images, as JSON.
 
-python scripts/measure_medvdm.py CHECKPOINT DATA_ROOT [--split test] [--steps 250] [--limit 64] [--batch-size 16]
+python scripts/measure_medvdm.py CHECKPOINT DATA_ROOT [--split test] [--steps 250] [--limit 64]
 """
 
 import argparse

@@ -149,8 +149,8 @@ def full_scale(x: np.ndarray) -> float:
     """The largest value that the bit depth of a picture could hold."""
     if x.min() < 0 or x.max() >= 2 ** BIT_DEPTHS[-1]:
         raise InputError(
-            f"data.preprocess.intensity.mode=bit_depth: values from {x.min():g} to {x.max():g} are no picture "
-            "of up to 16 bits; choose volume_percentile, or window"
+            f"data.preprocess.intensity.mode=bit_depth: values from {x.min():g} to {x.max():g} are no "
+            "picture of up to 16 bits; choose volume_percentile, or window"
         )
     return float(next(2**bits - 1 for bits in BIT_DEPTHS if x.max() < 2**bits))
 
