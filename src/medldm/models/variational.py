@@ -43,6 +43,8 @@ class VariationalModule(LightningModule):
     labels.
     """
 
+    validation_metrics = ("val/loss", "val/bpd_total", "val/recon_gap", "val/psnr", "val/ssim")
+
     def __init__(
         self,
         codec: nn.Module,
