@@ -15,6 +15,7 @@ from medldm.data.dataset import CaseDataset
 from medldm.data.readers import open_hdf5
 from medldm.errors import InputError
 from medldm.files import replacing, write_json
+from medldm.plots import middle_slice
 
 COPIED = ("view", "phase", "label", "slice_index", "num_slices", "spacing")
 
@@ -95,14 +96,14 @@ class SampleFolder:
 
         entry = self.dataset.cases[case]
         for k, volumes in enumerate(samples):
-            array = volumes[0, 0].permute(2, 1, 0).contiguous().numpy()  # (D, H, W) -> (X, Y, Z)
+            array = volumes[0, 0].contiguous().numpy()  # axes in the order that the affine describes
             path = self.path(case) if k == 0 else self.root / f"sample_{k}" / self.path(case).name
             image = nibabel.Nifti1Image(array, np.asarray(entry["affine"], dtype=np.float64))
             with replacing(path) as aside:
                 aside.write_bytes(image_bytes(image))
             if self.png:
-                middle = volumes[0, :, volumes.shape[2] // 2]
-                save_png(self.root / "png" / f"{entry['id']}.png", to_uint8(middle).expand(3, -1, -1))
+                middle = to_uint8(middle_slice(volumes)[0])
+                save_png(self.root / "png" / f"{entry['id']}.png", middle.expand(3, -1, -1))
 
 
 def image_bytes(image: Any) -> bytes:

@@ -61,8 +61,8 @@ def points_figure(data: Tensor, samples: Tensor) -> Tensor:
 
 
 def middle_slice(x: Tensor) -> Tensor:
-    """(B, C, D, H, W) -> its middle (B, C, H, W); 2D images stay."""
-    return x if x.ndim == 4 else x[:, :, x.shape[2] // 2]
+    """A volume's middle axial slice, front up (prepared axes run right, front, up); 2D images stay."""
+    return x if x.ndim == 4 else x[..., x.shape[-1] // 2].transpose(-1, -2).flip(-2)
 
 
 def grid(rows: list[Tensor]) -> Tensor:

@@ -35,7 +35,8 @@ def user_message(error: BaseException) -> str | None:
     chain = list(causes(error))
     for link in chain:
         if isinstance(link, InputError):
-            return one_line(link)
+            # A loader's worker sends its traceback along, the message last.
+            return one_line(str(link).rpartition("InputError: ")[2])
     for link in chain:
         if isinstance(link, MissingMandatoryValue):
             return f"{one_line(link)}: give it on the command line as key=value"

@@ -33,7 +33,6 @@ from medldm.data.transforms import (
     Resize,
     finite,
     looks_inverted,
-    prepare_volume,
     to_unit,
 )
 from medldm.errors import InputError
@@ -75,7 +74,9 @@ class Recipe:
     @property
     def hash(self) -> str:
         """Of the parameters and of the versions of the libraries that do the work."""
-        libraries = ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "nibabel", "scipy")
+        libraries = (
+            ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "nibabel", "monai", "torch")
+        )
         versions = {name: importlib.import_module(name).__version__ for name in libraries}
         return digest({"schema": SCHEMA_VERSION, "recipe": self.as_dict(), "libraries": versions})
 
@@ -320,6 +321,8 @@ def write_slices(job: Job, file: h5py.File) -> None:
 
 
 def write_volume(job: Job, file: h5py.File) -> None:
+    from medldm.data.volumes import prepare_volume  # MONAI and torch: 2D workers do without
+
     (case,), recipe = job.cases, job.recipe
     raw, raw_mask = read_pair(case)
     shape = raw.array.shape[:3] if raw.array.shape[3:] == (1,) * (raw.array.ndim - 3) else raw.array.shape

@@ -1,13 +1,12 @@
 """From raw arrays to the prepared grid and range, and the random crops and flips of training.
 
-NumPy, OpenCV, nibabel and SciPy, without torch, so that `prepare` workers start at once: importing MONAI for
-the 3D part would cost each of them 18 seconds.
+NumPy, OpenCV and SciPy, without torch, so that `prepare` workers of 2D data start at once. Volumes are in
+volumes.py.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -227,101 +226,6 @@ class Labels:
                 "correct the mask, "
                 f"or map it with data.preprocess.labels.mapping='{{{unknown[0]}: 0, ...}}'"
             )
-
-
-class Volume(NamedTuple):
-    """A prepared 3D case: arrays on the common grid and what is needed to put results back."""
-
-    image: np.ndarray  # (1, D, H, W) float32 in [-1, 1], axes in the order of `orientation`
-    mask: np.ndarray | None  # (1, D, H, W) integer
-    affine: np.ndarray  # 4x4 of the prepared grid
-    spacing: tuple[float, ...]
-    intensity_range: tuple[float, float]
-    box: tuple[
-        list[int], list[int]
-    ]  # start (may be negative: padding) and end in the oriented, resampled volume
-
-
-def prepare_volume(
-    image: np.ndarray,
-    mask: np.ndarray | None,
-    affine: np.ndarray,
-    *,
-    orientation: str,
-    spacing: Sequence[float] | None,
-    crop_foreground: bool,
-    image_size: Sequence[int] | None,
-    divisible_by: int,
-    intensity: Intensity,
-) -> Volume:
-    """Orient, resample, scale, crop to the foreground and pad one raw volume (X, Y, Z).
-
-    Intensity limits come from the raw volume, before resampling. `image_size` crops or pads about the centre;
-    without it the axes are padded about the centre to a multiple of `divisible_by`.
-    """
-    low, high = intensity.volume_range(image)
-    arrays = {"image": to_unit(image, low, high)} | ({} if mask is None else {"mask": mask})
-    arrays, affine = orient(arrays, affine, orientation)
-    if spacing is not None:
-        arrays, affine = resample(arrays, affine, spacing)
-    start, stop = np.zeros(3, int), np.array(arrays["image"].shape)
-    if crop_foreground and (arrays["image"] > -0.99).any():
-        places = np.argwhere(arrays["image"] > -0.99)
-        start, stop = places.min(0), places.max(0) + 1
-    cut = tuple(map(slice, start, stop))
-    size = image_size or tuple(-(-int(n) // divisible_by) * divisible_by for n in stop - start)
-    fitted = {key: center_fit(array[cut], size, FILL[key]) for key, array in arrays.items()}
-    # center_fit moves the origin by half the difference of the sizes: inwards to crop, outwards to pad.
-    start = start + [
-        (n - m) // 2 if n > m else -((m - n) // 2) for n, m in zip(stop - start, size, strict=True)
-    ]
-    affine = affine @ translation(start)
-    return Volume(
-        fitted["image"][None],
-        fitted["mask"][None] if mask is not None else None,
-        affine,
-        tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()),
-        (low, high),
-        (start.tolist(), (start + size).tolist()),
-    )
-
-
-def translation(offset: Sequence[float]) -> np.ndarray:
-    matrix = np.eye(4)
-    matrix[:3, 3] = offset
-    return matrix
-
-
-def orient(arrays: dict, affine: np.ndarray, codes: str) -> tuple[dict, np.ndarray]:
-    """Permute and flip axes so that they point along `codes`, such as RAS."""
-    from nibabel import orientations
-
-    have, want = orientations.io_orientation(affine), orientations.axcodes2ornt(tuple(codes))
-    change = orientations.ornt_transform(have, want)
-    shape = arrays["image"].shape
-    turned = {key: orientations.apply_orientation(array, change) for key, array in arrays.items()}
-    return turned, affine @ orientations.inv_ornt_aff(change, shape)
-
-
-def resample(arrays: dict, affine: np.ndarray, spacing: Sequence[float]) -> tuple[dict, np.ndarray]:
-    """To `spacing` mm about the same centre: linear for images (smoothed first where they shrink), nearest
-    for classes.
-    """
-    from scipy import ndimage
-
-    shape = np.array(arrays["image"].shape)
-    ratio = np.asarray(spacing, np.float64) / np.linalg.norm(affine[:3, :3], axis=0)  # new voxel / old voxel
-    new_shape = np.maximum(1, np.rint(shape / ratio)).astype(int)
-    offset = (shape - 1) / 2 - (new_shape - 1) / 2 * ratio
-    out = {}
-    for key, array in arrays.items():
-        if key == "image":
-            array = ndimage.gaussian_filter(array, np.maximum(0, (ratio - 1) / 2), mode="nearest")
-        order = 1 if key == "image" else 0
-        out[key] = ndimage.affine_transform(
-            array, ratio, offset, output_shape=tuple(new_shape), order=order, mode="nearest"
-        )
-    return out, affine @ translation(offset) @ np.diag([*ratio, 1.0])
 
 
 FILL = {"image": -1, "source": -1, "mask": 0, "edges": 0}

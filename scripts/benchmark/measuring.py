@@ -1,0 +1,145 @@
+"""Time, work and memory of callables, measured in turns so that a busy machine disturbs all of them alike."""
+
+import contextlib
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Run = Callable[[], object]
+
+
+class Measured(NamedTuple):
+    row: str
+    variant: str
+    value: float  # seconds, unless unit says otherwise
+    spread: tuple[float, float]  # fastest and slowest
+    unit: str
+    gflop: float | None = None
+    peak_share: float | None = None  # of the float32 matmul peak; bf16 where the work runs in bf16
+    memory_mib: float | None = None
+    ratio: float | None = None  # the reference's value over this one's
+    memory_ratio: float | None = None
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all tensors alive at once, of those created under this mode: forward and backward.
+
+    Follows storages by weak references, so views count once. Scratch inside a kernel is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak, self.seen = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN201
+        before = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in before:
+                self.follow(x.untyped_storage())
+        return out
+
+    def follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen[key] = weakref.finalize(storage, self.release, key, size)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+    def release(self, key: int, size: int) -> None:
+        del self.seen[key]
+        self.alive -= size
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Run) -> float:
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def work_and_memory(run: Run) -> tuple[float, float]:
+    """GFLOP of matrix products and convolutions, and MiB of peak extra memory, of one call."""
+    if DEVICE.type == "cuda":
+        run()
+        wait()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops() / 1e9, (torch.cuda.max_memory_allocated() - start) / 2**20
+    with PeakMemory() as memory, FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9, memory.peak / 2**20
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """GFLOP/s of the best of eight square products."""
+    size = 8192 if DEVICE.type == "cuda" else 2048 if dtype == torch.float32 else 512
+    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+    with torch.no_grad():
+        return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(8)) / 1e9
+
+
+def compare(
+    row: str, variants: dict[str, Run], *, repeats: int, peak: float, reference: str | None = None, tick: Run
+) -> list[Measured]:
+    """All variants, one after the other, `repeats` times; medians, and ratios to `reference`."""
+    work = {}
+    for name, run in variants.items():
+        work[name] = work_and_memory(run)
+        tick()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            times[name].append(seconds(run))
+            tick()
+    result = []
+    for name, samples in times.items():
+        (gflop, memory), value = work[name], statistics.median(samples)
+        ratio = memory_ratio = None
+        if reference is not None:
+            ratio = statistics.median([r / s for r, s in zip(times[reference], samples, strict=True)])
+            memory_ratio = work[reference][1] / max(memory, 1e-9)
+        result.append(
+            Measured(
+                row, name, value, (min(samples), max(samples)), "s", gflop, gflop / value / peak, memory,
+                ratio, memory_ratio,
+            )
+        )  # fmt: skip
+    return result
+
+
+def best_precision() -> contextlib.AbstractContextManager:
+    """What `medldm train` takes with precision=auto."""
+    from medldm.commands.train import resolve_precision
+
+    if resolve_precision("auto") == "bf16-mixed":
+        return torch.autocast(DEVICE.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def train_step(module: nn.Module, loss: Callable[[], Tensor], precision: Callable) -> None:
+    """Forward and backward; the optimiser's step is the same for everyone and left out."""
+    with precision():
+        value = loss()
+    value.backward()
+    module.zero_grad(set_to_none=True)

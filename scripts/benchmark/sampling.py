@@ -1,0 +1,60 @@
+"""DPM-Solver++ at 20 steps beside 1,000 ancestral ones: same model, same starting noise, paired metrics."""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+from measuring import DEVICE, Measured
+
+
+def compare_samplers(options: Namespace, tick: Callable[[], object]) -> list[Measured]:
+    from medldm.checkpoints import load_module
+    from medldm.commands.sample import generate, model_keys, spread
+    from medldm.data.datamodule import CaseDataModule
+    from medldm.diffusion.sampler import AncestralSampler, DPMSolverSampler
+    from medldm.inference import case_batches, items_by_case
+    from medldm.metrics.image import nmse_var, psnr, ssim
+
+    module = load_module(options.checkpoint).to(DEVICE).eval()
+    keys = tuple(dict.fromkeys((*model_keys(module), "image")))
+    data = CaseDataModule(options.data, batch_size=1, keys=keys)
+    dataset = data.dataset("test")
+    samplers = {
+        "ancestral, 1,000 steps": AncestralSampler(num_steps=1000),
+        "DPM-Solver++, 20 steps": DPMSolverSampler(num_steps=20),
+    }
+    scores: dict[str, dict[str, list]] = {
+        name: {"ssim": [], "psnr": [], "nmse_var": [], "seconds": []} for name in samplers
+    }
+    for positions in list(items_by_case(dataset.items).values())[: options.num_cases]:
+        for batch in case_batches(dataset, spread(positions, options.max_slices), 64):
+            real = (batch["image"].float() + 1) / 2
+            for name, sampler in samplers.items():
+                start = time.perf_counter()
+                images = generate(module, batch, tuple(real.shape[2:]), {"sampler": sampler, "seed": 0})
+                fake, took = (images + 1) / 2, time.perf_counter() - start
+                values = {"ssim": ssim, "psnr": psnr, "nmse_var": nmse_var}
+                for metric, function in values.items():
+                    scores[name][metric] += function(fake, real).tolist()
+                scores[name]["seconds"].append(took / len(real))
+                tick()
+    return [row for metric in scores[name] for row in rows_of(metric, scores)]
+
+
+def rows_of(metric: str, scores: dict[str, dict[str, list]]) -> list[Measured]:
+    """Mean of a metric with each sampler; ratio: the reference's mean over this one's."""
+    means = {name: float(torch.tensor(values[metric]).mean()) for name, values in scores.items()}
+    first = next(iter(means.values()))
+    unit = "s a slice" if metric == "seconds" else f"(n={len(next(iter(scores.values()))['ssim'])})"
+    return [
+        Measured(
+            metric,
+            name,
+            mean,
+            (min(scores[name][metric]), max(scores[name][metric])),
+            unit,
+            ratio=first / mean,
+        )
+        for name, mean in means.items()
+    ]

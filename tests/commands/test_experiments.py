@@ -1,0 +1,121 @@
+"""Every experiment file trains two steps; the shared networks do so in 3D."""
+
+import math
+
+import nibabel
+import numpy as np
+import pytest
+from scipy.ndimage import map_coordinates
+
+from medldm.commands import encode, sample
+from medldm.data import build_datamodule
+from medldm.outputs import SampleFolder
+from tests.helpers import CONFIG_DIR, compose_config
+from tests.training import LDM, VQVAE, load, read_metrics, run_training
+
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
+    for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
+)
+FOLDER_3D = ("data=folder", "data.spatial_dims=3")
+
+
+def assert_trained(last) -> None:
+    assert load(last)["global_step"] == 2 and last.with_name("best.ckpt").is_file()
+    run_dir = last.parents[1]
+    values = [float(row["train/loss"]) for row in read_metrics(run_dir) if row["train/loss"]]
+    assert len(values) == 2 and all(map(math.isfinite, values))
+    assert list((run_dir / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_trains_two_steps(name, request, tmp_path):
+    cfg = compose_config("train", f"experiment={name}", "debug=tiny", "data.root=-")
+    is_3d = cfg.data.spatial_dims == 3
+    overrides = [f"experiment={name}"]
+    if "first_stage" in cfg.model and cfg.model.first_stage.get("checkpoint", "") is not None:
+        stage = request.getfixturevalue("first_stage_3d" if is_3d else "first_stage")
+        overrides.append(f"model.first_stage.checkpoint={stage}")
+    root = request.getfixturevalue("prepared_3d" if is_3d else "prepared")
+    assert_trained(run_training(root, tmp_path / "run", *overrides))
+
+
+@pytest.fixture(scope="session")
+def first_stage_3d(prepared_3d, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("first_stage_3d") / "run"
+    return run_training(prepared_3d, run_dir, VQVAE, *FOLDER_3D).with_name("best.ckpt")
+
+
+def test_the_autoencoder_trains_in_3d(first_stage_3d):
+    assert_trained(first_stage_3d.with_name("last.ckpt"))
+
+
+@pytest.fixture(scope="session")
+def diffusion_3d(prepared_3d, first_stage_3d, tmp_path_factory):
+    """Trained on cached latents, with the map as SPADE norms."""
+    paths = (f"checkpoint={first_stage_3d}", f"data.root={prepared_3d}")
+    encode.task(compose_config("encode", *paths, *FOLDER_3D, "data.num_workers=0"))
+    options = ("model/network=unet_block", "model/conditioner=spade", "data.latents=auto")
+    stage = f"model.first_stage.checkpoint={first_stage_3d}"
+    run_dir = tmp_path_factory.mktemp("diffusion_3d") / "run"
+    return run_training(prepared_3d, run_dir, LDM, *FOLDER_3D, *options, stage)
+
+
+def test_diffusion_trains_in_3d_on_cached_latents(diffusion_3d):
+    assert_trained(diffusion_3d)
+
+
+def test_diffusion_trains_in_3d_on_images_with_concatenated_maps(prepared_3d, first_stage_3d, tmp_path):
+    options = (
+        "model/network=unet_block",
+        "model/conditioner=strided_cnn",
+        "model.conditioner.use_edges=false",
+        "model.conditioner.drop_edges_prob=0",
+    )
+    stage = f"model.first_stage.checkpoint={first_stage_3d}"
+    assert_trained(run_training(prepared_3d, tmp_path / "run", LDM, *FOLDER_3D, *options, stage))
+
+
+@pytest.mark.parametrize("fixture", ["first_stage_3d", "diffusion_3d"])
+def test_sampling_in_3d_writes_nifti_on_the_grid_of_the_case(prepared_3d, fixture, request, tmp_path):
+    checkpoint = request.getfixturevalue(fixture)
+    paths = (f"checkpoint={checkpoint}", f"data.root={prepared_3d}", f"output={tmp_path / 'out'}")
+    sample.task(compose_config("sample", *paths, *FOLDER_3D, "split=val", "limit=1"))
+    data = build_datamodule({"root": prepared_3d, "batch_size": 1}, keys=("image",), seed=0)
+    dataset = data.dataset("val")
+    entry = dataset.cases[dataset.items[0].case]
+    image = nibabel.load(tmp_path / "out" / f"{entry['id']}.nii.gz")
+    assert image.shape == tuple(dataset[0]["image"].shape[2:])
+    np.testing.assert_allclose(image.affine, entry["affine"], atol=1e-5)
+    assert np.abs(image.get_fdata()).max() <= 1
+
+
+def test_a_written_volume_lies_where_the_raw_one_does(prepared_3d, tmp_path):
+    """Voxel for voxel in scanner coordinates: axes, directions and affine."""
+    data = build_datamodule({"root": prepared_3d, "batch_size": 1}, keys=("image",), seed=0)
+    dataset = data.dataset("val")
+    case = dataset.items[0].case
+    SampleFolder(tmp_path, dataset, {}).write(case, [0], [dataset[0]["image"]], [])
+    written = nibabel.load(tmp_path / f"{dataset.cases[case]['id']}.nii.gz")
+    raw = nibabel.load(dataset.cases[case]["raw"][0]["path"])
+    voxels = np.stack(np.meshgrid(*map(np.arange, written.shape), indexing="ij"), -1).reshape(-1, 3)
+    world = nibabel.affines.apply_affine(written.affine, voxels)
+    there = nibabel.affines.apply_affine(np.linalg.inv(raw.affine), world)
+    # A cubic volume: only the contents tell a transposition.
+    looked_up = map_coordinates(raw.get_fdata(), there.T, order=1, mode="nearest")
+    assert np.corrcoef(looked_up, written.get_fdata().reshape(-1))[0, 1] > 0.97
+
+
+def test_debug_tiny_changes_sizes_only():
+    from omegaconf import OmegaConf
+
+    from medldm.commands.train import shrink
+
+    model = OmegaConf.to_container(compose_config("train", LDM, "data.root=-").model, resolve=True)
+    small = shrink(model)
+
+    def shape(part):
+        return {key: shape(value) for key, value in part.items()} if isinstance(part, dict) else type(part)
+
+    assert shape(small) == shape(model)
+    assert small["network"]["channels"] == [16, 16, 16] and model["network"]["channels"] != [16, 16, 16]
