@@ -13,10 +13,10 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torchvision.utils import make_grid
 
 from medldm.errors import InputError
 from medldm.files import replacing
+from medldm.plots import grid
 
 log = logging.getLogger(__name__)
 EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
@@ -114,11 +114,18 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(
-        self, folder: str | Path, *, monitor: str = "val/loss", mode: str = "min", every_n_steps: int = 1000
+        self,
+        folder: str | Path,
+        *,
+        monitor: str = "val/loss",
+        mode: str = "min",
+        every_n_steps: int = 1000,
+        every_epoch: bool = True,
     ) -> None:
         if mode not in ("min", "max"):
             raise InputError(f"callbacks.checkpoints.mode={mode} is none of min, max")
         self.folder, self.monitor, self.every_n_steps = Path(folder), monitor, every_n_steps
+        self.every_epoch = every_epoch
         self.sign = 1.0 if mode == "min" else -1.0
         self.best: float | None = None
         self.last_saved = -1
@@ -145,6 +152,8 @@ class Checkpoints(Checkpoint):
             self.save_last(trainer, module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not (self.every_epoch or trainer.should_stop or trainer.fit_loop.done):
+            return
         self.is_epoch_end = True
         self.save_last(trainer, module)
         self.is_epoch_end = False
@@ -287,7 +296,10 @@ class RandomState(Callback):
 
 
 class Pictures(Callback):
-    """A grid of the module's `picture` of the same samples, `samples/step_<n>.png`, every few validations."""
+    """The same validation samples every few validations: the module's `picture` as `samples/step_<n>.png`.
+
+    What the module's `figures` draws, where it has them, goes to `samples/<name>_<n>.png`.
+    """
 
     def __init__(self, folder: str | Path, *, every_n_validations: int = 1, num_samples: int = 8) -> None:
         self.folder = Path(folder)
@@ -313,26 +325,16 @@ class Pictures(Callback):
         self.num_validations += 1
         if (self.num_validations - 1) % self.every_n_validations:
             return
-        picture = grid(module.picture(self._batch))
-        path = self.folder / f"step_{trainer.global_step:07d}.png"
-        save_png(path, picture)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [str(path)])
-
-
-def middle_slice(x: Tensor) -> Tensor:
-    """A volume's middle axial slice, front up (prepared axes run right, front, up); 2D images stay."""
-    return x if x.ndim == 4 else x[..., x.shape[-1] // 2].transpose(-1, -2).flip(-2)
-
-
-def grid(rows: list[Tensor]) -> Tensor:
-    """Rows of (B, C, *S) in [-1, 1] -> (3, H, W) uint8, one row per line."""
-    images = torch.cat([middle_slice(row.float().cpu())[:, :1] for row in rows])
-    picture = make_grid(
-        images.clamp(-1, 1), nrow=len(rows[0]), padding=2, normalize=True, value_range=(-1, 1)
-    )
-    return (picture * 255).round().to(torch.uint8)
+        rows = module.picture(self._batch)
+        pictures = {"step": grid(rows)} if rows else {}
+        if hasattr(module, "figures"):
+            pictures |= module.figures(self._batch)
+        for name, picture in pictures.items():
+            path = self.folder / f"{name}_{trainer.global_step:07d}.png"
+            save_png(path, picture)
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image("samples" if name == "step" else name, [str(path)])
 
 
 def save_png(path: Path, picture: Tensor) -> None:

@@ -21,6 +21,7 @@ from medldm.errors import InputError
 from medldm.files import replacing
 from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.diffusion import DiffusionModule
+from medldm.models.variational import VariationalModule
 
 FORMAT = 1
 
@@ -117,6 +118,33 @@ def build_diffusion_module(
     return DiffusionModule(first_stage, conditioner, network, **parts)
 
 
+def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> VariationalModule:
+    parts = instantiate_parts(model, skip=())
+    make_network = parts.pop("network")
+    conditioner = parts.pop("conditioner")(
+        None,
+        spatial_dims=facts["spatial_dims"],
+        downsampling=(1,) * facts["spatial_dims"],
+        num_labels=facts["num_labels"] or 0,
+        num_views=facts["num_views"] or 0,
+        embedding_dim=make_network.keywords["embedding_channels"],
+    )
+    codec = parts.pop("codec")(
+        facts["spatial_dims"],
+        image_channels=facts["image_channels"],
+        image_size=facts["image_size"],
+        condition_channels=conditioner.embedding_dim,
+    )
+    network = make_network(
+        facts["spatial_dims"],
+        in_channels=codec.latent_channels,
+        out_channels=codec.latent_channels,
+        spade_channels=None,
+        context_channels=None,
+    )
+    return VariationalModule(codec, conditioner, network, **parts)
+
+
 def build_module(
     model: Mapping[str, Any],
     facts: Mapping[str, Any],
@@ -127,6 +155,8 @@ def build_module(
     A diffusion model takes its first stage from `model.first_stage.checkpoint`, unless the first stage's
     description is given (its weights then come with the checkpoint that is about to be loaded).
     """
+    if model["kind"] == "variational":
+        return build_variational_module(model, facts)
     if "first_stage" not in model:
         return build_autoencoder_module(model, facts)
     options = dict(model["first_stage"])

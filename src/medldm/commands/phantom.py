@@ -4,9 +4,10 @@
 
 dataset       mnms2: cardiac short and long axis with masks and CINE, as M&Ms-2 is published;
               folder: 3D torso volumes with organ masks as images/ and masks/ (NIfTI)
+              chestxray: chest X-rays in NORMAL/ and PNEUMONIA/; nih_cxr14: the same with the NIH's table
 root          folder to write to
 num_subjects  how many; seed: which ones
-image_size    typical matrix in pixels (null: 256 for mnms2, 64 for folder)
+image_size    typical matrix in pixels (null: 64 for folder, else 256)
 num_slices    least and most slices of a stack (null: [8, 12] for mnms2, [40, 56] for folder)
 
 Then: medldm prepare data=mnms2 data.raw=DIR data.root=OUT
@@ -24,15 +25,17 @@ def task(cfg: "DictConfig") -> None:
     from rich.progress import Progress
 
     from medldm.data.phantom import PHANTOMS
+    from medldm.data.phantom_chest import CHEST_PHANTOMS
     from medldm.errors import InputError
 
-    if cfg.dataset not in PHANTOMS:
-        raise InputError(f"dataset={cfg.dataset}: no phantom of that name; choose from {', '.join(PHANTOMS)}")
+    phantoms = PHANTOMS | CHEST_PHANTOMS
+    if cfg.dataset not in phantoms:
+        raise InputError(f"dataset={cfg.dataset}: no phantom of that name; choose from {', '.join(phantoms)}")
     root, count = cfg.root, cfg.num_subjects
     sizes = {key: cfg[key] for key in ("image_size", "num_slices") if cfg[key] is not None}
     with Progress() as progress:
         bar = progress.add_task("Drawing subjects", total=count)
-        PHANTOMS[cfg.dataset](
+        phantoms[cfg.dataset](
             root, num_subjects=count, seed=cfg.seed, progress=lambda: progress.advance(bar), **sizes
         )
     print(root)

@@ -3,10 +3,12 @@
     medldm prepare data=mnms2 data.raw=DIR data.root=OUT
     medldm prepare data=folder data.raw=DIR data.root=OUT data.spatial_dims=3
 
-data              mnms2 (M&Ms-2 as published) or folder (images/ and masks/, or manifest.csv)
+data              mnms2 (M&Ms-2 as published), nih_cxr14, chestxray or class_folders (one folder a class),
+                  or folder (images/ and masks/, or manifest.csv)
 data.raw          the raw dataset; data.root: folder to write to
 data.num_workers  processes (0: none beside this one)
 data.image_size   grid of the prepared images; data.spatial_dims: 2 or 3
+data.select.*     classes, max_images: what is prepared at all
 data.preprocess.* resizing, intensity, labels, edges, storage
 
 It can be stopped and started again: finished cases are kept as long as raw files and preprocessing
@@ -28,7 +30,7 @@ def task(cfg: "DictConfig") -> None:
 
     raw, root = cfg.data.raw, cfg.data.root
     data = OmegaConf.to_container(cfg.data, resolve=True)
-    keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits")
+    keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select")
     print(prepare_dataset(raw=raw, root=root, **{key: data[key] for key in keys}))
 
 

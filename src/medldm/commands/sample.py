@@ -70,7 +70,7 @@ def generate(module: Any, batch: dict, image_size: tuple[int, ...], options: dic
         if isinstance(module, AutoencoderModule):
             images = module(batch["image"], module.decoder_map(batch))
         else:
-            shape = module.first_stage.latent_shape(image_size)
+            shape = module.latent_shape(image_size)
             images = module.sample(batch, batch["case_id"], shape, **options)
     return images.float().clamp(-1, 1).cpu()
 

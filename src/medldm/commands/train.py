@@ -30,6 +30,7 @@ from medldm.errors import InputError
 log = logging.getLogger(__name__)
 
 TINY_WIDTH = 16
+NARROWED = [f"{part}_channels" for part in ("stem", "mid", "hidden", "middle", "encoder", "decoder")]
 
 
 def shrink(model: dict[str, Any]) -> dict[str, Any]:
@@ -40,14 +41,15 @@ def shrink(model: dict[str, Any]) -> dict[str, Any]:
             return {k: narrow(k, v) for k, v in value.items()}
         if key in ("channels", "up_channels") and isinstance(value, list):
             return [TINY_WIDTH] * len(value)
-        if key in ("stem_channels", "mid_channels", "hidden_channels") and value:
+        if key in NARROWED and value:
             return TINY_WIDTH
         limits = {"embedding_channels": 32, "sinusoidal_channels": 16, "num_codes": 64, "num_heads": 2}
         limits |= {"head_channels": 8, "start": 1, "ramp": 0, "warmup_steps": 0, "num_mid_units": 1}
+        limits |= {"num_res_blocks": 1, "num_blocks": 1, "num_features": 16}
         limits["norm_groups"] = 8  # two channels a group: one alone cannot be normalised on a 1x1 grid
         if key in limits and value is not None:
-            return min(value, limits[key])
-        return [1] * len(value) if key == "num_res_blocks" and isinstance(value, list) else value
+            return [limits[key]] * len(value) if isinstance(value, list) else min(value, limits[key])
+        return value
 
     small = {key: narrow(key, value) for key, value in model.items()}
     if small.get("perceptual"):
@@ -187,7 +189,7 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
         )
     changed = [
         key
-        for key in ("autoencoder", "network", "conditioner", "schedule", "objective")
+        for key in ("autoencoder", "codec", "network", "conditioner", "schedule", "objective", "likelihood")
         if description["model"].get(key) != model.get(key)
     ]
     if changed:
@@ -212,7 +214,7 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
     """The arrays that a model's batches hold; what is not named is never opened."""
     if model["kind"] == "autoencoder":
         return ("image", "mask") if model["decoder_sees_map"] else ("image",)
-    keys = ["latent" if data["latents"] else "image"]
+    keys = ["latent" if data.get("latents") else "image"]
     conditions = model["conditioner"]
     return (
         *keys,

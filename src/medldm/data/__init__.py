@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from medldm.data.datamodule import CaseDataModule
 
 # Keys of configs/data/*.yaml that only `medldm prepare` reads: training finds their outcome in index.json.
-PREPARE_KEYS = {"dataset", "raw", "image_size", "preprocess", "splits"}
+PREPARE_KEYS = {"dataset", "raw", "image_size", "preprocess", "splits", "select"}
 MISSING = (None, "???")
+# Datasets that need no files: data.dataset -> data module.
+GENERATED = {"swirl": "medldm.data.swirl.SwirlDataModule"}
 
 
 def build_datamodule(data: Mapping[str, Any], *, keys: Sequence[str], seed: int) -> "CaseDataModule":
@@ -18,6 +20,8 @@ def build_datamodule(data: Mapping[str, Any], *, keys: Sequence[str], seed: int)
     from medldm.data.datamodule import CaseDataModule
 
     settings = {key: value for key, value in data.items() if key not in PREPARE_KEYS}
+    if data.get("dataset") in GENERATED:
+        return generated(data["dataset"], settings, seed)
     root, spatial_dims = settings.pop("root", None), settings.pop("spatial_dims", None)
     if root in MISSING:
         raise InputError("data.root: not given; name the folder that `medldm prepare` wrote as data.root=DIR")
@@ -34,3 +38,12 @@ def build_datamodule(data: Mapping[str, Any], *, keys: Sequence[str], seed: int)
             f"data.spatial_dims={spatial_dims}: {root} was prepared in {prepared}D; set it to {prepared}"
         )
     return module
+
+
+def generated(name: str, settings: dict[str, Any], seed: int) -> Any:
+    """The data module of a dataset that is made on the fly."""
+    from importlib import import_module
+
+    module, _, class_name = GENERATED[name].rpartition(".")
+    settings.pop("latents", None)
+    return getattr(import_module(module), class_name)(seed=seed, **settings)

@@ -26,7 +26,15 @@ from medldm.data.case import Case, split_path
 from medldm.data.edges import EdgeRecipe
 from medldm.data.readers import Image, load_index, read_image, read_mask
 from medldm.data.splits import make_splits, write_splits_once
-from medldm.data.transforms import Intensity, Labels, Resize, finite, to_unit
+from medldm.data.transforms import (
+    INVERSIONS,
+    Intensity,
+    Labels,
+    Resize,
+    finite,
+    looks_inverted,
+    to_unit,
+)
 from medldm.errors import InputError
 from medldm.files import replacing, write_json
 
@@ -58,6 +66,7 @@ class Recipe:
     spacing: tuple[float, ...] | None
     crop_foreground: bool
     divisible_by: int
+    invert: str = "declared"
 
     def as_dict(self) -> dict:
         return json.loads(json.dumps(asdict(self)))
@@ -89,8 +98,13 @@ def make_recipe(
         raise InputError(
             f"data.image_size={image_size}: give one number, or {spatial_dims} of them, of at least 8"
         )
-    options = dict(preprocess)
-    for key, choices in (("dtype", DTYPES), ("compression", tuple(COMPRESSION)), ("slice_axis", (0, 1, 2))):
+    options = {"invert": "declared", **preprocess}
+    for key, choices in (
+        ("dtype", DTYPES),
+        ("compression", tuple(COMPRESSION)),
+        ("slice_axis", (0, 1, 2)),
+        ("invert", INVERSIONS),
+    ):
         if options[key] not in choices:
             raise InputError(
                 f"data.preprocess.{key}={options[key]}: choose from {', '.join(map(str, choices))}"
@@ -228,6 +242,19 @@ def read_pair(case: Case) -> tuple[Image, Image | None]:
     return image, mask
 
 
+def is_inverted(case: Case, volume: np.ndarray, rule: str) -> bool:
+    """Whether a picture shows air bright (MONOCHROME1): `declared` by its manifest, or seen by `auto`."""
+    stated = str(case.attributes.get("photometric", "")).upper()
+    if rule == "none":
+        return False
+    if stated or rule == "declared":
+        return stated == "MONOCHROME1"
+    inverted = looks_inverted(volume[len(volume) // 2])
+    if inverted:
+        log.warning("%s: looks inverted, turned; declare it, or set preprocess.invert", case.paths["image"])
+    return inverted
+
+
 def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.ndarray]:
     """All slices of one acquisition as the datasets of schema v1."""
     raw, raw_mask = read_pair(case)
@@ -236,6 +263,8 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.n
     size, count = recipe.image_size, len(volume)
     view = str(case.attributes.get("view", ""))
     low, high = recipe.intensity.volume_range(volume)
+    if is_inverted(case, volume, recipe.invert):
+        volume = (low + high) - volume
     images, ranges = [], []
     for plane in volume:
         resized = recipe.resize.image(plane, spacing, size, fill=low)
@@ -496,6 +525,7 @@ def prepare_dataset(
     num_workers: int,
     preprocess: Mapping[str, Any],
     splits: Mapping[str, Any],
+    select: Mapping[str, Any] | None = None,
 ) -> Path:
     """Prepare every case under `raw` into `root`; returns `root`. `splits` holds seed, val and test
     (fractions).
@@ -504,7 +534,7 @@ def prepare_dataset(
     """
     root = Path(root)
     recipe = make_recipe(spatial_dims, image_size, preprocess)
-    cases = find_index(dataset)(raw)
+    cases = select_cases(find_index(dataset)(raw), seed=splits["seed"], **(select or {}))
     stated = stated_splits(cases)
     jobs = make_jobs(cases, root, dataset, recipe)
     entries = list(run_jobs(jobs, num_workers))
@@ -523,6 +553,31 @@ def find_index(dataset: str):  # noqa: ANN201 - a function index(root) -> list[C
     if dataset not in names:
         raise InputError(f"data.dataset={dataset}: no such dataset; choose from {', '.join(names)}")
     return importlib.import_module(f"medldm.data.datasets.{dataset}").index
+
+
+def select_cases(
+    cases: Sequence[Case],
+    *,
+    classes: Sequence[str] | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+) -> list[Case]:
+    """The cases of some labels, and at most `max_images` of these, drawn with `seed` and kept in order."""
+    if classes is not None:
+        known = {str(case.attributes.get("label")) for case in cases}
+        unknown = [name for name in classes if str(name) not in known]
+        if unknown:
+            raise InputError(
+                f"data.select.classes: no image has the label {unknown[0]}; "
+                f"there are {', '.join(sorted(known))}"
+            )
+        cases = [case for case in cases if str(case.attributes.get("label")) in map(str, classes)]
+    if max_images is not None and max_images < 1:
+        raise InputError(f"data.select.max_images={max_images}: give 1 or more, or null for all")
+    if max_images is None or len(cases) <= max_images:
+        return list(cases)
+    drawn = np.random.default_rng(seed).permutation(len(cases))[:max_images]
+    return [cases[i] for i in sorted(drawn)]
 
 
 def stated_splits(cases: Sequence[Case]) -> dict[str, str] | None:

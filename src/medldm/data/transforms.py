@@ -13,7 +13,9 @@ import numpy as np
 from medldm.errors import InputError
 
 RESIZE_MODES = ("stretch", "pad_square", "spacing_crop")
-INTENSITY_MODES = ("volume_percentile", "slice_minmax", "window")
+INTENSITY_MODES = ("volume_percentile", "slice_minmax", "window", "bit_depth")
+BIT_DEPTHS = (8, 10, 12, 14, 16)
+INVERSIONS = ("declared", "auto", "none")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class Intensity:
     """Which raw values become -1 and 1.
 
     volume_percentile: the 0.5 and 99.5 percentiles of the whole volume; slice_minmax: extremes of each
-    resized slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT.
+    resized slice (the published system; sensitive to outliers); window: fixed values, such as HU of CT;
+    bit_depth: 0 and the largest number of 8, 10, 12, 14 or 16 bits, the fewest that hold the picture
+    (radiographs: 8-bit pictures become value / 255, and 12 bits in a 16-bit file do not turn out dark).
     """
 
     mode: str = "volume_percentile"
@@ -132,10 +136,36 @@ class Intensity:
             return float(self.window[0]), float(self.window[1])
         if self.mode == "slice_minmax":
             return float(volume.min()), float(volume.max())
+        if self.mode == "bit_depth":
+            return 0.0, full_scale(volume)
         low, high = np.percentile(volume, self.percentiles)
         if low == high:  # nearly empty volume: the percentiles fall on the background
             low, high = volume.min(), volume.max()
         return float(low), float(high)
+
+
+def full_scale(x: np.ndarray) -> float:
+    """The largest value that the bit depth of a picture could hold."""
+    if x.min() < 0 or x.max() >= 2 ** BIT_DEPTHS[-1]:
+        raise InputError(
+            f"data.preprocess.intensity.mode=bit_depth: values from {x.min():g} to {x.max():g} are no "
+            "picture of up to 16 bits; choose volume_percentile, or window"
+        )
+    return float(next(2**bits - 1 for bits in BIT_DEPTHS if x.max() < 2**bits))
+
+
+def looks_inverted(x: np.ndarray) -> bool:
+    """Whether a chest X-ray (H, W) seems to show air bright: its upper corners, which are air, against its
+    middle.
+
+    Median of the two upper corners (a tenth of each side) above that of the central column, where spine and
+    heart are.
+    """
+    height, width = x.shape
+    h, w = max(1, height // 10), max(1, width // 10)
+    corners = np.concatenate([x[:h, :w].ravel(), x[:h, -w:].ravel()])
+    middle = x[height // 4 : 3 * height // 4, 9 * width // 20 : 11 * width // 20]
+    return bool(np.median(corners) > np.median(middle))
 
 
 def to_unit(x: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -15,18 +15,74 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> x0_hat
 
 PREDICTIONS = ("noise", "image", "velocity")
 ELEMENT_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
-TIME_KINDS = ("discrete", "continuous")
+TIME_KINDS = ("auto", "discrete", "continuous")
 
 
-def network_time(t: Tensor, schedule: NoiseSchedule) -> Tensor:
+def network_time(t: Tensor, schedule: NoiseSchedule, gamma: Tensor | None = None) -> Tensor:
     """The float32 time in [0, 1000) that a network is given.
 
     Continuous schedule: 1000 t. Discrete schedule: 1000 t - 1000 / T, so that step i is passed as i * 1000 /
     T; for T = 1000 these are the integers of every published checkpoint. Times before the grid count as step
-    0.
+    0. Learned schedule: a fixed linear map of gamma (given or computed), so that the network knows the noise
+    and not a clock whose meaning moves; a straight line gives 1000 t again.
     """
+    if schedule.is_learned:
+        return schedule.curve.network_time(schedule.gamma(t) if gamma is None else gamma).float()
     first = 0 if schedule.num_timesteps is None else 1000 / schedule.num_timesteps
     return (1000 * at_least_float32(t) - first).clamp(min=0).float()
+
+
+def spread_uniform(
+    n: int, *, antithetic: bool, device: torch.device | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """(n,) float64 in [0, 1): independent, or `antithetic`: one u for the batch, (u + i / n) mod 1."""
+    u = torch.rand(1 if antithetic else n, dtype=torch.float64, device=device, generator=generator)
+    # arange(0, 1, 1 / n) has n + 1 entries for some n
+    return (u + torch.arange(n, device=device) / n) % 1 if antithetic else u
+
+
+def on_grid(u: Tensor, num_timesteps: int) -> Tensor:
+    """[0, 1) -> the grid points 1 / T .. 1, equally often; ceil would give t = 0 at u = 0."""
+    return ((u * num_timesteps).floor().clamp(max=num_timesteps - 1) + 1) / num_timesteps
+
+
+class ScheduleGradient:
+    """gamma and its derivative at some times, through which an interior can learn to lower an estimator's
+    variance.
+
+    The gradient that a loss L_i sends into the share of a learned curve is multiplied by L_i / mean(L), which
+    turns the gradient of the mean into that of the mean square: the variance, since the mean does not depend
+    on the share. Section I.2, Kingma et al. 2021. `moves_endpoints` False holds the end points still, with
+    zero gradients.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, *, by_variance: bool, moves_endpoints: bool = True) -> None:
+        self.schedule, self.by_variance, self.moves_endpoints = schedule, by_variance, moves_endpoints
+        self.factors: Tensor | None = None
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma and d gamma / dt at (B,) times."""
+        t = at_least_float32(t)
+        with torch.autocast(t.device.type, enabled=False):
+            values = torch.func.jvp(self.schedule.gamma, (t,), (torch.ones_like(t),))
+        if not (self.by_variance and torch.is_grad_enabled()):
+            return values
+        gamma, slope = (
+            self.rescaled(value, frozen)
+            for value, frozen in zip(values, self.schedule.frozen_interior(t), strict=True)
+        )
+        return gamma, slope
+
+    def rescaled(self, value: Tensor, frozen: Tensor) -> Tensor:
+        interior = value - frozen  # zero, but for its gradient, which is that of the share alone
+        if interior.requires_grad:
+            interior.register_hook(lambda gradient: gradient * self.factors.to(gradient))
+        return (frozen if self.moves_endpoints else frozen.detach()) + interior
+
+    def weigh(self, losses: Tensor) -> None:
+        """Tell the (B,) losses, once known and before the backward pass."""
+        losses = losses.detach()
+        self.factors = losses / losses.mean().clamp_min(1e-12)
 
 
 class DenoisingObjective:
@@ -35,8 +91,12 @@ class DenoisingObjective:
     `loss` "l1" or "l2" is averaged over all but the batch axis, then weighted per sample. `min_snr_gamma` (5
     in the paper) is the weight of Hang et al. 2023 in the form that belongs to the prediction; None weighs
     all times alike. `times` "discrete" draws from the T grid points of a tabulated schedule, "continuous"
-    from the interval. `antithetic` spreads the times of a batch evenly, which lowers the variance of the
-    loss.
+    from the interval, "auto" as the schedule has a grid or not. `antithetic` spreads the times of a batch
+    evenly, which lowers the variance of the loss.
+
+    On a learned schedule the loss is the integral over gamma that a straight line would give: the share of
+    the curve is an importance sampler and learns to lower the variance, the end points stay. Kingma & Gao
+    2023.
     """
 
     def __init__(
@@ -45,7 +105,7 @@ class DenoisingObjective:
         *,
         loss: str = "l2",
         min_snr_gamma: float | None = None,
-        times: str = "discrete",
+        times: str = "auto",
         antithetic: bool = False,
     ) -> None:
         check_choice("prediction", prediction, PREDICTIONS)
@@ -69,31 +129,26 @@ class DenoisingObjective:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """(n,) float32 times on `device`; `generator`, where given, must live there too."""
-        count = 1 if self.antithetic else n
-        u = torch.rand(count, dtype=torch.float64, device=device, generator=generator)
-        if self.antithetic:
-            u = (
-                u + torch.arange(n, device=device) / n
-            ) % 1  # arange(0, 1, 1 / n) has n + 1 entries for some n
+        u = spread_uniform(n, antithetic=self.antithetic, device=device, generator=generator)
         steps = schedule.num_timesteps
-        if self.times == "continuous":
+        if self.times == "continuous" or (self.times == "auto" and steps is None):
             # On a table the first interval holds no grid point: DDPM step 0 is t = 1 / T.
             return (u if steps is None else (1 + u * (steps - 1)) / steps).float()
         if steps is None:
             raise InputError(
                 "model.objective.times=discrete needs a schedule with steps; set it to continuous"
             )
-        return (
-            ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
-        ).float()  # ceil would give t = 0 at u = 0
+        return on_grid(u, steps).float()
 
-    def target(self, x: Tensor, noise: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    def target(
+        self, x: Tensor, noise: Tensor, schedule: NoiseSchedule, t: Tensor, gamma: Tensor | None = None
+    ) -> Tensor:
         """What the network should say about z_t = alpha x + sigma noise."""
         if self.prediction == "noise":
             return noise
         if self.prediction == "image":
             return x
-        alpha, sigma = schedule.alpha_sigma(t, x)
+        alpha, sigma = schedule.alpha_sigma(t, x, gamma)
         return alpha * noise - sigma * x  # Eq. 11, Salimans & Ho 2022
 
     def x0_hat(self, output: Tensor, z_t: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
@@ -106,9 +161,8 @@ class DenoisingObjective:
             return (z_t - sigma * output) / alpha
         return alpha * z_t - sigma * output
 
-    def weight(self, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    def weight(self, gamma: Tensor) -> Tensor:
         """(B,) min-SNR weights: min(SNR, k) for images, over SNR for noise, over SNR + 1 for velocities."""
-        gamma = schedule.gamma(t)
         if self.min_snr_gamma is None:
             return torch.ones_like(gamma)
         if self.prediction == "noise":
@@ -137,12 +191,22 @@ class DenoisingObjective:
         t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t
         if noise is None:
             noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        z_t = schedule.add_noise(x, noise, t)
-        output = at_least_float32(network(z_t, network_time(t, schedule), condition))
-        target = self.target(x, noise, schedule, t)
+        gradient = (
+            ScheduleGradient(schedule, by_variance=True, moves_endpoints=False)
+            if schedule.is_learned
+            else None
+        )
+        gamma, slope = gradient.at(t) if gradient else (schedule.gamma(t), None)
+        z_t = schedule.add_noise(x, noise, t, gamma)
+        output = at_least_float32(network(z_t, network_time(t, schedule, gamma), condition))
+        target = self.target(x, noise, schedule, t, gamma)
         with torch.autocast(x.device.type, enabled=False):
             error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
-            loss = (self.weight(schedule, t) * error).mean()
+            loss = self.weight(gamma) * error
+            if gradient:
+                loss = loss * slope / schedule.curve.endpoints(slope.dtype)[1].detach()
+                gradient.weigh(loss)
+            loss = loss.mean()
         return {"loss": loss, "unweighted": error.detach().mean()}
 
     def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Condition) -> Denoise:

@@ -114,6 +114,11 @@ class Sampler:
             gamma = torch.cat([gamma[:-1], torch.full_like(gamma[-1:], -torch.inf)])
         return TimeGrid(times, gamma.double())
 
+    def first_step(self, schedule: NoiseSchedule, t: float) -> int:
+        """The first step of the loop whose time is at most `t`; the last one where none is."""
+        times = self.time_grid(schedule).times
+        return min(int((times > t + 1e-9).sum()), self.num_steps - 1)
+
     def spaced_times(self, num_timesteps: int | None) -> list[float]:
         total = num_timesteps or max(CONTINUOUS_STEPS, self.num_steps)
         positions = step_positions(self.num_steps, total, self.spacing)
@@ -131,14 +136,19 @@ class Sampler:
         noise: Tensor,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
+        *,
+        first: int = 0,
     ) -> Tensor:
-        """Standard normal `noise` (B, Cz, *s), 2D or 3D -> z0 of the same shape, device and precision."""
+        """Standard normal `noise` (B, Cz, *s), 2D or 3D -> z0 of the same shape, device and precision.
+
+        With `first` > 0 the loop starts at that step (`first_step`), and `noise` is z_t at its time.
+        """
         grid = self.time_grid(schedule, noise.device)
         a, b, c, d = self.coefficients(grid.gamma)
         if self.clamp is not None:
             denoise = clamped(denoise, limit=self.clamp, percentile=self.clamp_percentile)
         z, x0_previous = at_least_float32(noise), None
-        for k in range(self.num_steps):
+        for k in range(first, self.num_steps):
             x0_hat = denoise(z, grid.times[k].expand(len(z))).to(z.dtype)
             z = a[k] * z + b[k] * x0_hat
             if c is not None and x0_previous is not None:

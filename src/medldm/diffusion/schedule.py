@@ -20,7 +20,7 @@ class NoiseSchedule(nn.Module):
     """A curve gamma(t) and what follows from it.
 
     `curve` maps float32 or float64 times in [0, 1] to gamma in the same precision and may hold parameters (a
-    learned schedule). `num_timesteps` is the number T of grid points t_i = (i + 1) / T of a discrete
+    `LearnedCurve`). `num_timesteps` is the number T of grid points t_i = (i + 1) / T of a discrete
     schedule, i = 0 .. T - 1, and None for a continuous one. Nothing here copies between host and device.
     """
 
@@ -40,17 +40,32 @@ class NoiseSchedule(nn.Module):
         t = at_least_float32(t)
         return torch.func.jvp(self.gamma, (t,), (torch.ones_like(t),))[1]
 
+    @property
+    def is_learned(self) -> bool:
+        return isinstance(self.curve, LearnedCurve)
+
+    def frozen_interior(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma and d gamma / dt of a learned curve, differentiable in its end points alone."""
+        t = at_least_float32(t)
+        with torch.autocast(t.device.type, enabled=False), torch.no_grad():
+            share, slope = torch.func.jvp(self.curve.share, (t,), (torch.ones_like(t),))
+        low, gap = self.curve.endpoints(t.dtype)
+        return low + gap * share, gap * slope
+
     def snr(self, t: Tensor) -> Tensor:
         return torch.exp(-self.gamma(t))
 
-    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise scales of times (B,) or scalar, broadcastable over `like` and in its precision."""
-        alpha, sigma = gamma_to_alpha_sigma(self.gamma(t))
+    def alpha_sigma(self, t: Tensor, like: Tensor, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Signal and noise scales of times (B,) or scalar, broadcastable over `like` and in its precision.
+
+        `gamma` is gamma(t) where it is known already.
+        """
+        alpha, sigma = gamma_to_alpha_sigma(self.gamma(t) if gamma is None else gamma)
         return expand_as(alpha, like).to(like.dtype), expand_as(sigma, like).to(like.dtype)
 
-    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor, gamma: Tensor | None = None) -> Tensor:
         """z_t = alpha_t x + sigma_t noise, computed in at least float32, returned in the precision of `x`."""
-        alpha, sigma = self.alpha_sigma(t, at_least_float32(x))
+        alpha, sigma = self.alpha_sigma(t, at_least_float32(x), gamma)
         return (alpha * x + sigma * noise).to(x.dtype)
 
 
@@ -117,6 +132,94 @@ class LinearGamma(nn.Module):
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t
 
 
+INTERIORS = ("variance", "bound")
+
+
+class LearnedCurve(nn.Module):
+    """gamma(t) = low + |gap| share(t), with a share that rises from 0 at t = 0 to 1 at t = 1; here share(t) =
+    t.
+
+    `endpoints` "learned" trains low = gamma(0) and gap = gamma(1) - gamma(0), "fixed" keeps both. The
+    continuous bound depends on a schedule through these two alone; the share between them decides the
+    variance of its estimator. So `interior` "variance" trains the share to lower that variance and "bound"
+    trains it on the bound itself, which matters with few discrete steps. Sections 5.1 and I.2, Kingma et al.
+    2021. A denoising objective, which is no bound, never moves the end points. `gamma_min` and `gamma_max`
+    are where the end points start and, for good, the range by which the network's time is normalised.
+    """
+
+    def __init__(
+        self, gamma_min: float, gamma_max: float, *, endpoints: str = "learned", interior: str = "variance"
+    ) -> None:
+        super().__init__()
+        if not gamma_min < gamma_max:
+            raise InputError(
+                f"model.schedule.gamma_min={gamma_min} must be below gamma_max={gamma_max}: gamma is -log SNR"
+            )
+        if endpoints not in ("learned", "fixed"):
+            raise InputError(f"model.schedule.endpoints={endpoints} is none of learned, fixed")
+        if interior not in INTERIORS:
+            raise InputError(f"model.schedule.interior={interior} is none of {', '.join(INTERIORS)}")
+        self.gamma_min, self.gamma_max, self.interior = float(gamma_min), float(gamma_max), interior
+        low, gap = torch.tensor(self.gamma_min), torch.tensor(self.gamma_max - self.gamma_min)
+        if endpoints == "learned":
+            self.low, self.gap = nn.Parameter(low), nn.Parameter(gap)
+        else:
+            self.register_buffer("low", low)
+            self.register_buffer("gap", gap)
+
+    def _apply(self, fn, recurse: bool = True):
+        def at_full_precision(x: Tensor) -> Tensor:
+            # `.half()` and `.to(bfloat16)` would round gamma for good.
+            y = fn(x)
+            return y if y.dtype in (torch.float32, torch.float64) else x.to(y.device)
+
+        return super()._apply(at_full_precision, recurse)
+
+    def endpoints(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """gamma(0) and gamma(1) - gamma(0)."""
+        return self.low.to(dtype), self.gap.abs().to(dtype)
+
+    def share(self, t: Tensor) -> Tensor:
+        return t
+
+    def forward(self, t: Tensor) -> Tensor:
+        low, gap = self.endpoints(t.dtype)
+        return low + gap * self.share(t)
+
+    def network_time(self, gamma: Tensor) -> Tensor:
+        """0 at `gamma_min`, 1000 at `gamma_max`: what the network is told does not change when the curve
+        learns.
+        """
+        return 1000 * (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
+
+
+class MonotoneCurve(LearnedCurve):
+    """The share is a monotone network: |w1| t + mean_j |w3_j| (2 sigmoid(|w2_j| (2 t - 1) + b_j) - 1), scaled
+    to [0, 1].
+
+    Section H, Kingma et al. 2021, in the normalised form, so that the end points cannot drift with the
+    weights.
+    """
+
+    def __init__(self, gamma_min: float, gamma_max: float, *, num_features: int = 1024, **options) -> None:
+        super().__init__(gamma_min, gamma_max, **options)
+        # The published init (deviation 0.01): at first a straight line to 1e-4.
+        generator = torch.Generator().manual_seed(0)
+        self.linear = nn.Parameter(torch.ones(()))
+        self.inner = nn.Parameter(0.01 * torch.randn(num_features, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.outer = nn.Parameter(0.01 * torch.randn(num_features, generator=generator))
+
+    def rise(self, t: Tensor) -> Tensor:
+        w1, w2, b, w3 = (p.to(t.dtype) for p in (self.linear, self.inner, self.bias, self.outer))
+        features = 2 * torch.sigmoid(w2.abs() * (2 * t[..., None] - 1) + b) - 1  # (..., num_features)
+        return w1.abs() * t + (features * w3.abs()).mean(-1)
+
+    def share(self, t: Tensor) -> Tensor:
+        first, last = self.rise(torch.zeros_like(t)), self.rise(torch.ones_like(t))
+        return (self.rise(t) - first) / (last - first)
+
+
 def tabulated(betas: Tensor) -> NoiseSchedule:
     """A DDPM schedule from its betas (T,) in (0, 1), float64."""
     if not 0 < betas.min() <= betas.max() < 1:
@@ -149,3 +252,25 @@ def cosine_schedule(num_timesteps: int, *, offset: float = 0.008, max_beta: floa
 def fixed_linear_schedule(gamma_min: float, gamma_max: float) -> NoiseSchedule:
     """Continuous schedule with log SNR falling linearly from -gamma_min to -gamma_max. Kingma et al. 2021."""
     return NoiseSchedule(LinearGamma(gamma_min, gamma_max))
+
+
+def learned_scalar_schedule(
+    gamma_min: float, gamma_max: float, *, endpoints: str = "learned"
+) -> NoiseSchedule:
+    """Continuous and linear in log SNR, between learned end points. Kingma et al. 2021."""
+    return NoiseSchedule(LearnedCurve(gamma_min, gamma_max, endpoints=endpoints))
+
+
+def learned_nnet_schedule(
+    gamma_min: float,
+    gamma_max: float,
+    *,
+    endpoints: str = "learned",
+    interior: str = "variance",
+    num_features: int = 1024,
+) -> NoiseSchedule:
+    """Continuous, a monotone network between two end points: see `MonotoneCurve` and `LearnedCurve`."""
+    curve = MonotoneCurve(
+        gamma_min, gamma_max, endpoints=endpoints, interior=interior, num_features=num_features
+    )
+    return NoiseSchedule(curve)

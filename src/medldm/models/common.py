@@ -1,5 +1,6 @@
 """What the Lightning modules share: optimiser groups, learning-rate schedule, per-step random numbers."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -9,9 +10,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from medldm.diffusion.schedule import NoiseSchedule
+
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices and kernels decay; biases, norms, embeddings and schedules do not."""
+    modules = list(modules)
+    parts = [part for module in modules for part in module.modules()]
+    scheduled = {id(p) for part in parts if isinstance(part, NoiseSchedule) for p in part.parameters()}
     decayed, exempt, seen = [], [], set()
     for module in modules:
         for owner in module.modules():
@@ -19,7 +25,8 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
                 if not parameter.requires_grad or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
-                decays = parameter.ndim > 1 and not isinstance(owner, nn.Embedding)
+                is_table = isinstance(owner, nn.Embedding) or id(parameter) in scheduled
+                decays = parameter.ndim > 1 and not is_table
                 (decayed if decays else exempt).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
@@ -62,3 +69,15 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
 
 def rank_part(x: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
     return x.chunk(world_size)[rank] if world_size > 1 else x
+
+
+def seed_of(*parts: object) -> int:
+    """A seed from names: the same on every machine and in every order of cases."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def case_noise(names: Sequence[str], shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Starting noise (B, *shape) that belongs to a case and a seed, whatever the batch it is sampled in."""
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, n))) for n in names]
+    )

@@ -1,6 +1,5 @@
 """Stage two: diffusion of a first stage's latents under a condition. Rombach et al. 2022."""
 
-import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,14 +10,16 @@ from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.objective import DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler
 from medldm.diffusion.schedule import NoiseSchedule
-from medldm.models.common import build_optimizer, rank_part, step_generator, warmup_cosine
+from medldm.models.common import (
+    build_optimizer,
+    case_noise,
+    rank_part,
+    seed_of,
+    step_generator,
+    warmup_cosine,
+)
 
 NUM_STATISTICS_SAMPLES = 4096  # images whose latents give the mean and deviation per channel
-
-
-def seed_of(*parts: object) -> int:
-    """A seed from names: the same on every machine and in every order of cases."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 class DiffusionModule(LightningModule):
@@ -51,8 +52,10 @@ class DiffusionModule(LightningModule):
 
     @property
     def ema_modules(self) -> nn.ModuleDict:
-        """What a moving average follows: the denoiser, not the frozen first stage."""
-        return nn.ModuleDict({"network": self.network, "conditioner": self.conditioner})
+        """What a moving average follows: the denoiser and a learned schedule, not the frozen first stage."""
+        return nn.ModuleDict(
+            {"network": self.network, "conditioner": self.conditioner, "schedule": self.schedule}
+        )
 
     validation_metrics = ("val/loss", "val/unweighted")
 
@@ -123,17 +126,15 @@ class DiffusionModule(LightningModule):
         terms = {f"val/{name}": value for name, value in losses.items()}
         self.log_dict(terms, on_epoch=True, batch_size=len(z), sync_dist=True)
 
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.first_stage.latent_shape(image_shape)
+
     def condition(self, batch: dict, drop: tuple[str, ...] | None = ()) -> Condition:
         """The condition of a batch without the groups in `drop`; None drops all: the null of guidance."""
         size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
         return self.conditioner(
             batch, self.first_stage, self.conditioner.drop_groups(size, drop, self.device)
         )
-
-    def case_noise(self, names: list[str], shape: tuple[int, ...], seed: int) -> Tensor:
-        """Starting noise that belongs to a case and a seed, whatever the batch it is sampled in."""
-        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, n))) for n in names]
-        return torch.stack(draws).to(self.device)
 
     @torch.no_grad()
     def sample(
@@ -154,7 +155,7 @@ class DiffusionModule(LightningModule):
         eta > 0) draw for the batch as a whole, so those samplers repeat exactly only with the same batches.
         """
         sampler = sampler or self.sampler
-        noise = self.case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed)
+        noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
         condition = self.condition(batch, drop)
         null = self.condition(batch, None)
         denoise = guided(

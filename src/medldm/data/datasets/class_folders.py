@@ -1,0 +1,62 @@
+"""Pictures in one folder a class, with or without train/, val/, test/ above: Kermany et al.
+
+2018 and many others.
+"""
+
+import re
+from pathlib import Path
+
+from medldm.data.case import Case, stem_of
+from medldm.data.readers import RASTER_SUFFIXES, has_suffix
+from medldm.errors import InputError
+
+SPLIT_FOLDERS = ("train", "val", "test")
+# How published chest X-rays name their patients: Kermany's NORMAL and PNEUMONIA, NIH.
+PATIENTS = (
+    re.compile(r"^((?:NORMAL2-)?IM-\d+)-\d+"),
+    re.compile(r"^(person\d+)_"),
+    re.compile(r"^(\d{8})_\d{3}$"),
+)
+
+
+def index(root: str | Path) -> list[Case]:
+    """Cases with the folder's name as `label` and, below train/, val/, test/, that as `split`.
+
+    A file name that tells the patient gives the subject (within a split folder: Kermany counts anew in each),
+    any other picture is a subject of its own. InputError where there are no class folders, or an empty one.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"data.raw={root}: no such folder; give the folder that holds one folder a class")
+    splits = [name for name in SPLIT_FOLDERS if (root / name).is_dir()]
+    if not splits:
+        return folder_cases(root, None)
+    return [case for name in splits for case in folder_cases(root / name, name)]
+
+
+def folder_cases(root: Path, split: str | None) -> list[Case]:
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    if not folders:
+        raise InputError(
+            f"{root}: holds no class folders; put the pictures into folders named by their class"
+        )
+    return [case for folder in folders for case in class_cases(folder, split)]
+
+
+def class_cases(folder: Path, split: str | None) -> list[Case]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and has_suffix(p, RASTER_SUFFIXES))
+    if not files:
+        raise InputError(f"{folder}: holds no PNG or JPEG pictures; fill the class folder, or remove it")
+    prefix = f"{split}-" if split else ""
+    attributes = {"label": folder.name} | ({"split": split} if split else {})
+    cases = []
+    for file in files:
+        name = "_".join((*file.relative_to(folder).parts[:-1], stem_of(file)))
+        identity, subject = f"{folder.name}_{name}", patient_of(name, folder.name)
+        cases.append(Case(prefix + identity, prefix + subject, {"image": str(file)}, attributes))
+    return cases
+
+
+def patient_of(name: str, label: str) -> str:
+    matches = (pattern.match(name) for pattern in PATIENTS)
+    return next((match[1] for match in matches if match), f"{label}_{name}")

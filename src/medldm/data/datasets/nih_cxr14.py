@@ -1,0 +1,71 @@
+"""NIH ChestX-ray14 (Wang et al., CVPR 2017): 112,120 frontal chest X-rays of 30,805 patients, PNG 1024 x
+1024.
+"""
+
+import csv
+import logging
+from pathlib import Path
+
+from medldm.data.case import Case
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+SEVERAL = "Several Findings"
+
+
+def index(root: str | Path) -> list[Case]:
+    """Cases of the published layout: images_001/images/*.png ... (or images/*.png) and Data_Entry_2017.csv.
+
+    The patient is the file name's first number, so that a split is by patient also without the table. With
+    the table `label` is the finding (several of them: "Several Findings", all in `findings`) and `view` AP or
+    PA. Archives may be missing: what is not there is left out.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(
+            f"data.raw={root}: no such folder; give the folder of Data_Entry_2017.csv and images_001/"
+        )
+    files = sorted(p for pattern in ("images_*/images/*.png", "images/*.png") for p in root.glob(pattern))
+    if not files:
+        raise InputError(f"{root}: holds no images_001/images/*.png and no images/*.png; unpack an archive")
+    rows = read_table(root)
+    listed = [file for file in files if rows is None or file.name in rows]
+    if rows is not None:
+        if len(files) > len(listed):
+            log.warning("%s: %d pictures are not in the table and left out", root, len(files) - len(listed))
+        if len(rows) > len(listed):
+            log.info("%s: %d of %d listed pictures are here", root, len(listed), len(rows))
+        if not listed:
+            raise InputError(f"{root}: the table lists none of the pictures here; restore the published one")
+    return [make_case(file, {} if rows is None else rows[file.name]) for file in listed]
+
+
+def make_case(file: Path, row: dict[str, str]) -> Case:
+    subject, _, number = file.stem.partition("_")
+    if not (subject.isdigit() and number):
+        raise InputError(f"{file}: not named like 00000001_000.png; rename it, or use data=class_folders")
+    patient = row.get("Patient ID")
+    if patient and int(patient) != int(subject):
+        raise InputError(f"{file}: the table gives it to patient {patient}; restore the published table")
+    findings = row.get("Finding Labels", "")
+    attributes = {
+        "label": SEVERAL if "|" in findings else findings,
+        "findings": findings,
+        "view": row.get("View Position", ""),
+    }
+    return Case(file.stem, subject, {"image": str(file)}, {k: v for k, v in attributes.items() if v})
+
+
+def read_table(root: Path) -> dict[str, dict[str, str]] | None:
+    """Rows of Data_Entry_2017*.csv by file name; None where there is no table."""
+    path = next(iter(sorted(root.glob("Data_Entry_2017*.csv"))), None)
+    if path is None:
+        log.warning("%s: no Data_Entry_2017.csv; going on without findings and views", root)
+        return None
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"Image Index", "Finding Labels", "Patient ID"} <= rows[0].keys():
+        raise InputError(
+            f"{path}: lacks the columns Image Index, Finding Labels, Patient ID; restore the published file"
+        )
+    return {row["Image Index"].strip(): {k: (v or "").strip() for k, v in row.items() if k} for row in rows}

@@ -1,0 +1,119 @@
+"""What a decoder's output says about an image: -log p(x | z_0) in nats, and the image to show.
+
+Images are in [-1, 1] outside; y = (x + 1) / 2 is the grey level in [0, 1].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medldm.errors import InputError
+
+TARGETS = ("soft", "dynamic", "threshold")
+CHUNK = 1 << 16  # values whose 256 levels are held at a time
+
+
+def grey(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], float32."""
+    return ((x.float() + 1) / 2).clamp(0, 1)
+
+
+def binary_entropy(y: Tensor) -> Tensor:
+    """Nats; 0 at 0 and 1."""
+    return -(torch.special.xlogy(y, y) + torch.special.xlogy(1 - y, 1 - y))
+
+
+class Bernoulli(nn.Module):
+    """Independent coins with the decoder's logits.
+
+    `target` "soft" scores the grey levels themselves by cross-entropy: bits, but no likelihood of grey
+    images, and never below their binary entropy (`entropy_floor`). "dynamic" tosses each grey level into 0 or
+    1 anew, which is what the model then sees; "threshold" cuts at one half. Never an integer cast, which
+    makes every grey level 0.
+    """
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise InputError(f"model.likelihood.target={target} is none of {', '.join(TARGETS)}")
+        self.target = target
+        self.is_random = target == "dynamic"
+
+    def observe(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """The image as the model sees it, in [-1, 1]; `u` is uniform in [0, 1) where `is_random`."""
+        if self.target == "soft":
+            return x
+        y = grey(x) > u if self.target == "dynamic" else grey(x) >= 0.5
+        return 2 * y.to(x.dtype) - 1
+
+    def nats(self, output: Tensor, x: Tensor, gamma_0: Tensor) -> Tensor:
+        """(B,) for an observed image."""
+        terms = F.binary_cross_entropy_with_logits(output.float(), grey(x), reduction="none")
+        return terms.flatten(1).sum(1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The expected image in [-1, 1]."""
+        return 2 * torch.sigmoid(output.float()) - 1
+
+    def entropy_floor(self, x: Tensor) -> Tensor:
+        """(B,) nats that no decoder can go below on an image as it came, in the mean over observations."""
+        if self.target == "threshold":
+            return x.new_zeros(len(x))
+        return binary_entropy(grey(x).double()).flatten(1).sum(1).float()
+
+
+class DiscretizedGaussian(nn.Module):
+    """A normal density on V grey levels f(v) = 2 (v + 1/2) / V - 1, normalised over them: honest bits per
+    dimension.
+
+    `scale` "schedule" takes the variance exp(gamma_0), with z_0 / alpha_0 as the mean: the pixel model of
+    Kingma et al. 2021. "learned" has one variance for all pixels of a decoder's mean.
+    """
+
+    is_random = False
+
+    def __init__(self, *, num_levels: int = 256, scale: str = "learned") -> None:
+        super().__init__()
+        if scale not in ("learned", "schedule"):
+            raise InputError(f"model.likelihood.scale={scale} is none of learned, schedule")
+        self.num_levels = num_levels
+        self.log_variance = nn.Parameter(torch.tensor(-4.0)) if scale == "learned" else None
+
+    def level(self, x: Tensor) -> Tensor:
+        """[-1, 1] -> the nearest of 0 .. V - 1: -1 is the darkest level, 1 the brightest."""
+        return (grey(x) * (self.num_levels - 1)).round().long()
+
+    def value(self, level: Tensor) -> Tensor:
+        return 2 * (level.float() + 0.5) / self.num_levels - 1
+
+    def observe(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """The image on its V levels."""
+        return self.value(self.level(x)).to(x.dtype)
+
+    def nats(self, output: Tensor, x: Tensor, gamma_0: Tensor) -> Tensor:
+        """(B,) for an observed image."""
+        log_variance = gamma_0 if self.log_variance is None else self.log_variance
+        mean, level = output.float().flatten(), self.level_of_value(x).flatten()
+        parts = [
+            checkpoint(self.chunk_nats, m, v, log_variance, use_reentrant=False)
+            for m, v in zip(mean.split(CHUNK), level.split(CHUNK), strict=True)
+        ]
+        return torch.cat(parts).reshape(len(x), -1).sum(1)
+
+    def chunk_nats(self, mean: Tensor, level: Tensor, log_variance: Tensor) -> Tensor:
+        levels = self.value(torch.arange(self.num_levels, device=mean.device))
+        logits = -0.5 * ((mean[:, None] - levels) * torch.exp(-log_variance.float() / 2)).square()
+        return F.cross_entropy(logits, level, reduction="none")
+
+    def level_of_value(self, x: Tensor) -> Tensor:
+        """The inverse of `value` on observed images."""
+        return ((x.float() + 1) * self.num_levels / 2 - 0.5).round().long().clamp(0, self.num_levels - 1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The most likely level as an image whose extremes are -1 and 1."""
+        return 2 * self.level_of_value(output).float() / (self.num_levels - 1) - 1
+
+    def entropy_floor(self, x: Tensor) -> Tensor:
+        """0: a decoder may be sure of every level."""
+        return x.new_zeros(len(x))

@@ -1,0 +1,386 @@
+"""Medical VDM: encoder, decoder, score network and noise schedule trained together on one bound.
+
+Kingma et al. 2021.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from medldm.batch import spatial_shape
+from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.objective import guided, network_time
+from medldm.diffusion.sampler import Sampler
+from medldm.diffusion.schedule import NoiseSchedule
+from medldm.diffusion.variational import Bound, VariationalObjective, bits, gradient_difference
+from medldm.metrics.image import psnr, ssim
+from medldm.models.common import (
+    build_optimizer,
+    case_noise,
+    rank_part,
+    seed_of,
+    step_generator,
+    warmup_cosine,
+)
+from medldm.plots import grid, points_figure, schedule_figure
+
+PICTURE_STEPS = 100  # sampling steps at most where a picture is only for looking at
+NOISING_TIMES = 9  # pictures of the forward-noising strip
+MIN_SSIM_SIZE = 11  # the window
+
+
+class VariationalModule(LightningModule):
+    """`codec` between images and latents, `network` as the score of the latents under the `conditioner`'s
+    label.
+
+    The same embedding, with the same null, enters codec and network, in training and in guidance.
+    `mse_weight` and `gradient_weight` add the seed's squared error and gradient difference of the decoded
+    mean to the loss, outside the bound that is reported. All random numbers of a step are a function of
+    `seed` and the step, drawn for the global batch, separately for times, diffusion noise, decoder noise and
+    labels.
+    """
+
+    validation_metrics = ("val/loss", "val/bpd_total", "val/recon_gap", "val/psnr", "val/ssim")
+
+    def __init__(
+        self,
+        codec: nn.Module,
+        conditioner: nn.Module,
+        network: nn.Module,
+        *,
+        schedule: NoiseSchedule,
+        objective: VariationalObjective,
+        likelihood: nn.Module,
+        sampler: Sampler,
+        optimizer: Callable,
+        mse_weight: float = 0.0,
+        gradient_weight: float = 0.0,
+        gradient_power: float = 1.0,
+        gradient_is_signed: bool = False,
+        warmup_steps: int = 0,
+        cosine_steps: int | None = None,
+        cosine_final: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.codec, self.conditioner, self.network = codec, conditioner, network
+        self.schedule, self.objective, self.likelihood, self.sampler = (
+            schedule,
+            objective,
+            likelihood,
+            sampler,
+        )
+        self.make_optimizer = optimizer
+        self.mse_weight, self.gradient_weight = mse_weight, gradient_weight
+        self.gradient_power, self.gradient_is_signed = gradient_power, gradient_is_signed
+        self.warmup_steps, self.cosine_steps, self.cosine_final = warmup_steps, cosine_steps, cosine_final
+        self.seed = seed
+        self.description: dict = {}  # what checkpoints.describe says of this module
+
+    # ---- training --------------------------------------------------------------------------------------
+
+    @property
+    def trained_parts(self) -> dict[str, nn.Module]:
+        names = ("codec", "conditioner", "network", "schedule", "likelihood")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def ema_modules(self) -> nn.ModuleDict:
+        """What a moving average follows: everything, as nothing here is frozen."""
+        return nn.ModuleDict(self.trained_parts)
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.codec, self.network]
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["medldm"] = self.description
+
+    def configure_optimizers(self):
+        optimizer = build_optimizer(self.make_optimizer, list(self.trained_parts.values()))
+        rate = warmup_cosine(
+            optimizer, warmup=self.warmup_steps, total=self.cosine_steps, final=self.cosine_final
+        )
+        return [optimizer], [{"scheduler": rate, "interval": "step"}]
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        x = batch["image"]
+        losses = self.losses(batch, self.trainer.fit_loop.total_batch_idx)
+        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(x))
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(x))
+        return losses["loss"]
+
+    def losses(self, batch: dict, step: int) -> dict[str, Tensor]:
+        """The bound and, where weighted, the two extra terms, of one training batch."""
+        x, rank, world = batch["image"], self.global_rank, self.trainer.world_size
+        generator = step_generator(self.seed, step, x.device)
+        n = world * len(x)
+        t = self.objective.sample_times(n, self.schedule, x.device, generator)
+        drop = self.conditioner.sample_drop(n, generator, x.device)
+        t, drop = rank_part(t, rank, world), rank_part(drop, rank, world)
+        condition = self.conditioner(batch, None, drop)
+
+        def draw(shape: tuple[int, ...], sample: Callable = torch.randn) -> Tensor:
+            return rank_part(sample(n, *shape, device=x.device, generator=generator), rank, world)
+
+        return self.bound_losses(x, condition, t, draw)
+
+    def bound_losses(self, x: Tensor, condition: Condition, t: Tensor, draw: Callable) -> dict[str, Tensor]:
+        u = draw(tuple(x.shape[1:]), torch.rand) if self.likelihood.is_random else None
+        x_seen = self.likelihood.observe(x, u)
+        f = self.encode(x_seen, condition)
+        noise, noise_0 = draw(tuple(f.shape[1:])), draw(tuple(f.shape[1:]))
+        output = self.decode(self.objective.decoder_input(self.schedule, f, noise_0), condition)
+        recon = self.likelihood.nats(output, x_seen, self.gamma_0())
+        num_dims = x[0].numel()
+        losses = self.objective(
+            self.network, self.schedule, f, condition, t=t, noise=noise, recon=recon, num_dims=num_dims
+        )
+        losses["entropy_floor"] = bits(self.likelihood.entropy_floor(x).mean(), num_dims)
+        losses["recon_gap"] = losses["bpd_recon"] - losses["entropy_floor"]
+        losses["rms_latent"] = f.detach().float().square().mean().sqrt()
+        return losses | self.extra_losses(losses["loss"], self.likelihood.mean(output), x_seen)
+
+    def extra_losses(self, loss: Tensor, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """The seed's MSE and gradient difference on [0, 1], and the loss with them."""
+        if not (self.mse_weight or self.gradient_weight):
+            return {}
+        x_hat, x = (x_hat + 1) / 2, (x.float() + 1) / 2
+        extra = {"mse": (x_hat - x).square().mean()}
+        extra["gradient"] = gradient_difference(
+            x_hat, x, power=self.gradient_power, signed=self.gradient_is_signed
+        )
+        loss = loss + self.mse_weight * extra["mse"] + self.gradient_weight * extra["gradient"]
+        return {"loss": loss} | extra
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """The bound on fixed noise and evenly spread times, and the quality of the autoencoder at t = 0."""
+        x = batch["image"]
+        generator = step_generator(self.seed, -1 - batch_idx, torch.device("cpu"))
+
+        def draw(shape: tuple[int, ...], sample: Callable = torch.randn) -> Tensor:
+            return sample(len(x), *shape, generator=generator).to(x.device)
+
+        u = (torch.arange(len(x)) + torch.rand((), generator=generator)) / len(x)
+        t = self.objective.place(u.double(), self.schedule).to(x.device)
+        condition = self.condition(batch)
+        losses = self.bound_losses(x, condition, t, draw)
+        terms = {f"val/{name}": value for name, value in losses.items()}
+        if min(spatial_shape(x), default=0) >= MIN_SSIM_SIZE:
+            x_hat = self.shortcut(x, condition, generator=generator)
+            real, fake = (x.float() + 1) / 2, (x_hat.clamp(-1, 1) + 1) / 2
+            terms["val/psnr"] = psnr(fake, real, data_range=1.0).mean().float()
+            terms["val/ssim"] = ssim(fake, real, data_range=1.0).mean().float()
+        self.log_dict(terms, on_epoch=True, batch_size=len(x), sync_dist=True)
+
+    def predict_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """One sample for each label of a batch."""
+        names = [f"{batch_idx}_{i}" for i in range(len(batch["image"]))]
+        return self.sample(batch, names, self.latent_shape(spatial_shape(batch["image"])))
+
+    # ---- parts of the model ----------------------------------------------------------------------------
+
+    def condition(self, batch: dict, drop: tuple[str, ...] | None = ()) -> Condition:
+        """The condition of a batch without the groups in `drop`; None drops all: the null of guidance."""
+        size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
+        return self.conditioner(batch, None, self.conditioner.drop_groups(size, drop, self.device))
+
+    def embed(self, label: Tensor) -> Tensor | None:
+        """(B,) labels, -1 for none -> (B, E), or None for an unconditional model."""
+        return self.condition({"label": label}).embedding
+
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.codec.latent_shape(image_shape)
+
+    def encode(self, x: Tensor, condition: Condition) -> Tensor:
+        """(B, C, *S) in [-1, 1] -> f (B, Cz, *s)."""
+        return self.codec.encode(x, condition.embedding).float()
+
+    def decode(self, z: Tensor, condition: Condition) -> Tensor:
+        """f (B, Cz, *s) -> the likelihood's parameters (B, C, *S)."""
+        return self.codec.decode(z, condition.embedding).float()
+
+    def decode_image(self, z: Tensor, condition: Condition) -> Tensor:
+        """f (B, Cz, *s) -> the expected image (B, C, *S) in [-1, 1]."""
+        return self.likelihood.mean(self.decode(z, condition))
+
+    def gamma_0(self) -> Tensor:
+        return self.schedule.gamma(torch.zeros((), device=self.device))
+
+    def predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """(noise_hat, x0_hat) at times (B,)."""
+        noise_hat = self.network(z_t, network_time(t, self.schedule), condition).float()
+        alpha, sigma = self.schedule.alpha_sigma(t, noise_hat)
+        return noise_hat, (z_t - sigma * noise_hat) / alpha
+
+    # ---- what the model is for -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def shortcut(self, x: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
+        """Encode, the noise of t = 0, decode: the autoencoder's quality. Image in [-1, 1]."""
+        noise_device = generator.device if generator else x.device
+        u = torch.rand(x.shape, device=noise_device, generator=generator).to(x.device)
+        f = self.encode(self.likelihood.observe(x, u), condition)
+        noise = torch.randn(f.shape, device=noise_device, generator=generator).to(f.device)
+        return self.decode_image(self.objective.decoder_input(self.schedule, f, noise), condition)
+
+    @torch.no_grad()
+    def recon(
+        self,
+        x: Tensor,
+        condition: Condition,
+        t: float = 0.8,
+        *,
+        sampler: Sampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Diffuse to the grid time at or below `t`, run the chain back, decode. Image in [-1, 1]."""
+        sampler = sampler or self.sampler
+        f = self.encode(self.likelihood.observe(x, torch.rand_like(x)), condition)
+        first = sampler.first_step(self.schedule, t)
+        time = sampler.time_grid(self.schedule, f.device).times[first].expand(len(f))
+        noise = torch.randn(f.shape, device=f.device, generator=generator)
+        z_t = self.schedule.add_noise(f, noise, time)
+        denoise = self.objective.denoiser(self.network, self.schedule, condition)
+        z = sampler(denoise, self.schedule, z_t, generator, first=first)
+        return self.decode_image(self.clean(z, sampler), condition)
+
+    def clean(self, z: Tensor, sampler: Sampler) -> Tensor:
+        """What the decoder expects from where a sampler stops: z_0 / alpha_0, or x0_hat as it is."""
+        if sampler.clean_last_step:
+            return z
+        return z / torch.sigmoid(-self.gamma_0()).sqrt()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: dict,
+        names: list[str],
+        latent_shape: tuple[int, ...],
+        *,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        drop: tuple[str, ...] = (),
+        callback: Callable | None = None,
+    ) -> Tensor:
+        """Images (B, C, *S) in [-1, 1] for the labels of a batch; `names` and `seed` decide the noise."""
+        sampler = sampler or self.sampler
+        condition, null = self.condition(batch, drop), self.condition(batch, None)
+        noise = case_noise(names, (self.codec.latent_channels, *latent_shape), seed).to(self.device)
+        denoise = guided(
+            self.objective,
+            self.network,
+            self.schedule,
+            condition,
+            null,
+            scale=sampler.guidance_scale,
+            rescale=sampler.guidance_rescale,
+        )
+        generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
+        z = sampler(denoise, self.schedule, noise, generator, callback)
+        return self.decode_image(self.clean(z, sampler), condition)
+
+    def generate(
+        self,
+        num_samples: int,
+        image_shape: tuple[int, ...],
+        *,
+        label: int = -1,
+        seed: int = 0,
+        sampler: Sampler | None = None,
+    ) -> Tensor:
+        """`num_samples` images of the grid `image_shape`; `label` -1 is unconditional."""
+        batch = {"label": torch.full((num_samples,), label, device=self.device)}
+        names = [str(i) for i in range(num_samples)]
+        return self.sample(batch, names, self.latent_shape(image_shape), seed=seed, sampler=sampler)
+
+    @torch.no_grad()
+    def vlb_exact(
+        self,
+        x: Tensor,
+        condition: Condition,
+        *,
+        num_timesteps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Bound:
+        """Reconstruction, prior and all T diffusion terms, (B,) nats."""
+        x = self.likelihood.observe(x, torch.rand(x.shape, device=x.device, generator=generator))
+        f = self.encode(x, condition)
+        noise = torch.randn(f.shape, device=f.device, generator=generator)
+        output = self.decode(self.objective.decoder_input(self.schedule, f, noise), condition)
+        recon = self.likelihood.nats(output, x, self.gamma_0())
+        return self.objective.exact(
+            self.network,
+            self.schedule,
+            f,
+            condition,
+            num_timesteps=num_timesteps,
+            recon=recon,
+            generator=generator,
+        )
+
+    @torch.no_grad()
+    def classify(
+        self, x: Tensor, num_labels: int, *, num_timesteps: int | None = None, seed: int = 0
+    ) -> Tensor:
+        """(B,) labels with the lowest bound, the null left out, all on the same noise."""
+        totals = []
+        for label in range(num_labels):
+            condition = self.condition({"label": torch.full((len(x),), label, device=x.device)})
+            generator = torch.Generator(x.device).manual_seed(seed)
+            bound = self.vlb_exact(x, condition, num_timesteps=num_timesteps, generator=generator)
+            totals.append(bound.total)
+        return torch.stack(totals).argmin(0)
+
+    # ---- pictures --------------------------------------------------------------------------------------
+
+    def picture_sampler(self) -> Sampler:
+        return dataclasses.replace(self.sampler, num_steps=min(self.sampler.num_steps, PICTURE_STEPS))
+
+    @torch.no_grad()
+    def picture(self, batch: dict) -> list[Tensor]:
+        """Rows for the sample grid: real images, the shortcut, recon(0.8), samples. None for points."""
+        x = batch["image"]
+        if x.ndim < 4:
+            return []
+        condition, sampler = self.condition(batch), self.picture_sampler()
+        names = [f"grid{i}" for i in range(len(x))]
+        generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, "picture"))
+        return [
+            x,
+            self.shortcut(x, condition, generator),
+            self.recon(x, condition, sampler=sampler, generator=generator),
+            self.sample(batch, names, self.latent_shape(spatial_shape(x)), sampler=sampler),
+        ]
+
+    @torch.no_grad()
+    def figures(self, batch: dict) -> dict[str, Tensor]:
+        """More pictures by name, (3, H, W) uint8: the schedule, forward noising, or points where data are
+        points.
+        """
+        x = batch["image"]
+        figures = {"schedule": schedule_figure(self.schedule)}
+        if x.ndim < 4:
+            names = [f"point{i}" for i in range(1000)]
+            labels = torch.full((1000,), -1, device=x.device)
+            points = self.sample({"label": labels}, names, (), sampler=self.picture_sampler())
+            return figures | {"points": points_figure(x, points)}
+        return figures | {"noising": self.noising_strip(batch)}
+
+    def noising_strip(self, batch: dict) -> Tensor:
+        """One image noised more and more: what its latent decodes to, and what the network makes of it."""
+        one = {k: v[:1] for k, v in batch.items() if isinstance(v, Tensor)}
+        x, condition = one["image"], self.condition(one)
+        f = self.encode(self.likelihood.observe(x, torch.full_like(x, 0.5)), condition)
+        generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, "noising"))
+        noise = torch.randn(f.shape, device=f.device, generator=generator)
+        noised, denoised = [x], [x]
+        for t in torch.linspace(0, 1, NOISING_TIMES, dtype=torch.float64, device=x.device):
+            z_t = self.schedule.add_noise(f, noise, t.expand(1))
+            alpha, _ = self.schedule.alpha_sigma(t.expand(1), f)
+            noised.append(self.decode_image(z_t / alpha, condition))
+            denoised.append(self.decode_image(self.predict(z_t, t.expand(1), condition)[1], condition))
+        return grid([torch.cat(noised), torch.cat(denoised)])

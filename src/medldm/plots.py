@@ -1,0 +1,74 @@
+"""Pictures as (3, H, W) uint8 tensors; callbacks and commands write them."""
+
+import io
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from medldm.diffusion.schedule import NoiseSchedule, gamma_to_alpha_sigma
+
+
+def rendered(figure) -> Tensor:  # noqa: ANN001 - matplotlib is imported lazily
+    """A matplotlib figure as (3, H, W) uint8."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    array = np.array(Image.open(buffer).convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def new_figure(columns: int, size: float = 3.2):  # noqa: ANN201
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    figure = Figure(figsize=(columns * size, size), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+@torch.no_grad()
+def schedule_figure(schedule: NoiseSchedule) -> Tensor:
+    """gamma, SNR, alpha and sigma over t."""
+    device = next(iter([*schedule.parameters(), *schedule.buffers()]), torch.zeros(())).device
+    t = torch.linspace(0, 1, 401, dtype=torch.float64, device=device)
+    gamma = schedule.gamma(t)
+    alpha, sigma = gamma_to_alpha_sigma(gamma)
+    t, gamma, alpha, sigma = (v.cpu().numpy() for v in (t, gamma, alpha, sigma))
+    figure, axes = new_figure(3)
+    axes[0].plot(t, gamma)
+    axes[0].set_title(f"gamma: {gamma[0]:.2f} to {gamma[-1]:.2f}")
+    axes[1].semilogy(t, np.exp(-gamma))
+    axes[1].set_title("SNR")
+    axes[2].plot(t, alpha, label="alpha")
+    axes[2].plot(t, sigma, label="sigma")
+    axes[2].legend()
+    axes[2].set_title("scales of signal and noise")
+    for axis in axes:
+        axis.set_xlabel("t")
+        axis.grid(alpha=0.3)
+    return rendered(figure)
+
+
+def points_figure(data: Tensor, samples: Tensor) -> Tensor:
+    """Two-dimensional points (N, 2): data and samples, side by side on the same axes."""
+    figure, axes = new_figure(2, 4.0)
+    for axis, points, title in zip(axes, (data, samples), ("data", "samples"), strict=True):
+        x, y = points.float().cpu().numpy().T
+        axis.scatter(x, y, s=3)
+        axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", title=f"{title} (n = {len(points)})")
+    return rendered(figure)
+
+
+def middle_slice(x: Tensor) -> Tensor:
+    """A volume's middle axial slice, front up (prepared axes run right, front, up); 2D images stay."""
+    return x if x.ndim == 4 else x[..., x.shape[-1] // 2].transpose(-1, -2).flip(-2)
+
+
+def grid(rows: list[Tensor]) -> Tensor:
+    """Rows of (B, C, *S) in [-1, 1] -> (3, H, W) uint8, one row per line."""
+    images = torch.cat([middle_slice(row.float().cpu())[:, :1] for row in rows])
+    picture = make_grid(
+        images.clamp(-1, 1), nrow=len(rows[0]), padding=2, normalize=True, value_range=(-1, 1)
+    )
+    return (picture * 255).round().to(torch.uint8)
