@@ -24,8 +24,8 @@ def conv_transpose(spatial_dims: int, *args, **kwargs) -> nn.Module:
 
 
 def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """A 1x1 convolution (or the identity) as one matrix product where x is channels_last: a 3D kernel of size 1
-    would copy x to the other layout and back.
+    """A 1x1 convolution (or the identity), as one matrix product where x is channels_last: a 3D kernel of
+    size 1 would copy x to the other layout and back.
     """
     if isinstance(layer, nn.Identity) or x.is_contiguous():
         return layer(x)
