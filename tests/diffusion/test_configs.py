@@ -38,8 +38,7 @@ def predict(z_t, t, condition):
 @pytest.mark.parametrize("objective", members("objective"))
 def test_every_objective_trains_and_samples_on_every_schedule(schedule, objective):
     schedule = make(schedule)
-    times = "continuous" if schedule.num_timesteps is None else "discrete"
-    objective = make(objective, times=times)
+    objective = make(objective)
     losses = objective(predict, schedule, torch.randn(2, 3, 4, 4), Condition())
     assert losses["loss"].isfinite()
     sampler = make(GROUPS / "sampler" / "dpm_solver.yaml", num_steps=3)

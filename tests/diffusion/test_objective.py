@@ -178,7 +178,7 @@ def test_loss_is_float32_and_has_gradients_under_autocast():
 
 def test_discrete_times_refuse_a_continuous_schedule():
     with pytest.raises(InputError, match="model.objective.times"):
-        DenoisingObjective("noise").sample_times(2, fixed_linear_schedule(-13.3, 5.0))
+        DenoisingObjective("noise", times="discrete").sample_times(2, fixed_linear_schedule(-13.3, 5.0))
 
 
 @pytest.mark.parametrize(

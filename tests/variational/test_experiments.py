@@ -5,9 +5,10 @@ import json
 import pytest
 
 from medldm.checkpoints import load_module, read_checkpoint
-from medldm.commands import sample, train
+from medldm.commands import sample
 from medldm.data.phantom_chest import write_chestxray
 from tests.helpers import CONFIG_DIR, compose_config
+from tests.training import run_training
 from tests.variational.test_data import prepared
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment" / "medvdm").glob("*.yaml"))
@@ -22,9 +23,7 @@ def root(tmp_path_factory):
 
 def run(experiment, root, run_dir, *overrides, monkeypatch):
     monkeypatch.delenv("MEDLDM_RUN_DIR", raising=False)
-    data = () if experiment == "toy2d" else (f"data.root={root}",)
-    options = (f"experiment=medvdm/{experiment}", "debug=tiny", f"run_dir={run_dir}", *data, *overrides)
-    train.task(compose_config("train", *options, "trainer.enable_progress_bar=false"))
+    return run_training(root, run_dir, f"experiment=medvdm/{experiment}", *overrides)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -32,7 +31,7 @@ def test_two_steps_a_checkpoint_and_pictures(experiment, root, tmp_path, monkeyp
     run(experiment, root, tmp_path / "run", monkeypatch=monkeypatch)
     content = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert content["global_step"] == 2 and ("ema" in content) == (experiment != "colab")
-    assert load_module(tmp_path / "run" / "checkpoints" / "best.ckpt").description == {}
+    assert load_module(tmp_path / "run" / "checkpoints" / "best.ckpt").facts["image_channels"] in (1, 2)
     pictures = {path.name.split("_")[0] for path in (tmp_path / "run" / "samples").iterdir()}
     assert pictures == ({"schedule", "points"} if experiment == "toy2d" else {"schedule", "noising", "step"})
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]

@@ -45,5 +45,5 @@ def generated(name: str, settings: dict[str, Any], seed: int) -> Any:
     from importlib import import_module
 
     module, _, class_name = GENERATED[name].rpartition(".")
-    settings.pop("latents", None)
+    settings = {key: value for key, value in settings.items() if key not in ("root", "latents")}
     return getattr(import_module(module), class_name)(seed=seed, **settings)

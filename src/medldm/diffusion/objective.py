@@ -161,8 +161,9 @@ class DenoisingObjective:
             return (z_t - sigma * output) / alpha
         return alpha * z_t - sigma * output
 
-    def weight(self, gamma: Tensor) -> Tensor:
+    def weight(self, schedule: NoiseSchedule, t: Tensor, gamma: Tensor | None = None) -> Tensor:
         """(B,) min-SNR weights: min(SNR, k) for images, over SNR for noise, over SNR + 1 for velocities."""
+        gamma = schedule.gamma(t) if gamma is None else gamma
         if self.min_snr_gamma is None:
             return torch.ones_like(gamma)
         if self.prediction == "noise":
@@ -202,7 +203,7 @@ class DenoisingObjective:
         target = self.target(x, noise, schedule, t, gamma)
         with torch.autocast(x.device.type, enabled=False):
             error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
-            loss = self.weight(gamma) * error
+            loss = self.weight(schedule, t, gamma) * error
             if gradient:
                 loss = loss * slope / schedule.curve.endpoints(slope.dtype)[1].detach()
                 gradient.weigh(loss)
