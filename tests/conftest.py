@@ -1,6 +1,11 @@
 """Phantom data and a first stage, made once a session."""
 
-import pytest
+import os
+
+# Tests fork trainings that they then kill: a pool of OpenMP threads does not survive a fork.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
 
 from tests.helpers import compose_config
 

@@ -62,6 +62,7 @@ def in_child(task: Callable[[], Any], stderr: Path | None = None) -> int:
     child = os.fork()
     if child == 0:
         status = 1
+        signal.alarm(300)  # a child that hangs fails its test rather than the run
         try:
             if stderr is not None:
                 os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
