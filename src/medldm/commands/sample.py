@@ -87,7 +87,7 @@ def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from rich.progress import Progress
 
-    from medldm.checkpoints import load_module, sha256
+    from medldm.checkpoints import load_module
     from medldm.data import build_datamodule
     from medldm.data.splits import SUBSETS
     from medldm.inference import case_batches, items_by_case, pick_device
@@ -107,7 +107,38 @@ def task(cfg: Any) -> None:
     cases = list(items_by_case(dataset.items).items())[: cfg.limit]
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {data['root']} is in it; see its splits.json")
-    provenance = {
+    folder = SampleFolder(Path(cfg.output), dataset, describe_run(cfg, module, data["root"]), png=cfg.png)
+    seeds = [cfg.seed + 1_000_003 * k for k in range(cfg.num_samples if is_generative else 1)]
+    jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases]
+    with Progress() as progress:
+        total = len(seeds) * sum(len(positions) for _, positions in jobs)
+        bar = progress.add_task("sampling" if is_generative else "reconstructing", total=total)
+        for case, positions in jobs:
+            if folder.has(case):
+                progress.advance(bar, len(seeds) * len(positions))
+                continue
+            shape = tuple(dataset.cases[case].get("shape") or datamodule.facts["image_size"])
+            batches = list(case_batches(dataset, positions, data["batch_size"]))
+            samples = []
+            for seed in seeds:
+                options = {"seed": seed, "drop": tuple(cfg.drop)}
+                images = []
+                for batch in batches:
+                    images.append(generate(module, batch, shape[-dataset.spatial_dims :], options))
+                    progress.advance(bar, len(batch["case_id"]))
+                samples.append(torch.cat(images))
+            folder.write(case, positions, samples, batches)
+    print(cfg.output)
+
+
+def describe_run(cfg: Any, module: Any, root: str) -> dict[str, Any]:
+    """What provenance.json says: everything that decides what is written."""
+    import torch
+
+    from medldm.checkpoints import sha256
+
+    is_generative = hasattr(module, "sample")
+    return {
         "checkpoint": str(cfg.checkpoint),
         "checkpoint_sha256": sha256(cfg.checkpoint),
         "weights": cfg.weights,
@@ -117,36 +148,12 @@ def task(cfg: Any) -> None:
         "dropped": list(cfg.drop),
         "edge_level": cfg.edge_level,
         "seed": cfg.seed,
-        "data_root": str(Path(data["root"]).resolve()),
+        "data_root": str(Path(root).resolve()),
         "split": cfg.split,
         "num_samples": cfg.num_samples,
         "max_slices": cfg.max_slices,
         "torch": torch.__version__,
     }
-    folder = SampleFolder(Path(cfg.output), dataset, provenance, png=cfg.png)
-    num_samples = cfg.num_samples if is_generative else 1
-    with Progress() as progress:
-        total = num_samples * sum(len(spread(p, cfg.max_slices)) for _, p in cases)
-        bar = progress.add_task("sampling" if is_generative else "reconstructing", total=total)
-        for case, positions in cases:
-            positions = spread(positions, cfg.max_slices)
-            if folder.has(case):
-                progress.advance(bar, num_samples * len(positions))
-                continue
-            size = tuple(dataset.cases[case].get("shape") or datamodule.facts["image_size"])[
-                -dataset.spatial_dims :
-            ]
-            batches = list(case_batches(dataset, positions, data["batch_size"]))
-            samples = []
-            for k in range(num_samples):
-                options = {"seed": cfg.seed + 1_000_003 * k, "drop": tuple(cfg.drop)}
-                images = []
-                for batch in batches:
-                    images.append(generate(module, batch, size, options))
-                    progress.advance(bar, len(batch["case_id"]))
-                samples.append(torch.cat(images))
-            folder.write(case, positions, samples, batches)
-    print(cfg.output)
 
 
 def describe_sampler(module: Any) -> dict[str, Any]:
