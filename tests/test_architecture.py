@@ -18,19 +18,21 @@ MAY_IMPORT = {
     "metrics": {"networks"},
     "losses": {"networks"},
     "diffusion": {"networks"},
-    "models": {"diffusion", "networks", "losses", "metrics"},
+    "plots": {"diffusion"},
+    "models": {"diffusion", "networks", "losses", "metrics", "plots"},
     "checkpoints": {"models", "diffusion", "networks"},
-    "callbacks": {"models"},
+    "callbacks": {"models", "plots"},
     "runs": set(),
     "inference": {"data"},
-    "outputs": {"data", "callbacks"},
+    "outputs": {"data", "callbacks", "plots"},
     "evaluation": {"data", "metrics", "networks"},
     "reporting": {"evaluation", "data"},
     "cli": set(),
     "__main__": {"cli"},
 }
 HYDRA = {"cli", "commands", "checkpoints"}
-LIGHTNING = {"models", "data.datamodule", "callbacks", "checkpoints", "commands"}
+# data.swirl is a data module too: points that are made on the fly
+LIGHTNING = {"models", "data.datamodule", "data.swirl", "callbacks", "checkpoints", "commands"}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
