@@ -17,6 +17,10 @@ from tests.helpers import compose_part  # noqa: E402
 UNET_CHANNELS = (256, 384, 512)
 # MONAI's settings: what its classes do by themselves, and what its users can switch on.
 MONAI = (("MONAI default", False, torch.enable_grad), ("MONAI best", True, best_precision))
+OURS = (
+    ("medldm", True),
+    ("medldm, contiguous", False),
+)  # channels_last=true, as `medldm train` has it, and false
 
 
 def placed(module: nn.Module, channels_last: bool) -> nn.Module:
@@ -25,8 +29,8 @@ def placed(module: nn.Module, channels_last: bool) -> nn.Module:
 
 
 def vqvae(batch_size: int, compiled: bool) -> dict[str, Callable]:
-    """configs/model/network/vqvae_f8 at 256 x 256 and MONAI's nearest: AutoencoderKL's encoder and decoder with
-    MONAI's EMA quantiser between them, 4 latent channels, 4,096 codes at 1/8 of the size. The same loss.
+    """configs/model/network/vqvae_f8 at 256 x 256, and AutoencoderKL's encoder and decoder with MONAI's EMA
+    quantiser between them, which is nearest: 4 latent channels, 4,096 codes, 1/8 of the size. The same loss.
     """
     from monai.networks.layers.vector_quantizer import EMAQuantizer
     from monai.networks.layers.vector_quantizer import VectorQuantizer as MonaiQuantizer
@@ -49,7 +53,6 @@ def vqvae(batch_size: int, compiled: bool) -> dict[str, Callable]:
             return self.decoder(self.post(z)), loss
 
     x = torch.randn(batch_size, 1, 256, 256, device=DEVICE)
-    ours = placed(compose_part("network/vqvae_f8")(2, image_channels=1), channels_last=True)
     variants: dict[str, Callable] = {}
     for name, flash, precision in MONAI:
         theirs = placed(MonaiAutoencoder(flash), channels_last=flash)
@@ -60,21 +63,23 @@ def vqvae(batch_size: int, compiled: bool) -> dict[str, Callable]:
 
         variants[name] = partial(train_step, theirs, loss, precision)
 
-    def ours_loss(network: nn.Module = ours) -> Tensor:
-        x_hat, quantized = network(x)
-        return F.l1_loss(x_hat.float(), x) + quantized.loss
+    for name, channels_last in OURS:
+        ours = placed(compose_part("network/vqvae_f8")(2, image_channels=1), channels_last)
 
-    variants["medldm"] = partial(train_step, ours, ours_loss, best_precision)
-    if compiled:
-        variants["medldm compiled"] = partial(
-            train_step, ours, partial(ours_loss, torch.compile(ours)), best_precision
-        )
+        def ours_loss(network: nn.Module = ours) -> Tensor:
+            x_hat, quantized = network(x)
+            return F.l1_loss(x_hat.float(), x) + quantized.loss
+
+        variants[name] = partial(train_step, ours, ours_loss, best_precision)
+        if compiled:
+            loss = partial(ours_loss, torch.compile(ours))
+            variants[f"{name} compiled"] = partial(train_step, ours, loss, best_precision)
     return variants
 
 
 def unet(batch_size: int, compiled: bool) -> dict[str, Callable]:
-    """configs/model/network/unet_author (103.5M) on 32 x 32 latents and MONAI's U-Net of the same widths (91.3M),
-    with 16 heads and attention in every level too. Mean squared error on the noise.
+    """configs/model/network/unet_author (103.5M) on 32 x 32 latents, and MONAI's U-Net of the same widths
+    (91.3M) with 16 heads and attention in every level too. Mean squared error on the noise.
     """
     from monai.networks.nets import DiffusionModelUNet
 
@@ -82,7 +87,6 @@ def unet(batch_size: int, compiled: bool) -> dict[str, Callable]:
 
     z, concat, target = (torch.randn(batch_size, n, 32, 32, device=DEVICE) for n in (4, 1, 4))
     t = torch.rand(batch_size, device=DEVICE) * 1000
-    ours = placed(compose_part("network/unet_author")(2, in_channels=5, out_channels=4), channels_last=True)
     condition = Condition(concat, None, None, None)
     variants: dict[str, Callable] = {}
     for name, flash, precision in MONAI:
@@ -94,12 +98,14 @@ def unet(batch_size: int, compiled: bool) -> dict[str, Callable]:
         loss = lambda theirs=theirs: F.mse_loss(theirs(torch.cat([z, concat], 1), t).float(), target)  # noqa: E731
         variants[name] = partial(train_step, theirs, loss, precision)
 
-    def ours_loss(network: nn.Module = ours) -> Tensor:
-        return F.mse_loss(network(z, t, condition).float(), target)
+    for name, channels_last in OURS:
+        ours = placed(compose_part("network/unet_author")(2, in_channels=5, out_channels=4), channels_last)
 
-    variants["medldm"] = partial(train_step, ours, ours_loss, best_precision)
-    if compiled:
-        variants["medldm compiled"] = partial(
-            train_step, ours, partial(ours_loss, torch.compile(ours)), best_precision
-        )
+        def ours_loss(network: nn.Module = ours) -> Tensor:
+            return F.mse_loss(network(z, t, condition).float(), target)
+
+        variants[name] = partial(train_step, ours, ours_loss, best_precision)
+        if compiled:
+            loss = partial(ours_loss, torch.compile(ours))
+            variants[f"{name} compiled"] = partial(train_step, ours, loss, best_precision)
     return variants

@@ -17,9 +17,10 @@ def train_in_two_processes(root, run_dir, *overrides) -> None:
         "trainer.devices=2", "data.batch_size=2",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() == [str(run_dir)]  # printed by the first rank alone
+    lines = finished.stdout.splitlines()
+    assert lines[-1] == str(run_dir) and lines.count(lines[-1]) == 1  # printed by the first rank alone
 
 
 @pytest.mark.parametrize("model", ["autoencoder", "diffusion"])
@@ -43,7 +44,7 @@ def test_two_processes_equal_one_with_twice_the_batch(prepared, first_stage, tmp
         assert one.keys() == two.keys()
         for key, value in one.items():
             torch.testing.assert_close(
-                two[key], value, atol=2e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
+                two[key], value, atol=2e-6, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
             )
     assert ("ema" in contents[0]) == (model == "diffusion")
     one, two = (

@@ -1,4 +1,4 @@
-"""Building blocks of every network: dimension-free convolutions, norms that stay in half precision, attention."""
+"""Building blocks of every network: dimension-free convolutions, norms in half precision, attention."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +21,15 @@ def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:
 def conv_transpose(spatial_dims: int, *args, **kwargs) -> nn.Module:
     """`nn.ConvTranspose{spatial_dims}d`."""
     return getattr(nn, f"ConvTranspose{spatial_dims}d")(*args, **kwargs)
+
+
+def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution (or the identity), as one matrix product where x is channels_last: a 3D kernel of
+    size 1 would copy x to the other layout and back.
+    """
+    if isinstance(layer, nn.Identity) or x.is_contiguous():
+        return layer(x)
+    return F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
 
 
 def per_axis(value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
@@ -49,7 +58,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
-    """GroupNorm with as many of `groups` as divide `channels`, so that narrow test networks need no other config."""
+    """GroupNorm with as many of `groups` as divide `channels`: narrow test networks need no other config."""
     return GroupNorm(math.gcd(groups, channels), channels, eps=eps)
 
 
@@ -123,7 +132,7 @@ class ResBlock(nn.Module):
         if self.truncated:
             return h
         h = self.conv2(self.dropout(F.silu(apply_norm(self.norm2, h, spade))))
-        return self.shortcut(x) + h
+        return h + pointwise(self.shortcut, x)  # in this order: the sum takes the layout of its first term
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -169,7 +178,7 @@ class AttentionBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """The spatial transformer of latent diffusion: self-attention, cross-attention, GEGLU. Rombach et al. 2022."""
+    """The transformer of latent diffusion: self-attention, cross-attention, GEGLU. Rombach et al. 2022."""
 
     def __init__(
         self,
@@ -207,8 +216,9 @@ class TransformerBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Strided convolution. `kind`: "conv4" (k4, symmetric), "conv3" (k3, padding 1), "conv3_end" (k3, one voxel
-    padded at the end of each axis, as in CompVis and ALDM). Axes of stride 1 keep their size."""
+    """Strided convolution. `kind`: "conv4" (k4, symmetric), "conv3" (k3, padding 1), "conv3_end" (k3, one
+    voxel padded at the end of each axis, as in CompVis and ALDM). Axes of stride 1 keep their size.
+    """
 
     def __init__(
         self,

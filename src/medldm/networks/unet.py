@@ -1,8 +1,8 @@
 """The conditional denoising U-Net, 2D and 3D.
 
-Two arrangements of its skips: "block" keeps the output of every block (Ho et al. 2020; Dhariwal and Nichol 2021),
-"level" keeps the input of every level (the cardiac report). Conditions enter by concatenation, by an embedding added to
-the time embedding, by SPADE norms in the middle and decoder, and by cross-attention.
+Two arrangements of its skips: "block" keeps the output of every block (Ho et al. 2020; Dhariwal and Nichol
+2021), "level" keeps the input of every level (the cardiac report). Conditions enter by concatenation, by an
+embedding added to the time embedding, by SPADE norms in the middle and decoder, and by cross-attention.
 """
 
 from collections.abc import Sequence
@@ -50,10 +50,12 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """Predicts (B, out_channels, *s) from z_t, the time and the condition.
 
-    channels: width of each level. skips="level": each level is followed by a downsampling, `mid_channels` ends the middle,
-    `up_channels` are the widths on the way up (as the report's 256->384->512->768, 768->512, 384->256->128). skips="block":
-    no downsampling after the last level, the way up mirrors the way down with one more block a level.
-    attention_levels: None puts attention in every level. embedding_channels: width of time and condition embedding.
+    channels: width of each level. skips="level": each level is followed by a downsampling, `mid_channels`
+    ends the middle, `up_channels` are the widths on the way up (as the report's 256->384->512->768, 768->512,
+    384->256->128). skips="block": no downsampling after the last level, the way up mirrors the way down with
+    one more block a level.
+    attention_levels: None puts attention in every level.
+    embedding_channels: width of time and condition embedding.
     spade_channels, context_channels: of the condition's map and tokens; None where there are none.
     """
 

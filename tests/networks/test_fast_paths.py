@@ -1,0 +1,116 @@
+"""What is fast is also equal: the quantiser's search, memory layouts."""
+
+import pytest
+import torch
+
+from medldm.diffusion.conditioner import Condition
+from medldm.networks import quantizer as module
+from medldm.networks.autoencoder import VQAutoencoder
+from medldm.networks.layers import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    Upsample,
+    group_norm,
+    pointwise,
+)
+from medldm.networks.quantizer import VectorQuantizer, exact_matmul, nearest_codes
+from medldm.networks.unet import UNet
+
+LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("num_codes", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("code_dim", [1, 4, 8])
+def test_nearest_codes_equal_the_full_distance_matrix(num_codes, code_dim, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 1024 * 37})  # several chunks, the last one short
+    generator = torch.Generator().manual_seed(num_codes)
+    x = torch.randn(301, code_dim, generator=generator)
+    codebook = torch.randn(num_codes, code_dim, generator=generator)
+    chosen = nearest_codes(x, codebook)
+    distances = torch.cdist(x.double(), codebook.double()).square()
+    excess = distances.gather(1, chosen[:, None])[:, 0] - distances.amin(1)
+    assert excess.max() < 1e-5  # where two codes are equally near in float32, either is right
+    assert (chosen == distances.argmin(1)).float().mean() > 0.99
+
+
+def test_equal_codes_give_the_first_one():
+    codebook = torch.arange(400.0).remainder(40)[:, None]  # every value ten times, in all blocks
+    x = torch.arange(40.0)[:, None]
+    assert nearest_codes(x, codebook).tolist() == list(range(40))
+
+
+def test_tf32_is_off_in_the_search_and_back_on_after_it():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with exact_matmul():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_blocks_keep_channels_last(spatial_dims):
+    layout = LAYOUTS[spatial_dims]
+    x = torch.randn(2, 8, *(4,) * spatial_dims).to(memory_format=layout)
+    blocks = [
+        GroupNorm(2, 8),
+        ResBlock(spatial_dims, 8, 16, norm=group_norm),
+        AttentionBlock(8, num_heads=2),
+        Downsample(spatial_dims, 8, 8),
+        Upsample(spatial_dims, 8, 8),
+    ]
+    for block in blocks:
+        out = block.to(memory_format=layout)(x)
+        assert out.is_contiguous(memory_format=layout), type(block).__name__
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_pointwise_equals_the_convolution_in_both_layouts(spatial_dims):
+    layer = getattr(torch.nn, f"Conv{spatial_dims}d")(6, 5, 1)
+    x = torch.randn(2, 6, *(3,) * spatial_dims)
+    for layout in (torch.contiguous_format, LAYOUTS[spatial_dims]):
+        out = pointwise(layer, x.to(memory_format=layout))
+        torch.testing.assert_close(out, layer(x))
+        assert out.is_contiguous(memory_format=layout)
+    assert pointwise(torch.nn.Identity(), x) is x
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_unet_and_its_gradients_do_not_depend_on_the_layout(spatial_dims):
+    torch.manual_seed(0)
+    network = UNet(
+        spatial_dims, in_channels=3, out_channels=2, stem_channels=8, channels=[8, 16], num_res_blocks=1,
+        num_heads=2, sinusoidal_channels=8, embedding_channels=16, zero_init_last=False,
+    )  # fmt: skip
+    size = (8,) * spatial_dims
+    z, concat, t = torch.randn(2, 2, *size), torch.randn(2, 1, *size), torch.tensor([3.0, 700.0])
+
+    def results() -> list[torch.Tensor]:
+        out = network(z, t, Condition(concat, None, None, None))
+        return [out, *torch.autograd.grad(out.square().mean(), list(network.parameters()))]
+
+    plain = results()
+    network.to(memory_format=LAYOUTS[spatial_dims])
+    for a, b in zip(plain, results(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_autoencoder_does_not_depend_on_the_layout(spatial_dims):
+    torch.manual_seed(0)
+
+    def quantizer(code_dim: int) -> VectorQuantizer:
+        return VectorQuantizer(16, code_dim, init="normal")
+
+    network = VQAutoencoder(
+        spatial_dims, quantizer=quantizer, latent_channels=4, stem_channels=8, channels=[8, 16],
+        strides=[2, 2], num_heads=2,
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 1, *(16,) * spatial_dims)
+    with torch.no_grad():
+        plain, _ = network(x)
+        network.to(memory_format=LAYOUTS[spatial_dims])
+        torch.testing.assert_close(network(x)[0], plain, rtol=1e-3, atol=1e-4)
