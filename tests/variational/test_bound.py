@@ -184,8 +184,7 @@ def test_a_latent_diffusion_of_any_schedule_reports_bits_per_dimension():
     assert objective.steps(schedule) == 1000
     got = objective.exact(network, schedule, x, Condition(), generator=torch.Generator().manual_seed(1))
     exact = 0.5 * math.log(2 * math.pi) + 0.5 * float(x.square().mean())
-    # DDPM's first steps double the noise: the discrete bound is loose by about
-    # sum (gap of gamma)^2 / 4 = 0.6 bits.
+    # DDPM's first steps double the noise: loose by about sum (gap of gamma)^2 / 4 = 0.6 bits.
     assert 0 < bits(got.total.mean(), 75).item() - exact / math.log(2) < 0.7
     assert objective(network, schedule, x, Condition())["bpd_total"].isfinite()
 

@@ -211,12 +211,26 @@ def test_tossing_keeps_the_grey_level_in_the_mean():
     torch.testing.assert_close(grey(seen).mean(0), grey(x[0]), rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("scale", ["learned", "schedule"])
+@pytest.mark.parametrize("mean", [-1.4, 0.13, 0.99])
 @pytest.mark.parametrize("log_variance", [-8.0, -2.0, 3.0])
-def test_grey_levels_have_probabilities_that_sum_to_one(log_variance):
-    likelihood = DiscretizedGaussian(num_levels=16, scale="schedule")
+def test_grey_levels_have_probabilities_that_sum_to_one(scale, mean, log_variance):
+    likelihood = DiscretizedGaussian(num_levels=16, scale=scale)
+    if scale == "learned":
+        likelihood.log_variance.data.fill_(log_variance)
     levels = likelihood.value(torch.arange(16)).reshape(16, 1)
-    nats = likelihood.nats(torch.full((16, 1), 0.13), levels, torch.tensor(log_variance))
+    output = torch.full((16, 1), mean, requires_grad=True)
+    nats = likelihood.nats(output, levels, torch.tensor(log_variance))
     assert torch.exp(-nats).sum().item() == pytest.approx(1, abs=1e-5)
+    nats.sum().backward()
+    assert output.grad.isfinite().all()
+
+
+def test_both_discretised_normals_agree_where_the_levels_are_fine():
+    learned, schedule = DiscretizedGaussian(), DiscretizedGaussian(scale="schedule")
+    output, x = images(), learned.observe(images().flip(0))
+    expected = schedule.nats(output, x, torch.tensor(-4.0))
+    torch.testing.assert_close(learned.nats(output, x, torch.zeros(())), expected, rtol=0.02, atol=0)
 
 
 def test_observed_levels_and_shown_images_keep_black_and_white():
