@@ -105,7 +105,7 @@ class DiscretizedGaussian(nn.Module):
         return torch.cat(parts).reshape(len(x), -1).sum(1)
 
     def bin_nats(self, mean: Tensor, x: Tensor) -> Tensor:
-        """-log of the mass between a level's edges, computed in the lower tail, where it keeps its precision."""
+        """-log of the mass between the edges of a level, in the lower tail, where it keeps its precision."""
         level = self.level_of_value(x)
         gap = self.value(level) - mean
         # Mirror what lies above the mean: mass(a, b) = mass(-b, -a).
