@@ -21,7 +21,9 @@ import loading  # noqa: E402
 import quantizers  # noqa: E402
 import sampling  # noqa: E402
 import torch  # noqa: E402
-from measuring import DEVICE, Measured, best_precision, compare, matmul_peak, seconds  # noqa: E402
+from measuring import (  # noqa: E402
+    CLOCKS, DEVICE, Measured, best_precision, choose_clock, compare, matmul_peak, seconds,
+)  # fmt: skip
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -86,18 +88,23 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", choices=[*ROWS, "sampler"], default=list(ROWS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1, on a busy machine"
+    )
     parser.add_argument("--batch-size", type=int, help="of vqvae (1) and unet (2)")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--checkpoint", help="stage two, for sampler")
     parser.add_argument("--data", help="prepared folder, for sampler and loader")
     parser.add_argument("--num-cases", type=int, default=4, help="of the test split, for sampler")
     parser.add_argument("--max-slices", type=int, default=4, help="of each case, for sampler")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise, for sampler")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if "sampler" in options.rows and not (options.checkpoint and options.data):
         parser.error("sampler needs --checkpoint and --data")
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
+    choose_clock(options.clock)
     if DEVICE.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
