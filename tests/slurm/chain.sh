@@ -14,9 +14,9 @@ medldm() { "$MEDLDM_PYTHON" -m "medldm.commands.$1" "${@:2}"; }
 chain() { GPU=cpu RAW=$work/raw ROOT=$work/prepared RUNS=$work/$1 "$slurm/cardiac2d.sh" debug=tiny "${@:2}" | tee "$work/$1.txt"; }
 show_logs() { tail -n 15 "$1"/slurm/*.out; }
 
-check "a phantom in the layout of M&Ms-2" medldm phantom dataset=mnms2 root="$work/raw" num_subjects=8 || { finish; exit 1; }
+check "a phantom in the layout of M&Ms-2" medldm phantom dataset=mnms2 root="$work/raw" num_subjects=8 image_size=64 || { finish; exit 1; }
 
-chain runs
+chain runs data.image_size=64
 check "the chain ends" wait_until 900 queue_empty
 states=$(job_states "$work/runs.txt")
 echo "        $states"
@@ -29,13 +29,13 @@ done
 check "a report" test -n "$(find "$work/runs" -name '*.html')"
 
 STAGES="ldm sample evaluate report" chain broken ldm:model.first_stage.checkpoint=/nowhere.ckpt
-check "a chain with a failing stage ends" wait_until 120 queue_empty
+check "a chain with a failing stage ends" wait_until 300 queue_empty
 check "the stages after it are cancelled" test "$(job_states "$work/broken.txt")" = \
   "ldm:FAILED sample:CANCELLED evaluate:CANCELLED report:CANCELLED "
 check "its log names the file" grep -h "medldm train: .*/nowhere.ckpt" "$work"/broken/slurm/*ldm*.out
 
-# The signal comes once an update is saved; what was trained before the requeue is not trained again.
-run=$work/requeued num_steps=${NUM_STEPS:-40}
+# 64 pixels: seconds on a busy machine too. The signal comes once an update is saved; what was trained before the requeue is not trained again.
+run=$work/requeued num_steps=${NUM_STEPS:-20}
 is_saved() { [ -s "$run/checkpoints/last.ckpt" ]; }
 last_step() {
   "$MEDLDM_PYTHON" - "$run/checkpoints/last.ckpt" <<<'import sys, torch; print(torch.load(sys.argv[1], weights_only=True)["global_step"])'
@@ -44,10 +44,10 @@ logged_steps() { tail -n +2 "$run/metrics.csv" | awk -F, -v n="$num_steps" '$1 <
 job=$(sbatch --parsable --output="$work/requeued.out" --time=20 "$slurm/job.sbatch" train experiment=cardiac2d/vqvae \
   debug=tiny data.root="$work/prepared" run_dir="$run" resume=auto trainer.max_steps="$num_steps" \
   callbacks.checkpoints.every_n_steps=5 trainer.check_val_every_n_epoch=100)
-wait_until 120 eval 'is_saved || has_ended "$job"'
+wait_until 300 eval 'is_saved || has_ended "$job"'
 check "the training saves" is_saved
 scancel --signal=USR1 --batch "$job"
-wait_until 300 has_ended "$job"
+wait_until 900 has_ended "$job"
 check "USR1: it is requeued, goes on and completes" has_state "$job" COMPLETED || cat "$work/requeued.out"
 check "it started twice" grep "start 2 on" "$work/requeued.out"
 check "it went on from its checkpoint" grep -E "resuming .* at step [1-9]" "$work/requeued.out"
