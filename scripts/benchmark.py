@@ -18,12 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
 
 import loading  # noqa: E402
+import measuring  # noqa: E402
 import quantizers  # noqa: E402
 import sampling  # noqa: E402
 import torch  # noqa: E402
-from measuring import (  # noqa: E402
-    CLOCKS, DEVICE, Measured, best_precision, choose_clock, compare, matmul_peak, seconds,
-)  # fmt: skip
+from measuring import DEVICE, Measured  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -42,21 +41,23 @@ def run_row(row: str, options: argparse.Namespace, peak: float, progress: Progre
         return [
             result
             for dim in (4, 8)
-            for result in compare(f"quantizer, {dim} channels", quantizers.quantizer(dim), **settings)
+            for result in measuring.compare(
+                f"quantizer, {dim} channels", quantizers.quantizer(dim), **settings
+            )
         ]
     if row == "memory":
-        return compare("32,768 tokens x 16,384 codes", quantizers.memory(), **settings)
+        return measuring.compare("32,768 tokens x 16,384 codes", quantizers.memory(), **settings)
     if row == "vqvae":
         title = f"VQ-VAE step, {options.batch_size or 1} x 256^2"
-        return compare(title, networks.vqvae(options.batch_size or 1, options.compile), **settings)
+        return measuring.compare(title, networks.vqvae(options.batch_size or 1, options.compile), **settings)
     if row == "unet":
         title = f"U-Net step, {options.batch_size or 2} x 32^2"
-        return compare(title, networks.unet(options.batch_size or 2, options.compile), **settings)
+        return measuring.compare(title, networks.unet(options.batch_size or 2, options.compile), **settings)
     if row == "sampler":
         return sampling.compare_samplers(options, tick)
     read, count, folder = loading.loader(options.data, 1500)
     read()
-    rates = [count / seconds(read) for _ in range(max(3, options.repeats))]
+    rates = [count / measuring.seconds(read) for _ in range(max(3, options.repeats))]
     if folder is not None:
         folder.cleanup()
     spread = (min(rates), max(rates))
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1, on a busy machine"
+        "--clock", choices=measuring.CLOCKS, default="wall", help="cpu, with --threads 1, on a busy machine"
     )
     parser.add_argument("--batch-size", type=int, help="of vqvae (1) and unet (2)")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
@@ -104,12 +105,12 @@ def main() -> None:
         parser.error("sampler needs --checkpoint and --data")
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    choose_clock(options.clock)
+    measuring.choose_clock(options.clock)
     if DEVICE.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    peaks = {name: matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    with best_precision():
+    peaks = {name: measuring.matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    with measuring.best_precision():
         used = "bfloat16" if torch.is_autocast_enabled(DEVICE.type) else "float32"
     results: list[Measured] = []
     with Progress(SpinnerColumn(), "{task.description}", TimeElapsedColumn(), transient=True) as progress:
