@@ -29,7 +29,7 @@ from medldm.commands import run_command
 log = logging.getLogger(__name__)
 
 
-def evaluate(cfg) -> None:  # noqa: ANN001 - a Hydra config
+def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
     from omegaconf import OmegaConf
 
     from medldm.metrics.image import select_metrics
@@ -165,7 +165,7 @@ def show(results: dict) -> None:
 
 
 def main() -> None:
-    run_command(evaluate, "evaluate", __doc__)
+    run_command(task, "evaluate", __doc__)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from medldm.errors import InputError
 MAX_WIDTH = 1600  # px; wider pictures are scaled down
 
 
-def report(cfg) -> None:  # noqa: ANN001 - a Hydra config
+def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
     from medldm.files import replacing
 
     folders = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run)
@@ -165,7 +165,7 @@ def read_evaluation(folder: Path):  # noqa: ANN201
 
 
 def main() -> None:
-    run_command(report, "report", __doc__)
+    run_command(task, "report", __doc__)
 
 
 if __name__ == "__main__":
