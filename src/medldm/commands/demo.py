@@ -58,14 +58,17 @@ def stages(cfg: Any, folder: Path) -> list[tuple[str, str, list[str]]]:
         (
             "stage one: a VQ-VAE learns to compress the images",
             "train",
-            ["experiment=cardiac2d/demo_vqvae", root, f"run_dir={vqvae}", "resume=auto", seed, *cfg.vqvae],
+            [
+                "experiment=cardiac2d/demo_vqvae", "experiment_name=cardiac2d/demo_vqvae", root,
+                f"run_dir={vqvae}", "resume=auto", seed, *cfg.vqvae,
+            ],
         ),
         ("caching the latents of every slice", "encode", [f"checkpoint={first}", root]),
         (
             "stage two: a conditional U-Net learns to denoise latents, given edges and map",
             "train",
             [
-                "experiment=cardiac2d/demo_ldm", root, f"model.first_stage.checkpoint={first}",
+                "experiment=cardiac2d/demo_ldm", "experiment_name=cardiac2d/demo_ldm", root, f"model.first_stage.checkpoint={first}",
                 "data.latents=auto", f"run_dir={ldm}", "resume=auto", seed, *cfg.ldm,
             ],
         ),
