@@ -68,7 +68,8 @@ def stages(cfg: Any, folder: Path) -> list[tuple[str, str, list[str]]]:
             "stage two: a conditional U-Net learns to denoise latents, given edges and map",
             "train",
             [
-                "experiment=cardiac2d/demo_ldm", "experiment_name=cardiac2d/demo_ldm", root, f"model.first_stage.checkpoint={first}",
+                "experiment=cardiac2d/demo_ldm", "experiment_name=cardiac2d/demo_ldm", root,
+                f"model.first_stage.checkpoint={first}",
                 "data.latents=auto", f"run_dir={ldm}", "resume=auto", seed, *cfg.ldm,
             ],
         ),
