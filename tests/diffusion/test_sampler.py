@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from medldm.diffusion.schedule import (
 from medldm.errors import InputError
 
 DATA_STD = 0.5
-SAMPLERS = {"ancestral": AncestralSampler, "ddim": DDIMSampler, "dpm_solver": DPMSolverSampler}
+SAMPLERS = {
+    "ancestral": AncestralSampler,
+    "ddim": DDIMSampler,
+    "dpm_solver": DPMSolverSampler,
+    "dpm_solver_sde": partial(DPMSolverSampler, eta=1.0),
+}
 SCHEDULES = {
     "sqrt_linear": lambda: sqrt_linear_schedule(1000, beta_start=0.0015, beta_end=0.0195),
     "cosine": lambda: cosine_schedule(1000),
@@ -61,6 +67,7 @@ TOLERANCES = {
     "ancestral": {1000: 0.008, 50: 0.07, 20: 0.12},
     "ddim": {1000: 0.004, 50: 0.05, 20: 0.10},
     "dpm_solver": {1000: 0.002, 50: 0.004, 20: 0.016},
+    "dpm_solver_sde": {1000: 0.002, 50: 0.009, 20: 0.026},
 }
 
 
@@ -116,6 +123,17 @@ def test_ddim_with_eta_one_is_ancestral_sampling(schedule, num_steps):
     ddim = DDIMSampler(num_steps=num_steps, eta=1.0).coefficients(gamma)
     for name in ("z", "x0", "noise"):
         torch.testing.assert_close(getattr(ddim, name), getattr(ancestral, name), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stochastic_dpm_solver_is_ancestral_sampling_plus_a_second_order_term(schedule):
+    gamma = AncestralSampler(num_steps=20).time_grid(SCHEDULES[schedule]()).gamma
+    ancestral = AncestralSampler(num_steps=20).coefficients(gamma)
+    solver = DPMSolverSampler(num_steps=20, eta=1.0).coefficients(gamma)
+    torch.testing.assert_close(solver.z, ancestral.z, rtol=0, atol=1e-12)
+    torch.testing.assert_close(solver.noise, ancestral.noise, rtol=0, atol=1e-12)
+    torch.testing.assert_close(solver.x0 + solver.x0_previous, ancestral.x0, rtol=0, atol=1e-12)
+    assert (solver.x0_previous[1:-1] < 0).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 3, 4, 2, 6)])
