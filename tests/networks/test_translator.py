@@ -52,7 +52,7 @@ def test_discriminators_of_r3_have_their_counts_and_shapes(channels_in, channels
     options = {"strides": [2, 2, 2, 1], "norm": "group", "out_channels": channels_out}
     with torch.device("meta"):
         network = PatchDiscriminator(3, channels=[32, 64, 128, 256], in_channels=channels_in, **options)
-    narrow = PatchDiscriminator(3, channels=[2, 2, 2, 2], in_channels=1, **options)
+    narrow = PatchDiscriminator(3, channels=[1, 1, 1, 1], in_channels=1, **options)
     assert num_parameters(network) == count
     assert narrow(torch.zeros(1, 1, *grid))[-1].shape == logits
 
