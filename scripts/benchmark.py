@@ -4,9 +4,9 @@
     python scripts/benchmark.py quantizer unet --json out.json
     python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
 
-Rows: quantizer, memory, vqvae, unet, loader, sampler. A GPU is used where there is one. MONAI's attention
-needs `pip install einops`. Peak extra memory is, on a CPU, the largest sum of tensors alive that a step made
-(scratch inside a kernel is not seen), on a GPU the allocator's own peak.
+Rows: quantizer, memory, vqvae, unet, loader, ssim, sampler. A GPU is used where there is one. MONAI's
+attention needs `pip install einops`. Peak extra memory is, on a CPU, the largest sum of tensors alive that a
+step made (scratch inside a kernel is not seen), on a GPU the allocator's own peak.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
 
+import evaluating  # noqa: E402
 import loading  # noqa: E402
 import measuring  # noqa: E402
 import quantizers  # noqa: E402
@@ -29,8 +30,13 @@ from rich.table import Table  # noqa: E402
 
 import networks  # noqa: E402
 
-ROWS = ("quantizer", "memory", "vqvae", "unet", "loader")
-REFERENCE = {"quantizer": "MONAI EMAQuantizer", "vqvae": "MONAI default", "unet": "MONAI default"}
+ROWS = ("quantizer", "memory", "vqvae", "unet", "loader", "ssim")
+REFERENCE = {
+    "quantizer": "MONAI EMAQuantizer",
+    "vqvae": "MONAI default",
+    "unet": "MONAI default",
+    "ssim": "MONAI SSIMMetric",
+}
 
 
 def run_row(row: str, options: argparse.Namespace, peak: float, progress: Progress) -> list[Measured]:
@@ -53,6 +59,8 @@ def run_row(row: str, options: argparse.Namespace, peak: float, progress: Progre
     if row == "unet":
         title = f"U-Net step, {options.batch_size or 2} x 32^2"
         return measuring.compare(title, networks.unet(options.batch_size or 2, options.compile), **settings)
+    if row == "ssim":
+        return measuring.compare("SSIM of 96^3", evaluating.ssim_3d(), **settings)
     if row == "sampler":
         return sampling.compare_samplers(options, tick)
     read, count, folder = loading.loader(options.data, 1500)

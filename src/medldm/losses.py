@@ -7,7 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.networks.features import LPIPS, RandomConvFeatures
+from medldm.networks.features import LPIPS, RandomConvFeatures, build_medicalnet
+from medldm.networks.medicalnet import standardised
 
 PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
@@ -58,37 +59,53 @@ def random_slices(x: Tensor, axis: int, index: Tensor) -> Tensor:
     return x.gather(axis + 2, index).squeeze(axis + 2)
 
 
-class PerceptualLoss(nn.Module):
-    """Distance of features of a frozen 2D network: "lpips_vgg", "lpips_alex", or "random_conv" (needs no
-    weights; a stand-in for tests, not LPIPS).
+PERCEPTUAL_NETWORKS = ("lpips_vgg", "lpips_alex", "medicalnet_10", "medicalnet_50", "random_conv")
 
+
+class PerceptualLoss(nn.Module):
+    """Distance of features of a frozen network: "lpips_vgg", "lpips_alex" (2D), "medicalnet_10",
+    "medicalnet_50" (3D), or "random_conv" (2D, needs no weights; a stand-in for tests, not LPIPS).
+
+    MedicalNet sees volumes of mean 0 and deviation 1; features are brought to length 1 over channels, and
+    squared differences summed over channels and averaged over space.
     The network is built at first use, kept out of the state dict and out of `train()`: LPIPS holds dropout,
     which Lightning's train() would switch on inside the loss.
     """
 
     def __init__(self, network: str = "lpips_vgg", *, weights_dir: str | None = None) -> None:
         super().__init__()
-        if network not in ("lpips_vgg", "lpips_alex", "random_conv"):
-            raise ValueError(f"perceptual network '{network}' is none of lpips_vgg, lpips_alex, random_conv")
+        if network not in PERCEPTUAL_NETWORKS:
+            raise ValueError(f"perceptual network '{network}' is none of {', '.join(PERCEPTUAL_NETWORKS)}")
         self.network, self.weights_dir = network, weights_dir
+        self.spatial_dims = 3 if network.startswith("medicalnet") else 2
         self._built: list[nn.Module] = []  # a list, so that nn.Module does not register it
 
     def build(self) -> nn.Module:
         """The frozen network; raises InputError where its weights are not on this machine."""
         if not self._built:
-            if self.network == "random_conv":
-                net: nn.Module = RandomConvFeatures(2)
+            kind, _, which = self.network.partition("_")
+            if kind == "lpips":
+                net: nn.Module = LPIPS(which, weights_dir=self.weights_dir)
+            elif kind == "medicalnet":
+                net = build_medicalnet(int(which), self.weights_dir)
             else:
-                net = LPIPS(self.network.removeprefix("lpips_"), weights_dir=self.weights_dir)
+                net = RandomConvFeatures(2)
             self._built.append(net.eval().requires_grad_(False))
         return self._built[0]
 
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Two (B, 1 or 3, H, W) in [-1, 1] -> scalar."""
+        """Two (B, 1 or 3, *S) in [-1, 1], 2D or 3D as the network is (`spatial_dims`) -> scalar."""
         net = self.build().to(x.device)
         if self.network == "random_conv":
             return F.mse_loss(net(x_hat), net(x))
+        if self.spatial_dims == 3:
+            return unit_feature_distance(net(standardised(x_hat)), net(standardised(x)))
         return net(x_hat, x).mean()
+
+
+def unit_feature_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Two (B, C, *s) -> mean over space and batch of |a / |a| - b / |b||^2, lengths over channels."""
+    return (F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean()
 
 
 class AdversarialLoss:

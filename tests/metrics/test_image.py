@@ -14,10 +14,10 @@ from medldm.metrics.image import (
     psnr,
     rmse,
     select_metrics,
-    ssim,
     ssim_gaussian,
     to_unit,
 )
+from medldm.metrics.similarity import MS_WEIGHTS, ms_ssim, num_scales, ssim
 
 SHAPES = {2: (31, 24), 3: (12, 17, 14)}
 
@@ -44,6 +44,51 @@ def test_gaussian_ssim_equals_scikit_image(spatial_dims):
     pairs = zip(real[:, 0].double().numpy(), generated[:, 0].double().numpy(), strict=True)
     expected = [structural_similarity(x, y, **options) for x, y in pairs]
     assert np.allclose(ssim_gaussian(generated, real), expected, rtol=0, atol=1e-9)
+
+
+def test_gaussian_ssim_of_a_volume_equals_monai():
+    from monai.metrics.regression import compute_ssim_and_cs
+
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand(1, 1, 24, 70, 72, generator=generator)  # more than one slab, more than one block
+    generated = (real + 0.2 * torch.randn(real.shape, generator=generator)).clamp(0, 1)
+    maps, _ = compute_ssim_and_cs(generated, real, 3, (11,) * 3, (1.5,) * 3)
+    assert float(ssim_gaussian(generated, real)) == pytest.approx(float(maps.mean()), abs=2e-5)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_ssim_of_a_region_is_the_mean_over_its_window_centres(spatial_dims):
+    generated, real = pair(spatial_dims)
+    region = torch.rand(real.shape, generator=torch.Generator().manual_seed(3)) > 0.7
+    region[1] = False
+    x, y = (image[0, 0].double().numpy() for image in (real, generated))
+    _, full = structural_similarity(x, y, data_range=1.0, full=True)
+    inner = (slice(3, -3),) * spatial_dims
+    value = ssim(generated, real, region=region)
+    assert float(value[0]) == pytest.approx(full[inner][region[0, 0].numpy()[inner]].mean(), abs=1e-9)
+    assert value[1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales"), [((1, 176, 181), 5), ((1, 30, 26, 44), 2), ((1, 45, 48, 44), 3)]
+)
+def test_ms_ssim_equals_monai_with_as_many_scales_as_fit(shape, scales):
+    from monai.metrics.regression import compute_ms_ssim
+
+    generator = torch.Generator().manual_seed(1)
+    real = torch.rand(2, *shape, generator=generator)
+    generated = (real + 0.3 * torch.randn(real.shape, generator=generator)).clamp(0, 1)
+    assert num_scales(shape[1:]) == scales
+    powers = np.array(MS_WEIGHTS[:scales]) * sum(MS_WEIGHTS) / sum(MS_WEIGHTS[:scales])
+    expected = compute_ms_ssim(generated, real, len(shape) - 1, weights=powers.tolist()).flatten()
+    assert ms_ssim(generated, real, scales=scales).tolist() == pytest.approx(expected.tolist(), abs=5e-5)
+
+
+def test_ms_ssim_is_one_for_equal_images_and_names_a_volume_too_small():
+    x = torch.rand(1, 1, 24, 24, 24)
+    assert float(ms_ssim(x, x, scales=2)) == pytest.approx(1)
+    with pytest.raises(InputError, match=r"ms_ssim at scale 3: image \(6, 6, 6\) is smaller"):
+        ms_ssim(x, x, scales=3)
 
 
 def test_ssim_averages_channels_as_scikit_image():

@@ -7,13 +7,13 @@ The functions take (B, C, *S) tensors in [0, `data_range`], 2D or 3D alike, and 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from medldm.errors import InputError
+from medldm.metrics.similarity import ssim
 
 ImageFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,59 +59,6 @@ def nmse_energy(generated: Tensor, reference: Tensor) -> Tensor:
     """||x - y||^2 / ||x||^2 with x the real image (fastMRI); NaN where the real image is all zero."""
     energy = per_image(reference.double() ** 2)
     return mse(generated, reference) / energy.where(energy > 0, math.nan)
-
-
-def window_weights(window: Literal["uniform", "gaussian"], size: int, sigma: float) -> list[float]:
-    """One-dimensional window that sums to 1."""
-    if window == "uniform":
-        return [1 / size] * size
-    if window != "gaussian":
-        raise ValueError(f"window={window!r}: choose 'uniform' or 'gaussian'")
-    weights = [math.exp(-0.5 * ((i - size // 2) / sigma) ** 2) for i in range(size)]
-    return [weight / sum(weights) for weight in weights]
-
-
-def filter_valid(x: Tensor, weights: list[float]) -> Tensor:
-    """Separable correlation of (B, C, *S) along every spatial axis, valid part only."""
-    for axis in range(2, x.ndim):
-        size = x.shape[axis] - len(weights) + 1
-        out = x.narrow(axis, 0, size) * weights[0]
-        for offset, weight in enumerate(weights[1:], start=1):
-            out.add_(x.narrow(axis, offset, size), alpha=weight)
-        x = out
-    return x
-
-
-def ssim(
-    generated: Tensor,
-    reference: Tensor,
-    *,
-    data_range: float = 1.0,
-    window: Literal["uniform", "gaussian"] = "uniform",
-    size: int = 7,
-    sigma: float = 1.5,
-    sample_covariance: bool = True,
-) -> Tensor:
-    """Structural similarity per image, equal to `skimage.metrics.structural_similarity` of the same settings.
-
-    The default is skimage's: uniform window of 7, sample covariance. Wang et al. 2004 is
-    `window="gaussian", size=11, sample_covariance=False`. Channels are averaged.
-    Raises InputError where an image is smaller than the window.
-    """
-    if min(reference.shape[2:]) < size:
-        shape = tuple(reference.shape[2:])
-        raise InputError(
-            f"ssim: image {shape} is smaller than the window of {size}; set an odd size that fits"
-        )
-    x, y = reference.double(), generated.double()
-    weights = window_weights(window, size, sigma)
-    ux, uy, uxx, uyy, uxy = (filter_valid(m, weights) for m in (x, y, x * x, y * y, x * y))
-    count = size ** (x.ndim - 2)
-    unbias = count / (count - 1) if sample_covariance else 1.0
-    vx, vy, vxy = unbias * (uxx - ux * ux), unbias * (uyy - uy * uy), unbias * (uxy - ux * uy)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = (2 * ux * uy + c1) * (2 * vxy + c2) / ((ux * ux + uy * uy + c1) * (vx + vy + c2))
-    return per_image(similarity)
 
 
 ssim_gaussian = partial(ssim, window="gaussian", size=11, sigma=1.5, sample_covariance=False)

@@ -134,7 +134,8 @@ class AutoencoderModule(LightningModule):
         losses = {"pixel": self.pixel_loss(x_hat, x), "quantizer": quantizer_loss}
         reconstruction = self.pixel_weight * losses["pixel"]
         if self.perceptual is not None and self.perceptual_weight:
-            losses["perceptual"] = self.perceptual(self.view(x_hat, 2, slices), self.view(x, 2, slices))
+            views = (self.view(v, self.perceptual.spatial_dims, slices) for v in (x_hat, x))
+            losses["perceptual"] = self.perceptual(*views)
             reconstruction = reconstruction + self.perceptual_weight * losses["perceptual"]
         total = reconstruction + self.quantizer_weight * quantizer_loss
         if factor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.errors import InputError
+from medldm.networks.medicalnet import MedicalNet, load_medicalnet
 
 
 class WeightsFile(NamedTuple):
@@ -32,6 +33,11 @@ INCEPTION_WEIGHTS = WeightsFile(
 LPIPS_WEIGHTS = {
     "vgg": WeightsFile(("vgg16-397923af.pth",), "397923af", "torchvision VGG16_Weights.DEFAULT"),
     "alex": WeightsFile(("alexnet-owt-7be5be79.pth",), "7be5be79", "torchvision AlexNet_Weights.DEFAULT"),
+}
+# Tencent/MedicalNet publishes no hashes: whoever uses these prints the hash of the file.
+MEDICALNET_WEIGHTS = {
+    10: WeightsFile(("resnet_10_23dataset.pth", "resnet_10.pth"), "", "Tencent/MedicalNet"),
+    50: WeightsFile(("resnet_50_23dataset.pth", "resnet_50.pth"), "", "Tencent/MedicalNet"),
 }
 
 
@@ -53,6 +59,17 @@ def find_weights(weights: WeightsFile, weights_dir: Path | str | None) -> Path:
     if not file_sha256(found[0]).startswith(weights.sha256):
         raise InputError(f"{found[0]}: its sha256 does not start with {weights.sha256}; fetch it again")
     return found[0]
+
+
+def build_medicalnet(depth: int, weights_dir: Path | str | None = None) -> MedicalNet:
+    """MedicalNet's ResNet-10 or -50, frozen, from a local file; `sha256` is the file's.
+
+    It takes (B, 1, D, H, W) of `medicalnet.standardised` volumes and returns feature maps.
+    """
+    path = find_weights(MEDICALNET_WEIGHTS[depth], weights_dir)
+    network = load_medicalnet(depth, path)
+    network.sha256 = file_sha256(path)
+    return network
 
 
 def file_sha256(path: Path) -> str:
