@@ -6,6 +6,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from medldm.batch import one_hot
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.objective import DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler
@@ -26,6 +27,8 @@ class DiffusionModule(LightningModule):
     """Denoiser (`network` and `conditioner`) over the latents of a frozen `first_stage`.
 
     batch["latent"] (the cache of `medldm encode`) is used where it is there, else batch["image"] is encoded.
+    `map_stage` is a frozen autoencoder of semantic maps, whose latents the conditioner finds as
+    batch["map_latent"].
     All random numbers of a step are a function of `seed` and the step, drawn for the global batch.
     """
 
@@ -35,6 +38,7 @@ class DiffusionModule(LightningModule):
         conditioner: nn.Module,
         network: nn.Module,
         *,
+        map_stage: nn.Module | None = None,
         schedule: NoiseSchedule,
         objective: DenoisingObjective,
         sampler: Sampler,
@@ -45,6 +49,7 @@ class DiffusionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.first_stage, self.conditioner, self.network = first_stage, conditioner, network
+        self.map_stage = map_stage
         self.schedule, self.objective, self.sampler = schedule, objective, sampler
         self.make_optimizer = optimizer
         self.warmup_steps, self.cosine_steps, self.seed = warmup_steps, cosine_steps, seed
@@ -110,7 +115,7 @@ class DiffusionModule(LightningModule):
         noise = torch.randn(world * len(z), *z.shape[1:], device=z.device, generator=generator)
         drop = self.conditioner.sample_drop(world * len(z), generator, z.device)
         t, noise, drop = (rank_part(v, rank, world) for v in (t, noise, drop))
-        condition = self.conditioner(batch, self.first_stage, drop)
+        condition = self.conditioner(self.with_map_latent(batch), self.first_stage, drop)
         return self.objective(self.network, self.schedule, z, condition, t=t, noise=noise)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -121,7 +126,7 @@ class DiffusionModule(LightningModule):
         u = (torch.arange(len(z), device=z.device) + torch.rand((), generator=generator)) / len(z)
         steps = self.schedule.num_timesteps or 1000
         t = ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
-        condition = self.conditioner(batch, self.first_stage)
+        condition = self.conditioner(self.with_map_latent(batch), self.first_stage)
         losses = self.objective(self.network, self.schedule, z, condition, t=t, noise=noise)
         terms = {f"val/{name}": value for name, value in losses.items()}
         self.log_dict(terms, on_epoch=True, batch_size=len(z), sync_dist=True)
@@ -132,9 +137,15 @@ class DiffusionModule(LightningModule):
     def condition(self, batch: dict, drop: tuple[str, ...] | None = ()) -> Condition:
         """The condition of a batch without the groups in `drop`; None drops all: the null of guidance."""
         size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
-        return self.conditioner(
-            batch, self.first_stage, self.conditioner.drop_groups(size, drop, self.device)
-        )
+        dropped = self.conditioner.drop_groups(size, drop, self.device)
+        return self.conditioner(self.with_map_latent(batch), self.first_stage, dropped)
+
+    @torch.no_grad()
+    def with_map_latent(self, batch: dict) -> dict:
+        if self.map_stage is None or "mask" not in batch:
+            return batch
+        planes = one_hot(batch["mask"], self.map_stage.autoencoder.image_channels)
+        return batch | {"map_latent": self.map_stage.encode(planes)}
 
     @torch.no_grad()
     def sample(

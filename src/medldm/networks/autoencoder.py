@@ -116,9 +116,10 @@ class VQAutoencoder(nn.Module):
     channels, strides: one entry per level; a stride is a number or one per axis, 1 keeps the size.
     mid: blocks between the two halves, of "res" and "attn". num_res_blocks: per level, (encoder, decoder).
     decoder_map_channels: channels of a semantic map that SPADE norms of the decoder see; None means plain
-    norms. latent_kernel: kernel of the last encoder and first decoder convolution (None: the 1x1 convolutions
-    around the quantiser alone do it, as in TATS).
-    use_checkpoint: recompute residual blocks in the backward pass to save memory.
+    norms. spade_kernel: their kernel, a number or one per axis. latent_kernel: kernel of the last encoder and
+    first decoder convolution (None: the 1x1 convolutions around the quantiser alone do it, as in TATS).
+    use_checkpoint: recompute residual blocks in the backward pass to save memory, those with SPADE norms and
+    their 128 hidden channels at full resolution among them.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class VQAutoencoder(nn.Module):
         latent_kernel: int | None = 3,
         output_activation: str = "none",
         decoder_map_channels: int | None = None,
+        spade_kernel: int | Sequence[int] = 3,
         image_channels: int = 1,
         use_checkpoint: bool = False,
     ) -> None:
@@ -162,7 +164,9 @@ class VQAutoencoder(nn.Module):
         spade = plain
         if decoder_map_channels is not None:
             # Med-LSDM's SPADE layers: 8 groups, 128 hidden channels.
-            spade = partial(SPADE, spatial_dims, map_channels=decoder_map_channels, groups=8)
+            spade = partial(
+                SPADE, spatial_dims, map_channels=decoder_map_channels, groups=8, kernel_size=spade_kernel
+            )
 
         def build(steps: Sequence[Step], norm) -> Stack:
             return Stack([block(step, norm) for step in steps])
@@ -186,7 +190,9 @@ class VQAutoencoder(nn.Module):
                 return Downsample(
                     spatial_dims, c_in, c_out, stride=stride, kind=resample, padding_mode=padding_mode
                 )
-            return Upsample(spatial_dims, c_in, c_out, stride=stride, kind=resample)
+            return Upsample(
+                spatial_dims, c_in, c_out, stride=stride, kind=resample, padding_mode=padding_mode
+            )
 
         plan = LAYOUTS[layout](stem_channels, list(channels), axis_strides, num_res_blocks, attention_levels)
         widest, narrowest = channels[-1], plan.decoder[-1].out_channels
