@@ -9,6 +9,7 @@ import pytest
 from medldm.commands import encode, sample
 from medldm.data import build_datamodule
 from medldm.data.readers import read_images
+from medldm.errors import InputError
 from medldm.outputs import SampleFolder
 from tests.helpers import CONFIG_DIR, compose_config
 from tests.training import LDM, VQVAE, load, read_metrics, run_training
@@ -124,3 +125,17 @@ def test_debug_tiny_changes_sizes_only():
 
     assert shape(small) == shape(model)
     assert small["network"]["channels"] == [16, 16, 16] and model["network"]["channels"] != [16, 16, 16]
+
+
+def test_the_memory_layout_follows_the_hardware(monkeypatch):
+    import torch
+
+    from medldm.commands import train
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for amx in (True, False):
+        monkeypatch.setattr(train, "has_amx", lambda amx=amx: amx)
+        assert train.prefers_channels_last("auto") is amx
+        assert train.prefers_channels_last(True) and not train.prefers_channels_last(False)
+    with pytest.raises(InputError, match="channels_last=fast is none of"):
+        train.prefers_channels_last("fast")

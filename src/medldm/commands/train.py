@@ -30,6 +30,7 @@ from medldm.errors import InputError
 log = logging.getLogger(__name__)
 
 TINY_WIDTH = 16
+VOXELWISE_KEYS = {"segmentation": ("image", "mask"), "regression": ("image", "source")}
 NARROWED = [f"{part}_channels" for part in ("stem", "mid", "hidden", "middle", "encoder", "decoder")]
 
 
@@ -100,7 +101,14 @@ def resolve_precision(precision: str) -> str:
         return precision
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "32-true"
+    return "bf16-mixed" if has_amx() else "32-true"
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself."""
+    import torch
+
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None) -> Any:
@@ -214,6 +222,8 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
     """The arrays that a model's batches hold; what is not named is never opened."""
     if model["kind"] == "autoencoder":
         return ("image", "mask") if model["decoder_sees_map"] else ("image",)
+    if model["kind"] in VOXELWISE_KEYS:
+        return VOXELWISE_KEYS[model["kind"]]
     keys = ["latent" if data.get("latents") else "image"]
     conditions = model["conditioner"]
     return (
@@ -263,6 +273,18 @@ def fit_latent_statistics(module: Any, datamodule: Any) -> None:
     )
 
 
+def prefers_channels_last(choice: bool | str) -> bool:
+    """`auto` is channels_last on GPUs and on CPUs with AMX: in float32 on others the backward of oneDNN's
+    convolutions takes 1.6 times as long in it (docs/performance.md). A rule, and no timing: a resumed run
+    computes what the uninterrupted one would have.
+    """
+    import torch
+
+    if choice not in (True, False, "auto"):
+        raise InputError(f"channels_last={choice} is none of true, false, auto")
+    return torch.cuda.is_available() or has_amx() if choice == "auto" else bool(choice)
+
+
 def use_channels_last(module: Any, spatial_dims: int) -> None:
     import torch
 
@@ -294,7 +316,7 @@ def task(cfg: Any) -> None:
     datamodule = build_datamodule(data, keys=batch_keys(model, data), seed=cfg.seed)
     module = build_module(model, datamodule.facts, first_stage)
     module.description = describe(model, datamodule.facts, module)
-    if cfg.channels_last:
+    if prefers_channels_last(cfg.channels_last):
         use_channels_last(module, datamodule.facts["spatial_dims"])
     for part in module.compiled_parts if cfg.compile else ():
         part.compile()
