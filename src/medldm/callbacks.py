@@ -326,7 +326,8 @@ class Pictures(Callback):
         if (self.num_validations - 1) % self.every_n_validations:
             return
         rows = module.picture(self._batch)
-        pictures = {"step": grid(rows)} if rows else {}
+        orientation = getattr(module, "description", {}).get("facts", {}).get("orientation")
+        pictures = {"step": grid(rows, orientation)} if rows else {}
         if hasattr(module, "figures"):
             pictures |= module.figures(self._batch)
         for name, picture in pictures.items():

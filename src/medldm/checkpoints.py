@@ -21,6 +21,7 @@ from medldm.errors import InputError
 from medldm.files import replacing
 from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.diffusion import DiffusionModule
+from medldm.models.segmentation import RegressionModule, SegmentationModule
 from medldm.models.variational import VariationalModule
 
 FORMAT = 1
@@ -145,6 +146,32 @@ def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any])
     return VariationalModule(codec, conditioner, network, **parts)
 
 
+def build_segmentation_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> SegmentationModule:
+    if not facts["num_classes"]:
+        raise InputError("model=segmentation: the dataset has no masks to learn; prepare it with masks")
+    parts = instantiate_parts(model, skip=())
+    network = parts.pop("network")(
+        facts["spatial_dims"], in_channels=facts["image_channels"], out_channels=facts["num_classes"]
+    )
+    names = facts.get("label_names")
+    return SegmentationModule(network, num_classes=facts["num_classes"], label_names=names, **parts)
+
+
+def build_regression_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> RegressionModule:
+    parts = instantiate_parts(model, skip=())
+    channels = facts["image_channels"]
+    network = parts.pop("network")(facts["spatial_dims"], in_channels=channels, out_channels=channels)
+    return RegressionModule(network, **parts)
+
+
+BUILDERS = {  # model.kind -> (model, facts) -> module, of models without a first stage
+    "autoencoder": build_autoencoder_module,
+    "variational": build_variational_module,
+    "segmentation": build_segmentation_module,
+    "regression": build_regression_module,
+}
+
+
 def build_module(
     model: Mapping[str, Any],
     facts: Mapping[str, Any],
@@ -155,10 +182,8 @@ def build_module(
     A diffusion model takes its first stage from `model.first_stage.checkpoint`, unless the first stage's
     description is given (its weights then come with the checkpoint that is about to be loaded).
     """
-    if model["kind"] == "variational":
-        return build_variational_module(model, facts)
-    if "first_stage" not in model:
-        return build_autoencoder_module(model, facts)
+    if model["kind"] in BUILDERS:
+        return BUILDERS[model["kind"]](model, facts)
     options = dict(model["first_stage"])
     path = options.pop("checkpoint")
     if path is None and first_stage_description is None:

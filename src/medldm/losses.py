@@ -37,11 +37,27 @@ def lsgan_generator(fake: Tensor) -> Tensor:
     return (fake - 1).square().mean()
 
 
+def multiclass_discriminator(real: Tensor, fake: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of K + 1 classes, logits (B, K + 1, *s) averaged over space: a real sample is of its own
+    class, a fake one of the last, which is no modality's (ALDM's code gave the fake ones class 0, T1's).
+    """
+    num_classes = real.shape[1] - 1
+    logits = (x.flatten(2).mean(2) for x in (real, fake))
+    targets = (label, torch.full_like(label, num_classes))
+    return 0.5 * sum(F.cross_entropy(x, y) for x, y in zip(logits, targets, strict=True))
+
+
+def multiclass_generator(fake: Tensor, label: Tensor) -> Tensor:
+    """The fake sample is to be taken for a real one of its target's class."""
+    return F.cross_entropy(fake.flatten(2).mean(2), label)
+
+
 # name -> (loss of the discriminator, loss of the generator)
 ADVERSARIAL_LOSSES = {
     "hinge": (hinge_discriminator, linear_generator),
     "vanilla": (vanilla_discriminator, linear_generator),
     "lsgan": (lsgan_discriminator, lsgan_generator),
+    "multiclass": (multiclass_discriminator, multiclass_generator),  # these see the target's class
 }
 
 
@@ -129,8 +145,15 @@ class AdversarialLoss:
         if kind not in ADVERSARIAL_LOSSES:
             raise ValueError(f"adversarial loss '{kind}' is none of {', '.join(ADVERSARIAL_LOSSES)}")
         self.discriminator, self.generator = ADVERSARIAL_LOSSES[kind]
+        self.uses_label = kind == "multiclass"
         self.weight, self.start, self.ramp, self.adaptive = weight, start, ramp, adaptive
         self.feature_matching_weight = feature_matching_weight
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.discriminator(real, fake, label) if self.uses_label else self.discriminator(real, fake)
+
+    def generator_loss(self, fake: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.generator(fake, label) if self.uses_label else self.generator(fake)
 
     def factor(self, update: int) -> float:
         """0 before `start`, then rising to 1 over `ramp` updates."""

@@ -30,6 +30,7 @@ from medldm.errors import InputError
 log = logging.getLogger(__name__)
 
 TINY_WIDTH = 16
+VOXELWISE_KEYS = {"segmentation": ("image", "mask"), "regression": ("image", "source")}
 NARROWED = [f"{part}_channels" for part in ("stem", "mid", "hidden", "middle", "encoder", "decoder")]
 
 
@@ -221,6 +222,8 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
     """The arrays that a model's batches hold; what is not named is never opened."""
     if model["kind"] == "autoencoder":
         return ("image", "mask") if model["decoder_sees_map"] else ("image",)
+    if model["kind"] in VOXELWISE_KEYS:
+        return VOXELWISE_KEYS[model["kind"]]
     keys = ["latent" if data.get("latents") else "image"]
     conditions = model["conditioner"]
     return (

@@ -1,0 +1,186 @@
+"""Manual optimisation of a generator and its discriminators, shared by every model that trains with both."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from medldm.losses import AdversarialLoss, adaptive_weight, feature_matching, random_slices
+from medldm.models.common import build_optimizer, rank_part, step_generator, warmup_cosine
+
+
+class GeneratorStep(NamedTuple):
+    """What one forward pass leaves for the two updates."""
+
+    losses: dict[str, Tensor]  # "loss" is what the generator minimises; the others are logged
+    real: Tensor  # (B, C, *S) what the discriminators compare
+    fake: Tensor
+    slices: tuple[int, Tensor]  # axis and index of the slice that 2D discriminators of volumes see
+    label: Tensor | None = None  # (B,) class of `real`, for discriminators that tell classes apart
+    logs: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+
+
+class AdversarialModule(LightningModule):
+    """One forward pass serves generator and discriminators. A subclass gives `generator` and
+    `generator_step`.
+
+    `trainer.global_step` counts the generator's updates: the discriminators' optimiser steps outside
+    Lightning's count. Accumulation and clipping are done here, because Lightning refuses them under manual
+    optimisation; `medldm train` moves the trainer's keys to this module.
+    A discriminator of fewer dimensions than the image sees one random slice per sample.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer: Callable,
+        discriminators: Sequence[nn.Module] = (),
+        adversarial: AdversarialLoss | None = None,
+        discriminator_optimizer: Callable | None = None,
+        warmup_steps: int = 0,
+        cosine_steps: int | None = None,
+        slice_axes: Sequence[int] = (0,),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if bool(discriminators) != (adversarial is not None):
+            raise ValueError(
+                "model.discriminators and model.adversarial belong together: give both or neither"
+            )
+        self.automatic_optimization = False
+        self.discriminators = nn.ModuleList(discriminators)
+        self.adversarial = adversarial
+        self.make_optimizer = optimizer
+        self.make_discriminator_optimizer = discriminator_optimizer or optimizer
+        self.warmup_steps, self.cosine_steps = warmup_steps, cosine_steps
+        self.slice_axes, self.seed = tuple(slice_axes), seed
+        self.accumulate_grad_batches, self.gradient_clip_val = 1, None
+        self.is_accumulating = False  # gradients of a part of a batch are pending
+        self.description: dict = {}  # what checkpoints.describe says of this module
+
+    @property
+    def generator(self) -> list[nn.Module]:
+        """The modules that the generator's optimiser updates."""
+        raise NotImplementedError
+
+    def generator_step(self, batch: dict, batch_idx: int, factor: float) -> GeneratorStep:
+        """Forward pass and losses; `factor` is how much the discriminators count now, 0 before their start.
+
+        Their `adversarial_term` is to be added to the loss exactly where `factor` is not 0.
+        """
+        raise NotImplementedError
+
+    def configure_optimizers(self):
+        optimizer = build_optimizer(self.make_optimizer, self.generator)
+        schedule = warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)
+        optimizers = [optimizer]
+        if self.discriminators:
+            optimizers.append(build_optimizer(self.make_discriminator_optimizer, [self.discriminators]))
+        return optimizers, [schedule]
+
+    def training_step(self, batch: dict, batch_idx: int) -> None:
+        factor = self.adversarial.factor(self.global_step) if self.adversarial else 0.0
+        is_last = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        self.is_accumulating = not is_last
+
+        self.discriminators.requires_grad_(False)  # the generator's backward leaves no gradient in them
+        step = self.generator_step(batch, batch_idx, factor)
+        losses = dict(step.losses)
+        self.manual_backward(losses["loss"] / self.accumulate_grad_batches)
+        if is_last:
+            self.update_generator()
+        if factor:
+            self.discriminators.requires_grad_(True)
+            losses["discriminator"] = self.discriminator_loss(
+                step.real.detach(), step.fake.detach(), step.slices, step.label
+            )
+            self.manual_backward(losses["discriminator"] * factor / self.accumulate_grad_batches)
+            if is_last:
+                self.update_discriminators()
+        terms = {f"train/{name}": value.detach() for name, value in (losses | step.logs).items()}
+        self.log_dict(terms, batch_size=len(step.real))
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(step.real))
+
+    def adversarial_term(
+        self,
+        losses: dict[str, Tensor],
+        reconstruction: Tensor,
+        real: Tensor,
+        fake: Tensor,
+        slices: tuple[int, Tensor],
+        *,
+        factor: float,
+        last_layer: Tensor,
+        label: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted term of the generator's loss; its parts are added to `losses` by name."""
+        losses |= self.adversarial_losses(real, fake, slices, label)
+        weight = self.adversarial.weight * factor
+        if self.adversarial.adaptive:
+            weight = weight * adaptive_weight(reconstruction, losses["adversarial"], last_layer)
+        term = weight * losses["adversarial"]
+        if "feature_matching" in losses:
+            term = term + self.adversarial.feature_matching_weight * factor * losses["feature_matching"]
+        return term
+
+    def adversarial_losses(
+        self, x: Tensor, x_hat: Tensor, slices: tuple[int, Tensor], label: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        adversarial, matching = [], []
+        for discriminator in self.discriminators:
+            fake = discriminator(self.view(x_hat, discriminator.spatial_dims, slices))
+            adversarial.append(self.adversarial.generator_loss(fake[-1].float(), label))
+            if self.adversarial.feature_matching_weight:
+                with torch.no_grad():
+                    real = discriminator(self.view(x, discriminator.spatial_dims, slices))
+                matching.append(feature_matching(real, fake))
+        losses = {"adversarial": torch.stack(adversarial).sum()}
+        return losses | ({"feature_matching": torch.stack(matching).sum()} if matching else {})
+
+    def discriminator_loss(
+        self, x: Tensor, x_hat: Tensor, slices: tuple[int, Tensor], label: Tensor | None = None
+    ) -> Tensor:
+        losses = []
+        for discriminator in self.discriminators:
+            real, fake = (
+                discriminator(self.view(v, discriminator.spatial_dims, slices))[-1] for v in (x, x_hat)
+            )
+            losses.append(self.adversarial.discriminator_loss(real.float(), fake.float(), label))
+        return torch.stack(losses).sum()
+
+    def draw_slices(self, x: Tensor, batch_idx: int) -> tuple[int, Tensor]:
+        """An axis and one slice index per sample, from seed, step and place in the global batch."""
+        step = self.global_step * self.accumulate_grad_batches + batch_idx % self.accumulate_grad_batches
+        generator = step_generator(self.seed, step, torch.device("cpu"))
+        axis = self.slice_axes[int(torch.randint(len(self.slice_axes), (), generator=generator))]
+        rank, world = self.global_rank, self.trainer.world_size
+        index = torch.randint(x.shape[axis + 2], (world * len(x),), generator=generator)
+        return axis, rank_part(index, rank, world).to(x.device, non_blocking=True)
+
+    @staticmethod
+    def view(x: Tensor, spatial_dims: int, slices: tuple[int, Tensor]) -> Tensor:
+        return x if x.ndim - 2 == spatial_dims else random_slices(x, *slices)
+
+    def update_generator(self) -> None:
+        optimizer = self.optimizers()
+        optimizer = optimizer[0] if isinstance(optimizer, list) else optimizer
+        if self.gradient_clip_val:
+            parameters = [p for part in self.generator for p in part.parameters()]
+            nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedulers = self.lr_schedulers()
+        (schedulers[0] if isinstance(schedulers, list) else schedulers).step()
+
+    def update_discriminators(self) -> None:
+        # The raw optimiser: Lightning would count its steps in global_step.
+        optimizer = self.optimizers()[1].optimizer
+        if self.gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.gradient_clip_val)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["medldm"] = self.description
