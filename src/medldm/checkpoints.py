@@ -99,7 +99,7 @@ def build_autoencoder_module(model: Mapping[str, Any], facts: Mapping[str, Any])
     discriminators = [
         build(in_channels=channels) if "spatial_dims" in build.keywords
         else build(facts["spatial_dims"], in_channels=channels)
-        for build in (parts.pop("discriminators", None) or {}).values()
+        for build in (parts.pop("discriminators", None) or {}).values() if build is not None
     ]  # fmt: skip
     return AutoencoderModule(autoencoder, discriminators=discriminators, **parts)
 

@@ -12,7 +12,7 @@ from medldm.data.readers import read_images
 from medldm.errors import InputError
 from medldm.outputs import SampleFolder
 from tests.helpers import CONFIG_DIR, compose_config
-from tests.training import LDM, VQVAE, load, read_metrics, run_training
+from tests.training import LDM, load, read_metrics, run_training
 
 EXPERIMENTS = sorted(
     str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
@@ -37,6 +37,8 @@ def test_every_experiment_trains_two_steps(name, request, tmp_path):
     if "first_stage" in cfg.model and cfg.model.first_stage.get("checkpoint", "") is not None:
         stage = request.getfixturevalue("first_stage_3d" if is_3d else "first_stage")
         overrides.append(f"model.first_stage.checkpoint={stage}")
+    if cfg.model.get("map_stage"):
+        overrides.append(f"model.map_stage.checkpoint={request.getfixturevalue('map_stage')}")
     root = request.getfixturevalue("prepared_3d" if is_3d else "prepared")
     assert_trained(run_training(root, tmp_path / "run", *overrides))
 
@@ -44,7 +46,13 @@ def test_every_experiment_trains_two_steps(name, request, tmp_path):
 @pytest.fixture(scope="session")
 def first_stage_3d(prepared_3d, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("first_stage_3d") / "run"
-    return run_training(prepared_3d, run_dir, VQVAE, *FOLDER_3D).with_name("best.ckpt")
+    return run_training(prepared_3d, run_dir, "experiment=medlsdm/folder_vqgan").with_name("best.ckpt")
+
+
+@pytest.fixture(scope="session")
+def map_stage(prepared_3d, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("map_stage") / "run"
+    return run_training(prepared_3d, run_dir, "experiment=medlsdm/folder_map_vqvae").with_name("best.ckpt")
 
 
 def test_the_autoencoder_trains_in_3d(first_stage_3d):

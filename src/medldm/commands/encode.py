@@ -51,6 +51,8 @@ def task(cfg: Any) -> None:
     module = load_module(checkpoint)
     if not isinstance(module, AutoencoderModule):
         raise InputError(f"{checkpoint}: not an autoencoder; `medldm encode` takes a stage-one checkpoint")
+    if module.reconstructs == "mask":
+        raise InputError(f"{checkpoint}: encodes class maps; `medldm encode` takes an autoencoder of images")
     data = OmegaConf.to_container(cfg.data, resolve=True) | {
         "latents": None,
         "crop_size": None,

@@ -49,6 +49,8 @@ def model_keys(module: Any) -> tuple[str, ...]:
     from medldm.models.autoencoder import AutoencoderModule
 
     if isinstance(module, AutoencoderModule):
+        if module.reconstructs == "mask":
+            raise InputError("checkpoint: reconstructs class maps; `medldm sample` takes models of images")
         return ("image",) if module.autoencoder.decoder_map_channels is None else ("image", "mask")
     conditioner = module.conditioner
     wanted = {

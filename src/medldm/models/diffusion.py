@@ -1,6 +1,7 @@
 """Stage two: diffusion of a first stage's latents under a condition. Rombach et al. 2022."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from pytorch_lightning import LightningModule
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 
 from medldm.batch import one_hot
 from medldm.diffusion.conditioner import Condition
-from medldm.diffusion.objective import DenoisingObjective, guided
+from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler
 from medldm.diffusion.schedule import NoiseSchedule
+from medldm.diffusion.windows import Windows, windowed
 from medldm.models.common import (
     build_optimizer,
     case_noise,
@@ -21,6 +23,11 @@ from medldm.models.common import (
 )
 
 NUM_STATISTICS_SAMPLES = 4096  # images whose latents give the mean and deviation per channel
+
+
+def mix(condition: Condition, share: float) -> Condition:
+    """A condition of two samples -> of one between them."""
+    return Condition(*(None if x is None else torch.lerp(x[:1], x[1:], share) for x in condition))
 
 
 class DiffusionModule(LightningModule):
@@ -157,37 +164,91 @@ class DiffusionModule(LightningModule):
         sampler: Sampler | None = None,
         seed: int = 0,
         drop: tuple[str, ...] = (),
-        decoder_map: Tensor | None = None,
+        windows: Windows | None = None,
         callback: Callable | None = None,
     ) -> Tensor:
         """Images (B, C, *S) in about [-1, 1] under the batch's condition.
 
         `names` identify the samples: noise is seeded by name and `seed`. Steps that draw noise (ancestral,
         eta > 0) draw for the batch as a whole, so those samplers repeat exactly only with the same batches.
+        `windows` denoises latents larger than those of training. `callback` sees every step's x0_hat.
         """
         sampler = sampler or self.sampler
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
-        condition = self.condition(batch, drop)
-        null = self.condition(batch, None)
-        denoise = guided(
+        conditions = (self.condition(batch, drop), self.condition(batch, None))
+        denoise = self.denoiser(*conditions, latent_shape, sampler, windows)
+        generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
+        z = sampler(denoise, self.schedule, noise, generator, callback)
+        return self.decode(z, batch)
+
+    def denoiser(
+        self,
+        condition: Condition,
+        null: Condition,
+        latent_shape: tuple[int, ...],
+        sampler: Sampler,
+        windows: Windows | None = None,
+    ) -> Denoise:
+        """(z_t, t) -> x0_hat, guided as the sampler says, in windows where there are any."""
+        build = partial(
+            guided,
             self.objective,
             self.network,
             self.schedule,
-            condition,
-            null,
             scale=sampler.guidance_scale,
             rescale=sampler.guidance_rescale,
         )
-        generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
-        z = sampler(denoise, self.schedule, noise, generator, callback)
-        return self.first_stage.decode(z, decoder_map)
+        if windows is None:
+            return build(condition, null)
+        return windowed(build, condition, null, latent_shape, windows)
+
+    def decode(self, z: Tensor, batch: dict) -> Tensor:
+        """(B, Cz, *s) -> images; a SPADE decoder sees the map of the batch."""
+        return self.first_stage.decode(z, self.first_stage.decoder_map(batch))
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        batch: dict,
+        names: list[str],
+        shares: Sequence[float],
+        *,
+        time: float = 0.5,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        windows: Windows | None = None,
+    ) -> Tensor:
+        """Volumes between the two cases of a batch, (len(shares), C, *S); share 0 is the first case.
+
+        Latents and conditions are mixed in a straight line, noised to `time` with one noise, and denoised
+        from there: time 0 would give the mixture itself, time 1 forget it. Ho et al. 2020, section 4.
+        """
+        sampler = sampler or self.sampler
+        z = self.latents(batch)
+        shape = tuple(z.shape[2:])
+        noise = case_noise(["+".join(names)], z.shape[1:], seed).to(z)
+        first = sampler.first_step(self.schedule, time)
+        start = sampler.time_grid(self.schedule).times[first].expand(1).to(z.device)
+        conditions = (self.condition(batch), self.condition(batch, None))
+        volumes = []
+        for share in shares:
+            mixed = (mix(condition, share) for condition in conditions)
+            z_t = self.schedule.add_noise(torch.lerp(z[:1], z[1:], share), noise, start)
+            denoise = self.denoiser(*mixed, shape, sampler, windows)
+            generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
+            z_0 = sampler(denoise, self.schedule, z_t, generator, first=first)
+            nearer = {key: value[round(share)][None] for key, value in batch.items() if key == "mask"}
+            volumes.append(self.decode(z_0, nearer))
+        return torch.cat(volumes)
 
     def picture(self, batch: dict) -> list[Tensor]:
         """Rows for the sample grid: real images (where the batch has them), samples, edges and map."""
         names = [f"grid{i}" for i in range(len(next(iter(batch.values()))))]
         z = self.latents(batch)
         sampled = self.sample(batch, names, tuple(z.shape[2:])).float().clamp(-1, 1)
-        real = batch["image"] if "image" in batch else self.first_stage.decode(z).float().clamp(-1, 1)
+        real = batch.get("image")
+        if real is None:
+            real = self.decode(z, batch).float().clamp(-1, 1)
         rows = [real, sampled]
         if "edges" in batch:
             rows.append(batch["edges"] * 2 - 1)

@@ -158,6 +158,7 @@ class VQAutoencoder(nn.Module):
         self.latent_channels = latent_channels
         self.downsampling = tuple(math.prod(factors) for factors in zip(*axis_strides, strict=True))
         self.output_activation = output_activation
+        self.latent_halo = 0 if latent_kernel is None else latent_kernel // 2
         self.decoder_map_channels = decoder_map_channels
 
         plain = partial(group_norm, groups=norm_groups)
@@ -220,13 +221,16 @@ class VQAutoencoder(nn.Module):
         """(B, C, *S) image -> (B, Cz, *S/f) latent before quantisation. Raises ValueError where S does not
         divide.
         """
+        self.check_size(x)
+        h = F.silu(self.encoder_norm(self.encoder(self.stem(x))))
+        return self.pre_quantizer(self.to_latent(h))  # (B, Cz, *S/f)
+
+    def check_size(self, x: Tensor) -> None:
         for size, factor in zip(x.shape[2:], self.downsampling, strict=True):
             if size % factor:
                 raise ValueError(
                     f"image size {tuple(x.shape[2:])} does not divide by the downsampling {self.downsampling}"
                 )
-        h = F.silu(self.encoder_norm(self.encoder(self.stem(x))))
-        return self.pre_quantizer(self.to_latent(h))  # (B, Cz, *S/f)
 
     def quantize(self, h: Tensor) -> Quantized:
         return self.quantizer(h)
@@ -239,6 +243,9 @@ class VQAutoencoder(nn.Module):
         h = self.decoder(h, mask)
         if self.decoder_norm is not None:
             h = F.silu(apply_norm(self.decoder_norm, h, mask))
+        return self.last(h)
+
+    def last(self, h: Tensor) -> Tensor:
         x = self.head(h)
         return torch.tanh(x) if self.output_activation == "tanh" else x
 

@@ -254,7 +254,7 @@ class Downsample(nn.Module):
         super().__init__()
         if kind not in ("conv4", "conv3", "conv3_end"):
             raise ValueError(f"downsampling '{kind}' is none of conv4, conv3, conv3_end")
-        strides = per_axis(stride, spatial_dims)
+        self.strides = strides = per_axis(stride, spatial_dims)
         flat = 1 if flat_kernel else 3
         kernels = tuple(flat if s == 1 else 4 if kind == "conv4" else 3 for s in strides)
         pads_at_end = kind == "conv3_end"
@@ -299,7 +299,7 @@ class Upsample(nn.Module):
         flat_kernel: bool = False,
     ) -> None:
         super().__init__()
-        strides = per_axis(stride, spatial_dims)
+        self.strides = strides = per_axis(stride, spatial_dims)
         self.pad_mode = None if padding_mode == "zeros" or kind != "conv4" else padding_mode
         self.scale = None if kind == "conv4" else tuple(float(s) for s in strides)
         if kind == "conv4":
