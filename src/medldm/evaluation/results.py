@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from medldm.evaluation.baselines import DESCRIPTIONS
-from medldm.evaluation.measure import Measured, Tools, distances
+from medldm.evaluation.measure import Measured, Tools, distances, entry_of
 from medldm.evaluation.pairs import Pair, count_subjects
 from medldm.metrics.adherence import definition
 from medldm.metrics.image import DEFINITIONS, is_higher_better
 from medldm.metrics.summary import Bootstrap, Table, paired_differences, summarise, summarise_groups
-from medldm.networks.features import FEATURE_NETS
 
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
 FROM_REAL = (
@@ -55,12 +54,12 @@ def describe_networks(tools: Tools) -> dict:
     """Every distribution metric by name: its network and hash, or why it is missing."""
     out: dict[str, dict] = {}
     for name, network in tools.networks.items():
-        entry = FEATURE_NETS[name]
+        entry = entry_of(name)
         facts = {"network": entry.description, "sha256": network.sha256, "num_features": network.num_features}
         out[entry.frechet_name] = {**facts, "estimator": "Frechet distance, float64, unbiased covariance"}
         out[entry.kernel_name] = {**facts, "estimator": "unbiased MMD^2, polynomial kernel (x.y / D + 1)^3"}
     if tools.lpips is not None:
-        out["lpips"] = {"network": "LPIPS on [-1, 1], grey repeated", "sha256": tools.lpips.sha256}
+        out[tools.lpips_name] = {"network": "LPIPS on [-1, 1], grey repeated", "sha256": tools.lpips.sha256}
     return out | {name: {"missing": why} for name, why in tools.missing.items()}
 
 
@@ -91,10 +90,18 @@ def definitions(measured: Measured) -> dict[str, str]:
     known = {
         **DEFINITIONS,
         "lpips": "LPIPS, lower is closer",
+        "lpips_slices": "mean of LPIPS over the axial slices of a volume, lower is closer",
+        "dice_mean": "mean of the Dice of the foreground classes that an image or its segmentation has",
         "diversity_rmse": "mean pairwise RMSE on [0, 1] between the K samples of a condition",
         **{f"edge_f1_{t}px": definition(t) for t in range(1, 10)},
     }
-    return {name: known.get(name, "") for name in names}
+    return {name: known.get(name) or class_definition(name) for name in names}
+
+
+def class_definition(name: str) -> str:
+    """Of `dice_<class>`."""
+    label = name.removeprefix("dice_")
+    return f"Dice of {label}: map found by the segmenter against the map asked for" if label != name else ""
 
 
 def group_distances(
