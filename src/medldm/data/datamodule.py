@@ -42,6 +42,7 @@ FACTS = (
     "num_labels",
     "label_values",
     "image_size",
+    "orientation",
 )
 FRACTIONS = {"val": 0.1, "test": 0.1}
 

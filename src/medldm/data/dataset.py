@@ -88,6 +88,7 @@ class CaseDataset(Dataset):
     ) -> None:
         self.root, self.items, self.keys, self.seed = root, list(items), tuple(keys), seed
         self.cases, self.spatial_dims = index["cases"], index["spatial_dims"]
+        self.orientation = index.get("orientation")
         self.transforms, self.edge_degradation, self.latents_dir = (
             tuple(transforms),
             edge_degradation,
