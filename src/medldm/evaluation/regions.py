@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medldm.data.volumes import BACKGROUND
 from medldm.errors import InputError
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.stored import load
 from medldm.metrics.image import REGION_METRICS
 
+FOREGROUND = -0.99  # an image in [-1, 1] is background up to here: half a percent of its range
 REGIONS = {
     "brain": "where the source is not background",
     "tumour": "where the map of the target is not 0; left out where there is none",
@@ -36,7 +36,7 @@ def region_masks(region: str, pairs: Sequence[Pair], x: Tensor) -> Tensor:
     masks = []
     for pair in pairs:
         if region == "brain" and pair.source is not None:
-            masks.append((load(pair.source) > BACKGROUND).any(0, keepdims=True))
+            masks.append((load(pair.source) > FOREGROUND).any(0, keepdims=True))
         elif region == "tumour" and pair.mask is not None:
             masks.append(load(pair.mask) > 0)
         else:

@@ -15,6 +15,7 @@ from medldm.metrics.image import DEFINITIONS, is_higher_better
 from medldm.metrics.summary import Bootstrap, Table, paired_differences, summarise, summarise_groups
 
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
+UNKNOWN_EDGES = "no conditioning edges are stored with these images"
 FROM_REAL = (
     "the edges come from the very test image: paired metrics then measure how well the image is rebuilt from "
     "its own outlines, not synthesis from a drawing"
@@ -42,7 +43,7 @@ def describe_condition(pairs: Sequence[Pair]) -> dict:
     """Whether the conditioning edges are those of the test images: paired numbers then mean less."""
     known = [pair.edges_from_real for pair in pairs if pair.edges_from_real is not None]
     if not known:
-        return {"edges_from_test_image": None, "note": "no conditioning edges are stored with these images"}
+        return {"edges_from_test_image": None, "note": UNKNOWN_EDGES}
     share = sum(known) / len(known)
     note = (
         FROM_REAL if share else "the edges differ from those of the test images (degraded, drawn or absent)"
@@ -83,6 +84,21 @@ def warn_small(distribution: Mapping[str, dict], networks: Mapping[str, dict]) -
                 "biased upward; compare only at equal n, and read the kernel distance beside it"
             )
     return lines
+
+
+def dice_ratios(measured: Measured, subjects: Sequence[str], bootstrap: Bootstrap) -> dict:
+    """Dice on generated images over Dice on the real ones, by class: 1 means that a segmenter trained on real
+    images reads the generated ones as well.
+    """
+    real, made = measured.values.get("real", {}), measured.values.get("generated", {})
+    names = [name for name in made if name.startswith("dice_") and name in real]
+    return {name: bootstrap.ratio(made[name], real[name], subjects).as_dict() for name in names}
+
+
+def spacing_of(pairs: Sequence[Pair]) -> object:
+    """The voxel size in mm where all volumes have the same."""
+    found = {tuple(np.round(np.ravel(s), 4)) for p in pairs if (s := p.attributes.get("spacing")) is not None}
+    return list(found.pop()) if len(found) == 1 else None
 
 
 def definitions(measured: Measured) -> dict[str, str]:
@@ -128,6 +144,7 @@ def build_results(
     groups: Mapping[str, Sequence[str | None]],
     bootstrap: Bootstrap,
     kernel: Mapping[str, int],
+    diversity: Mapping,
 ) -> dict:
     """Everything that metrics.json says about the numbers; the command adds paths and provenance."""
     subjects = [pair.subject for pair in pairs]
@@ -163,6 +180,10 @@ def build_results(
         "networks": networks,
         "warnings": warn_rescaled(pairs) + warn_small(distribution, networks),
         "condition": describe_condition(pairs),
+        "dice_ratio": dice_ratios(measured, subjects, bootstrap),
+        "diversity": dict(diversity),
+        "axial_axis": tools.axial_axis,
+        "spacing": spacing_of(pairs),
         "seed": bootstrap.seed,
         "software": {name: version(name) for name in PACKAGES},
     }

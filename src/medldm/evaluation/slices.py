@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medldm.data import transforms
 from medldm.metrics.image import ImageFunction
 
 
@@ -18,9 +19,8 @@ def axial_axis(facts: Mapping, attributes: Mapping) -> int:
     if code is None and affine is not None:
         from nibabel import aff2axcodes
 
-        code = aff2axcodes(np.asarray(affine, float).reshape(4, 4))
-    found = [axis for axis, letter in enumerate(code or ()) if letter in ("S", "I")]
-    return found[0] if found else 0
+        code = "".join(aff2axcodes(np.asarray(affine, float).reshape(4, 4)))
+    return transforms.axial_axis(code) if code else 0
 
 
 def fold(x: Tensor, axis: int) -> Tensor:
