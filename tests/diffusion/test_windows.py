@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.helpers import compose_part
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +13,6 @@ from medldm.diffusion.windows import Windows, cut_condition, window_starts, wind
 from medldm.errors import InputError
 from medldm.networks.layers import per_axis
 from medldm.networks.tiling import TiledAutoencoder
-from tests.helpers import compose_part
 
 SCHEDULE = cosine_schedule(num_timesteps=300)
 
