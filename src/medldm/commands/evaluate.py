@@ -98,6 +98,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     diversity = measure_diversity(pairs, alike, settings["ms_ssim_pairs"], cfg.seed)
     results = build_results(pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity)
     results |= {"folders": folders, "mean_image": mean_source, "metrics": settings}
+    results["dataset"] = facts.get("dataset")
     results["provenance"] = read_provenance(folders)
     write_results(folders["output"], results, case_columns(pairs, measured, groups))
     write_panels(folders["output"], pairs, measured.values["generated"], cfg.panel_rows)
