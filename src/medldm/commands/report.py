@@ -52,7 +52,9 @@ def compose(runs: Sequence, evaluation) -> str:  # noqa: ANN001
     if evaluation:
         blocks += [sections.headline(evaluation.results)]
         if evaluation.panels:
-            blocks.append(sections.panels_section(evaluation.panels))
+            blocks.append(
+                sections.panels_section(evaluation.panels, evaluation.results.get("panels_by", "nmse_var"))
+            )
             links.append(("panels", "Real and generated"))
         blocks.append(sections.evaluation_section(evaluation))
         links.append(("numbers", "Numbers"))

@@ -18,8 +18,8 @@ COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
 HEAD = ["Dataset", "Decoder", "#channels", "n", *COLUMNS]
 UNITS = (
     "FID: Inception on axial slices. 3D-FID: MedicalNet ResNet-50 on whole volumes. LPIPS: mean over axial "
-    "slices. SSIM: Gaussian window 11 in 3D, sigma 1.5, range 1. RMSE on [0, 1] (on [-1, 1] it is twice that). "
-    "PSNR in dB, range 1 on [0, 1]. Means over volumes with 95% intervals over subjects; FID and 3D-FID with n."
+    "slices. SSIM: Gaussian window 11 in 3D, sigma 1.5, range 1. RMSE on [0, 1] (twice that on [-1, 1]). "
+    "PSNR in dB, range 1 on [0, 1]. Means over volumes, 95% intervals over subjects; FID and 3D-FID with n."
 )
 
 
