@@ -170,7 +170,9 @@ def test_ixi_as_published_and_as_registered(raw3d, tmp_path):
 def test_totalsegmentators_organs_find_their_class():
     number = totalsegmentator_mri.class_of
     names = totalsegmentator_mri.CLASSES
-    assert number("kidney_left") == number("kidney") == 1 and number("aorta") == number("iliac_vena_left") == 2
+    assert (
+        number("kidney_left") == number("kidney") == 1 and number("aorta") == number("iliac_vena_left") == 2
+    )
     assert number("vertebrae_L5") == 1 + names.index("vertebrae") and number("brain") is None
     assert number("lung_upper_lobe_left") == 1 + names.index("lung")
 
@@ -187,7 +189,13 @@ def test_all_modalities_of_a_subject_share_grid_and_side(raw3d, tmp_path):
 @pytest.mark.parametrize("preset", ["brats_r1", "brats_r3"])
 def test_published_presets_of_aldm_prepare(raw3d, tmp_path, preset):
     size = "data.image_size=null" if preset == "brats_r1" else "data.image_size=[32,32,32]"
-    options = (f"data={preset}", f"data.raw={raw3d('brats')}", f"data.root={tmp_path}", size, "data.num_workers=0")
+    options = (
+        f"data={preset}",
+        f"data.raw={raw3d('brats')}",
+        f"data.root={tmp_path}",
+        size,
+        "data.num_workers=0",
+    )
     least = ["data.preprocess.min_size=[24,24,16]"] if preset == "brats_r1" else []
     prepare.task(compose_config("prepare", *options, *least, "data.modalities=[t1]"))
     index = load_index(tmp_path)
@@ -231,7 +239,10 @@ def test_bad_volumes_are_one_line_and_lose_nothing(duke_raw, tmp_path, file, mak
     with pytest.raises(InputError, match=message) as error:
         prepared("duke", duke_raw, tmp_path / "out", "data.preprocess.mask_grid=same")
     assert "Breast_MRI_003_0.nii.gz" in str(error.value) and "\n" not in str(error.value)
-    assert sorted(p.name[:14] for p in (tmp_path / "out/cases").iterdir()) == ["Breast_MRI_001", "Breast_MRI_002"]
+    assert sorted(p.name[:14] for p in (tmp_path / "out/cases").iterdir()) == [
+        "Breast_MRI_001",
+        "Breast_MRI_002",
+    ]
 
 
 def test_a_map_on_another_grid_is_brought_to_its_image_or_trusted(duke_raw, tmp_path):
