@@ -15,9 +15,9 @@ from medldm.diffusion.schedule import NoiseSchedule
 from medldm.diffusion.windows import Windows, windowed
 from medldm.models.common import (
     build_optimizer,
+    case_generators,
     case_noise,
     rank_part,
-    seed_of,
     step_generator,
     warmup_cosine,
 )
@@ -169,15 +169,15 @@ class DiffusionModule(LightningModule):
     ) -> Tensor:
         """Images (B, C, *S) in about [-1, 1] under the batch's condition.
 
-        `names` identify the samples: noise is seeded by name and `seed`. Steps that draw noise (ancestral,
-        eta > 0) draw for the batch as a whole, so those samplers repeat exactly only with the same batches.
-        `windows` denoises latents larger than those of training. `callback` sees every step's x0_hat.
+        `names` identify the samples: all noise is seeded by name and `seed`, so a sample is the same in
+        every batch. `windows` denoises latents larger than those of training. `callback` sees every step's
+        x0_hat.
         """
         sampler = sampler or self.sampler
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
         conditions = (self.condition(batch, drop), self.condition(batch, None))
         denoise = self.denoiser(*conditions, latent_shape, sampler, windows)
-        generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
+        generator = case_generators(names, seed, self.device)
         z = sampler(denoise, self.schedule, noise, generator, callback)
         return self.decode(z, batch)
 
@@ -235,7 +235,7 @@ class DiffusionModule(LightningModule):
             mixed = (mix(condition, share) for condition in conditions)
             z_t = self.schedule.add_noise(torch.lerp(z[:1], z[1:], share), noise, start)
             denoise = self.denoiser(*mixed, shape, sampler, windows)
-            generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
+            generator = case_generators(["+".join(names)], seed, self.device)
             z_0 = sampler(denoise, self.schedule, z_t, generator, first=first)
             nearer = {key: value[round(share)][None] for key, value in batch.items() if key == "mask"}
             volumes.append(self.decode(z_0, nearer))
