@@ -81,3 +81,8 @@ def case_noise(names: Sequence[str], shape: tuple[int, ...], seed: int) -> torch
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, n))) for n in names]
     )
+
+
+def case_generators(names: Sequence[str], seed: int, device: torch.device) -> list[torch.Generator]:
+    """For the noise on the way, one a sample: as `case_noise`, whatever the batch."""
+    return [torch.Generator(device).manual_seed(seed_of(seed, name, "steps")) for name in names]
