@@ -18,7 +18,9 @@ FACTS_3D = {
     "num_labels": K,
     "label_values": ["t1", "t2", "pd"],
 }
-VQGAN, MSSPADE, LDM, JOINT = (f"experiment=aldm/brats_{name}" for name in ("vqgan", "msspade", "ldm", "joint"))
+VQGAN, MSSPADE, LDM, JOINT = (
+    f"experiment=aldm/brats_{name}" for name in ("vqgan", "msspade", "ldm", "joint")
+)
 
 
 def make_pairs(count: int, size: int = 2, edge: int = 16) -> list[dict[str, Any]]:
@@ -48,7 +50,9 @@ def model_config(*overrides: str) -> dict[str, Any]:
     return train.shrink(OmegaConf.to_container(cfg.model, resolve=True))
 
 
-def describe_stage(*overrides: str, first_stage: dict | None = None, sha256: str = "0" * 64) -> dict[str, Any]:
+def describe_stage(
+    *overrides: str, first_stage: dict | None = None, sha256: str = "0" * 64
+) -> dict[str, Any]:
     """A description as a checkpoint of this experiment holds it."""
     model = model_config(*overrides)
     description = {"format": 1, "stage": model["kind"], "model": model, "facts": FACTS_3D, "sha256": sha256}

@@ -4,7 +4,7 @@ import csv
 import logging
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -326,7 +326,8 @@ class Pictures(Callback):
         if (self.num_validations - 1) % self.every_n_validations:
             return
         rows = module.picture(self._batch)
-        pictures = {"step": grid(rows)} if rows else {}
+        orientation = getattr(module, "description", {}).get("facts", {}).get("orientation")
+        pictures = {"step": grid(rows, orientation)} if rows else {}
         if hasattr(module, "figures"):
             pictures |= module.figures(self._batch)
         for name, picture in pictures.items():
@@ -349,18 +350,30 @@ def save_png(path: Path, picture: Tensor) -> None:
 class MetricsFile(Logger):
     """metrics.csv, one row per logged update. Lightning's CSVLogger deletes the file of the run it resumes;
     this one drops the rows from after the checkpoint and goes on.
+
+    A new row is appended; the file is written anew, aside, only where a column is new.
     """
 
     def __init__(self, path: str | Path, *, resumed_step: int | None = None) -> None:
         super().__init__()
         self.path = Path(path)
         self.rows: dict[int, dict[str, Any]] = {}
+        self.changed: set[int] = set()
+        self.columns: list[str] = []  # of the file as it stands
+        self.last_row = (-1, 0)  # its step, and where in the file it begins
         if resumed_step is not None and self.path.is_file():
-            with open(self.path, newline="") as file:
-                for row in csv.DictReader(file):
-                    step = int(row.pop("step"))
-                    if step < resumed_step:  # rows count from 0: the n-th update is row n - 1
-                        self.rows[step] = {key: value for key, value in row.items() if value != ""}
+            self.rows = self.read_rows(resumed_step)
+
+    def read_rows(self, resumed_step: int) -> dict[int, dict[str, Any]]:
+        """The rows before the checkpoint; a line that a kill cut short is left out."""
+        lines = self.path.read_text().splitlines(keepends=True)
+        complete = (line for line in lines if line.endswith("\n"))
+        rows = {}
+        for row in csv.DictReader(complete):
+            step = int(row.pop("step"))
+            if step < resumed_step:  # rows count from 0: the n-th update is row n - 1
+                rows[step] = {key: value for key, value in row.items() if value != ""}
+        return rows
 
     @property
     def name(self) -> str:
@@ -375,18 +388,41 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.setdefault(int(step or 0), {}).update(metrics)
+        step = int(step or 0)
+        self.rows.setdefault(step, {}).update(metrics)
+        self.changed.add(step)
 
     @rank_zero_only
     def save(self) -> None:
         """Lightning calls this after every row."""
-        if not self.rows:
+        if not self.changed:
             return
-        keys = sorted(set().union(*self.rows.values()))
+        columns = set().union(*(self.rows[step] for step in self.changed))
+        is_next = min(self.changed) >= self.last_row[0] and self.path.is_file()
+        if is_next and columns <= set(self.columns):
+            self.append(sorted(self.changed))
+        else:
+            self.rewrite()
+        self.changed.clear()
+
+    def append(self, steps: list[int]) -> None:
+        """The rows of `steps`; the file's last row is replaced where it is one of them."""
+        with open(self.path, "r+", newline="") as file:
+            file.seek(self.last_row[1]) if steps[0] == self.last_row[0] else file.seek(0, 2)
+            file.truncate()
+            self.write(file, steps)
+
+    def rewrite(self) -> None:
+        self.columns = sorted(set().union(*self.rows.values()))
         with replacing(self.path) as aside, open(aside, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=["step", *keys], restval="")
-            writer.writeheader()
-            writer.writerows({"step": step, **self.rows[step]} for step in sorted(self.rows))
+            csv.DictWriter(file, fieldnames=["step", *self.columns]).writeheader()
+            self.write(file, sorted(self.rows))
+
+    def write(self, file: TextIO, steps: list[int]) -> None:
+        writer = csv.DictWriter(file, fieldnames=["step", *self.columns], restval="")
+        for step in steps:
+            self.last_row = (step, file.tell())
+            writer.writerow({"step": step, **self.rows[step]})
 
     def finalize(self, status: str) -> None:
         self.save()

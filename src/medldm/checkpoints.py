@@ -22,6 +22,7 @@ from medldm.errors import InputError
 from medldm.files import replacing
 from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.diffusion import DiffusionModule
+from medldm.models.segmentation import RegressionModule, SegmentationModule
 from medldm.models.translation import TranslationModule
 from medldm.models.variational import VariationalModule
 
@@ -64,9 +65,10 @@ def latents_name(path: str | Path) -> str:
     autoencoder's.
     """
     description = read_checkpoint(path)["medldm"]
-    is_shared = description["stage"] == "translation" and not get_class(
-        description["model"]["objective"]["_target_"]
-    ).trains_autoencoder
+    is_shared = (
+        description["stage"] == "translation"
+        and not get_class(description["model"]["objective"]["_target_"]).trains_autoencoder
+    )
     return (description["first_stage"]["sha256"] if is_shared else sha256(path))[:12]
 
 
@@ -214,6 +216,32 @@ def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any])
     return VariationalModule(codec, conditioner, network, **parts)
 
 
+def build_segmentation_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> SegmentationModule:
+    if not facts["num_classes"]:
+        raise InputError("model=segmentation: the dataset has no masks to learn; prepare it with masks")
+    parts = instantiate_parts(model, skip=())
+    network = parts.pop("network")(
+        facts["spatial_dims"], in_channels=facts["image_channels"], out_channels=facts["num_classes"]
+    )
+    names = facts.get("label_names")
+    return SegmentationModule(network, num_classes=facts["num_classes"], label_names=names, **parts)
+
+
+def build_regression_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> RegressionModule:
+    parts = instantiate_parts(model, skip=())
+    channels = facts["image_channels"]
+    network = parts.pop("network")(facts["spatial_dims"], in_channels=channels, out_channels=channels)
+    return RegressionModule(network, **parts)
+
+
+BUILDERS = {  # model.kind -> (model, facts) -> module, of models without a first stage
+    "autoencoder": build_autoencoder_module,
+    "variational": build_variational_module,
+    "segmentation": build_segmentation_module,
+    "regression": build_regression_module,
+}
+
+
 def build_module(
     model: Mapping[str, Any],
     facts: Mapping[str, Any],
@@ -224,10 +252,8 @@ def build_module(
     A diffusion model takes its first stage from `model.first_stage.checkpoint`, unless the first stage's
     description is given (its weights then come with the checkpoint that is about to be loaded).
     """
-    if model["kind"] == "variational":
-        return build_variational_module(model, facts)
-    if "first_stage" not in model:
-        return build_autoencoder_module(model, facts)
+    if model["kind"] in BUILDERS:
+        return BUILDERS[model["kind"]](model, facts)
     build = build_translation_module if model["kind"] == "translation" else build_diffusion_module
     options = dict(model["first_stage"])
     path = options.pop("checkpoint")

@@ -1,7 +1,9 @@
-"""The folder that `medldm sample` writes: one file per case, pictures, and provenance.json."""
+"""The folder that `medldm sample` writes: an HDF5 file per case, volumes as NIfTI too, pictures and
+provenance.json.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from medldm.callbacks import save_png
 from medldm.data.dataset import CaseDataset
 from medldm.data.readers import open_hdf5
+from medldm.data.volumes import restore_volume
 from medldm.errors import InputError
 from medldm.files import replacing, write_json
 from medldm.plots import middle_slice
@@ -42,8 +45,7 @@ class SampleFolder:
         write_json(path, settings)
 
     def path(self, case: int) -> Path:
-        suffix = ".h5" if self.dataset.spatial_dims == 2 else ".nii.gz"
-        return self.root / f"{self.dataset.cases[case]['id']}{suffix}"
+        return self.root / f"{self.dataset.cases[case]['id']}.h5"
 
     def has(self, case: int) -> bool:
         return self.path(case).is_file()
@@ -61,7 +63,7 @@ class SampleFolder:
         if self.dataset.spatial_dims == 2:
             self.write_slices(case, positions, samples, batches)
         else:
-            self.write_volume(case, samples)
+            self.write_volume(case, samples, batches)
 
     def write_slices(
         self,
@@ -91,25 +93,56 @@ class SampleFolder:
             name = f"{self.dataset.cases[case]['id']}_{row:03d}.png"
             save_png(self.root / "png" / name, to_uint8(image).expand(3, -1, -1))
 
-    def write_volume(self, case: int, samples: Sequence[Tensor]) -> None:
-        import nibabel
-
+    def write_volume(self, case: int, samples: Sequence[Tensor], batches: Sequence[dict[str, Any]]) -> None:
         entry = self.dataset.cases[case]
-        for k, volumes in enumerate(samples):
-            array = volumes[0, 0].contiguous().numpy()  # axes in the order that the affine describes
-            path = self.path(case) if k == 0 else self.root / f"sample_{k}" / self.path(case).name
-            image = nibabel.Nifti1Image(array, np.asarray(entry["affine"], dtype=np.float64))
-            with replacing(path) as aside:
-                aside.write_bytes(image_bytes(image))
-            if self.png:
-                middle = to_uint8(middle_slice(volumes)[0])
-                save_png(self.root / "png" / f"{entry['id']}.png", middle.expand(3, -1, -1))
+        mask = batches[0]["mask"][0].numpy() if batches and "mask" in batches[0] else None
+        volumes = [sample[0].numpy() for sample in samples]
+        facts = {key: entry[key] for key in COPIED if key in entry}
+        write_volumes(self.root, entry["id"], volumes, entry, mask=mask, attributes=facts)
+        if self.png:
+            middle = to_uint8(middle_slice(samples[0], self.dataset.orientation)[0])
+            save_png(self.root / "png" / f"{entry['id']}.png", middle.expand(3, -1, -1))
 
 
-def image_bytes(image: Any) -> bytes:
+def write_volumes(
+    root: Path,
+    name: str,
+    volumes: Sequence[np.ndarray],
+    record: Mapping[str, Any],
+    *,
+    mask: np.ndarray | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Samples of one case, each (1, D, H, W) in [-1, 1], twice: `<name>.h5` holds them on the prepared grid
+    (`images`, `images_1`...), which `medldm evaluate` reads; `<name>.nii.gz` the first and
+    `nifti_samples/<name>_<k>.nii.gz` the others on the grid and in the units of the source, for people.
+    Returns the HDF5 file, which is written last: where it stands, all is written.
+
+    `record` is the case's entry of the index, or `Volume.record()`; `mask` (1, D, H, W) goes along.
+    """
+    for k, volume in enumerate(volumes):
+        path = root / "nifti_samples" / f"{name}_{k}.nii.gz" if k else root / f"{name}.nii.gz"
+        write_nifti(path, *restore_volume(volume, record))
+    with replacing(root / f"{name}.h5") as aside, h5py.File(aside, "w") as file:
+        for k, volume in enumerate(volumes):
+            file[f"images_{k}" if k else "images"] = np.asarray(volume, np.float32)
+        if mask is not None:
+            file["mask"] = mask.astype(np.uint8 if mask.max() < 256 else np.uint16)
+        file.attrs["spatial_dims"] = 3
+        for key in ("subject", "affine", "original_affine", "original_shape", "intensity_range"):
+            if key in record:
+                file.attrs[key] = record[key]
+        file.attrs.update(attributes or {})
+    return root / f"{name}.h5"
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     import gzip
 
-    return gzip.compress(image.to_bytes(), compresslevel=3)
+    import nibabel
+
+    with replacing(path) as aside:
+        aside.write_bytes(gzip.compress(nibabel.Nifti1Image(array, affine).to_bytes(), compresslevel=3))
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -60,14 +60,22 @@ def points_figure(data: Tensor, samples: Tensor) -> Tensor:
     return rendered(figure)
 
 
-def middle_slice(x: Tensor) -> Tensor:
-    """A volume's middle axial slice, front up (prepared axes run right, front, up); 2D images stay."""
-    return x if x.ndim == 4 else x[..., x.shape[-1] // 2].transpose(-1, -2).flip(-2)
+def middle_slice(x: Tensor, orientation: str | None = None) -> Tensor:
+    """The middle axial slice of volumes (B, C, D, H, W), front up and the patient's left to the right,
+    whatever the axes of `orientation` (none: SPL); 2D images stay.
+    """
+    if x.ndim == 4:
+        return x
+    pairs, code = ("SI", "PA", "LR"), orientation or "SPL"
+    places = [next(i for i, letter in enumerate(code) if letter in pair) for pair in pairs]
+    x = x.permute(0, 1, *(2 + i for i in places))
+    x = x.flip([2 + k for k, i in enumerate(places) if code[i] != pairs[k][0]])
+    return x[:, :, x.shape[2] // 2]
 
 
-def grid(rows: list[Tensor]) -> Tensor:
+def grid(rows: list[Tensor], orientation: str | None = None) -> Tensor:
     """Rows of (B, C, *S) in [-1, 1] -> (3, H, W) uint8, one row per line."""
-    images = torch.cat([middle_slice(row.float().cpu())[:, :1] for row in rows])
+    images = torch.cat([middle_slice(row.float().cpu(), orientation)[:, :1] for row in rows])
     picture = make_grid(
         images.clamp(-1, 1), nrow=len(rows[0]), padding=2, normalize=True, value_range=(-1, 1)
     )

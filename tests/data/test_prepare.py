@@ -297,7 +297,7 @@ def test_volumes_keep_affine_and_world_position(volumes):
     index = load_index(volumes)
     assert index["spatial_dims"] == 3 and index["num_classes"] == 5
     for case, record in zip(index["cases"], read_images(volumes), strict=True):
-        assert nibabel.aff2axcodes(np.array(case["affine"])) == ("R", "A", "S")
+        assert nibabel.aff2axcodes(np.array(case["affine"])) == ("S", "P", "L")
         assert all(n % 8 == 0 for n in case["shape"]) and record.image.shape == (1, *case["shape"])
         raw = nibabel.load(next(entry["path"] for entry in case["raw"] if "masks" in entry["path"]))
         voxel = np.argwhere(np.asarray(raw.dataobj) == 4)[0]

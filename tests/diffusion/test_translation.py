@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from tests.helpers import compose_part, num_parameters
 from torch import nn
 
 from medldm.diffusion.sampler import DDIMSampler
 from medldm.diffusion.translation import TranslationConditioner
 from medldm.errors import InputError
-from tests.helpers import compose_part, num_parameters
 
 SIZES = {"latent_channels": 4, "num_labels": 3, "embedding_dim": 16}
 
@@ -139,7 +139,9 @@ def test_what_is_dropped_is_zero(label):
 
 
 def test_training_drops_everything_together_with_its_probability():
-    drop = TranslationConditioner(**SIZES, drop_all_prob=0.25).sample_drop(4000, torch.Generator().manual_seed(0))
+    drop = TranslationConditioner(**SIZES, drop_all_prob=0.25).sample_drop(
+        4000, torch.Generator().manual_seed(0)
+    )
     assert torch.equal(drop[:, 0], drop[:, 1])
     assert drop.float().mean().item() == pytest.approx(0.25, abs=0.03)
 

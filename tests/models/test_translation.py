@@ -8,7 +8,18 @@ from medldm.checkpoints import build_module
 from medldm.errors import InputError
 from medldm.losses import AdversarialLoss
 from tests.training import PLAIN_SGD, fit
-from tests.translation import FACTS_3D, JOINT, LDM, MSSPADE, VQGAN, K, build_stage, describe_stage, make_pairs, model_config
+from tests.translation import (
+    FACTS_3D,
+    JOINT,
+    LDM,
+    MSSPADE,
+    VQGAN,
+    K,
+    build_stage,
+    describe_stage,
+    make_pairs,
+    model_config,
+)
 
 NO_GAN = ("model.adversarial=null", "model.discriminators=null")
 IMAGE = ("model/objective=translation_image", "model.adversarial.kind=hinge")

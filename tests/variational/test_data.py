@@ -7,9 +7,11 @@ from omegaconf import OmegaConf
 
 from medldm.commands import prepare
 from medldm.data.datasets import class_folders, nih_cxr14
+from medldm.data.jobs import make_tables
 from medldm.data.phantom_chest import draw_radiograph, write_chestxray, write_nih_cxr14
-from medldm.data.prepare import make_recipe, make_tables, prepare_slices
+from medldm.data.prepare_slices import prepare_slices
 from medldm.data.readers import open_hdf5
+from medldm.data.recipe import make_recipe
 from medldm.data.splits import read_splits
 from medldm.data.swirl import SwirlDataModule, distance_to_swirl, swirl, to_grid
 from medldm.data.transforms import full_scale, looks_inverted

@@ -46,6 +46,7 @@ def task(cfg: Any) -> None:
     from medldm.data import build_datamodule
     from medldm.files import replacing, write_json
     from medldm.inference import items_by_case, pick_device
+
     checkpoint = str(cfg.checkpoint)
     module = load_module(checkpoint)
     if not hasattr(module, "autoencoder"):

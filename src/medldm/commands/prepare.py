@@ -31,7 +31,8 @@ def task(cfg: "DictConfig") -> None:
     raw, root = cfg.data.raw, cfg.data.root
     data = OmegaConf.to_container(cfg.data, resolve=True)
     keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select")
-    print(prepare_dataset(raw=raw, root=root, **{key: data[key] for key in keys}))
+    options = {key: data[key] for key in (*keys, "modalities", "label_dir")}
+    print(prepare_dataset(raw=raw, root=root, **options))
 
 
 def main() -> None:

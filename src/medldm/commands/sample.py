@@ -6,8 +6,8 @@
 With a stage-one checkpoint it writes that autoencoder's reconstructions instead: the ceiling of stage two.
 Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop,
 edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed.
-Writes per case HDF5 (2D, with the conditions) or NIfTI (3D), 8-bit PNGs and provenance.json. Run it again to
-continue.
+Writes per case HDF5 with the conditions (3D also NIfTI on the source's grid and in its units), 8-bit PNGs
+and provenance.json. Run it again to continue.
 """
 
 import logging

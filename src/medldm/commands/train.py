@@ -30,6 +30,7 @@ from medldm.errors import InputError
 log = logging.getLogger(__name__)
 
 TINY_WIDTH = 16
+VOXELWISE_KEYS = {"segmentation": ("image", "mask"), "regression": ("image", "source")}
 NARROWED = [f"{part}_channels" for part in ("stem", "mid", "hidden", "middle", "encoder", "decoder")]
 
 
@@ -57,7 +58,7 @@ def shrink(model: dict[str, Any]) -> dict[str, Any]:
             part["perceptual"]["network"] = "random_conv"  # needs no weights
     if small["kind"] == "translation":  # latents of a few voxels leave no room for more
         for part in (small["discriminators"] or {}).values():
-            part |= {"channels": part["channels"][:2], "strides": [2, 1]}
+            part |= {"channels": part["channels"][:1], "strides": part["strides"][:1]}
     if small.get("sampler"):
         small["sampler"]["num_steps"] = 2
     return small
@@ -201,7 +202,13 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
     changed = [
         key
         for key in (
-            "autoencoder", "codec", "network", "translator", "conditioner", "schedule", "objective",
+            "autoencoder",
+            "codec",
+            "network",
+            "translator",
+            "conditioner",
+            "schedule",
+            "objective",
             "likelihood",
         )
         if description["model"].get(key) != model.get(key)
@@ -228,6 +235,8 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
     """The arrays that a model's batches hold; what is not named is never opened."""
     if model["kind"] == "autoencoder":
         return ("image", "mask") if model["decoder_sees_map"] else ("image",)
+    if model["kind"] in VOXELWISE_KEYS:
+        return VOXELWISE_KEYS[model["kind"]]
     is_cached = bool(data.get("latents"))
     if is_cached and model.get("objective", {}).get("pixel_weight") is not None:
         raise InputError("data.latents: this objective compares images; set data.latents=null")

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from medldm.data.datamodule import CaseDataModule
 
 # Keys of configs/data/*.yaml that only `medldm prepare` reads: training finds their outcome in index.json.
-PREPARE_KEYS = {"dataset", "raw", "image_size", "preprocess", "splits", "select"}
+PREPARE_KEYS = {
+    "dataset", "raw", "image_size", "preprocess", "splits", "select", "modalities", "label_dir"
+}  # fmt: skip
 MISSING = (None, "???")
 # Datasets that need no files: data.dataset -> data module.
 GENERATED = {"swirl": "medldm.data.swirl.SwirlDataModule"}

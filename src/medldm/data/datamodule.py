@@ -25,6 +25,7 @@ from medldm.data.edges import EdgeDegrade, EdgeRecipe
 from medldm.data.readers import load_index, read_json
 from medldm.data.sampler import ResumableSampler
 from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
+from medldm.data.synthetic import TRAIN_ON, SyntheticImages
 from medldm.data.transforms import CenterCrop, RandomCrop, RandomFlip
 from medldm.errors import InputError
 
@@ -41,6 +42,7 @@ FACTS = (
     "num_labels",
     "label_values",
     "image_size",
+    "orientation",
 )
 FRACTIONS = {"val": 0.1, "test": 0.1}
 
@@ -71,6 +73,9 @@ class CaseDataModule(pl.LightningDataModule):
         crop_size: int | Sequence[int] | None = None,
         flip_axes: Sequence[int] = (),
         edge_degrade: Mapping[str, Any] | None = None,
+        train_fraction: float = 1.0,
+        train_on: str = "real",
+        synthetic: str | Path | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -79,6 +84,8 @@ class CaseDataModule(pl.LightningDataModule):
         self.cache, self.split, self.views, self.balance_views = cache, split, views, balance_views
         self.latents, self.crop_size, self.flip_axes = latents, crop_size, tuple(flip_axes)
         self.edge_degrade = dict(edge_degrade) if edge_degrade is not None else None
+        self.train_fraction, self.train_on, self.synthetic_dir = train_fraction, train_on, synthetic
+        self.synthetic: SyntheticImages | None = None
         self.index: dict = {}
         self.subjects: Split = {}
         self.position = {"epoch": 0, "batch": 0}
@@ -94,6 +101,8 @@ class CaseDataModule(pl.LightningDataModule):
         self.check_request(index)
         self.subjects = self.read_split(index)
         self.index = index
+        if self.synthetic_dir is not None:
+            self.synthetic = SyntheticImages(self.synthetic_dir, index["spatial_dims"])
         if not self.items("train"):
             self.index = {}
             raise InputError(
@@ -126,6 +135,12 @@ class CaseDataModule(pl.LightningDataModule):
                 raise InputError(f"data.keys: '{key}' is none of {', '.join(ARRAY_DTYPES)}")
         if self.cache not in ("none", "ram"):
             raise InputError(f"data.cache={self.cache}: choose none or ram")
+        if self.train_on not in TRAIN_ON:
+            raise InputError(f"data.train_on={self.train_on}: choose {', '.join(TRAIN_ON)}")
+        if (self.train_on != "real") != (self.synthetic_dir is not None):
+            raise InputError("data.synthetic: name a folder of samples exactly where train_on is not real")
+        if not 0 < self.train_fraction <= 1:
+            raise InputError(f"data.train_fraction={self.train_fraction}: it must lie in (0, 1]")
         if self.worker_context not in (None, "fork", "spawn", "forkserver"):
             raise InputError(
                 f"data.worker_context={self.worker_context}: choose null, fork, spawn or forkserver"
@@ -188,17 +203,33 @@ class CaseDataModule(pl.LightningDataModule):
     # ---- items ----
 
     def items(self, subset: str) -> list[Item]:
-        """Items of train, val, test or all, cases in index order, filtered by `views`."""
+        """Items of train, val, test or all, cases in index order, filtered by `views`.
+
+        Those of train are of `train_fraction` of its subjects, with real or synthetic images (`train_on`).
+        """
         self.setup()
-        wanted = None if subset == "all" else set(self.subjects[subset])
+        wanted = None if subset == "all" else set(self.part_of(subset))
         views = None if self.views is None else {self.index["view_names"].index(view) for view in self.views}
-        return [
+        items = [
             item
             for case, entry in enumerate(self.index["cases"])
             if wanted is None or entry["subject"] in wanted
             for item in case_items(self.index, case)
             if views is None or item.view in views
         ]
+        if subset != "train" or self.synthetic is None:
+            return items
+        return self.synthetic.choose(items, [case["id"] for case in self.index["cases"]], self.train_on)
+
+    def part_of(self, subset: str) -> list[str]:
+        """The subjects of a subset; of train the first of a seeded order, so that a larger share holds a
+        smaller one.
+        """
+        subjects = self.subjects[subset]
+        if subset != "train" or self.train_fraction == 1:
+            return subjects
+        order = np.random.default_rng(self.seed).permutation(len(subjects))
+        return [subjects[i] for i in order[: max(1, round(self.train_fraction * len(subjects)))]]
 
     def dataset(self, subset: str, *, augment: bool = False, edge_level: float | None = None) -> CaseDataset:
         """The items of a subset; `augment` applies the training transforms, `edge_level` degrades edges at
@@ -220,6 +251,7 @@ class CaseDataModule(pl.LightningDataModule):
             transforms=transforms,
             edge_degradation=degradation,
             latents_dir=self.latents_dir,
+            synthetic=self.synthetic,
         )
         if self.cache == "ram":
             dataset.preload(share=self.num_workers > 0 and self.worker_context in ("spawn", "forkserver"))

@@ -15,6 +15,7 @@ from medldm.batch import Batch
 from medldm.data.edges import EdgeDegrade
 from medldm.data.readers import open_hdf5
 from medldm.data.sampler import Request
+from medldm.data.synthetic import SyntheticImages
 from medldm.errors import InputError
 
 ARRAY_DTYPES = {"image": torch.float32, "mask": torch.int64, "edges": torch.float32, "latent": torch.float32}
@@ -28,6 +29,7 @@ class Item(NamedTuple):
     phase: int
     label: int
     slice_position: float  # 0 first, 1 last of its stack; 0.5 where it stands alone
+    is_synthetic: bool = False  # a generated image under the case's own map
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,17 @@ class CaseDataset(Dataset):
         transforms: Sequence[Transform] = (),
         edge_degradation: EdgeDegradation | None = None,
         latents_dir: Path | None = None,
+        synthetic: SyntheticImages | None = None,
     ) -> None:
         self.root, self.items, self.keys, self.seed = root, list(items), tuple(keys), seed
         self.cases, self.spatial_dims = index["cases"], index["spatial_dims"]
+        self.orientation = index.get("orientation")
         self.transforms, self.edge_degradation, self.latents_dir = (
             tuple(transforms),
             edge_degradation,
             latents_dir,
         )
+        self.synthetic = synthetic
         self.cached: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
@@ -109,6 +114,8 @@ class CaseDataset(Dataset):
 
     def read(self, key: str, item: Item) -> np.ndarray:
         """(C, *S) in the stored dtype."""
+        if key == "image" and item.is_synthetic:
+            return self.synthetic.read(self.cases[item.case]["id"], item.row)
         if (key, item.case) in self.cached:
             rows = self.cached[key, item.case].numpy()
             return (

@@ -350,7 +350,8 @@ def read_images(
     """Images of a prepared folder, of a folder that `medldm sample` wrote, or of any folder or file of
     pictures.
 
-    HDF5 and NIfTI at the top of the folder win over pictures below it. Values: HDF5 as stored; integers of a
+    HDF5 and NIfTI at the top of the folder win over pictures below it, HDF5 over a NIfTI of the same name.
+    Values: HDF5 as stored; integers of a
     picture by the range of their type; a NIfTI already within [-1, 1] as it is, any other by its own 0.5 and
     99.5 percentiles (`attributes["rescaled"]` says so). `subjects` and `ids` restrict what is read; `sample`
     picks `images_<k>` where a file holds several samples a condition.
@@ -387,7 +388,12 @@ def list_image_files(path: Path) -> list[tuple[Path, dict]]:
     if (path / "index.json").is_file() or (path / AUTHOR_INDEX).is_file():
         return [(path / case["file"], case) for case in load_index(path)["cases"]]
     top = sorted(p for p in path.iterdir() if p.is_file())
-    files = [p for p in top if has_suffix(p, HDF5_SUFFIXES + NIFTI_SUFFIXES)]
+    known = {stem_of(p) for p in top if has_suffix(p, HDF5_SUFFIXES)}
+    files = [
+        p
+        for p in top
+        if has_suffix(p, HDF5_SUFFIXES) or (has_suffix(p, NIFTI_SUFFIXES) and stem_of(p) not in known)
+    ]
     if not files:
         files = sorted(p for p in path.rglob("*") if has_suffix(p, RASTER_SUFFIXES + NIFTI_SUFFIXES))
     return [(file, {"id": stem_of(file)}) for file in files]
@@ -402,16 +408,17 @@ def hdf5_records(
 ) -> Iterator[ImageRecord]:
     reader = open_hdf5(file)
     attributes = {**case.get("attributes", {}), **reader.attributes}
-    subject = str(case.get("subject", attributes.get("subject_id", case["id"])))
+    stated = attributes.get("subject_id", attributes.get("subject", case["id"]))
+    subject = str(case.get("subject", stated))
     if subjects is not None and subject not in subjects:
         return
-    if "image" in reader.file:  # one volume
+    key = "images" if sample == 0 else f"images_{sample}"
+    if "image" in reader.file or attributes.get("spatial_dims") == 3:  # one volume, prepared or generated
         if ids is None or case["id"] in ids:
             mask = reader.read("mask") if "mask" in reader else None
-            image = np.asarray(reader.read("image"), np.float32)
+            image = np.asarray(reader.read("image" if "image" in reader.file else key), np.float32)
             yield ImageRecord(case["id"], subject, image, attributes, None, mask)
         return
-    key = "images" if sample == 0 else f"images_{sample}"
     slices = case.get("slices", {})
     per_slice = {
         name: slices[name] if name in slices else reader.read(name)

@@ -4,6 +4,7 @@ NumPy, OpenCV and SciPy, without torch, so that `prepare` workers of 2D data sta
 volumes.py.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from medldm.errors import InputError
 
+log = logging.getLogger(__name__)
 RESIZE_MODES = ("stretch", "pad_square", "spacing_crop")
 INTENSITY_MODES = ("volume_percentile", "slice_minmax", "window", "bit_depth")
 BIT_DEPTHS = (8, 10, 12, 14, 16)
@@ -113,8 +115,12 @@ class Intensity:
     mode: str = "volume_percentile"
     percentiles: tuple[float, float] = (0.5, 99.5)
     window: tuple[float, float] | None = None
+    region: str = "volume"  # 3D: volume, or box: what is left after cropping and padding, as ALDM has it
+    clip: bool = True  # 3D: false keeps values beyond the limits, outside [-1, 1]
 
     def __post_init__(self) -> None:
+        if self.region not in ("volume", "box"):
+            raise InputError(f"data.preprocess.intensity.region={self.region}: choose from volume, box")
         if self.mode not in INTENSITY_MODES:
             raise InputError(
                 f"data.preprocess.intensity.mode={self.mode}: choose from {', '.join(INTENSITY_MODES)}"
@@ -168,22 +174,43 @@ def looks_inverted(x: np.ndarray) -> bool:
     return bool(np.median(corners) > np.median(middle))
 
 
-def to_unit(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Clip to [low, high] and map to [-1, 1], float32. A constant image becomes -1, the background."""
+def to_unit(x: np.ndarray, low: float, high: float, clip: bool = True) -> np.ndarray:
+    """Map [low, high] to [-1, 1], float32, and clip there. A constant image becomes -1, the background."""
     if not high > low:
         return np.full(x.shape, -1, np.float32)
     x = (x.astype(np.float32) - low) * (2 / (high - low)) - 1
-    return np.clip(x, -1, 1)
+    return np.clip(x, -1, 1) if clip else x
+
+
+def remove_artifacts(x: np.ndarray, sigma: float = 7.0, threshold: float = -800.0) -> np.ndarray:
+    """CT (X, Y, Z) in HU with its least value outside the patient: table, clothes and tubes vanish.
+
+    The patient is the largest connected part where the volume, smoothed by a Gaussian of `sigma` voxels,
+    exceeds `threshold`: the published recipe of Med-LSDM for AutoPET.
+    """
+    from scipy import ndimage
+
+    labels, count = ndimage.label(ndimage.gaussian_filter(x.astype(np.float32), sigma) > threshold)
+    if count == 0:
+        return x
+    largest = 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    return np.where(labels == largest, x, x.min())
+
+
+def axial_axis(orientation: str) -> int:
+    """Which axis of a volume in this orientation runs along the body."""
+    return next(i for i, letter in enumerate(orientation) if letter in "SI")
 
 
 def finite(x: np.ndarray, path: str | Path) -> np.ndarray:
-    """float32 with NaN and infinity replaced by the least finite value."""
+    """float32 with NaN and infinity replaced by the least finite value, and a warning that counts them."""
     x = np.asarray(x, np.float32)
     good = np.isfinite(x)
     if good.all():
         return x
     if not good.any():
         raise InputError(f"{path}: holds no finite value; remove its case")
+    log.warning("%s: %d values are not finite; they become %g", path, x.size - int(good.sum()), x[good].min())
     return np.where(good, x, x[good].min())
 
 

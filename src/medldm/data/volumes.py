@@ -1,7 +1,8 @@
-"""The deterministic part of 3D preparation: MONAI's dictionary transforms, and what puts a result back."""
+"""The deterministic part of 3D preparation, MONAI's dictionary transforms, and its inverse."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,17 @@ from monai.transforms import (
     Orientationd,
     ResizeWithPadOrCropd,
     Spacingd,
+    SpatialPadd,
     Transform,
 )
+from scipy import ndimage
 
-from medldm.data.transforms import FILL, Intensity, to_unit
+from medldm.data.recipe import Recipe
+from medldm.data.transforms import axial_axis, remove_artifacts, to_unit
+from medldm.errors import InputError
 
-BACKGROUND = -0.99  # an image in [-1, 1] is empty up to here
+FOREGROUND = 0.005  # of the intensity range: a voxel above it is no background
+SPLINE = {"linear": "bilinear", "bspline": 3}  # MONAI's name, or SciPy's order
 
 
 class Volume(NamedTuple):
@@ -30,68 +36,196 @@ class Volume(NamedTuple):
     spacing: tuple[float, ...]
     intensity_range: tuple[float, float]
     box: tuple[list[int], list[int]]  # start (negative: padding) and end in the oriented, resampled volume
+    original_affine: np.ndarray
+    original_shape: tuple[int, ...]
+
+    def record(self) -> dict[str, Any]:
+        """What `restore_volume` needs, as an index entry has it."""
+        return {
+            "affine": self.affine.tolist(),
+            "original_affine": self.original_affine.tolist(),
+            "original_shape": list(self.original_shape),
+            "intensity_range": list(self.intensity_range),
+        }
+
+
+# ---- raw -> prepared ----
 
 
 def prepare_volume(
     image: np.ndarray,
     mask: np.ndarray | None,
     affine: np.ndarray,
+    recipe: Recipe,
     *,
-    orientation: str,
-    spacing: Sequence[float] | None,
-    crop_foreground: bool,
-    image_size: Sequence[int] | None,
-    divisible_by: int,
-    intensity: Intensity,
+    foreground: np.ndarray | None = None,
+    body: np.ndarray | None = None,
 ) -> Volume:
-    """Orient, resample, scale, crop to the foreground and pad one raw volume (X, Y, Z).
+    """Clean, scale, orient, resample, crop to the foreground and pad one raw volume (X, Y, Z).
 
-    Intensity limits come from the raw volume, before resampling. `image_size` crops or pads about the centre;
-    without it the axes are padded to a multiple of `divisible_by`. Masks are resampled to the nearest class.
+    `foreground` is the raw volume, on the same grid, whose content decides the box (the image itself where
+    it is None); `body` is not zero where the patient is. Intensity limits come from the raw volume, before
+    resampling, or from the box where the recipe says so. Masks are resampled to the nearest class.
     """
-    low, high = intensity.volume_range(image)
-    arrays = {"image": to_unit(image, low, high)} | ({} if mask is None else {"mask": mask})
+    shape, rule = image.shape, recipe.intensity
+    image = clean(image, body, recipe)
+    low, high = rule.volume_range(image)
+    fill = -1.0 if rule.region == "volume" else float(image.min())
+    arrays = {"image": to_unit(image, low, high, clip=rule.clip) if rule.region == "volume" else image}
+    if mask is not None:
+        arrays["mask"] = mask
+    if recipe.crop_foreground:
+        arrays["foreground"] = find_foreground(image if foreground is None else foreground, recipe)
     item = {
         key: MetaTensor(torch.from_numpy(np.asarray(x, np.float32))[None], affine=torch.from_numpy(affine))
         for key, x in arrays.items()
     }
-    resampled = Compose(to_grid(list(item), orientation, spacing))(item)
+    with warnings.catch_warnings():  # of scale_extent: places are right, see the tests
+        warnings.filterwarnings("ignore", "align_corners")
+        resampled = Compose(to_grid(list(item), recipe, shape, affine))(item)
     grid_affine = resampled["image"].affine.numpy().copy()
-    item = Compose(to_box(list(item), crop_foreground, image_size, divisible_by))(resampled)
+    item = Compose(to_box(list(item), recipe, fill))(resampled)
+    x = item["image"].as_tensor().numpy()
+    if rule.region == "box":
+        low, high = rule.volume_range(x)
+        x = to_unit(x, low, high, clip=rule.clip)
     final_affine = item["image"].affine.numpy().astype(np.float64)
     offset = np.linalg.solve(grid_affine[:3, :3], final_affine[:3, 3] - grid_affine[:3, 3])
     start = np.rint(offset).astype(int)
     return Volume(
-        np.clip(item["image"].as_tensor().numpy(), -1, 1),
+        np.clip(x, -1, 1) if rule.clip else x,
         None if mask is None else item["mask"].as_tensor().numpy().astype(mask.dtype),
         final_affine,
         tuple(np.linalg.norm(final_affine[:3, :3], axis=0).tolist()),
         (low, high),
         (start.tolist(), (start + item["image"].shape[1:]).tolist()),
+        np.asarray(affine, np.float64),
+        shape,
     )
 
 
-def to_grid(keys: list[str], orientation: str, spacing: Sequence[float] | None) -> list[Transform]:
-    """Axes along `orientation`, voxels of `spacing` mm: linear for images, nearest for classes."""
-    turn = Orientationd(keys, axcodes=orientation, labels=None)
-    if spacing is None:
-        return [turn]
-    modes = ["nearest" if key == "mask" else "bilinear" for key in keys]
-    return [turn, Spacingd(keys, pixdim=tuple(spacing), mode=modes, padding_mode="border")]
+def clean(image: np.ndarray, body: np.ndarray | None, recipe: Recipe) -> np.ndarray:
+    """The image with its least value outside the body, where the recipe asks for it."""
+    if recipe.mask_out and body is not None:
+        image = np.where(body != 0, image, image.min())
+    return remove_artifacts(image) if recipe.remove_artifacts else image
 
 
-def to_box(
-    keys: list[str], crop_foreground: bool, image_size: Sequence[int] | None, divisible_by: int
-) -> list[Transform]:
-    """Cut the empty border, then crop or pad about the centre."""
-    steps: list[Transform] = []
-    if crop_foreground:
+def find_foreground(image: np.ndarray, recipe: Recipe) -> np.ndarray:
+    low, high = recipe.intensity.volume_range(image)
+    threshold = recipe.foreground_above
+    inside = image > (low + FOREGROUND * (high - low) if threshold is None else threshold)
+    if not inside.any():
+        raise InputError("data.preprocess.crop_foreground: a volume is empty; set it to false, or remove it")
+    return inside
+
+
+def to_grid(keys: list[str], recipe: Recipe, shape: Sequence[int], affine: np.ndarray) -> list[Transform]:
+    """Axes along `orientation`, voxels of `spacing` mm, or in-plane squares of `in_plane_size` voxels.
+
+    The latter pads to a square by its edge and scales all three axes alike: voxels keep their proportions.
+    """
+    steps: list[Transform] = [Orientationd(keys, axcodes=recipe.orientation, labels=None)]
+    modes = [SPLINE[recipe.interpolation] if key == "image" else "nearest" for key in keys]
+    if recipe.spacing is not None:
+        steps.append(Spacingd(keys, pixdim=recipe.spacing, mode=modes, padding_mode="border"))
+    if recipe.in_plane_size is not None:
+        raw = axis_order(affine, recipe.orientation)
+        depth = axial_axis(recipe.orientation)
+        side = max(shape[raw[i]] for i in range(3) if i != depth)
+        square = [-1 if i == depth else side for i in range(3)]
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)[raw] * (side / recipe.in_plane_size)
+        for key in keys:
+            steps.append(SpatialPadd([key], square, mode="edge" if key == "image" else "constant"))
         steps.append(
-            CropForegroundd(keys, source_key="image", select_fn=lambda x: x > BACKGROUND, allow_smaller=True)
+            Spacingd(keys, pixdim=tuple(sizes), mode=modes, padding_mode="border", scale_extent=True)
         )
-    for key in keys:
-        if image_size is not None:
-            steps.append(ResizeWithPadOrCropd([key], spatial_size=tuple(image_size), value=FILL[key]))
-        elif divisible_by > 1:
-            steps.append(DivisiblePadd([key], k=divisible_by, value=FILL[key]))
     return steps
+
+
+def axis_order(affine: np.ndarray, orientation: str) -> list[int]:
+    """Which raw axis each axis of `orientation` is."""
+    import nibabel
+
+    pairs = ("RL", "AP", "SI")
+    letters = nibabel.aff2axcodes(affine)
+    return [
+        next(i for i, letter in enumerate(letters) if any({letter, code} <= set(pair) for pair in pairs))
+        for code in orientation
+    ]
+
+
+def to_box(keys: list[str], recipe: Recipe, fill: float) -> list[Transform]:
+    """Cut the empty border, then crop or pad about the centre; an axis without a size is padded to a
+    multiple.
+    """
+    steps: list[Transform] = []
+    if recipe.crop_foreground:
+        steps.append(CropForegroundd(keys, source_key="foreground", allow_smaller=True))
+    size = recipe.image_size or (None,) * 3
+    depth = axial_axis(recipe.orientation)
+    if recipe.in_plane_size is not None and recipe.image_size is None:
+        size = tuple(None if i == depth else recipe.in_plane_size for i in range(3))
+    multiples = tuple(recipe.divisible_by if n is None else 1 for n in size)
+    for key in keys:
+        value = fill if key == "image" else 0
+        if any(n is not None for n in size):
+            steps.append(
+                ResizeWithPadOrCropd([key], tuple(-1 if n is None else n for n in size), value=value)
+            )
+        if max(multiples) > 1:
+            steps.append(DivisiblePadd([key], k=multiples, value=value))
+    return steps
+
+
+# ---- prepared -> raw ----
+
+
+def restore_volume(array: np.ndarray, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """A prepared volume ([1,] D, H, W) in [-1, 1] on the grid and in the units of its source: (X, Y, Z)
+    float32 and the source's affine.
+
+    `record` is the case's entry in index.json, or `Volume.record()`. Voxels of the source outside the
+    prepared box get the lower intensity limit. Where preparation only turned, cropped and padded, voxels
+    move without change; where it resampled, values are interpolated linearly.
+    """
+    x = np.asarray(array, np.float32)
+    x = x[0] if x.ndim == 4 else x
+    affine = np.asarray(record["original_affine"], np.float64)
+    shape = tuple(record["original_shape"])
+    low, high = record["intensity_range"]
+    to_prepared = np.linalg.solve(np.asarray(record["affine"], np.float64), affine)
+    on_source = (move_voxels if is_exact(to_prepared, shape) else interpolate)(x, to_prepared, shape)
+    return (on_source + 1) * np.float32((high - low) / 2) + np.float32(low), affine
+
+
+def is_exact(to_prepared: np.ndarray, shape: Sequence[int]) -> bool:
+    """Whether voxels of the source fall on voxels of the prepared grid, to a hundredth at the far corner."""
+    return bool(np.abs((to_prepared - np.rint(to_prepared)) @ [*shape, 1]).max() < 1e-2)
+
+
+def move_voxels(x: np.ndarray, to_prepared: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Turn, mirror and shift `x` by whole voxels into an array of `shape`; -1 elsewhere."""
+    matrix = np.rint(to_prepared).astype(int)
+    order = [int(np.flatnonzero(matrix[:3, j])[0]) for j in range(3)]  # prepared axis of each raw axis
+    signs = [int(matrix[order[j], j]) for j in range(3)]
+    x = x.transpose(order)
+    out = np.full(shape, -1, np.float32)
+    source, target = [], []
+    for j, (sign, shift) in enumerate(zip(signs, matrix[order, 3], strict=True)):
+        start = -shift if sign > 0 else shift - x.shape[j] + 1  # raw index of the first voxel
+        first, last = max(start, 0), min(start + x.shape[j], shape[j])
+        target.append(slice(first, max(first, last)))
+        source.append(slice(first - start, max(first, last) - start))
+    flipped = np.flip(x, [j for j in range(3) if signs[j] < 0])
+    out[tuple(target)] = flipped[tuple(source)]
+    return out
+
+
+def interpolate(x: np.ndarray, to_prepared: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`x` at the voxels of the source, linearly; -1 beyond the outer faces of its voxels."""
+    matrix, offset = to_prepared[:3, :3], to_prepared[:3, 3]
+    values = ndimage.affine_transform(x, matrix, offset, shape, order=1, mode="nearest")
+    ones = np.ones(x.shape, np.uint8)
+    inside = ndimage.affine_transform(ones, matrix, offset, shape, order=0, mode="grid-constant")
+    return np.where(inside > 0, values, np.float32(-1))

@@ -21,6 +21,7 @@ from medldm.models.common import (
     warmup_cosine,
 )
 
+
 class DiffusionModule(LightningModule):
     """Denoiser (`network` and `conditioner`) over the latents of a frozen `first_stage`.
 

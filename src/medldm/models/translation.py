@@ -140,6 +140,7 @@ class TranslationModule(AdversarialModule):
         self.first_stage, self.translator, self.objective = first_stage, translator, objective
         first_stage.autoencoder.requires_grad_(objective.trains_autoencoder)
         self.val_psnr, self.val_ssim = MeanMetric(), MeanMetric()
+        self.train()  # Lightning keeps modules in the mode that it finds them in
 
     @property
     def autoencoder(self) -> nn.Module:

@@ -1,0 +1,165 @@
+"""2D preparation: all acquisitions of a subject become the slices of one HDF5 file."""
+
+import logging
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from medldm.data.case import Case
+from medldm.data.jobs import PER_SLICE, Job, Tables, check_classes, check_range, entry_of, number
+from medldm.data.readers import Image, read_image, read_mask
+from medldm.data.recipe import COMPRESSION, Recipe
+from medldm.data.transforms import finite, looks_inverted, to_unit
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def as_slices(image: Image, axis: int, path: str) -> tuple[np.ndarray, tuple[float, float]]:
+    """(N, H, W), and mm per pixel (H, W). A NIfTI plane (X, Y) becomes rows Y and columns X."""
+    if image.affine is None:
+        return image.array[None], image.spacing or (1.0, 1.0)
+    array, spacing = image.array, [s or 1.0 for s in image.spacing]
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array, spacing = array[..., 0], spacing[:-1]
+    if array.ndim not in (2, 3):
+        raise InputError(f"{path}: has {array.ndim} axes {array.shape}; give one volume a file")
+    if array.ndim == 2:
+        array, spacing = array[..., None], [*spacing, 1.0]
+    planes = np.moveaxis(array, axis, 2).transpose(2, 1, 0)
+    in_plane = [s for i, s in enumerate(spacing) if i != axis]
+    return planes, (in_plane[1], in_plane[0])
+
+
+def read_pair(case: Case) -> tuple[Image, Image | None]:
+    """Image and mask of a case on one grid; InputError where their shapes differ."""
+    image = read_image(case.paths["image"])
+    if "mask" not in case.paths:
+        return image, None
+    mask = read_mask(case.paths["mask"])
+    if mask.array.shape != image.array.shape:
+        raise InputError(
+            f"{case.paths['mask']}: mask of shape {mask.array.shape} for an image of shape "
+            f"{image.array.shape}; "
+            "resample one onto the other's grid"
+        )
+    if mask.affine is not None and image.affine is not None:
+        apart = np.abs(mask.affine - image.affine)[:3, 3].max()
+        if apart > max(image.spacing[:3]):
+            log.warning(
+                "%s: lies %.1f mm away from its image, whose grid is taken", case.paths["mask"], apart
+            )
+    return image, mask
+
+
+def is_inverted(case: Case, volume: np.ndarray, rule: str) -> bool:
+    """Whether a picture shows air bright (MONOCHROME1): `declared` by its manifest, or seen by `auto`."""
+    stated = str(case.attributes.get("photometric", "")).upper()
+    if rule == "none":
+        return False
+    if stated or rule == "declared":
+        return stated == "MONOCHROME1"
+    inverted = looks_inverted(volume[len(volume) // 2])
+    if inverted:
+        log.warning("%s: looks inverted, turned; declare it, or set preprocess.invert", case.paths["image"])
+    return inverted
+
+
+def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.ndarray]:
+    """All slices of one acquisition as the datasets of schema v1."""
+    raw, raw_mask = read_pair(case)
+    volume, spacing = as_slices(raw, recipe.slice_axis, case.paths["image"])
+    volume = finite(volume, case.paths["image"])
+    size, count = recipe.image_size, len(volume)
+    view = str(case.attributes.get("view", ""))
+    low, high = recipe.intensity.volume_range(volume)
+    if is_inverted(case, volume, recipe.invert):
+        volume = (low + high) - volume
+    images, ranges = [], []
+    for plane in volume:
+        resized = recipe.resize.image(plane, spacing, size, fill=low)
+        if recipe.intensity.mode == "slice_minmax":
+            low, high = float(resized.min()), float(resized.max())
+        images.append(to_unit(resized, low, high))
+        ranges.append((low, high))
+    out: dict[str, np.ndarray] = {"images": np.stack(images)}
+    if raw_mask is not None:
+        planes, _ = as_slices(raw_mask, recipe.slice_axis, case.paths["mask"])
+        classes = recipe.labels(planes, case.paths["mask"]).astype(np.uint8)
+        out["semantic_maps"] = np.stack([recipe.resize.label(plane, spacing, size) for plane in classes])
+    if recipe.edges is not None:
+        detect = recipe.edges.for_view(view)
+        maps = out.get("semantic_maps", [None] * count)
+        out["edges"] = np.stack([detect(image, mask) for image, mask in zip(images, maps, strict=True)])
+    out["view"] = np.full(count, number(view, tables.views), np.uint8)
+    out["phase"] = np.full(count, number(case.attributes.get("phase", ""), tables.phases), np.uint8)
+    out["label"] = np.full(count, number(case.attributes.get("label", ""), tables.labels), np.int16)
+    out["slice_index"] = np.arange(count, dtype=np.int16)
+    out["num_slices"] = np.full(count, count, np.int16)
+    out["spacing"] = np.tile(
+        np.float32(recipe.resize.spacing_after(volume.shape[1:], spacing, size)), (count, 1)
+    )
+    out["orig_shape"] = np.tile(np.int32(volume.shape[1:]), (count, 1))
+    out["intensity_range"] = np.float32(ranges)
+    return out
+
+
+def write_slices(job: Job, file: h5py.File) -> None:
+    parts = [prepare_slices(case, job.recipe, job.tables) for case in job.cases]
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    arrays["images"] = arrays["images"].astype(job.recipe.dtype)
+    for key, array in arrays.items():
+        layout = (
+            {"chunks": (1, *array.shape[1:]), **COMPRESSION[job.recipe.compression]}
+            if array.ndim == 3
+            else {}
+        )
+        file.create_dataset(key, data=array, **layout)
+    sources = [
+        Path(case.paths["image"]).name
+        for case, part in zip(job.cases, parts, strict=True)
+        for _ in part["view"]
+    ]
+    file.create_dataset("source", data=sources, dtype=h5py.string_dtype())
+
+
+def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
+    arrays = {key: file[key][()] for key in file if key != "source"}
+    lengths = {key: len(array) for key, array in arrays.items()}
+    needed = {
+        "images",
+        "slice_index",
+        "num_slices",
+        "view",
+        "phase",
+        "label",
+        "spacing",
+        "orig_shape",
+        "intensity_range",
+    }
+    needed |= {"semantic_maps"} if "mask" in job.cases[0].paths else set()
+    needed |= {"edges"} if job.recipe.edges is not None else set()
+    if not needed <= lengths.keys() or len(set(lengths.values())) != 1:
+        raise InputError(
+            f"{path}: datasets are missing or of unequal length {lengths}; delete it and prepare again"
+        )
+    check_range(path, arrays["images"])
+    if "edges" in arrays and arrays["edges"].max() > 1:
+        raise InputError(f"{path}: edges are not 0 and 1; delete it and prepare again")
+    shapes = {arrays[key].shape for key in ("images", "semantic_maps", "edges") if key in arrays}
+    if shapes != {(lengths["images"], *job.recipe.image_size)}:
+        raise InputError(
+            f"{path}: images, maps and edges have shapes {sorted(shapes)}; delete it and prepare again"
+        )
+    entry = entry_of(job, path)
+    entry["num_slices"] = lengths["images"]
+    entry["shape"] = list(job.recipe.image_size)
+    entry["spacing"] = [float(s) for s in arrays["spacing"][0]]
+    entry["slices"] = {key: arrays[key].tolist() for key in PER_SLICE}
+    entry["slices"]["source"] = file["source"].asstr()[()].tolist()
+    entry["max_class"] = (
+        check_classes(path, arrays["semantic_maps"], job) if "semantic_maps" in arrays else None
+    )
+    entry["classes"] = np.unique(arrays["semantic_maps"]).tolist() if "semantic_maps" in arrays else []
+    return entry

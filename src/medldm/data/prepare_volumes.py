@@ -1,0 +1,119 @@
+"""3D preparation: one volume becomes one HDF5 file."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from medldm.data.case import Case
+from medldm.data.jobs import Job, check_classes, check_range, entry_of, number
+from medldm.data.readers import Image, read_image, read_mask
+from medldm.data.recipe import COMPRESSION, Recipe
+from medldm.data.transforms import finite
+from medldm.errors import InputError
+
+RECORD = (
+    "affine",
+    "spacing",
+    "original_affine",
+    "original_shape",
+    "intensity_range",
+    "box_start",
+    "box_end",
+)
+
+
+def read_volume(path: str, *, is_mask: bool = False) -> Image:
+    """(X, Y, Z) with its affine. InputError where the file holds anything else."""
+    image = (read_mask if is_mask else read_image)(path)
+    shape = image.array.shape
+    if image.affine is None or len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise InputError(f"{path}: is no 3D volume (shape {shape}); give NIfTI files with three axes")
+    return Image(image.array.reshape(shape[:3]), image.affine, image.spacing[:3])
+
+
+def on_grid_of(image: Image, other: Image, path: str, rule: str) -> np.ndarray:
+    """The class map `other` on the grid of `image`. InputError where they differ and `rule` is `same`;
+    `resample` takes the nearest voxel in scanner coordinates, `trust` the voxels as they lie.
+    """
+    shape, apart = image.array.shape, distance(image, other)
+    if other.array.shape == shape and (apart < 0.5 * min(image.spacing) or rule == "trust"):
+        return other.array
+    if rule == "resample":
+        from scipy import ndimage
+
+        matrix = np.linalg.solve(other.affine, image.affine)
+        return ndimage.affine_transform(
+            other.array, matrix[:3, :3], matrix[:3, 3], shape, order=0, mode="grid-constant"
+        )
+    difference = (
+        f"{apart:.1f} mm apart" if other.array.shape == shape else f"its shape is {other.array.shape}"
+    )
+    raise InputError(
+        f"{path}: lies on another grid than its image of shape {shape} ({difference}); set "
+        "data.preprocess.mask_grid=resample to bring it there, or =trust to take its voxels as they lie"
+    )
+
+
+def distance(image: Image, other: Image) -> float:
+    """The largest distance in mm between the corners of the image's grid under both affines."""
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in image.array.shape], (1,), indexing="ij"), -1)
+    return float(np.linalg.norm(corners.reshape(-1, 4) @ (image.affine - other.affine).T, axis=1).max())
+
+
+def prepare_case(case: Case, recipe: Recipe):  # noqa: ANN201 - Volume, of a module that imports MONAI
+    """Read the files of a case and prepare them: a `volumes.Volume`."""
+    from medldm.data.volumes import prepare_volume  # MONAI and torch: 2D workers do without
+
+    path, mask = case.paths["image"], None
+    image = read_volume(path)
+    if "mask" in case.paths:
+        raw = read_volume(case.paths["mask"], is_mask=True)
+        mask = recipe.labels(on_grid_of(image, raw, case.paths["mask"], recipe.mask_grid), case.paths["mask"])
+    others = {}
+    wanted = {"foreground": recipe.crop_foreground, "body": recipe.mask_out}
+    for key in (key for key, is_used in wanted.items() if is_used and key in case.paths):
+        other = image if case.paths[key] == path else read_volume(case.paths[key])
+        others[key] = finite(on_grid_of(image, other, case.paths[key], "same"), case.paths[key])
+    try:
+        return prepare_volume(finite(image.array, path), mask, image.affine, recipe, **others)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def write_volume(job: Job, file: h5py.File) -> None:
+    (case,), recipe = job.cases, job.recipe
+    volume = prepare_case(case, recipe)
+    layout = COMPRESSION[recipe.compression]
+    file.create_dataset("image", data=volume.image.astype(recipe.dtype), **layout)
+    if volume.mask is not None:
+        file.create_dataset("mask", data=volume.mask, **layout)
+    file.attrs.update(
+        **{key: np.asarray(value) for key, value in volume.record().items()},
+        spacing=volume.spacing,
+        box_start=volume.box[0],
+        box_end=volume.box[1],
+        view=number(case.attributes.get("view", ""), job.tables.views),
+        phase=number(case.attributes.get("phase", ""), job.tables.phases),
+        label=number(case.attributes.get("label", ""), job.tables.labels),
+        source=Path(case.paths["image"]).name,
+    )
+
+
+def describe_volume(file: h5py.File, path: Path, job: Job) -> dict:
+    image = file["image"][()]
+    check_range(path, image, limit=1 if job.recipe.intensity.clip else np.inf)
+    mask = file["mask"][()] if "mask" in file else None
+    if ("mask" in job.cases[0].paths) != (mask is not None) or (
+        mask is not None and mask.shape != image.shape
+    ):
+        raise InputError(f"{path}: image and mask do not match; delete it and prepare again")
+    entry = entry_of(job, path)
+    for key in RECORD:
+        entry[key] = np.asarray(file.attrs[key]).tolist()
+    for key in ("view", "phase", "label", "source"):
+        entry[key] = file.attrs[key] if key == "source" else int(file.attrs[key])
+    entry["shape"] = list(image.shape[1:])
+    entry["max_class"] = None if mask is None else check_classes(path, mask, job)
+    entry["classes"] = [] if mask is None else np.unique(mask).tolist()
+    return entry

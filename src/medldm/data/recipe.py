@@ -1,0 +1,134 @@
+"""What decides how a raw file is prepared: a recipe made of plain config values, and its hash."""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from medldm.data.edges import EdgeRecipe
+from medldm.data.transforms import INVERSIONS, Intensity, Labels, Resize
+from medldm.errors import InputError
+
+SCHEMA_VERSION = 1
+DTYPES = ("float16", "float32")
+COMPRESSION: dict[str, dict] = {
+    "none": {},
+    "lzf": {"compression": "lzf", "shuffle": True},
+    "gzip": {"compression": "gzip", "compression_opts": 4, "shuffle": True},
+}
+CHOICES: dict[str, tuple] = {
+    "dtype": DTYPES,
+    "compression": tuple(COMPRESSION),
+    "slice_axis": (0, 1, 2),
+    "invert": INVERSIONS,
+    "interpolation": ("linear", "bspline"),
+    "mask_grid": ("same", "resample", "trust"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a prepared file holds, apart from the raw files."""
+
+    spatial_dims: int
+    image_size: tuple[int | None, ...] | None
+    resize: Resize
+    intensity: Intensity
+    labels: Labels
+    edges: EdgeRecipe | None
+    dtype: str
+    compression: str
+    slice_axis: int
+    orientation: str
+    spacing: tuple[float, ...] | None
+    crop_foreground: bool
+    divisible_by: int
+    invert: str
+    in_plane_size: int | None
+    interpolation: str
+    foreground_above: float | None
+    remove_artifacts: bool
+    mask_out: bool
+    mask_grid: str
+
+    def as_dict(self) -> dict:
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def hash(self) -> str:
+        """Of the parameters and of the versions of the libraries that do the work."""
+        libraries = (
+            ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "nibabel", "monai", "torch")
+        )
+        versions = {name: importlib.import_module(name).__version__ for name in libraries}
+        return digest({"schema": SCHEMA_VERSION, "recipe": self.as_dict(), "libraries": versions})
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_recipe(
+    spatial_dims: int, image_size: int | Sequence[int] | None, preprocess: Mapping[str, Any]
+) -> Recipe:
+    """From plain config values. InputError names the key that makes no sense. 2D without a size means 256."""
+    if spatial_dims not in (2, 3):
+        raise InputError(f"data.spatial_dims={spatial_dims}: choose 2 or 3")
+    if image_size is None and spatial_dims == 2:
+        image_size = 256
+    size = (image_size,) * spatial_dims if isinstance(image_size, int) else image_size and tuple(image_size)
+    check_size(image_size, size, spatial_dims)
+    options = dict(preprocess)
+    for key, choices in CHOICES.items():
+        if options[key] not in choices:
+            raise InputError(
+                f"data.preprocess.{key}={options[key]}: choose from {', '.join(map(str, choices))}"
+            )
+    check_orientation(options["orientation"])
+    intensity, labels = dict(options.pop("intensity")), dict(options.pop("labels") or {})
+    for key in ("percentiles", "window"):
+        if intensity.get(key) is not None:
+            intensity[key] = tuple(intensity[key])
+    edges, spacing = options.pop("edges"), options.pop("spacing")
+    if edges is not None and edges.get("thresholds") is not None:
+        edges = {**edges, "thresholds": tuple(edges["thresholds"])}
+    mapping = labels.get("mapping")
+    return Recipe(
+        spatial_dims=spatial_dims,
+        image_size=size,
+        resize=Resize(**options.pop("resize")),
+        intensity=Intensity(**intensity),
+        labels=Labels(
+            tuple(labels["names"]) if labels.get("names") else None,
+            {int(k): int(v) for k, v in mapping.items()} if mapping else None,
+        ),
+        edges=EdgeRecipe(**edges) if edges is not None and spatial_dims == 2 else None,
+        spacing=tuple(spacing) if isinstance(spacing, Iterable) else spacing and (float(spacing),) * 3,
+        **options,
+    )
+
+
+def check_size(given: Any, size: Sequence[int | None] | None, spatial_dims: int) -> None:
+    """A 3D size may leave an axis open (null); a 2D one may not."""
+    if size is None:
+        return
+    numbers = [n for n in size if n is not None or spatial_dims == 2]
+    if len(size) != spatial_dims or any(n is None or n < 8 for n in numbers):
+        raise InputError(
+            f"data.image_size={given}: give one number, or {spatial_dims} of them, of at least 8"
+        )
+
+
+def check_orientation(code: str) -> None:
+    if len(code) != 3 or any(len(set(code) & set(pair)) != 1 for pair in ("RL", "AP", "SI")):
+        raise InputError(
+            f"data.preprocess.orientation={code}: give one letter each of RL, AP and SI, for instance SPL"
+        )
+
+
+def recipe_of(index: Mapping[str, Any]) -> Recipe:
+    """The recipe that a prepared folder was made with, from its index: to prepare one more file alike."""
+    preprocess = dict(index["preprocess"])
+    return make_recipe(preprocess.pop("spatial_dims"), preprocess.pop("image_size"), preprocess)

@@ -1,0 +1,183 @@
+"""Networks with a target for every voxel: class maps (segmentation) and another modality (regression).
+
+The segmenter is the yardstick of synthesis: trained on real images and tested on synthetic ones, or the other
+way round. The regression network is the plain one-to-one baseline of translation.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from medldm.metrics.image import psnr, to_unit
+from medldm.metrics.overlap import dice
+from medldm.models.common import build_optimizer, warmup_cosine
+
+
+def apply_network(
+    network: nn.Module,
+    x: Tensor,
+    *,
+    window: int | Sequence[int] | None = None,
+    overlap: float = 0.5,
+    divisible_by: int = 8,
+) -> Tensor:
+    """The network on images of any size: whole, padded to a multiple of `divisible_by` and cropped back, or
+    in Gaussian-weighted windows that overlap by this share.
+    """
+    shape = x.shape[2:]
+    if window is not None:
+        size = [window] * len(shape) if isinstance(window, int) else list(window)
+        size = [divisible_by * -(-side // divisible_by) for side in size]
+        return sliding_window_inference(x, size, 1, network, overlap, mode="gaussian", cval=-1.0)
+    missing = [-side % divisible_by for side in shape]
+    padding = [side for n in reversed(missing) for side in (0, n)]
+    out = network(F.pad(x, padding, value=-1.0) if any(missing) else x)
+    return out[(..., *(slice(side) for side in shape))]
+
+
+class SegmentationModule(LightningModule):
+    """Trains `network` (image channels -> num_classes) to find batch["mask"] in batch["image"].
+
+    Cross-entropy over all classes plus soft Dice of the foreground classes over the batch, on one-hot targets
+    made once. Training sees whatever the loader gives; prediction takes whole images, or windows.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        num_classes: int,
+        optimizer: Callable,
+        label_names: Sequence[str] | None = None,
+        window: int | Sequence[int] | None = None,
+        overlap: float = 0.5,
+        divisible_by: int = 8,
+        warmup_steps: int = 0,
+        cosine_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.num_classes = network, num_classes
+        names = list(label_names or [])[1:] if len(label_names or []) == num_classes else []
+        self.class_names = names or [f"class_{k}" for k in range(1, num_classes)]
+        self.inference = {"window": window, "overlap": overlap, "divisible_by": divisible_by}
+        self.make_optimizer = optimizer
+        self.warmup_steps, self.cosine_steps = warmup_steps, cosine_steps
+        self.criterion = DiceCELoss(
+            include_background=False,
+            to_onehot_y=True,
+            softmax=True,
+            batch=True,
+            smooth_nr=1e-5,
+            smooth_dr=1e-5,
+        )
+        self.val_dice = MeanMetric(nan_strategy="ignore")
+        self.description: dict = {}  # what checkpoints.describe says of this module
+
+    validation_metrics = ("val/loss", "val/dice")
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.network]
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["medldm"] = self.description
+
+    def configure_optimizers(self):
+        optimizer = build_optimizer(self.make_optimizer, [self.network])
+        schedule = warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K, *S)."""
+        return apply_network(self.network, x, **self.inference).float()
+
+    @torch.no_grad()
+    def segment(self, x: Tensor) -> Tensor:
+        """Class map (B, 1, *S) int64 of images in [-1, 1]."""
+        return self(x).argmax(1, keepdim=True)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        loss = self.criterion(self.network(batch["image"]).float(), batch["mask"])
+        self.log("train/loss", loss.detach(), batch_size=len(batch["image"]))
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
+        return loss
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        logits = self(batch["image"])
+        scores = dice(logits.argmax(1, keepdim=True), batch["mask"], self.num_classes)
+        self.val_dice.update(scores)
+        terms = {"val/loss": self.criterion(logits, batch["mask"]), "val/dice": self.val_dice}
+        self.log_dict(terms, on_epoch=True, batch_size=len(logits), sync_dist=True)
+
+    @torch.no_grad()
+    def picture(self, batch: dict) -> list[Tensor]:
+        """Rows for the sample grid: images, maps, and the maps found."""
+        maps = (batch["mask"], self.segment(batch["image"]))
+        return [batch["image"][:, :1], *(m * (2 / max(1, self.num_classes - 1)) - 1 for m in maps)]
+
+
+class RegressionModule(LightningModule):
+    """Trains `network` (image channels -> image channels) to give batch["image"] for batch["source"]: L1.
+
+    One network serves one ordered pair of modalities, `data.pair_labels`: what ALDM's single model must beat.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        optimizer: Callable,
+        window: int | Sequence[int] | None = None,
+        overlap: float = 0.5,
+        divisible_by: int = 8,
+        warmup_steps: int = 0,
+        cosine_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.inference = {"window": window, "overlap": overlap, "divisible_by": divisible_by}
+        self.make_optimizer = optimizer
+        self.warmup_steps, self.cosine_steps = warmup_steps, cosine_steps
+        self.val_psnr = MeanMetric()
+        self.description: dict = {}  # what checkpoints.describe says of this module
+
+    validation_metrics = ("val/loss", "val/psnr")
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.network]
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["medldm"] = self.description
+
+    def configure_optimizers(self):
+        optimizer = build_optimizer(self.make_optimizer, [self.network])
+        schedule = warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def forward(self, source: Tensor) -> Tensor:
+        """The target (B, C, *S), in about [-1, 1]."""
+        return apply_network(self.network, source, **self.inference).float()
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        loss = F.l1_loss(self.network(batch["source"]).float(), batch["image"])
+        self.log("train/loss", loss.detach(), batch_size=len(batch["image"]))
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
+        return loss
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        x_hat = self(batch["source"])
+        self.val_psnr.update(psnr(to_unit(x_hat), to_unit(batch["image"])))
+        terms = {"val/loss": F.l1_loss(x_hat, batch["image"]), "val/psnr": self.val_psnr}
+        self.log_dict(terms, on_epoch=True, batch_size=len(x_hat), sync_dist=True)
+
+    @torch.no_grad()
+    def picture(self, batch: dict) -> list[Tensor]:
+        """Rows for the sample grid: sources, targets, predictions."""
+        return [batch["source"], batch["image"], self(batch["source"]).clamp(-1, 1)]
