@@ -1,6 +1,7 @@
 """The bound, its floor and the shortcut of a Medical VDM on held-out images, as JSON.
 
 python scripts/measure_medvdm.py CHECKPOINT DATA_ROOT [--split test] [--steps 250] [--limit 64]
+python scripts/measure_medvdm.py CHECKPOINT DATA_ROOT --against OTHER    # and the difference, image by image
 """
 
 import argparse
@@ -20,6 +21,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("root")
+    parser.add_argument("--against", help="a second checkpoint, measured on the same images and noise")
     parser.add_argument("--split", default="test")
     parser.add_argument("--steps", type=int, default=250, help="T of the bound")
     parser.add_argument("--limit", type=int, default=64, help="images, evenly spread over the split")
@@ -45,10 +47,10 @@ def measure(module, batch: dict, steps: int, generator: torch.Generator) -> dict
     return {name: value.double().cpu() for name, value in values.items()}
 
 
-def main() -> None:
-    args = parse()
+def measure_checkpoint(path: str, args: argparse.Namespace) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What was measured, and its values image by image."""
     device = pick_device()
-    module = load_module(args.checkpoint).to(device)
+    module = load_module(path).to(device)
     data = {"root": args.root, "batch_size": args.batch_size}
     dataset = build_datamodule(data, keys=("image",), seed=0).dataset(args.split)
     count = min(args.limit, len(dataset))
@@ -59,9 +61,8 @@ def main() -> None:
         for start in range(0, count, args.batch_size):
             batch = dataset.__getitems__([(0, i) for i in chosen[start : start + args.batch_size]])
             parts.append(measure(module, to_device(batch, device), args.steps, generator))
-    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     facts = {
-        "checkpoint_sha256": sha256(args.checkpoint),
+        "checkpoint_sha256": sha256(path),
         "split": args.split,
         "n": count,
         "image_size": list(spatial_shape(batch["image"])),
@@ -69,11 +70,25 @@ def main() -> None:
         "likelihood": type(module.likelihood).__name__,
         "gamma": [float(module.schedule.gamma(torch.tensor(v, device=device))) for v in (0.0, 1.0)],
     }
-    means = {
-        name: {"mean": column.mean().item(), "standard_error": column.std().item() / count**0.5}
+    return facts, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def summarise(columns: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"mean": column.mean().item(), "standard_error": column.std().item() / len(column) ** 0.5}
         for name, column in columns.items()
     }
-    print(json.dumps(facts | means, indent=1))
+
+
+def main() -> None:
+    args = parse()
+    facts, columns = measure_checkpoint(args.checkpoint, args)
+    result = facts | summarise(columns)
+    if args.against:
+        other_facts, other = measure_checkpoint(args.against, args)
+        difference = {name: columns[name] - other[name] for name in columns}
+        result |= {"against": other_facts | summarise(other), "difference": summarise(difference)}
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

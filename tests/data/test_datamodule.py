@@ -245,3 +245,21 @@ def test_overlapping_split_stops_training(mnms2, tmp_path):
     (root / "splits.json").write_text(json.dumps({"default": {"train": ["001"], "val": ["001"], "test": []}}))
     with pytest.raises(InputError, match="both train and val"):
         build(root)
+
+
+def test_a_window_of_slices_is_cut_from_the_whole_volume_at_every_depth(volumes):
+    module = build(volumes, keys=("image", "mask"), batch_size=1, crop_size=[8, None, None])
+    loader, starts = module.train_dataloader(), set()
+    for batch in (batch for _ in range(12) for batch in loader):
+        with h5py.File(volumes / module.index["cases"][batch["case_index"].item()]["file"]) as file:
+            whole = file["image"][()].astype(np.float32)
+        (window,) = batch["image"].numpy()
+        fits = [k for k in range(whole.shape[1] - 7) if np.array_equal(whole[:, k : k + 8], window)]
+        assert len(fits) == 1
+        starts.add(fits[0])
+    assert len(starts) > 4
+
+
+def test_a_box_larger_than_a_volume_is_an_input_error(volumes):
+    with pytest.raises(InputError, match=r"crop_size=\[200, 16, 16\].*\.h5 has"):
+        build(volumes, keys=("image",), crop_size=[200, 16, 16]).train_dataloader()

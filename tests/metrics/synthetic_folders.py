@@ -1,3 +1,5 @@
+import json
+
 import h5py
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -26,3 +28,33 @@ def write_case(path, images: np.ndarray, extra: dict | None = None) -> None:
         file.attrs["subject_id"] = path.stem
         for name, value in (extra or {}).items():
             file[name] = value
+
+
+def smooth_volumes(num: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """(N, 1, D, H, W) float32 in [-0.9, 0.9]."""
+    rng = np.random.default_rng(seed)
+    volumes = gaussian_filter(rng.normal(size=(num, 1, *shape)), (0, 0, 2, 2, 2))
+    return (0.9 * volumes / np.abs(volumes).max((1, 2, 3, 4), keepdims=True)).astype(np.float32)
+
+
+def write_prepared_volumes(root, volumes: dict, *, orientation: str = "SPL", subjects: dict | None = None):
+    """A prepared folder of `case -> (image, mask)`; `subjects` names the subject of a case, else itself."""
+    (root / "cases").mkdir(parents=True)
+    cases = []
+    for name, (image, mask) in volumes.items():
+        with h5py.File(root / "cases" / f"{name}.h5", "w") as file:
+            file["image"] = image.astype(np.float16)
+            file["mask"] = mask.astype(np.uint8)
+        subject = (subjects or {}).get(name, name)
+        cases.append({"id": name, "subject": subject, "file": f"cases/{name}.h5", "attributes": {}})
+    index = {"schema_version": 1, "dataset": "folder", "spatial_dims": 3, "num_classes": 2, "cases": cases}
+    index |= {"preprocess": {"orientation": orientation}, "image_channels": 1}
+    (root / "index.json").write_text(json.dumps(index))
+
+
+def write_sample(root, name: str, *volumes: np.ndarray) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    with h5py.File(root / f"{name}.h5", "w") as file:
+        for k, volume in enumerate(volumes):
+            file[f"images_{k}" if k else "images"] = volume
+        file.attrs["spatial_dims"] = 3

@@ -172,7 +172,14 @@ def test_bootstrap_interval_is_wider_over_subjects_than_over_images():
 
 def test_bootstrap_counts_excluded_and_gives_no_interval_for_one_subject():
     interval = bootstrap_mean(np.array([1.0, np.nan, 3.0]), ["a", "a", "a"])
-    assert interval.as_dict() == {"mean": 2.0, "ci95": None, "n": 2, "num_subjects": 1, "num_excluded": 1}
+    assert interval.as_dict() == {
+        "mean": 2.0,
+        "ci95": None,
+        "std": pytest.approx(2**0.5),
+        "n": 2,
+        "num_subjects": 1,
+        "num_excluded": 1,
+    }
 
 
 def line(column: int, spatial_dims: int = 2) -> torch.Tensor:

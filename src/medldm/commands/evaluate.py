@@ -11,7 +11,12 @@ keys
   reconstruction=DIR   first-stage reconstructions of the same names: one more row
   train=DIR            prepared data.root or folder whose (training) images make the mean image;
                        without it the mean leaves the judged subject out
-  metrics=synthesis    what is measured; metrics.features=[random_conv], metrics.lpips=null change it
+  metrics=synthesis    what is measured; metrics.features=[random_conv], metrics.lpips=null change it.
+                       synthesis_3d: volumes, with 3D-FID, SSIM in 3D and by slice, MS-SSIM between volumes.
+                       segmentation: Dice of a trained segmenter on generated and on real images
+                       translation: <subject>_<source>_to_<target> on the box, in the brain, in the tumour
+  segmenter=CKPT       a model=segmentation checkpoint: adds Dice to any of them
+  spade=DIR regression=DIR  translation: the same pairs without diffusion, and by one-to-one U-Nets
   paths.weights=DIR    where pretrained weights lie (pt_inception-2015-12-05-6726825d.pth for FID and KID)
 
 example
@@ -27,6 +32,7 @@ from pathlib import Path
 from medldm.commands import run_command
 
 log = logging.getLogger(__name__)
+PANEL_ORDER = ("nmse_var", "dice_mean", "psnr")  # by which best, median and worst are chosen
 
 
 def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
@@ -36,7 +42,8 @@ def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
     from medldm.metrics.summary import Bootstrap
 
     settings = OmegaConf.to_container(cfg.metrics, resolve=True, throw_on_missing=True)
-    folders = {name: cfg[name] for name in ("generated", "reference", "output", "reconstruction", "train")}
+    names = ("generated", "reference", "output", "reconstruction", "train", "spade", "regression")
+    folders = {name: cfg[name] for name in names}
     folders = {name: None if folder is None else Path(folder) for name, folder in folders.items()}
     functions = select_metrics(settings["image"])
     check_baselines(settings["baselines"])
@@ -57,12 +64,18 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     import torch
 
     from medldm.evaluation.baselines import make_rows
+    from medldm.evaluation.diversity import measure_diversity
     from medldm.evaluation.measure import build_tools, measure
-    from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, make_pairs, view_names
+    from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, view_names
     from medldm.evaluation.results import build_results, case_columns
+    from medldm.evaluation.slices import axial_axis
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = known_facts(folders["reference"])
-    pairs = make_pairs(folders["generated"], folders["reference"], folders["reconstruction"])
+    pairs = match(folders, settings)
+    shape = pairs[0].real.shape
+    axis = axial_axis(facts, pairs[0].attributes) if len(shape) == 4 else None
+    depth = 0 if axis is None else min(pair.real.shape[axis + 1] for pair in pairs)
     tools = build_tools(
         functions,
         recipe=edge_recipe(facts),
@@ -71,13 +84,19 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
         networks=settings["features"],
         lpips=settings["lpips"],
         weights_dir=cfg.paths.weights,
-        image_shape=pairs[0].real.shape,
-    ).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        image_shape=shape,
+        axial_axis=axis,
+        num_slices=min(depth, settings["max_slices"] or depth),
+        segmenter=load_segmenter(cfg.segmenter, shape, device),
+        regions=settings["regions"],
+    ).to(device)
     training, mean_source = read_training(folders["train"], cfg.train_split, pairs)
     rows = make_rows(pairs, settings["baselines"], training=training, seed=cfg.seed)
     groups = group_members(pairs, facts)
     measured = measure_with_progress(pairs, rows, tools, measure)
-    results = build_results(pairs, measured, tools, groups, bootstrap, settings["kernel"])
+    alike = {"generated": rows["generated"], "real": [pair.real for pair in pairs]}
+    diversity = measure_diversity(pairs, alike, settings["ms_ssim_pairs"], cfg.seed)
+    results = build_results(pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity)
     results |= {"folders": folders, "mean_image": mean_source, "metrics": settings}
     results["provenance"] = read_provenance(folders)
     write_results(folders["output"], results, case_columns(pairs, measured, groups))
@@ -85,6 +104,39 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     show(results)
     print(folders["output"] / "metrics.json")
     print(folders["output"] / "per_case.csv")
+
+
+def match(folders: Mapping[str, Path | None], settings: Mapping) -> list:
+    """Generated images with their real partners: by name, or a translation with its source and target."""
+    from medldm.evaluation.pairs import make_pairs
+    from medldm.evaluation.translation import make_translation_pairs
+
+    three = (folders["generated"], folders["reference"], folders["reconstruction"])
+    if not settings["translation"]:
+        return make_pairs(*three)
+    others = {name: folders[name] for name in ("spade", "regression") if folders[name]}
+    return make_translation_pairs(*three, others)
+
+
+def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device):  # noqa: ANN001, ANN201
+    """The segmenter of a checkpoint, None without one. InputError where it is of another kind of image."""
+    from medldm.checkpoints import load_module
+    from medldm.errors import InputError
+    from medldm.evaluation.measure import Segmenter
+    from medldm.models.segmentation import SegmentationModule
+
+    if checkpoint is None:
+        return None
+    module = load_module(checkpoint)
+    if not isinstance(module, SegmentationModule):
+        raise InputError(f"segmenter={checkpoint}: holds no segmenter; train one with model=segmentation")
+    expected = (module.facts["image_channels"], module.facts["spatial_dims"])
+    if expected != (image_shape[0], len(image_shape) - 1):
+        raise InputError(
+            f"segmenter={checkpoint}: takes {expected[0]} channels in {expected[1]}D, the images have "
+            f"{image_shape[0]} in {len(image_shape) - 1}D"
+        )
+    return Segmenter(module.to(device).segment, module.class_names)
 
 
 def read_training(train: Path | None, split_name: str, pairs: Sequence):  # noqa: ANN201
@@ -138,11 +190,11 @@ def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int) 
 
     if num_rows < 1:
         return
-    name = "nmse_var" if "nmse_var" in values else next(iter(values))
+    name = next((name for name in PANEL_ORDER if name in values), next(iter(values)))
     for kind, chosen in choose(values[name], num_rows, not is_higher_better(name)).items():
         if chosen:
             captions = [f"{pairs[i].id}\n{name} {values[name][i]:.3f}" for i in chosen]
-            figure = draw_panel([pairs[i] for i in chosen], captions)
+            figure = draw_panel([pairs[i].loaded() for i in chosen], captions)
             with replacing(output / "panels" / f"{kind}.png") as temporary:
                 figure.savefig(temporary, format="png")
 
@@ -151,16 +203,20 @@ def show(results: dict) -> None:
     """The tables on screen, and every note."""
     from rich.console import Console
 
-    from medldm.evaluation.screen import distribution_table, group_tables, main_table, notes
+    from medldm.evaluation import screen
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log file has no width of its own
-    console.print(main_table(results))
-    console.print(distribution_table(results))
-    for table in group_tables(results):
+    console.print(screen.main_table(results))
+    if results["distribution"]:
+        console.print(screen.distribution_table(results))
+    for lines in (screen.dice_lines, screen.diversity_lines, screen.translation_lines):
+        for table in lines(results):
+            console.print(screen.text_table(table))
+    for table in screen.group_tables(results):
         console.print(table)
-    for line in notes(results):
+    for line in screen.notes(results):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -22,6 +22,7 @@ from medldm.data.dataset import (
     single_threaded,
 )
 from medldm.data.edges import EdgeDegrade, EdgeRecipe
+from medldm.data.pairs import OF_SOURCE, PairDataset, check_pairs, pair_items
 from medldm.data.readers import load_index, read_json
 from medldm.data.sampler import ResumableSampler
 from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
@@ -52,8 +53,10 @@ class CaseDataModule(pl.LightningDataModule):
 
     `keys` are the arrays read (image, mask, edges, latent): what is not named is never opened. `crop_size`
     cuts a random box in training and the central one in validation; testing sees whole images. `views` keeps
-    slices of these views, `balance_views` draws the views equally often. An item's randomness depends on
-    (seed, epoch, item) alone. InputError where the folder is not prepared, or lacks what `keys` asks for.
+    slices of these views, `balance_views` draws the views equally often. Where `keys` has `source`, an item
+    is a pair of images of a subject: with `pairs=random` training sees one ordered pair a subject and epoch,
+    with `all` each; evaluation always sees each. An item's randomness depends on (seed, epoch, item) alone.
+    InputError where the folder is not prepared, or lacks what `keys` asks for.
     """
 
     def __init__(
@@ -72,6 +75,9 @@ class CaseDataModule(pl.LightningDataModule):
         latents: str | None = None,
         crop_size: int | Sequence[int] | None = None,
         flip_axes: Sequence[int] = (),
+        flip_prob: float = 0.5,
+        pairs: str | None = None,
+        pair_labels: Sequence[Sequence[str]] | None = None,
         edge_degrade: Mapping[str, Any] | None = None,
         train_fraction: float = 1.0,
         train_on: str = "real",
@@ -82,7 +88,10 @@ class CaseDataModule(pl.LightningDataModule):
         self.root, self.batch_size, self.keys, self.seed = Path(root), batch_size, tuple(keys), seed
         self.num_workers, self.worker_context, self.pin_memory = num_workers, worker_context, pin_memory
         self.cache, self.split, self.views, self.balance_views = cache, split, views, balance_views
-        self.latents, self.crop_size, self.flip_axes = latents, crop_size, tuple(flip_axes)
+        self.latents, self.crop_size = latents, crop_size
+        self.flip_axes, self.flip_prob = tuple(flip_axes), flip_prob
+        self.pairs, self.pair_labels = pairs, pair_labels
+        self.is_paired = bool(OF_SOURCE.keys() & set(self.keys))
         self.edge_degrade = dict(edge_degrade) if edge_degrade is not None else None
         self.train_fraction, self.train_on, self.synthetic_dir = train_fraction, train_on, synthetic
         self.synthetic: SyntheticImages | None = None
@@ -103,11 +112,11 @@ class CaseDataModule(pl.LightningDataModule):
         self.index = index
         if self.synthetic_dir is not None:
             self.synthetic = SyntheticImages(self.synthetic_dir, index["spatial_dims"])
-        if not self.items("train"):
+        items = self.items("train")
+        if not items or (self.is_paired and not pair_items(index, items, self.pair_labels)):
             self.index = {}
-            raise InputError(
-                f"{self.root}: split '{self.split}' leaves no training item; choose another data.split"
-            )
+            what = "pair of images of one subject with two labels" if items else "training item"
+            raise InputError(f"{self.root}: split '{self.split}' leaves no {what}; choose another data.split")
 
     @property
     def facts(self) -> dict:
@@ -145,6 +154,7 @@ class CaseDataModule(pl.LightningDataModule):
             raise InputError(
                 f"data.worker_context={self.worker_context}: choose null, fork, spawn or forkserver"
             )
+        check_pairs(self.pairs, self.pair_labels, self.keys, index.get("label_values") or [])
         if "mask" in self.keys and index.get("num_classes") is None:
             raise InputError(
                 f"{self.root}: was prepared without masks; add them, or use a model that needs none"
@@ -155,7 +165,7 @@ class CaseDataModule(pl.LightningDataModule):
             )
         if self.edge_degrade is not None and "edges" not in self.keys:
             raise InputError("data.edge_degrade: this model reads no edges; set data.edge_degrade=null")
-        if ("latent" in self.keys) != (self.latents is not None):
+        if any("latent" in key for key in self.keys) != (self.latents is not None):
             raise InputError("data.latents: name a latent cache exactly where the model trains on latents")
         if self.latents is not None:
             self.latent_facts  # noqa: B018 - raises where the cache is absent
@@ -240,31 +250,43 @@ class CaseDataModule(pl.LightningDataModule):
         if size is not None and (augment or subset == "val"):
             transforms.append(RandomCrop(size) if augment else CenterCrop(size))
         if augment and self.flip_axes:
-            transforms.append(RandomFlip(self.flip_axes))
-        degradation = self.edge_degradation(augment, edge_level)
-        dataset = CaseDataset(
-            self.root,
-            self.index,
-            self.items(subset),
-            keys=self.keys,
-            seed=self.seed,
-            transforms=transforms,
-            edge_degradation=degradation,
-            latents_dir=self.latents_dir,
-            synthetic=self.synthetic,
-        )
+            transforms.append(RandomFlip(self.flip_axes, self.flip_prob))
+        settings = {
+            "keys": self.keys,
+            "seed": self.seed,
+            "transforms": transforms,
+            "edge_degradation": self.edge_degradation(augment, edge_level),
+            "latents_dir": self.latents_dir,
+            "synthetic": self.synthetic,
+        }
+        dataset: CaseDataset
+        if self.is_paired:
+            groups = pair_items(self.index, self.items(subset), self.pair_labels)
+            if not (augment and self.pairs == "random"):
+                groups = [[pair] for group in groups for pair in group]
+            dataset = PairDataset(self.root, self.index, groups, **settings)
+        else:
+            dataset = CaseDataset(self.root, self.index, self.items(subset), **settings)
         if self.cache == "ram":
             dataset.preload(share=self.num_workers > 0 and self.worker_context in ("spawn", "forkserver"))
         return dataset
 
-    def box_size(self) -> tuple[int, ...] | None:
+    def box_size(self) -> tuple[int | None, ...] | None:
+        """`crop_size` by axis, None for an axis kept whole. InputError where it does not fit every case."""
         self.setup()
         dims = self.index["spatial_dims"]
         if self.crop_size is None:
             return None
         size = (self.crop_size,) * dims if isinstance(self.crop_size, int) else tuple(self.crop_size)
-        if len(size) != dims or min(size) < 1:
+        if len(size) != dims or min((n for n in size if n is not None), default=1) < 1:
             raise InputError(f"data.crop_size={list(size)}: give one number, or {dims} of them, above 0")
+        for case in self.index["cases"]:
+            shape = case.get("shape") or self.index["image_size"] or ()
+            if any(n is not None and n > m for n, m in zip(size, shape, strict=False)):
+                raise InputError(
+                    f"data.crop_size={list(size)}: {self.root / case['file']} has {list(shape)} only; take a "
+                    "smaller box, or prepare with data.preprocess.divisible_by or data.image_size to pad it"
+                )
         return size
 
     def edge_degradation(self, augment: bool, edge_level: float | None) -> EdgeDegradation | None:
@@ -330,7 +352,8 @@ class CaseDataModule(pl.LightningDataModule):
         return loader
 
     def eval_dataloader(self, subset: str) -> DataLoader | list:
-        return self.loader(self.dataset(subset)) if self.items(subset) else []
+        dataset = self.dataset(subset)
+        return self.loader(dataset) if len(dataset) else []
 
     def val_dataloader(self) -> DataLoader | list:
         return self.eval_dataloader("val")

@@ -18,7 +18,14 @@ from medldm.data.sampler import Request
 from medldm.data.synthetic import SyntheticImages
 from medldm.errors import InputError
 
-ARRAY_DTYPES = {"image": torch.float32, "mask": torch.int64, "edges": torch.float32, "latent": torch.float32}
+ARRAY_DTYPES = {
+    "image": torch.float32,
+    "mask": torch.int64,
+    "edges": torch.float32,
+    "latent": torch.float32,
+    "source": torch.float32,
+    "source_latent": torch.float32,
+}
 Transform = Callable[[dict, np.random.Generator], dict]
 
 
@@ -132,7 +139,9 @@ class CaseDataset(Dataset):
 
     def load(self, epoch: int, i: int) -> dict:
         """The arrays of one item; its randomness depends on (seed, epoch, i) alone."""
-        arrays = {key: self.read(key, self.items[i]) for key in self.keys}
+        return self.augment({key: self.read(key, self.items[i]) for key in self.keys}, epoch, i)
+
+    def augment(self, arrays: dict, epoch: int, i: int) -> dict:
         if self.transforms or self.edge_degradation is not None:
             generator = np.random.default_rng((self.seed, epoch, i))
             for transform in self.transforms:
@@ -182,15 +191,14 @@ class CaseDataset(Dataset):
         """Hold every array in memory in its stored dtype; `share` puts it where spawned workers find it."""
         from rich.progress import track
 
-        for case in track(
-            sorted({item.case for item in self.items}), description="Reading into memory", transient=True
-        ):
-            for key in self.keys:
-                reader = open_hdf5(self.path(key, case))
-                rows = torch.from_numpy(
-                    np.ascontiguousarray(reader.read("latents" if key == "latent" else key))
-                )
-                self.cached[key, case] = rows.share_memory_() if share else rows
+        for key, case in track(self.stored(), description="Reading into memory", transient=True):
+            reader = open_hdf5(self.path(key, case))
+            rows = torch.from_numpy(np.ascontiguousarray(reader.read("latents" if key == "latent" else key)))
+            self.cached[key, case] = rows.share_memory_() if share else rows
+
+    def stored(self) -> list[tuple[str, int]]:
+        """(key, case) of everything that an epoch may read."""
+        return [(key, case) for case in sorted({item.case for item in self.items}) for key in self.keys]
 
 
 def expand(batch: Batch) -> Batch:

@@ -136,6 +136,7 @@ class HDF5Reader:
         self.identity = file_identity(self.path)
         self.offsets: dict[str, np.ndarray | None] = {}
         self.datasets: dict[str, h5py.Dataset] = {}
+        self.maps: dict[str, np.ndarray] = {}
 
     def dataset(self, key: str):  # noqa: ANN201 - h5py is imported lazily
         if key not in self.datasets:
@@ -186,11 +187,13 @@ class HDF5Reader:
         """The whole dataset, mapped into memory where it is stored in one unfiltered piece: a crop reads only
         itself.
         """
-        dataset = self.dataset(key)
-        offset = dataset.id.get_offset() if dataset.chunks is None and dataset.dtype.isnative else None
-        if offset is None:
-            return self.read(key)
-        return np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape)
+        if key not in self.maps:
+            dataset = self.dataset(key)
+            offset = dataset.id.get_offset() if dataset.chunks is None and dataset.dtype.isnative else None
+            if offset is None:
+                return self.read(key)
+            self.maps[key] = np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape)
+        return self.maps[key]
 
     def is_current(self) -> bool:
         """Whether the path still leads to the file that was opened."""

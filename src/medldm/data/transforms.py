@@ -255,52 +255,55 @@ class Labels:
             )
 
 
-FILL = {"image": -1, "source": -1, "mask": 0, "edges": 0}
+SPATIAL = ("image", "source", "mask", "edges")  # what is cropped and flipped together
 
 
 def crop_item(item: dict, start: Sequence[int], size: Sequence[int]) -> dict:
-    """Cut the same box out of every (C, *S) array, padding with background where the array is smaller."""
-    out = dict(item)
-    for key in FILL.keys() & item.keys():
-        x = item[key]
-        cut = x[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
-        if cut.shape[1:] != tuple(size):
-            cut = center_fit(cut, (len(x), *size), FILL[key])
-        out[key] = cut
-    return out
+    """Cut the same box out of every (C, *S) array: views, so that of a mapped file the box alone is read."""
+    box = (slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))
+    return {key: x[box] if key in SPATIAL else x for key, x in item.items()}
+
+
+def whole_size(item: dict, size: Sequence[int | None]) -> tuple[tuple[int, ...], list[int]]:
+    """The spatial shape of an item, and `size` with its open axes filled in."""
+    shape = next(item[key].shape[1:] for key in SPATIAL if key in item)
+    return shape, [m if n is None else n for n, m in zip(size, shape, strict=True)]
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A box of `size` anywhere inside the (C, *S) arrays of an item, the same for all of them."""
+    """A box of `size` anywhere inside the (C, *S) arrays of an item, the same for all; None: the whole
+    axis.
+    """
 
-    size: tuple[int, ...]
+    size: tuple[int | None, ...]
 
     def __call__(self, item: dict, generator: np.random.Generator) -> dict:
-        shape = next(item[key].shape[1:] for key in FILL if key in item)
-        start = [int(generator.integers(max(n - m, 0) + 1)) for n, m in zip(shape, self.size, strict=True)]
-        return crop_item(item, start, self.size)
+        shape, size = whole_size(item, self.size)
+        start = [int(generator.integers(n - m + 1)) for n, m in zip(shape, size, strict=True)]
+        return crop_item(item, start, size)
 
 
 @dataclass(frozen=True)
 class CenterCrop:
     """The central box of `size`."""
 
-    size: tuple[int, ...]
+    size: tuple[int | None, ...]
 
     def __call__(self, item: dict, generator: np.random.Generator | None = None) -> dict:
-        shape = next(item[key].shape[1:] for key in FILL if key in item)
-        return crop_item(item, [max(n - m, 0) // 2 for n, m in zip(shape, self.size, strict=True)], self.size)
+        shape, size = whole_size(item, self.size)
+        return crop_item(item, [(n - m) // 2 for n, m in zip(shape, size, strict=True)], size)
 
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Mirror the spatial `axes` (0 = first of *S), each with probability one half."""
+    """Mirror the spatial `axes` (0 = first of *S), each with probability `prob`."""
 
     axes: tuple[int, ...]
+    prob: float = 0.5
 
     def __call__(self, item: dict, generator: np.random.Generator) -> dict:
-        flipped = tuple(axis + 1 for axis in self.axes if generator.random() < 0.5)
+        flipped = tuple(axis + 1 for axis in self.axes if generator.random() < self.prob)
         if not flipped:
             return item
-        return {key: np.flip(x, flipped) if key in FILL else x for key, x in item.items()}
+        return {key: np.flip(x, flipped) if key in SPATIAL else x for key, x in item.items()}

@@ -1,6 +1,7 @@
 """Every number of every image: paired metrics, edges found again, LPIPS, and features of whole sets."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +14,27 @@ from torch import Tensor, nn
 from medldm.data.edges import EdgeRecipe
 from medldm.errors import InputError
 from medldm.evaluation.pairs import Pair
+from medldm.evaluation.regions import check_regions, region_masks
+from medldm.evaluation.slices import SliceFeatures, slicewise
+from medldm.evaluation.stored import Image, load
 from medldm.metrics.adherence import edge_f1
 from medldm.metrics.frechet import frechet_from_features, kernel_distance
-from medldm.metrics.image import ImageFunction, is_higher_better, to_unit
+from medldm.metrics.image import REGION_METRICS, SLICE_METRICS, ImageFunction, is_higher_better, to_unit
+from medldm.metrics.overlap import dice
 from medldm.metrics.summary import combine_samples
-from medldm.networks.features import FEATURE_NETS, LPIPS, build_features
+from medldm.networks.features import FEATURE_NETS, LPIPS, FeatureNet, build_features
 
 log = logging.getLogger(__name__)
-Images = Sequence[np.ndarray | None]
+Images = Sequence[Image | None]
 CHUNK_ELEMENTS = 2**21  # 32 slices of 256 x 256, one volume of 128^3
 ROW_ORDER = (
     "generated",
     "generated_mean_of_k",
     "generated_best_of_k",
     "reconstruction",
+    "spade",
+    "regression",
+    "identity",
     "mean_image",
     "random_real",
     "shuffled",
@@ -35,9 +43,19 @@ ROW_ORDER = (
 FEATURE_ROWS = ("generated", "reconstruction", "mean_image")
 
 
+class Segmenter(NamedTuple):
+    """A trained segmenter: `segment` (B, C, *S) in [-1, 1] -> (B, 1, *S) class map."""
+
+    segment: Callable[[Tensor], Tensor]
+    class_names: Sequence[str]  # of the foreground
+
+
 @dataclass
 class Tools:
-    """What is measured and with which networks; `missing` says in one line why a metric is not there."""
+    """What is measured and with which networks; `missing` says in one line why a metric is not there.
+
+    `axial_axis` is None for 2D images.
+    """
 
     functions: Mapping[str, ImageFunction]
     recipe: EdgeRecipe
@@ -45,8 +63,15 @@ class Tools:
     tolerances: Sequence[int] = ()
     networks: dict[str, nn.Module] = field(default_factory=dict)
     lpips: nn.Module | None = None
+    segmenter: Segmenter | None = None
+    axial_axis: int | None = None
+    regions: Sequence[str] = ()
     missing: dict[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def lpips_name(self) -> str:
+        return "lpips" if self.axial_axis is None else "lpips" + BY_SLICE
 
     def recipe_for(self, pair: Pair) -> EdgeRecipe:
         """The edge recipe of the view that the image shows."""
@@ -71,28 +96,63 @@ def build_tools(
     lpips: str | None,
     weights_dir: Path | None,
     image_shape: tuple[int, ...],
+    axial_axis: int | None = None,
+    num_slices: int = 0,
+    segmenter: Segmenter | None = None,
+    regions: Sequence[str] = (),
 ) -> Tools:
-    """Build the networks that can be built; what cannot is noted. An unknown name is an InputError."""
-    tools = Tools(functions, recipe, view_names, tolerances)
-    dims, channels = len(image_shape) - 1, image_shape[0]
+    """Build the networks that can be built; what cannot is noted. An unknown name is an InputError.
+
+    Volumes have an `axial_axis`: 2D networks and metrics then see axial slices, `num_slices` of each volume
+    where features are taken.
+    """
+    bound = bind_slices(functions, axial_axis)
+    tools = Tools(bound, recipe, view_names, tolerances, segmenter=segmenter)
+    tools.axial_axis, tools.regions = axial_axis, check_regions(regions, functions)
+    channels = image_shape[0]
     for name in networks:
         if name not in FEATURE_NETS:
             raise InputError(f"metrics.features: no network {name!r}; choose from {', '.join(FEATURE_NETS)}")
+        by_slice = axial_axis is not None and 3 not in FEATURE_NETS[name].spatial_dims
+        key, dims = (name + BY_SLICE, 2) if by_slice else (name, len(image_shape) - 1)
         try:
-            tools.networks[name] = build_features(
+            network = build_features(
                 name, spatial_dims=dims, image_channels=channels, weights_dir=weights_dir
             )
         except InputError as error:
-            tools.missing |= {
-                FEATURE_NETS[name].frechet_name: str(error),
-                FEATURE_NETS[name].kernel_name: str(error),
-            }
-    if lpips is not None and dims == 2:
+            entry = entry_of(key)
+            tools.missing |= {entry.frechet_name: str(error), entry.kernel_name: str(error)}
+            continue
+        tools.networks[key] = SliceFeatures(network, axial_axis, num_slices) if by_slice else network
+    if lpips is not None:
         try:
             tools.lpips = LPIPS(lpips, weights_dir=weights_dir)
         except InputError as error:
-            tools.missing["lpips"] = str(error)
+            tools.missing[tools.lpips_name] = str(error)
     return tools
+
+
+BY_SLICE = "_slices"  # a 2D network that sees the axial slices of volumes
+
+
+def entry_of(key: str) -> FeatureNet:
+    """The entry of a network in use; the names of its distances end in `_slices` where it sees slices."""
+    entry = FEATURE_NETS[key.removesuffix(BY_SLICE)]
+    if not key.endswith(BY_SLICE):
+        return entry
+    names = {part: getattr(entry, part) + BY_SLICE for part in ("frechet_name", "kernel_name")}
+    return entry._replace(description=f"{entry.description}; of axial slices", **names)
+
+
+def bind_slices(functions: Mapping[str, ImageFunction], axial_axis: int | None) -> dict[str, ImageFunction]:
+    """The functions, those of slices bound to the axis of the volumes."""
+    sliced = [name for name in functions if name in SLICE_METRICS]
+    if sliced and axial_axis is None:
+        raise InputError(f"metrics.image: {sliced[0]} takes volumes, these images are 2D")
+    return {
+        name: slicewise(function, axial_axis) if name in sliced else function
+        for name, function in functions.items()
+    }
 
 
 class Chunk(NamedTuple):
@@ -121,9 +181,44 @@ def measure_images(
     x_hat, x = to_unit(images), to_unit(real)
     values = {name: function(x_hat, x) for name, function in tools.functions.items()}
     if tools.lpips is not None:
-        values["lpips"] = tools.lpips(images, real)
+        lpips = tools.lpips if tools.axial_axis is None else slicewise(tools.lpips, tools.axial_axis)
+        values[tools.lpips_name] = lpips(images, real)
     arrays = {name: value.double().cpu().numpy() for name, value in values.items()}
-    return arrays | measure_edges(images, pairs, tools)
+    arrays |= measure_regions(x_hat, x, pairs, tools)
+    return arrays | measure_edges(images, pairs, tools) | measure_dice(images, pairs, tools)
+
+
+def measure_regions(x_hat: Tensor, x: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:
+    """The same metrics within a part of the image, `<metric>_<region>`; images in [0, 1]."""
+    values = {}
+    for region in tools.regions:
+        inside = region_masks(region, pairs, x)
+        for name in tools.functions:
+            scores = REGION_METRICS[name](x_hat, x, region=inside)
+            values[f"{name}_{region}"] = scores.double().cpu().numpy()
+    return values
+
+
+def measure_dice(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:
+    """Dice of the map that a segmenter finds in the images against the map they were made from."""
+    if tools.segmenter is None:
+        return {}
+    masks = [load(pair.mask) for pair in pairs]
+    if any(mask is None for mask in masks):
+        raise InputError(
+            f"segmenter: '{pairs[0].id}' has no map to compare with; give a reference with masks"
+        )
+    wanted = torch.from_numpy(np.stack(masks).astype(np.int64))
+    names = tools.segmenter.class_names
+    if int(wanted.max()) > len(names):
+        raise InputError(
+            f"segmenter: '{pairs[0].id}' has class {int(wanted.max())}, the segmenter knows {len(names)}"
+        )
+    scores = dice(tools.segmenter.segment(images).cpu(), wanted, len(names) + 1).numpy()  # (B, K - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # an image without any class has no mean
+        mean = np.nanmean(scores, axis=1)
+    return {"dice_mean": mean} | {f"dice_{name}": scores[:, k] for k, name in enumerate(names)}
 
 
 def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:
@@ -142,7 +237,7 @@ def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[s
 
 class Measured(NamedTuple):
     values: dict[str, dict[str, np.ndarray]]  # row -> metric -> (N,), NaN where there is none
-    features: dict[str, dict[str, Tensor]]  # network -> row or "real" -> (N, D)
+    features: dict[str, dict[str, Tensor]]  # network -> row or "real" -> (N, D), (N, n, D) of slices
 
 
 class Measuring:
@@ -153,8 +248,9 @@ class Measuring:
         self.values: dict[str, dict[str, np.ndarray]] = {}
         self.features: dict[str, dict[str, list[Tensor]]] = {name: {} for name in tools.networks}
 
-    def tensor(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays)).float().to(self.tools.device)
+    def tensor(self, arrays: Sequence[Image]) -> Tensor:
+        stacked = np.stack([load(array) for array in arrays])
+        return torch.from_numpy(stacked).float().to(self.tools.device)
 
     def store(self, row: str, index: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         for name, value in values.items():
@@ -172,6 +268,7 @@ class Measuring:
         real = self.tensor([pair.real for pair in chunk.pairs])
         self.store_features("real", real)
         self.store("real", everything, measure_edges(real, chunk.pairs, self.tools))
+        self.store("real", everything, measure_dice(real, chunk.pairs, self.tools))
         for row, images in self.rows.items():
             index = np.array([i for i in everything if images[i] is not None], dtype=int)
             if not len(index):
@@ -225,8 +322,12 @@ def measure(
 
 
 def compare_sets(generated: Tensor, real: Tensor, network: str, kernel: Mapping[str, int], seed: int) -> dict:
-    """Frechet and kernel distance of two feature sets, each with both n."""
-    entry, sizes = FEATURE_NETS[network], {"n": len(generated), "n_reference": len(real)}
+    """Frechet and kernel distance of two feature sets (N, D), or (N, n, D) of slices, each with both n."""
+    entry, num_volumes = entry_of(network), len(generated)
+    generated, real = generated.flatten(0, -2), real.flatten(0, -2)
+    sizes = {"n": len(generated), "n_reference": len(real)}
+    if len(generated) > num_volumes:
+        sizes["n_volumes"] = num_volumes
     if min(sizes.values()) < 2:
         return {}
     distance = kernel_distance(generated, real, seed=seed, **kernel)

@@ -3,41 +3,52 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from medldm.data.edges import EdgeRecipe
-from medldm.data.readers import ImageRecord, load_index, open_hdf5, read_images
+from medldm.data.readers import ImageRecord, list_image_files, load_index, open_hdf5, read_images
 from medldm.data.splits import read_splits
 from medldm.errors import InputError
+from medldm.evaluation.stored import Image, load, store
 
 IDENTITY = ("view", "phase", "slice_index")
-KINDS = ("view", "phase", "label")
+KINDS = ("view", "phase", "label", "pair")
 THIRDS = ("first", "middle", "last")
 CARDIAC_NAMES = {"view": ["SA", "LA"], "phase": ["ED", "ES"]}
 
 
 @dataclass
 class Pair:
-    """A generated image (K samples of it) and the real one of the same name; (C, *S) float32 in [-1, 1]."""
+    """A generated image (K samples of it) and the real one of the same name; (C, *S) float32 in [-1, 1].
+
+    Volumes are `StoredImage`s: `load` reads them.
+    """
 
     id: str
     subject: str
-    real: np.ndarray
-    generated: list[np.ndarray]
-    reconstruction: np.ndarray | None
+    real: Image
+    generated: list[Image]
+    reconstruction: Image | None
     edges: np.ndarray | None  # (1, *S) {0, 1}: the condition, else the edges stored with the real image
-    mask: np.ndarray | None
+    mask: Image | None
     edges_from_real: bool | None  # whether the condition's edges are those of the very test image
     attributes: dict
+    source: Image | None = None  # what a translation started from
+    others: dict[str, Image | None] = field(default_factory=dict)  # more rows: the same image by other means
 
     @property
     def place(self) -> tuple:
-        """What a stand-in must share: shape, view and phase."""
-        return self.real.shape, self.attributes.get("view"), self.attributes.get("phase")
+        """What a stand-in must share: shape, view, phase and label (the modality of a volume)."""
+        return self.real.shape, *(self.attributes.get(name) for name in ("view", "phase", "label"))
+
+    def loaded(self) -> "Pair":
+        """With its volumes in memory."""
+        arrays = {name: load(getattr(self, name)) for name in ("real", "reconstruction", "mask", "source")}
+        return replace(self, generated=[load(sample) for sample in self.generated], **arrays)
 
     @property
     def slice_third(self) -> str | None:
@@ -62,6 +73,7 @@ def stored_names(path: Path) -> dict[str, str]:
 def read_folder(path: Path, *, ids: Collection[str] | None = None, sample: int = 0) -> dict[str, ImageRecord]:
     """Every image of a folder by name; InputError where two files would have the same name."""
     names = stored_names(path)
+    files = {case["id"]: file for file, case in list_image_files(path)} if path.exists() else {}
     wanted = ids if ids is None or not names else {old for old, new in names.items() if new in ids} | set(ids)
     records: dict[str, ImageRecord] = {}
     for record in read_images(path, ids=wanted, sample=sample):
@@ -70,7 +82,9 @@ def read_folder(path: Path, *, ids: Collection[str] | None = None, sample: int =
             continue
         if name in records:
             raise InputError(f"{path}: two images are named {name}; put one of them elsewhere")
-        records[name] = record._replace(id=name)
+        if not np.isfinite(record.image).all():
+            raise InputError(f"{path}: '{name}' holds values that are not finite; write it again")
+        records[name] = store(record._replace(id=name), files.get(record.id), sample)
     return records
 
 
@@ -125,8 +139,6 @@ def check_pair(record: ImageRecord, real: ImageRecord, folder: Path) -> None:
                 f"{folder}: '{record.id}' is {name} {here} and its reference {name} {there}; "
                 "the files list their slices in different orders"
             )
-    if not np.isfinite(record.image).all():
-        raise InputError(f"{folder}: '{record.id}' holds values that are not finite; sample it again")
 
 
 def same_edges(record: ImageRecord, real: ImageRecord) -> bool | None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from medldm.evaluation.baselines import DESCRIPTIONS
-from medldm.evaluation.measure import Measured, Tools, distances
+from medldm.evaluation.measure import Measured, Tools, distances, entry_of
 from medldm.evaluation.pairs import Pair, count_subjects
 from medldm.metrics.adherence import definition
 from medldm.metrics.image import DEFINITIONS, is_higher_better
 from medldm.metrics.summary import Bootstrap, Table, paired_differences, summarise, summarise_groups
-from medldm.networks.features import FEATURE_NETS
 
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
+UNKNOWN_EDGES = "no conditioning edges are stored with these images"
 FROM_REAL = (
     "the edges come from the very test image: paired metrics then measure how well the image is rebuilt from "
     "its own outlines, not synthesis from a drawing"
@@ -43,7 +43,7 @@ def describe_condition(pairs: Sequence[Pair]) -> dict:
     """Whether the conditioning edges are those of the test images: paired numbers then mean less."""
     known = [pair.edges_from_real for pair in pairs if pair.edges_from_real is not None]
     if not known:
-        return {"edges_from_test_image": None, "note": "no conditioning edges are stored with these images"}
+        return {"edges_from_test_image": None, "note": UNKNOWN_EDGES}
     share = sum(known) / len(known)
     note = (
         FROM_REAL if share else "the edges differ from those of the test images (degraded, drawn or absent)"
@@ -55,12 +55,12 @@ def describe_networks(tools: Tools) -> dict:
     """Every distribution metric by name: its network and hash, or why it is missing."""
     out: dict[str, dict] = {}
     for name, network in tools.networks.items():
-        entry = FEATURE_NETS[name]
+        entry = entry_of(name)
         facts = {"network": entry.description, "sha256": network.sha256, "num_features": network.num_features}
         out[entry.frechet_name] = {**facts, "estimator": "Frechet distance, float64, unbiased covariance"}
         out[entry.kernel_name] = {**facts, "estimator": "unbiased MMD^2, polynomial kernel (x.y / D + 1)^3"}
     if tools.lpips is not None:
-        out["lpips"] = {"network": "LPIPS on [-1, 1], grey repeated", "sha256": tools.lpips.sha256}
+        out[tools.lpips_name] = {"network": "LPIPS on [-1, 1], grey repeated", "sha256": tools.lpips.sha256}
     return out | {name: {"missing": why} for name, why in tools.missing.items()}
 
 
@@ -86,15 +86,38 @@ def warn_small(distribution: Mapping[str, dict], networks: Mapping[str, dict]) -
     return lines
 
 
+def dice_ratios(measured: Measured, subjects: Sequence[str], bootstrap: Bootstrap) -> dict:
+    """Dice on generated images over Dice on the real ones, by class: 1 means that a segmenter trained on real
+    images reads the generated ones as well.
+    """
+    real, made = measured.values.get("real", {}), measured.values.get("generated", {})
+    names = [name for name in made if name.startswith("dice_") and name in real]
+    return {name: bootstrap.ratio(made[name], real[name], subjects).as_dict() for name in names}
+
+
+def spacing_of(pairs: Sequence[Pair]) -> object:
+    """The voxel size in mm where all volumes have the same."""
+    found = {tuple(np.round(np.ravel(s), 4)) for p in pairs if (s := p.attributes.get("spacing")) is not None}
+    return list(found.pop()) if len(found) == 1 else None
+
+
 def definitions(measured: Measured) -> dict[str, str]:
     names = dict.fromkeys(name for metrics in measured.values.values() for name in metrics)
     known = {
         **DEFINITIONS,
         "lpips": "LPIPS, lower is closer",
+        "lpips_slices": "mean of LPIPS over the axial slices of a volume, lower is closer",
+        "dice_mean": "mean of the Dice of the foreground classes that an image or its segmentation has",
         "diversity_rmse": "mean pairwise RMSE on [0, 1] between the K samples of a condition",
         **{f"edge_f1_{t}px": definition(t) for t in range(1, 10)},
     }
-    return {name: known.get(name, "") for name in names}
+    return {name: known.get(name) or class_definition(name) for name in names}
+
+
+def class_definition(name: str) -> str:
+    """Of `dice_<class>`."""
+    label = name.removeprefix("dice_")
+    return f"Dice of {label}: map found by the segmenter against the map asked for" if label != name else ""
 
 
 def group_distances(
@@ -121,6 +144,7 @@ def build_results(
     groups: Mapping[str, Sequence[str | None]],
     bootstrap: Bootstrap,
     kernel: Mapping[str, int],
+    diversity: Mapping,
 ) -> dict:
     """Everything that metrics.json says about the numbers; the command adds paths and provenance."""
     subjects = [pair.subject for pair in pairs]
@@ -156,6 +180,10 @@ def build_results(
         "networks": networks,
         "warnings": warn_rescaled(pairs) + warn_small(distribution, networks),
         "condition": describe_condition(pairs),
+        "dice_ratio": dice_ratios(measured, subjects, bootstrap),
+        "diversity": dict(diversity),
+        "axial_axis": tools.axial_axis,
+        "spacing": spacing_of(pairs),
         "seed": bootstrap.seed,
         "software": {name: version(name) for name in PACKAGES},
     }

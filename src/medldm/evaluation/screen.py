@@ -1,6 +1,7 @@
 """The results as rich tables: what one reads in a terminal. The same formatting serves the HTML page."""
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -64,10 +65,82 @@ def distribution_table(results: Mapping) -> Table:
     return table
 
 
+class Lines(NamedTuple):
+    """A table as plain text, for the terminal and the page alike."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def deviation_cell(score: Mapping | None) -> str:
+    """'27.1 +- 0.8': mean and standard deviation over subjects."""
+    if score is None or score.get("mean") is None:
+        return "-"
+    spread = score.get("std")
+    return brief(score["mean"]) + (f" +- {brief(spread)}" if spread is not None else "")
+
+
+def translation_lines(results: Mapping) -> Iterator[Lines]:
+    """Source by target, a table a metric of the whole box; then every pair and row with all metrics."""
+    pairs = results["groups"].get("pair", {})
+    names = metric_names({"generated": results["rows"]["generated"]})
+    if not pairs:
+        return
+    ends = [pair.split(" to ") for pair in pairs]
+    sources, targets = (list(dict.fromkeys(end[k] for end in ends)) for k in (0, 1))
+    for name in (name for name in names if name in ("psnr", "nmse_energy", "ssim_gaussian")):
+        scores = {tuple(pair.split(" to ")): rows["generated"].get(name) for pair, rows in pairs.items()}
+        rows = [[s, *(deviation_cell(scores.get((s, t))) for t in targets)] for s in sources]
+        yield Lines(f"{name}, generated: source (line) to target (column)", ["", *targets], rows)
+    rows = [
+        [pair, row.replace("_", " "), str(max(score["n"] for score in scores.values()))]
+        + [deviation_cell(scores.get(name)) for name in names]
+        for pair, table in pairs.items()
+        for row, scores in table.items()
+        if any(score["n"] for score in scores.values())
+    ]
+    yield Lines("mean +- standard deviation over subjects", ["pair", "row", "n", *names], rows)
+
+
+def text_table(lines: Lines) -> Table:
+    table = Table(title=lines.title, box=SIMPLE)
+    for i, name in enumerate(lines.head):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i < 2)
+    for row in lines.rows:
+        table.add_row(*row)
+    return table
+
+
+def dice_lines(results: Mapping) -> Iterator[Lines]:
+    """What a segmenter reads in generated images over what it reads in real ones, class by class."""
+    ratios = results.get("dice_ratio") or {}
+    if not ratios:
+        return
+    rows = [
+        [name, *(cell(results["rows"][row].get(name)) for row in ("real", "generated")), cell(ratio)]
+        + [str(ratio["n"])]
+        for name, ratio in ratios.items()
+    ]
+    yield Lines("Dice of the segmenter", ["class", "real", "generated", "ratio", "n"], rows)
+
+
+def diversity_lines(results: Mapping) -> Iterator[Lines]:
+    """MS-SSIM between images of one set: near the real one's where a generator is as diverse."""
+    found = results.get("diversity") or {}
+    rows = [[row, deviation_cell(s), str(s["n_pairs"])] for row, s in found.get("ms_ssim", {}).items()]
+    if rows:
+        title = f"MS-SSIM between images of one set, {found['num_scales']} scales (higher: more alike)"
+        yield Lines(title, ["set", "mean +- deviation over pairs", "pairs"], rows)
+
+
 def group_tables(results: Mapping) -> Iterator[Table]:
     """One table a group: the generated images by view, phase, label and slice third."""
     names = metric_names({"generated": results["rows"]["generated"]})
-    for group, tables in results["groups"].items():
+    groups = results["groups"]
+    for group, tables in groups.items():
+        if group == "pair" or (group == "label" and "pair" in groups):
+            continue  # translation_lines says it
         table = Table(title=f"generated, by {group.replace('_', ' ')}", box=SIMPLE)
         table.add_column("metric", no_wrap=True)
         for label, rows in tables.items():
@@ -85,4 +158,5 @@ def notes(results: Mapping) -> Iterator[str]:
             whys.setdefault(facts["missing"], []).append(name)
     yield from (f"{' and '.join(names)} left out: {why}" for why, names in whys.items())
     yield from results["warnings"]
-    yield f"condition: {results['condition']['note']}"
+    if results["condition"]["edges_from_test_image"] is not None:
+        yield f"condition: {results['condition']['note']}"

@@ -14,6 +14,7 @@ class Interval(NamedTuple):
     num_images: int
     num_subjects: int
     num_excluded: int
+    std: float | None = None  # over images, unbiased
 
     def as_dict(self) -> dict:
         """The form in metrics.json; `ci95` is null where there are too few subjects for one."""
@@ -21,6 +22,7 @@ class Interval(NamedTuple):
         return {
             "mean": self.mean,
             "ci95": interval,
+            "std": self.std,
             "n": self.num_images,
             "num_subjects": self.num_subjects,
             "num_excluded": self.num_excluded,
@@ -44,12 +46,44 @@ def bootstrap_mean(
     counts = np.bincount(index, minlength=len(names)).astype(np.float64)
     sums = np.bincount(index, weights=values[valid], minlength=len(names))
     mean = float(sums.sum() / counts.sum())
+    num = int(valid.sum())
+    std = float(values[valid].std(ddof=1)) if num > 1 and np.isfinite(mean) else None
     if len(names) < 2 or not np.isfinite(mean):
-        return Interval(mean, None, None, int(valid.sum()), len(names), excluded)
+        return Interval(mean, None, None, num, len(names), excluded, std)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=num_resamples
     )  # (R, subjects)
     means = (weights @ sums) / (weights @ counts)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high), int(valid.sum()), len(names), excluded)
+    return Interval(mean, float(low), float(high), num, len(names), excluded, std)
+
+
+def bootstrap_ratio(
+    over: np.ndarray,
+    under: np.ndarray,
+    subjects: list[str],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of `over` / mean of `under`, per image (N,) each, over the images where both have a value.
+
+    Subjects are resampled, so the interval knows that both values come from the same ones.
+    """
+    over, under = np.asarray(over, np.float64), np.asarray(under, np.float64)
+    valid = np.isfinite(over) & np.isfinite(under)
+    names, index = np.unique(np.asarray(subjects)[valid], return_inverse=True)
+    excluded = int((~valid).sum())
+    if not len(names) or not under[valid].sum():
+        return Interval(None, None, None, 0, 0, excluded)
+    sums = np.stack([np.bincount(index, v[valid], minlength=len(names)) for v in (over, under)])
+    ratio = float(sums[0].sum() / sums[1].sum())
+    if len(names) < 2:
+        return Interval(ratio, None, None, int(valid.sum()), len(names), excluded)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_resamples)
+    tops, bottoms = weights @ sums[0], weights @ sums[1]
+    low, high = np.quantile(tops[bottoms > 0] / bottoms[bottoms > 0], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(ratio, float(low), float(high), int(valid.sum()), len(names), excluded)

@@ -23,26 +23,34 @@ def to_unit(x: Tensor) -> Tensor:
     return (x.double().clamp(-1, 1) + 1) / 2
 
 
-def per_image(x: Tensor) -> Tensor:
-    """Mean over everything but the batch: (B, ...) -> (B,)."""
-    return x.double().flatten(1).mean(1)
+def per_image(x: Tensor, region: Tensor | None = None) -> Tensor:
+    """Mean over everything but the batch, or over a `region` (B, 1, *S) bool of it: (B, ...) -> (B,).
+
+    NaN where the region is empty.
+    """
+    if region is None:
+        return x.double().flatten(1).mean(1)
+    weight = region.expand_as(x).flatten(1).double()
+    return (x.double().flatten(1) * weight).sum(1) / weight.sum(1)
 
 
-def mse(generated: Tensor, reference: Tensor) -> Tensor:
-    return per_image((generated.double() - reference.double()) ** 2)
+def mse(generated: Tensor, reference: Tensor, region: Tensor | None = None) -> Tensor:
+    return per_image((generated.double() - reference.double()) ** 2, region)
 
 
-def rmse(generated: Tensor, reference: Tensor) -> Tensor:
-    return mse(generated, reference).sqrt()
+def rmse(generated: Tensor, reference: Tensor, *, region: Tensor | None = None) -> Tensor:
+    return mse(generated, reference, region).sqrt()
 
 
-def mae(generated: Tensor, reference: Tensor) -> Tensor:
-    return per_image((generated.double() - reference.double()).abs())
+def mae(generated: Tensor, reference: Tensor, *, region: Tensor | None = None) -> Tensor:
+    return per_image((generated.double() - reference.double()).abs(), region)
 
 
-def psnr(generated: Tensor, reference: Tensor, *, data_range: float = 1.0) -> Tensor:
+def psnr(
+    generated: Tensor, reference: Tensor, *, data_range: float = 1.0, region: Tensor | None = None
+) -> Tensor:
     """10 log10(range^2 / MSE) in dB; infinite for identical images."""
-    return 10 * torch.log10(data_range**2 / mse(generated, reference))
+    return 10 * torch.log10(data_range**2 / mse(generated, reference, region))
 
 
 def nmse_var(generated: Tensor, reference: Tensor) -> Tensor:
@@ -55,10 +63,10 @@ def nmse_var(generated: Tensor, reference: Tensor) -> Tensor:
     return mse(generated, reference) / variance.where(variance > 0, math.nan)
 
 
-def nmse_energy(generated: Tensor, reference: Tensor) -> Tensor:
+def nmse_energy(generated: Tensor, reference: Tensor, *, region: Tensor | None = None) -> Tensor:
     """||x - y||^2 / ||x||^2 with x the real image (fastMRI); NaN where the real image is all zero."""
-    energy = per_image(reference.double() ** 2)
-    return mse(generated, reference) / energy.where(energy > 0, math.nan)
+    energy = per_image(reference.double() ** 2, region)
+    return mse(generated, reference, region) / energy.where(energy > 0, math.nan)
 
 
 ssim_gaussian = partial(ssim, window="gaussian", size=11, sigma=1.5, sample_covariance=False)
@@ -72,9 +80,19 @@ IMAGE_METRICS: dict[str, ImageFunction] = {
     "rmse": rmse,
     "mae": mae,
 }
+SLICE_METRICS: dict[str, ImageFunction] = {"ssim_slices": ssim_gaussian}  # of axial slices, volumes only
+REGION_METRICS: dict[str, Callable] = {  # take `region`
+    "ssim_gaussian": ssim_gaussian,
+    "nmse_energy": nmse_energy,
+    "psnr": psnr,
+    "rmse": rmse,
+    "mae": mae,
+}
 DEFINITIONS = {
     "ssim": "uniform window 7, sample covariance: scikit-image's default; data range 1 on [0, 1]",
-    "ssim_gaussian": "Gaussian window 11, sigma 1.5, population covariance (Wang et al. 2004); range 1",
+    "ssim_gaussian": "Gaussian window 11 along every axis (3D: 11^3), sigma 1.5, population covariance "
+    "(Wang et al. 2004); data range 1 on [0, 1]",
+    "ssim_slices": "mean of ssim_gaussian over the axial slices of a volume (11 x 11 windows); range 1",
     "nmse_var": "MSE / unbiased variance of the real image; 1 flat at its mean, 2 an independent image",
     "nmse_energy": "||x - y||^2 / ||x||^2 with x the real image in [0, 1] (fastMRI)",
     "psnr": "10 log10(1 / MSE) in dB, data range 1 on [0, 1]",
@@ -84,15 +102,16 @@ DEFINITIONS = {
 
 
 def is_higher_better(name: str) -> bool:
-    return name.startswith(("ssim", "psnr", "edge_f1"))
+    return name.startswith(("ssim", "psnr", "edge_f1", "dice"))
 
 
 def select_metrics(names: list[str]) -> dict[str, ImageFunction]:
     """The functions of these names; InputError for a name that does not exist."""
-    unknown = [name for name in names if name not in IMAGE_METRICS]
+    known = IMAGE_METRICS | SLICE_METRICS
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"metrics.image: no metric {unknown[0]!r}; choose from {', '.join(IMAGE_METRICS)}")
-    return {name: IMAGE_METRICS[name] for name in names}
+        raise InputError(f"metrics.image: no metric {unknown[0]!r}; choose from {', '.join(known)}")
+    return {name: known[name] for name in names}
 
 
 class PairedMetric(Metric):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medldm.metrics.bootstrap import Interval, bootstrap_mean
+from medldm.metrics.bootstrap import Interval, bootstrap_mean, bootstrap_ratio
 
 Values = Mapping[str, Mapping[str, np.ndarray]]  # row -> metric -> (N,) float64, NaN where there is no value
 Table = dict[str, dict[str, Interval]]  # row -> metric
@@ -23,6 +23,10 @@ class Bootstrap:
         return bootstrap_mean(
             values, list(subjects), num_resamples=self.num_resamples, level=self.level, seed=self.seed
         )
+
+    def ratio(self, over: np.ndarray, under: np.ndarray, subjects: Sequence[str]) -> Interval:
+        settings = {"num_resamples": self.num_resamples, "level": self.level, "seed": self.seed}
+        return bootstrap_ratio(over, under, list(subjects), **settings)
 
 
 def summarise(values: Values, subjects: Sequence[str], bootstrap: Bootstrap) -> Table:

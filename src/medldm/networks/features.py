@@ -163,6 +163,29 @@ def build_random_conv(weights_dir: Path | str | None, spatial_dims: int, image_c
     return RandomConvFeatures(spatial_dims, image_channels=image_channels)
 
 
+class MedicalNetFeatures(nn.Module):
+    """Global average of MedicalNet ResNet-50's last maps (2048-d): (B, 1, D, H, W) in [-1, 1].
+
+    As in HA-GAN's evaluation (Sun et al. 2022), where 3D-FID comes from: the segmentation head is replaced by
+    the average, volumes are given in [0, 1] on their own grid.
+    """
+
+    def __init__(self, network: MedicalNet) -> None:
+        super().__init__()
+        self.network, self.num_features, self.sha256 = network, network.num_features, network.sha256
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 1:
+            raise InputError(f"medicalnet: {x.shape[1]} image channels; it takes one")
+        return self.network((x.float().clamp(-1, 1) + 1) / 2).flatten(2).mean(2)
+
+
+def build_medicalnet_features(
+    weights_dir: Path | str | None, spatial_dims: int, image_channels: int
+) -> nn.Module:
+    return MedicalNetFeatures(build_medicalnet(50, weights_dir))
+
+
 FEATURE_NETS: dict[str, FeatureNet] = {
     "inception": FeatureNet(
         "fid",
@@ -171,6 +194,13 @@ FEATURE_NETS: dict[str, FeatureNet] = {
         "Inception-v3 pool3, 2048-d (TensorFlow weights of 2015-12-05 by torch-fidelity); images rounded "
         "to 8 bit, grey repeated to 3 channels, resized to 299 inside the network",
         build_inception,
+    ),
+    "medicalnet": FeatureNet(
+        "fid_3d",
+        "kid_3d",
+        (3,),
+        "MedicalNet ResNet-50, global average of the last maps, 2048-d; input in [0, 1] on the prepared grid",
+        build_medicalnet_features,
     ),
     "random_conv": FeatureNet(
         "frechet_random_conv",

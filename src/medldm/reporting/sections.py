@@ -143,7 +143,9 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
     names = [name for name in HEADLINES if name in results["rows"]["generated"]]
     rows = {row: scores for row, scores in results["rows"].items() if row != "real"}
     chart = score_chart(rows, names, results["higher_is_better"]) if names else ""
-    notes = [f"Condition: {results['condition']['note']}.", *results["warnings"]]
+    notes = list(results["warnings"])
+    if results["condition"]["edges_from_test_image"] is not None:
+        notes.insert(0, f"Condition: {results['condition']['note']}.")
     groups = [
         element("h3", escape(f"By {group.replace('_', ' ')}")) + group_table(group, tables, results)
         for group, tables in results["groups"].items()

@@ -1,0 +1,105 @@
+"""Ordered pairs of images of one subject with different labels: source -> target of a translation."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from medldm.batch import Batch
+from medldm.data.dataset import CaseDataset, Item
+from medldm.data.sampler import Request
+from medldm.errors import InputError
+
+PAIRINGS = (None, "random", "all")
+OF_SOURCE = {"source": "image", "source_latent": "latent"}  # key of a batch -> what is read of the source
+
+
+class Pair(NamedTuple):
+    source: Item
+    target: Item
+
+
+def check_pairs(pairs: str | None, pair_labels: Any, keys: Sequence[str], label_values: list[str]) -> None:
+    """InputError where a model wants pairs and `pairs` gives none, or unknown labels."""
+    if pairs not in PAIRINGS:
+        raise InputError(f"data.pairs={pairs}: choose null, random or all")
+    if pairs is None and OF_SOURCE.keys() & set(keys):
+        raise InputError("data.pairs=null: this model translates one image into another; set it to random")
+    for pair in pair_labels or ():
+        if isinstance(pair, str) or len(pair) != 2 or not set(pair) <= set(label_values):
+            known = ", ".join(label_values)
+            raise InputError(f"data.pair_labels: {pair} is no [source, target] of two among {known}")
+
+
+def pair_items(
+    index: dict, items: Sequence[Item], pair_labels: Sequence[Sequence[str]] | None
+) -> list[list[Pair]]:
+    """The ordered pairs of every subject that has two images or more, in the order of subjects in the index.
+
+    `pair_labels` keeps those of (source, target) names. A missing modality leaves out its pairs alone.
+    """
+    by_subject: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_subject[index["cases"][item.case]["subject"]].append(item)
+    names = index["label_values"]
+    wanted = None if pair_labels is None else {tuple(names.index(name) for name in p) for p in pair_labels}
+    groups = []
+    for members in by_subject.values():
+        members = sorted(members, key=lambda item: item.label)
+        pairs = [Pair(source, target) for source, target in permutations(members, 2)]
+        pairs = [p for p in pairs if p.source.label != p.target.label]
+        groups.append([p for p in pairs if wanted is None or (p.source.label, p.target.label) in wanted])
+    return [group for group in groups if group]
+
+
+class PairDataset(CaseDataset):
+    """`CaseDataset` whose item i is one pair of `groups[i]`, drawn from (seed, epoch, i) alone.
+
+    A batch's `image`, `latent`, `mask` and `label` are the target's; `source`, `source_latent` and
+    `source_label` the source's. Both are cropped and flipped alike.
+    """
+
+    def __init__(self, root: Any, index: dict, groups: Sequence[Sequence[Pair]], **settings: Any) -> None:
+        super().__init__(root, index, [group[0].target for group in groups], **settings)
+        self.groups = [tuple(group) for group in groups]
+        self.label_values = index["label_values"]
+
+    def __getitems__(self, requests: Sequence[int | Request]) -> Batch:
+        drawn = [request if isinstance(request, tuple) else (0, int(request)) for request in requests]
+        pairs = [self.pick(epoch, i) for epoch, i in drawn]
+        arrays = [self.load_pair(pair, epoch, i) for pair, (epoch, i) in zip(pairs, drawn, strict=True)]
+        batch = self.collate(arrays, [pair.target for pair in pairs])
+        batch["source_label"] = batch["label"].new_tensor([pair.source.label for pair in pairs])
+        batch["case_id"] = [self.pair_id(pair) for pair in pairs]
+        return batch
+
+    def pick(self, epoch: int, i: int) -> Pair:
+        group = self.groups[i]
+        # A stream of its own: transforms draw from (seed, epoch, i).
+        return group[int(np.random.default_rng((self.seed, epoch, i, 1)).integers(len(group)))]
+
+    def load_pair(self, pair: Pair, epoch: int, i: int) -> dict:
+        arrays = {
+            key: self.read(OF_SOURCE.get(key, key), pair.source if key in OF_SOURCE else pair.target)
+            for key in self.keys
+        }
+        for key in OF_SOURCE.keys() & arrays.keys():
+            of_target = arrays.get(OF_SOURCE[key])
+            if of_target is not None and of_target.shape != arrays[key].shape:
+                raise InputError(
+                    f"{self.path('image', pair.source.case)}: shape {arrays[key].shape[1:]}, its pair has "
+                    f"{of_target.shape[1:]}; prepare with data.image_size, from co-registered images"
+                )
+        return self.augment(arrays, epoch, i)
+
+    def pair_id(self, pair: Pair) -> str:
+        subject = self.cases[pair.target.case]["subject"]
+        names = self.label_values
+        return f"{subject}_{names[pair.source.label]}_to_{names[pair.target.label]}"
+
+    def stored(self) -> list[tuple[str, int]]:
+        cases = {item.case for group in self.groups for pair in group for item in pair}
+        keys = {OF_SOURCE.get(key, key) for key in self.keys}
+        return [(key, case) for case in sorted(cases) for key in sorted(keys)]

@@ -1,0 +1,53 @@
+"""Volumes seen as stacks of axial slices: what 2D networks and 2D SSIM are given."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medldm.data import transforms
+from medldm.metrics.image import ImageFunction
+
+
+def axial_axis(facts: Mapping, attributes: Mapping) -> int:
+    """The spatial axis along which axial slices lie: from the orientation that the data were prepared in,
+    from the affine of a NIfTI file, else the first.
+    """
+    code = (facts.get("preprocess") or {}).get("orientation")
+    affine = attributes.get("affine")
+    if code is None and affine is not None:
+        from nibabel import aff2axcodes
+
+        code = "".join(aff2axcodes(np.asarray(affine, float).reshape(4, 4)))
+    return transforms.axial_axis(code) if code else 0
+
+
+def fold(x: Tensor, axis: int) -> Tensor:
+    """(B, C, *S) -> (B * n, C, H, W): the n slices of every volume along `axis`."""
+    return x.movedim(axis + 2, 1).flatten(0, 1)
+
+
+def slicewise(function: ImageFunction, axis: int) -> ImageFunction:
+    """The mean over the slices of every volume of a function of 2D images."""
+
+    def mean_over_slices(generated: Tensor, reference: Tensor) -> Tensor:
+        values = function(fold(generated, axis), fold(reference, axis))
+        return values.double().view(len(generated), -1).mean(1)
+
+    return mean_over_slices
+
+
+class SliceFeatures(nn.Module):
+    """Features of `num_slices` axial slices of every volume, evenly spread: (B, C, *S) -> (B, n, D)."""
+
+    def __init__(self, network: nn.Module, axis: int, num_slices: int) -> None:
+        super().__init__()
+        self.network, self.axis, self.num_slices = network, axis, num_slices
+        self.sha256, self.num_features = network.sha256, network.num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        depth = x.shape[self.axis + 2]
+        index = torch.linspace(0, depth - 1, self.num_slices, device=x.device).round().long()
+        slices = fold(x.index_select(self.axis + 2, index), self.axis)
+        return self.network(slices).view(len(x), self.num_slices, -1)

@@ -1,0 +1,60 @@
+"""Translations matched with their sources and targets: `<subject>_<source>_to_<target>` is one pair."""
+
+from pathlib import Path
+
+from medldm.errors import InputError
+from medldm.evaluation.pairs import Pair, check_pair, known_facts, read_folder, read_matching, read_samples
+
+SEPARATOR = "_to_"
+
+
+def split_name(name: str, reference: Path, cases: dict[str, dict]) -> tuple[str, str, str, str]:
+    """(subject, source modality, target modality, id of the target's case) of a translation."""
+    source_id, separator, target = name.rpartition(SEPARATOR)
+    if not separator or source_id not in cases:
+        raise InputError(
+            f"{name}: not named <subject>_<source>_to_<target> of a case of {reference}; "
+            "metrics=translation takes what `medldm translate` or a translating `medldm sample` wrote"
+        )
+    subject = cases[source_id]["subject"]
+    return subject, source_id.removeprefix(f"{subject}_"), target, f"{subject}_{target}"
+
+
+def make_translation_pairs(
+    generated: Path, reference: Path, reconstruction: Path | None, others: dict[str, Path]
+) -> list[Pair]:
+    """Every translation with its source and target from a prepared folder, the autoencoder's rebuilding of
+    the target (`reconstruction`: files named like the target's case) and other translations of the same name,
+    which need not be complete. Raises InputError naming the file where something has no partner.
+    """
+    samples = read_samples(generated)
+    cases = {case["id"]: case for case in known_facts(reference).get("cases", ())}
+    if not cases:
+        raise InputError(f"{reference}: not a prepared folder; metrics=translation needs reference=data.root")
+    names = {name: split_name(name, reference, cases) for name in samples[0]}
+    wanted = {parts[3] for parts in names.values()} | {name.rpartition(SEPARATOR)[0] for name in names}
+    reals = read_matching(reference, wanted, generated)
+    rebuilt = read_folder(reconstruction) if reconstruction else {}
+    more = {row: read_folder(folder) for row, folder in others.items()}
+    pairs = []
+    for name, (subject, source, target, target_id) in names.items():
+        real, rows = reals[target_id], {row: records.get(name) for row, records in more.items()}
+        for record in (*(sample[name] for sample in samples), *rows.values(), rebuilt.get(target_id)):
+            if record is not None:
+                check_pair(record._replace(attributes={}), real, generated)
+        pairs.append(
+            Pair(
+                id=name,
+                subject=subject,
+                real=real.image,
+                generated=[sample[name].image for sample in samples],
+                reconstruction=rebuilt[target_id].image if target_id in rebuilt else None,
+                edges=None,
+                mask=real.mask,
+                edges_from_real=None,
+                attributes={**real.attributes, "label": target, "pair": f"{source} to {target}"},
+                source=reals[name.rpartition(SEPARATOR)[0]].image,
+                others={row: None if record is None else record.image for row, record in rows.items()},
+            )
+        )
+    return pairs
