@@ -19,7 +19,7 @@ def test_the_nearest_of_several_parts_is_the_nearest_of_all(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images, train = torch.randn(5, 7, generator=generator), torch.randn(30, 7, generator=generator)
     expected = ((images[:, None] - train) ** 2).mean(2).sqrt().amin(1)
-    monkeypatch.setattr("medldm.metrics.memorization.CHUNK_BYTES", 4 * 5 * 8)  # eight training images at a time
+    monkeypatch.setattr("medldm.metrics.memorization.CHUNK_BYTES", 4 * 5 * 8)  # eight at a time
     torch.testing.assert_close(nearest_distance(images, train), expected)
 
 

@@ -1,6 +1,7 @@
 """2D preparation: all acquisitions of a subject become the slices of one HDF5 file."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -76,6 +77,13 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.n
     low, high = recipe.intensity.volume_range(volume)
     if is_inverted(case, volume, recipe.invert):
         volume = (low + high) - volume
+    classes = None
+    if raw_mask is not None:
+        planes, _ = as_slices(raw_mask, recipe.slice_axis, case.paths["mask"])
+        classes = recipe.labels(planes, case.paths["mask"]).astype(np.uint8)
+    if recipe.crop_label_margin is not None:
+        box = label_box(classes, spacing, recipe.crop_label_margin, case)
+        volume, classes = cut(volume, box, low), cut(classes, box, 0)
     images, ranges = [], []
     for plane in volume:
         resized = recipe.resize.image(plane, spacing, size, fill=low)
@@ -84,9 +92,7 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.n
         images.append(to_unit(resized, low, high))
         ranges.append((low, high))
     out: dict[str, np.ndarray] = {"images": np.stack(images)}
-    if raw_mask is not None:
-        planes, _ = as_slices(raw_mask, recipe.slice_axis, case.paths["mask"])
-        classes = recipe.labels(planes, case.paths["mask"]).astype(np.uint8)
+    if classes is not None:
         out["semantic_maps"] = np.stack([recipe.resize.label(plane, spacing, size) for plane in classes])
     if recipe.edges is not None:
         detect = recipe.edges.for_view(view)
@@ -102,6 +108,42 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.n
     )
     out["orig_shape"] = np.tile(np.int32(volume.shape[1:]), (count, 1))
     out["intensity_range"] = np.float32(ranges)
+    return out
+
+
+Box = tuple[tuple[int, int], tuple[int, int]]  # (start, stop) of rows and columns; may reach beyond the slice
+
+
+def label_box(classes: np.ndarray | None, spacing: Sequence[float], margin: float, case: Case) -> Box:
+    """The square, in mm, about every labelled pixel of a stack (N, H, W), wider by `margin` of its side at
+    each edge: one box for all slices. InputError where nothing is labelled.
+    """
+    if classes is None or not classes.any():
+        file = case.paths.get("mask", case.paths["image"])
+        raise InputError(
+            f"{file}: nothing is labelled, so there is nothing to crop to; take the case out, or set "
+            "data.preprocess.crop_label_margin=null"
+        )
+    marked = classes.any(0)
+    lines = [np.flatnonzero(marked.any(1 - axis)) for axis in (0, 1)]
+    side = max((at[-1] - at[0] + 1) * s for at, s in zip(lines, spacing, strict=True)) * (1 + 2 * margin)
+    box = []
+    for at, s in zip(lines, spacing, strict=True):
+        length = max(1, round(side / s))
+        start = round((at[0] + at[-1] + 1 - length) / 2)
+        box.append((start, start + length))
+    return tuple(box)
+
+
+def cut(x: np.ndarray, box: Box, fill: float) -> np.ndarray:
+    """(N, H, W) -> what lies in `box`, `fill` where it reaches beyond the slice."""
+    out = np.full((len(x), *(stop - start for start, stop in box)), fill, x.dtype)
+    inside = [(max(0, start), min(n, stop)) for (start, stop), n in zip(box, x.shape[1:], strict=True)]
+    source = tuple(slice(first, last) for first, last in inside)
+    target = tuple(
+        slice(first - start, last - start) for (first, last), (start, _) in zip(inside, box, strict=True)
+    )
+    out[:, *target] = x[:, *source]
     return out
 
 

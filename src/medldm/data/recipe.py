@@ -41,6 +41,7 @@ class Recipe:
     dtype: str
     compression: str
     slice_axis: int
+    crop_label_margin: float | None
     orientation: str
     spacing: tuple[float, ...] | None
     crop_foreground: bool
@@ -87,6 +88,9 @@ def make_recipe(
                 f"data.preprocess.{key}={options[key]}: choose from {', '.join(map(str, choices))}"
             )
     check_orientation(options["orientation"])
+    margin = options["crop_label_margin"]
+    if margin is not None and (margin < 0 or spatial_dims != 2):
+        raise InputError(f"data.preprocess.crop_label_margin={margin}: give a share of at least 0, in 2D")
     intensity, labels = dict(options.pop("intensity")), dict(options.pop("labels") or {})
     for key in ("percentiles", "window"):
         if intensity.get(key) is not None:
