@@ -3,6 +3,7 @@
 import csv
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,8 @@ from medldm.evaluation.baselines import make_rows
 from medldm.evaluation.diversity import draw_pairs
 from medldm.evaluation.measure import Segmenter, Tools, measure_dice
 from medldm.evaluation.pairs import make_pairs
+from medldm.evaluation.panels import upright
+from medldm.evaluation.screen import brief, deviation_cell
 from medldm.evaluation.slices import SliceFeatures, axial_axis, fold
 from medldm.evaluation.stored import StoredImage, load
 from medldm.metrics.bootstrap import bootstrap_ratio
@@ -248,3 +251,66 @@ def test_unknown_regions_and_unfit_metrics_are_named(call, translations, option,
     paths = (f"generated={translations}/samples", f"reference={translations}/data")
     status, _, err = call(evaluate, *paths, f"output={translations}/e", "metrics=translation", option)
     assert status == 2 and said in err
+
+
+# ---- pages and tables ----
+
+
+def test_the_page_shows_three_planes_and_the_pairs(call, translations):
+    from medldm.commands import report
+
+    results, _ = run(call, translations, "metrics=translation")
+    run_dir = translations / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("experiment_name: aldm/brats_ldm\n")
+    status, out, err = call(report, f"run={run_dir}", f"evaluation={translations}/evaluation")
+    assert status == 0, err
+    text = (translations / "evaluation" / "report.html").read_text()
+    assert "source (line) to target (column)" in text and "t1 to t2" in text
+    value = results["groups"]["pair"]["t1 to t2"]["generated"]["psnr"]
+    assert deviation_cell(value) in text and value["std"] > 0
+    assert "worst by psnr" in text and "Sets of images" not in text
+    picture = cv2.imread(str(translations / "evaluation" / "panels" / "best.png"))
+    assert picture.shape[0] > 3 * 200  # one volume, three planes
+
+
+def test_upright_volumes_run_down_back_and_left():
+    volume = np.zeros((3, 4, 5))
+    volume[2, 0, 4] = 1  # RAS: right, back, top
+    turned = upright(volume, "RAS")
+    assert turned.shape == (5, 4, 3) and turned[0, 3, 0] == 1
+
+
+def test_the_results_table_names_models_and_says_why_numbers_are_missing(call, volumes, monkeypatch):
+    from medldm.commands import report
+
+    monkeypatch.setenv("TORCH_HOME", str(volumes / "nowhere"))
+    facts = {"decoder": "spade", "condition_channels": 64}
+    (volumes / "samples" / "provenance.json").write_text(json.dumps(facts))
+    results, _ = run(call, volumes, "metrics=synthesis_3d", "metrics.ms_ssim_pairs=0")
+    folder = volumes / "evaluation"
+    arguments = ("table=medlsdm", f"evaluation=[{folder},{folder}]", f"output={volumes}/table.md")
+    status, out, err = call(report, *arguments)
+    assert status == 0, err
+    lines = (volumes / "table.md").read_text().splitlines()
+    assert lines[0] == ("| Dataset | Decoder | #channels | n | FID | 3D-FID | LPIPS | SSIM | RMSE | PSNR |")
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    scores = results["rows"]["generated"]
+    assert cells[:7] == ["folder", "spade", "64", "4", "missing", "missing", "missing"]
+    for cell, name in zip(cells[7:], ("ssim_gaussian", "rmse", "psnr"), strict=True):
+        assert cell.startswith(brief(scores[name]["mean"]) + " [")
+    assert lines[3] == lines[2]
+    notes = [line for line in lines if line.startswith("- ")]
+    assert any(line.startswith("- 3D-FID missing: resnet_50") for line in notes)
+    assert "twice that on [-1, 1]" in notes[0]
+    page = (volumes / "table.html").read_text()
+    assert "<th>3D-FID</th>" in page and "resnet_50" in page and str(volumes / "table.html") in out
+
+
+def test_a_table_of_nothing_is_named(call):
+    from medldm.commands import report
+
+    status, _, err = call(report, "table=medlsdm")
+    assert status == 2 and "name the evaluations as evaluation=[DIR1,DIR2]" in err
+    status, _, err = call(report)
+    assert status == 2 and "run: not given" in err

@@ -68,7 +68,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     from medldm.evaluation.measure import build_tools, measure
     from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, view_names
     from medldm.evaluation.results import build_results, case_columns
-    from medldm.evaluation.slices import axial_axis
+    from medldm.evaluation.slices import axial_axis, orientation_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = known_facts(folders["reference"])
@@ -98,9 +98,11 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     diversity = measure_diversity(pairs, alike, settings["ms_ssim_pairs"], cfg.seed)
     results = build_results(pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity)
     results |= {"folders": folders, "mean_image": mean_source, "metrics": settings}
+    results |= {"dataset": facts.get("dataset"), "panels_by": panel_metric(measured.values["generated"])}
     results["provenance"] = read_provenance(folders)
     write_results(folders["output"], results, case_columns(pairs, measured, groups))
-    write_panels(folders["output"], pairs, measured.values["generated"], cfg.panel_rows)
+    orientation = orientation_of(facts, pairs[0].attributes)
+    write_panels(folders["output"], pairs, measured.values["generated"], cfg.panel_rows, orientation)
     show(results)
     print(folders["output"] / "metrics.json")
     print(folders["output"] / "per_case.csv")
@@ -182,19 +184,23 @@ def write_results(output: Path, results: dict, table: tuple[list[str], list[list
     write_json(output / "metrics.json", jsonable(results))
 
 
-def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int) -> None:
-    """panels/{best,median,worst}.png by nmse_var, or by the first metric there is."""
+def panel_metric(values: Mapping) -> str:
+    return next((name for name in PANEL_ORDER if name in values), next(iter(values)))
+
+
+def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int, orientation: str) -> None:
+    """panels/{best,median,worst}.png by the first of PANEL_ORDER, or by the first metric there is."""
     from medldm.evaluation.panels import choose, draw_panel
     from medldm.files import replacing
     from medldm.metrics.image import is_higher_better
 
     if num_rows < 1:
         return
-    name = next((name for name in PANEL_ORDER if name in values), next(iter(values)))
+    name = panel_metric(values)
     for kind, chosen in choose(values[name], num_rows, not is_higher_better(name)).items():
         if chosen:
             captions = [f"{pairs[i].id}\n{name} {values[name][i]:.3f}" for i in chosen]
-            figure = draw_panel([pairs[i].loaded() for i in chosen], captions)
+            figure = draw_panel([pairs[i].loaded() for i in chosen], captions, orientation)
             with replacing(output / "panels" / f"{kind}.png") as temporary:
                 figure.savefig(temporary, format="png")
 

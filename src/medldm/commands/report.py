@@ -7,9 +7,11 @@ keys
   run=DIR              a run folder; several stages: run=[DIR1,DIR2]
   evaluation=DIR       what `medldm evaluate` wrote; by default the evaluation/ of one of the runs
   output=report.html   where the page goes; by default beside the numbers
+  table=medlsdm        instead of the page a table of several evaluations, output=table.md and table.html
 
-example
+examples
   medldm report run=[runs/vqvae,runs/ldm] evaluation=runs/evaluation
+  medldm report table=medlsdm evaluation=[runs/a/evaluation,runs/b/evaluation] output=table
 """
 
 import csv
@@ -27,8 +29,11 @@ MAX_WIDTH = 1600  # px; wider pictures are scaled down
 def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
     from medldm.files import replacing
 
-    folders = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run)
-    folders = [Path(folder) for folder in folders]
+    if cfg.table is not None:
+        return write_table(cfg)
+    folders = as_paths(cfg.run)
+    if not folders:
+        raise InputError("run: not given; name the run folder as run=DIR")
     runs = [read_run(folder) for folder in folders]
     evaluation_dir = find_evaluation(cfg.evaluation, folders)
     evaluation = read_evaluation(evaluation_dir) if evaluation_dir else None
@@ -47,7 +52,9 @@ def compose(runs: Sequence, evaluation) -> str:  # noqa: ANN001
     if evaluation:
         blocks += [sections.headline(evaluation.results)]
         if evaluation.panels:
-            blocks.append(sections.panels_section(evaluation.panels))
+            blocks.append(
+                sections.panels_section(evaluation.panels, evaluation.results.get("panels_by", "nmse_var"))
+            )
             links.append(("panels", "Real and generated"))
         blocks.append(sections.evaluation_section(evaluation))
         links.append(("numbers", "Numbers"))
@@ -70,10 +77,37 @@ def compose(runs: Sequence, evaluation) -> str:  # noqa: ANN001
 PROVENANCE = ("folders", "mean_image", "metrics", "seed", "software", "provenance")
 
 
+def as_paths(value) -> list[Path]:  # noqa: ANN001 - None, a string, or a list of them
+    return [] if value is None else [Path(value)] if isinstance(value, str) else [Path(v) for v in value]
+
+
+def write_table(cfg) -> None:  # noqa: ANN001 - a Hydra config
+    """<output>.md and <output>.html: a line an evaluation."""
+    from medldm.files import replacing
+    from medldm.reporting import results_table
+
+    if cfg.table != "medlsdm":
+        raise InputError(f"table={cfg.table}: there is one table, medlsdm")
+    folders = as_paths(cfg.evaluation) or [run / "evaluation" for run in as_paths(cfg.run)]
+    if not folders:
+        raise InputError("table: name the evaluations as evaluation=[DIR1,DIR2], or their runs as run=[...]")
+    evaluations = [read_evaluation(folder).results for folder in folders]
+    output = Path(cfg.output or "table").with_suffix("")
+    subtitle = f"medldm report, {time.strftime('%Y-%m-%d %H:%M')}"
+    texts = {
+        ".md": results_table.to_markdown(evaluations),
+        ".html": results_table.to_html(evaluations, [str(folder) for folder in folders], subtitle),
+    }
+    for suffix, text in texts.items():
+        with replacing(output.with_suffix(suffix)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(output.with_suffix(suffix))
+
+
 def find_evaluation(stated: str | None, runs: Sequence[Path]) -> Path | None:
     """The folder given, else the evaluation/ of the latest run that has one."""
     if stated:
-        return Path(stated)
+        return as_paths(stated)[0]
     found = [run / "evaluation" for run in runs if (run / "evaluation" / "metrics.json").is_file()]
     return found[-1] if found else None
 

@@ -143,6 +143,8 @@ def describe_run(cfg: Any, module: Any, root: str) -> dict[str, Any]:
         "checkpoint_sha256": sha256(cfg.checkpoint),
         "weights": cfg.weights,
         "stage": "diffusion" if is_generative else "autoencoder",
+        "decoder": describe_decoder(module),
+        "condition_channels": getattr(getattr(module, "conditioner", None), "spade_channels", None),
         "sampler": describe_sampler(module) if is_generative else None,
         "condition": list(model_keys(module)) if is_generative else None,
         "dropped": list(cfg.drop),
@@ -154,6 +156,15 @@ def describe_run(cfg: Any, module: Any, root: str) -> dict[str, Any]:
         "max_slices": cfg.max_slices,
         "torch": torch.__version__,
     }
+
+
+def describe_decoder(module: Any) -> str | None:
+    """What decodes: "spade" where it sees the map, "plain" where not, None where there is no autoencoder."""
+    stage = getattr(module, "first_stage", module)
+    autoencoder = getattr(stage, "autoencoder", None)
+    if autoencoder is None:
+        return None
+    return "plain" if autoencoder.decoder_map_channels is None else "spade"
 
 
 def describe_sampler(module: Any) -> dict[str, Any]:

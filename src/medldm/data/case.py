@@ -8,15 +8,20 @@ from pathlib import Path
 class Case:
     """One image file (a volume, or a single picture) with its mask.
 
-    `paths` maps a key ("image", "mask") to `file` or, inside HDF5, `file::dataset`. `attributes` holds what
-    the dataset states: view, phase, label, split, vendor... In 2D all cases of a subject share one prepared
-    file.
+    `paths` maps a key to `file` or, inside HDF5, `file::dataset`. Keys: `image`; `mask`, or binary masks
+    `mask:<class>[:name]` that make up a class map, the higher class on top; `foreground`, whose content
+    decides the crop; `body`, not zero where the patient is. `attributes` holds what the dataset states: view,
+    phase, label, split, vendor... In 2D all cases of a subject share one prepared file.
     """
 
     id: str
     subject: str
     paths: dict[str, str]
     attributes: dict[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def has_mask(self) -> bool:
+        return any(key == "mask" or key.startswith("mask:") for key in self.paths)
 
 
 def split_path(path: str | Path) -> tuple[Path, str | None]:

@@ -64,6 +64,14 @@ class Job:
         for case in self.cases:
             for raw in case.paths.values():
                 path = split_path(raw)[0]
+                if path.is_dir():  # a DICOM series
+                    states = [file.stat() for file in path.glob("*.dcm")]
+                    size, newest = (
+                        sum(s.st_size for s in states),
+                        max((s.st_mtime_ns for s in states), default=0),
+                    )
+                    files.append({"path": str(path), "size": size, "mtime_ns": newest})
+                    continue
                 if not path.is_file():
                     raise InputError(f"{path}: no such file; restore it, or remove its case from the dataset")
                 state = path.stat()

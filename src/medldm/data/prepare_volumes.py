@@ -61,15 +61,30 @@ def distance(image: Image, other: Image) -> float:
     return float(np.linalg.norm(corners.reshape(-1, 4) @ (image.affine - other.affine).T, axis=1).max())
 
 
+def read_classes(case: Case, image: Image, recipe: Recipe) -> np.ndarray:
+    """The class map of a case on the grid of its image: one file, or binary masks merged in the order of
+    their classes.
+    """
+    if "mask" in case.paths:
+        path = case.paths["mask"]
+        on_grid = on_grid_of(image, read_volume(path, is_mask=True), path, recipe.mask_grid)
+        return recipe.labels(on_grid, path)
+    merged = np.zeros(image.array.shape, np.uint8)
+    parts = [(int(key.split(":")[1]), path) for key, path in case.paths.items() if key.startswith("mask:")]
+    for class_number, path in sorted(parts):
+        inside = on_grid_of(image, read_volume(path, is_mask=True), path, recipe.mask_grid) > 0
+        merged[inside] = class_number
+    return recipe.labels(merged, case.paths["image"])
+
+
 def prepare_case(case: Case, recipe: Recipe):  # noqa: ANN201 - Volume, of a module that imports MONAI
     """Read the files of a case and prepare them: a `volumes.Volume`."""
     from medldm.data.volumes import prepare_volume  # MONAI and torch: 2D workers do without
 
     path, mask = case.paths["image"], None
     image = read_volume(path)
-    if "mask" in case.paths:
-        raw = read_volume(case.paths["mask"], is_mask=True)
-        mask = recipe.labels(on_grid_of(image, raw, case.paths["mask"], recipe.mask_grid), case.paths["mask"])
+    if case.has_mask:
+        mask = read_classes(case, image, recipe)
     others = {}
     wanted = {"foreground": recipe.crop_foreground, "body": recipe.mask_out}
     for key in (key for key, is_used in wanted.items() if is_used and key in case.paths):
@@ -104,9 +119,7 @@ def describe_volume(file: h5py.File, path: Path, job: Job) -> dict:
     image = file["image"][()]
     check_range(path, image, limit=1 if job.recipe.intensity.clip else np.inf)
     mask = file["mask"][()] if "mask" in file else None
-    if ("mask" in job.cases[0].paths) != (mask is not None) or (
-        mask is not None and mask.shape != image.shape
-    ):
+    if job.cases[0].has_mask != (mask is not None) or (mask is not None and mask.shape != image.shape):
         raise InputError(f"{path}: image and mask do not match; delete it and prepare again")
     entry = entry_of(job, path)
     for key in RECORD:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medldm.data.case import split_path, stem_of
+from medldm.data.formats import read_dicom_series, read_nrrd
 from medldm.errors import InputError
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -50,16 +51,24 @@ def require_file(path: Path) -> Path:
 def read_image(path: str | Path) -> Image:
     """Read `file` or `file::dataset` with its values unchanged. InputError where it is missing or damaged."""
     file, key = split_path(path)
+    if file.is_dir():
+        return with_spacing(*read_dicom_series(file))
     require_file(file)
     if has_suffix(file, NIFTI_SUFFIXES):
         return read_nifti(file)
+    if has_suffix(file, (".nrrd",)):
+        return with_spacing(*read_nrrd(file, key))
     if has_suffix(file, RASTER_SUFFIXES):
         return Image(read_raster(file), None, None)
     if has_suffix(file, HDF5_SUFFIXES):
         if key is None:
             raise InputError(f"{file}: name the dataset inside as {file.name}::dataset")
         return Image(np.asarray(open_hdf5(file).read(key)), None, None)
-    raise InputError(f"{file}: unknown file type; use NIfTI, PNG, JPEG or HDF5")
+    raise InputError(f"{file}: unknown file type; use NIfTI, NRRD, a folder of DICOM, PNG, JPEG or HDF5")
+
+
+def with_spacing(array: np.ndarray, affine: np.ndarray) -> Image:
+    return Image(array, affine, tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()))
 
 
 def read_nifti(path: Path) -> Image:

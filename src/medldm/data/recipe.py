@@ -48,6 +48,7 @@ class Recipe:
     divisible_by: int
     invert: str
     in_plane_size: int | None
+    min_size: tuple[int, ...] | None
     interpolation: str
     foreground_above: float | None
     remove_artifacts: bool
@@ -95,7 +96,8 @@ def make_recipe(
     for key in ("percentiles", "window"):
         if intensity.get(key) is not None:
             intensity[key] = tuple(intensity[key])
-    edges, spacing = options.pop("edges"), options.pop("spacing")
+    edges, spacing, least = options.pop("edges"), options.pop("spacing"), options.pop("min_size")
+    check_size(least, least, spatial_dims, "preprocess.min_size")
     if edges is not None and edges.get("thresholds") is not None:
         edges = {**edges, "thresholds": tuple(edges["thresholds"])}
     mapping = labels.get("mapping")
@@ -105,16 +107,26 @@ def make_recipe(
         resize=Resize(**options.pop("resize")),
         intensity=Intensity(**intensity),
         labels=Labels(
-            tuple(labels["names"]) if labels.get("names") else None,
+            class_names(labels.get("names")),
             {int(k): int(v) for k, v in mapping.items()} if mapping else None,
         ),
         edges=EdgeRecipe(**edges) if edges is not None and spatial_dims == 2 else None,
+        min_size=least and tuple(least),
         spacing=tuple(spacing) if isinstance(spacing, Iterable) else spacing and (float(spacing),) * 3,
         **options,
     )
 
 
-def check_size(given: Any, size: Sequence[int | None] | None, spatial_dims: int) -> None:
+def class_names(names: int | Sequence[str] | None) -> tuple[str, ...] | None:
+    """A number stands for classes whose names are not published."""
+    if isinstance(names, int):
+        return ("background", *(f"class {i}" for i in range(1, names)))
+    return tuple(names) if names else None
+
+
+def check_size(
+    given: Any, size: Sequence[int | None] | None, spatial_dims: int, key: str = "image_size"
+) -> None:
     """A 3D size may leave an axis open (null); a 2D one may not."""
     if size is None:
         return

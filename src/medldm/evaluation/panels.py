@@ -14,12 +14,24 @@ def choose(scores: np.ndarray, num: int, lower_is_better: bool = True) -> dict[s
     return {"best": order[:num], "median": order[start : start + num], "worst": order[::-1][:num]}
 
 
-def flat(image: np.ndarray | None) -> np.ndarray | None:
-    """(H, W) picture of a (C, *S) array: first channel, middle slice of a volume."""
-    if image is None:
-        return None
-    picture = image[0]
-    return picture[len(picture) // 2] if picture.ndim == 3 else picture
+PLANES = ("axial", "coronal", "sagittal")  # across the axes of an upright volume
+AXES = ("IS", "PA", "LR")
+
+
+def upright(volume: np.ndarray, orientation: str) -> np.ndarray:
+    """(D, H, W) in this orientation -> axes towards feet, back and the patient's left."""
+    places = [next(i for i, letter in enumerate(orientation) if letter in axis) for axis in AXES]
+    volume = volume.transpose(places)
+    flipped = [k for k, i in enumerate(places) if orientation[i] != AXES[k][0]]
+    return np.flip(volume, flipped)
+
+
+def flat(image: np.ndarray | None, plane: int | None = None, orientation: str = "SPL") -> np.ndarray | None:
+    """(H, W) picture of a (C, *S) array: first channel, of a volume the middle slice across a plane."""
+    if image is None or plane is None:
+        return None if image is None else image[0]
+    volume = upright(image[0], orientation)
+    return volume.take(volume.shape[plane] // 2, axis=plane)
 
 
 def label_colours():  # noqa: ANN201 - matplotlib is imported lazily
@@ -30,37 +42,62 @@ def label_colours():  # noqa: ANN201 - matplotlib is imported lazily
     return ListedColormap(["black", *colormaps["tab10"].colors])
 
 
-def columns(pair: Pair) -> dict[str, tuple[np.ndarray | None, dict]]:
+def columns(
+    pair: Pair, plane: int | None = None, orientation: str = "SPL"
+) -> dict[str, tuple[np.ndarray | None, dict]]:
     """Title -> (picture, how matplotlib shows it)."""
     grey = {"cmap": "gray", "vmin": -1, "vmax": 1}
     difference = pair.generated[0] - pair.real
-    labels = None if pair.mask is None else np.where(pair.mask > 0, (pair.mask - 1) % 10 + 1, 0)
+    labels = None if pair.mask is None else np.where(pair.mask > 0, (pair.mask.astype(int) - 1) % 10 + 1, 0)
+    arrays = {
+        "source": (pair.source, grey),
+        "real": (pair.real, grey),
+        "generated": (pair.generated[0], grey),
+        "reconstruction": (pair.reconstruction, grey),
+        "generated - real": (difference, {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}),
+        "edges": (pair.edges, {"cmap": "gray", "vmin": 0, "vmax": 1}),
+        "map": (labels, {"cmap": label_colours(), "vmin": 0, "vmax": 10}),
+    }
+    shape = {"aspect": aspect(pair, plane, orientation)}
     return {
-        "real": (flat(pair.real), grey),
-        "generated": (flat(pair.generated[0]), grey),
-        "reconstruction": (flat(pair.reconstruction), grey),
-        "generated - real": (flat(difference), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}),
-        "edges": (flat(pair.edges), {"cmap": "gray", "vmin": 0, "vmax": 1}),
-        "map": (flat(labels), {"cmap": label_colours(), "vmin": 0, "vmax": 10}),
+        title: (flat(array, plane, orientation), style | shape) for title, (array, style) in arrays.items()
     }
 
 
-def draw_panel(pairs: Sequence[Pair], captions: Sequence[str]):  # noqa: ANN201 - matplotlib is imported lazily
-    """A matplotlib figure: one line of pictures a pair, columns that no pair has left out."""
+def aspect(pair: Pair, plane: int | None, orientation: str) -> float:
+    """Height of a voxel in the picture over its width."""
+    spacing = pair.attributes.get("spacing")
+    if plane is None or spacing is None or np.size(spacing) != 3:
+        return 1.0
+    places = [next(i for i, letter in enumerate(orientation) if letter in axis) for axis in AXES]
+    sizes = [float(np.ravel(spacing)[places[k]]) for k in range(3) if k != plane]
+    return sizes[0] / sizes[1]
+
+
+def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str = "SPL"):  # noqa: ANN201
+    """A matplotlib figure: one line of pictures a pair (a volume three: its planes), columns that no pair has
+    left out.
+    """
     from matplotlib.figure import Figure
 
-    cells = [columns(pair) for pair in pairs]
-    titles = [title for title in cells[0] if any(row[title][0] is not None for row in cells)]
-    figure = Figure(figsize=(2.0 * len(titles) + 0.4, 2.0 * len(pairs) + 0.25), dpi=110, layout="constrained")
-    axes = figure.subplots(len(pairs), len(titles), squeeze=False)
-    for row, line in enumerate(axes):
-        for title, axis in zip(titles, line, strict=True):
-            picture, style = cells[row][title]
+    lines = []
+    for pair, caption in zip(pairs, captions, strict=True):
+        planes = range(3) if pair.real.ndim == 4 else (None,)
+        for plane in planes:
+            name = caption if plane in (None, 0) else ""
+            label = name if plane is None else "\n".join(filter(None, (name, PLANES[plane])))
+            lines.append((label, columns(pair, plane, orientation)))
+    titles = [title for title in lines[0][1] if any(cells[title][0] is not None for _, cells in lines)]
+    figure = Figure(figsize=(2.0 * len(titles) + 0.4, 2.0 * len(lines) + 0.25), dpi=110, layout="constrained")
+    axes = figure.subplots(len(lines), len(titles), squeeze=False)
+    for row, (label, cells) in enumerate(lines):
+        for title, axis in zip(titles, axes[row], strict=True):
+            picture, style = cells[title]
             if picture is not None:
                 axis.imshow(picture, interpolation="nearest", **style)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if row == 0:
                 axis.set_title(title, fontsize=9)
-        line[0].set_ylabel(captions[row], fontsize=7)
+        axes[row][0].set_ylabel(label, fontsize=7)
     return figure

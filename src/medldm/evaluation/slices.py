@@ -14,13 +14,18 @@ def axial_axis(facts: Mapping, attributes: Mapping) -> int:
     """The spatial axis along which axial slices lie: from the orientation that the data were prepared in,
     from the affine of a NIfTI file, else the first.
     """
+    return transforms.axial_axis(orientation_of(facts, attributes))
+
+
+def orientation_of(facts: Mapping, attributes: Mapping) -> str:
+    """Of the prepared data, else of a NIfTI's affine, else SPL."""
     code = (facts.get("preprocess") or {}).get("orientation")
     affine = attributes.get("affine")
     if code is None and affine is not None:
         from nibabel import aff2axcodes
 
         code = "".join(aff2axcodes(np.asarray(affine, float).reshape(4, 4)))
-    return transforms.axial_axis(code) if code else 0
+    return code or "SPL"
 
 
 def fold(x: Tensor, axis: int) -> Tensor:

@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medldm.evaluation.screen import brief, metric_names, number
+from medldm.evaluation.screen import (
+    brief,
+    dice_lines,
+    diversity_lines,
+    metric_names,
+    number,
+    translation_lines,
+)
 from medldm.reporting.charts import Curve, curve_chart, score_chart
 from medldm.reporting.page import (
     element,
@@ -20,14 +27,25 @@ from medldm.reporting.page import (
     tiles,
 )
 
-HEADLINES = ("ssim", "nmse_var", "psnr", "edge_f1_2px")
+# the first there is of each family
+HEADLINES = (
+    ("ssim", "ssim_gaussian"),
+    ("nmse_var", "nmse_energy"),
+    ("psnr",),
+    ("edge_f1_2px",),
+    ("dice_mean",),
+)
 HEADLINE_NAMES = {
     "ssim": "SSIM",
+    "ssim_gaussian": "SSIM, Gaussian window",
+    "nmse_energy": "NMSE (energy)",
+    "dice_mean": "Dice of the segmenter",
     "nmse_var": "NMSE (var)",
     "psnr": "PSNR, dB",
     "edge_f1_2px": "edge F1, 2 px",
 }
-BASELINES = ("reconstruction", "mean_image", "random_real", "shuffled")
+BASELINES = ("reconstruction", "spade", "regression", "identity", "mean_image", "random_real", "shuffled")
+FID_NAMES = {"fid": "FID", "fid_3d": "3D-FID"}
 MAX_STEPS_SHOWN = 7
 UP, DOWN = "\u2191", "\u2193"
 
@@ -63,13 +81,18 @@ def row_label(row: str) -> str:
     return escape(row.replace("_", " "))
 
 
+def headline_names(scores: Mapping) -> list[str]:
+    found = (next((name for name in family if name in scores), None) for family in HEADLINES)
+    return [name for name in found if name is not None]
+
+
 def headline(results: Mapping) -> str:
     scores = results["rows"]["generated"]
-    facts = [(HEADLINE_NAMES[name], number(scores[name]["mean"])) for name in HEADLINES if name in scores]
-    for name in ("fid", "frechet_random_conv"):
+    facts = [(HEADLINE_NAMES[name], number(scores[name]["mean"])) for name in headline_names(scores)]
+    for name in ("fid", "fid_3d", "frechet_random_conv"):
         score = results["distribution"].get("generated", {}).get(name)
         if score:
-            facts.append((f"{'FID' if name == 'fid' else name}, n = {score['n']}", number(score["value"])))
+            facts.append((f"{FID_NAMES.get(name, name)}, n = {score['n']}", number(score["value"])))
             break
     n = results["n"]
     return tiles([*facts, (f"images of {n['subjects']} subjects", str(n["images"]))])
@@ -140,7 +163,7 @@ def group_table(group: str, tables: Mapping, results: Mapping) -> str:
 
 def evaluation_section(evaluation: EvaluationFiles) -> str:
     results = evaluation.results
-    names = [name for name in HEADLINES if name in results["rows"]["generated"]]
+    names = headline_names(results["rows"]["generated"])
     rows = {row: scores for row, scores in results["rows"].items() if row != "real"}
     chart = score_chart(rows, names, results["higher_is_better"]) if names else ""
     notes = list(results["warnings"])
@@ -149,23 +172,32 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
     groups = [
         element("h3", escape(f"By {group.replace('_', ' ')}")) + group_table(group, tables, results)
         for group, tables in results["groups"].items()
+        if group != "pair" and not (group == "label" and "pair" in results["groups"])
     ]
+    parts = [
+        table(lines.head, [[escape(text) for text in row] for row in lines.rows], caption=lines.title)
+        for tables in (dice_lines, diversity_lines, translation_lines)
+        for lines in tables(results)
+    ]
+    has_sets = results["distribution"] or any("missing" in facts for facts in results["networks"].values())
+    has_baselines = any(row in BASELINES for row in results["differences"])
     return section(
         "Numbers",
-        element("div", chart, class_="card wide"),
+        element("div", chart, class_="card wide") if chart else "",
+        *parts,
         scores_table(results),
         *(element("div", escape(note), class_="note") for note in notes),
-        element("h3", "Against the baselines") + difference_table(results),
-        element("h3", "Sets of images") + sets_table(results),
+        element("h3", "Against the baselines") + difference_table(results) if has_baselines else "",
+        element("h3", "Sets of images") + sets_table(results) if has_sets else "",
         *groups,
         anchor="numbers",
     )
 
 
-def panels_section(panels: Mapping[str, bytes]) -> str:
+def panels_section(panels: Mapping[str, bytes], by: str) -> str:
     order = [name for name in ("best", "median", "worst") if name in panels]
     order += sorted(set(panels) - set(order))
-    figures = "".join(picture(panels[name], f"{name} by nmse_var") for name in order)
+    figures = "".join(picture(panels[name], f"{name} by {by}") for name in order)
     return section("Real and generated", element("div", figures, class_="stack"), anchor="panels")
 
 

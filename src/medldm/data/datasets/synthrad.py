@@ -1,0 +1,64 @@
+"""SynthRAD2023 (Thummerer et al., Med Phys 2023): registered MR and CT of one patient, with a body mask."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from medldm.data.case import Case
+from medldm.data.layouts import (
+    check_modalities,
+    existing,
+    folder_pairs,
+    map_folder,
+    modality_cases,
+    require_cases,
+    require_root,
+    split_of,
+    stated_split,
+)
+from medldm.errors import InputError
+
+MODALITIES = ("mr", "ct")
+
+
+def index(root: str | Path, modalities: Sequence[str] = ("mr",), label_dir: str | None = None) -> list[Case]:
+    """Cases of the published `[Task1/][pelvis/]<patient>/{mr,ct,mask}.nii.gz`, with class maps
+    `<patient>_ct_label.nii.gz` in `label_dir` (default: `labels/` below the root), or of Med-LSDM's
+    `{train,test}/mr/<patient>_<n>.nii.gz` with `ct/` and `label/`.
+
+    Every one of `modalities` is a case of its own. The body mask goes along for `preprocess.mask_out`.
+    """
+    root = require_root(root, "Task1/pelvis/1PA001/mr.nii.gz and so on, or train/mr/ and test/mr/")
+    check_modalities(modalities, MODALITIES)
+    cases = windows(root, modalities) or published(root, modalities, map_folder(root, label_dir))
+    return require_cases(cases, root, "Task1/pelvis/<patient>/{mr,ct,mask}.nii.gz")
+
+
+def windows(root: Path, modalities: Sequence[str]) -> list[Case]:
+    def patient(stem: str) -> str:
+        return re.sub(r"_\d+$", "", stem)
+
+    found = {key: folder_pairs(root, key, "label", patient) for key in modalities}
+    return [
+        Case(f"{case.id}_{key}" if len(modalities) > 1 else case.id, case.subject, case.paths,
+             {**case.attributes, "label": key})
+        for key, cases in found.items()
+        for case in cases
+    ]  # fmt: skip
+
+
+def published(root: Path, modalities: Sequence[str], maps: Path | None) -> list[Case]:
+    stated, cases = stated_split(root), []
+    for folder in sorted({p.parent for p in root.rglob("*.nii*") if p.name.startswith(("mr.", "ct."))}):
+        name = folder.name
+        images = {key: existing(folder / f"{key}.nii.gz") for key in modalities}
+        missing = [key for key, path in images.items() if path is None]
+        if missing:
+            raise InputError(f"{folder}: has no {missing[0]}.nii.gz; add it, or remove the folder")
+        wanted = maps / f"{name}_ct_label.nii.gz" if maps else None
+        label = existing(wanted) if wanted else None
+        if wanted and label is None:
+            raise InputError(f"{wanted}: missing, though {folder} is there; add it, or remove the folder")
+        others = {"mask": label, "body": existing(folder / "mask.nii.gz")}
+        cases += modality_cases(name, images, others, **split_of(name, stated, root / "splits.csv"))
+    return cases

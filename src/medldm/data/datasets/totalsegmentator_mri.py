@@ -1,0 +1,73 @@
+"""TotalSegmentator MRI (D'Antonoli et al., Radiology 2025): MR of all body parts with one mask an organ."""
+
+import csv
+import re
+from pathlib import Path
+
+from medldm.data.case import Case, stem_of
+from medldm.data.layouts import (
+    SPLITS,
+    existing,
+    folder_pairs,
+    nifti_files,
+    require_cases,
+    require_root,
+)
+from medldm.errors import InputError
+
+CLASSES = (
+    "kidney", "vessels", "gallbladder", "liver", "stomach", "pancreas", "adrenal", "lung", "vertebrae",
+    "esophagus", "trachea", "heart", "pulmonary_artery", "small_bowel", "duodenum", "colon", "ribs",
+    "humerus", "scapula", "clavicula", "femur", "hip", "sacrum", "autochthon", "iliopsoas",
+    "urinary_bladder", "skin", "spleen", "fat", "skeletal_muscle",
+)  # fmt: skip
+VESSELS = ("aorta", "inferior_vena_cava", "portal_vein_and_splenic_vein", "iliac_artery", "iliac_vena")
+
+
+def index(root: str | Path) -> list[Case]:
+    """Cases of the published `s0001/{mri.nii.gz, segmentations/*.nii.gz}`, merged into 30 classes by file
+    name, or of Med-LSDM's `[{train,test}/]mr/` with `label/`. `meta.csv` with its column `split` is kept.
+    """
+    root = require_root(root, "s0001/mri.nii.gz and so on, or mr/ and label/")
+    cases = folder_pairs(root, "mr", "label", lambda stem: re.sub(r"_\d+$", "", stem)) or published(root)
+    return require_cases(cases, root, "s0001/{mri.nii.gz, segmentations/*.nii.gz}")
+
+
+def class_of(stem: str) -> int | None:
+    """The class of a segmentation by its file name: kidney_left and kidney are 1; None: not among the 30."""
+    if stem.startswith(VESSELS):
+        return 1 + CLASSES.index("vessels")
+    for name in (stem, *(stem.rsplit("_", k)[0] for k in range(1, stem.count("_") + 1))):
+        if name in CLASSES:
+            return 1 + CLASSES.index(name)
+    return None
+
+
+def published(root: Path) -> list[Case]:
+    cases, split = [], meta_split(root)
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and re.fullmatch(r"s\d+", p.name)):
+        image = existing(folder / "mri.nii.gz")
+        if image is None:
+            raise InputError(f"{folder / 'mri.nii.gz'}: missing; restore it, or remove the folder")
+        if not (folder / "segmentations").is_dir():
+            raise InputError(f"{folder / 'segmentations'}: missing; restore it, or remove {folder}")
+        paths = {"image": str(image)}
+        organs = [(class_of(stem_of(path)), path) for path in nifti_files(folder / "segmentations")]
+        for number, path in organs:
+            if number is not None:
+                paths[f"mask:{number}:{stem_of(path)}"] = str(path)
+        attributes = {"split": split[folder.name]} if folder.name in split else {}
+        cases.append(Case(folder.name, folder.name, paths, attributes))
+    return cases
+
+
+def meta_split(root: Path) -> dict[str, str]:
+    """{subject: split} of the published meta.csv (image_id;...;split), where it is there."""
+    path = root / "meta.csv"
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    rows = list(csv.DictReader(lines, delimiter=";" if ";" in lines[0] else ","))
+    if not rows or not {"image_id", "split"} <= rows[0].keys():
+        return {}
+    return {row["image_id"]: row["split"] for row in rows if row["split"] in SPLITS}
