@@ -106,3 +106,8 @@ def fit_first_stage(first_stage: FirstStage, batches: Iterable[dict], device: to
                 return
 
     first_stage.fit(latents())
+
+
+def case_generators(names: Sequence[str], seed: int, device: torch.device) -> list[torch.Generator]:
+    """For the noise on the way, one a sample: as `case_noise`, whatever the batch."""
+    return [torch.Generator(device).manual_seed(seed_of(seed, name, "steps")) for name in names]

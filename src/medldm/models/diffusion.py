@@ -12,10 +12,10 @@ from medldm.diffusion.sampler import Sampler
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.models.common import (
     build_optimizer,
+    case_generators,
     case_noise,
     fit_first_stage,
     rank_part,
-    seed_of,
     stage_latents,
     step_generator,
     warmup_cosine,
@@ -135,8 +135,8 @@ class DiffusionModule(LightningModule):
     ) -> Tensor:
         """Images (B, C, *S) in about [-1, 1] under the batch's condition.
 
-        `names` identify the samples: noise is seeded by name and `seed`. Steps that draw noise (ancestral,
-        eta > 0) draw for the batch as a whole, so those samplers repeat exactly only with the same batches.
+        `names` identify the samples: all noise is seeded by name and `seed`, so a sample is the same in
+        every batch.
         """
         sampler = sampler or self.sampler
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
@@ -151,7 +151,7 @@ class DiffusionModule(LightningModule):
             scale=sampler.guidance_scale,
             rescale=sampler.guidance_rescale,
         )
-        generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
+        generator = case_generators(names, seed, self.device)
         z = sampler(denoise, self.schedule, noise, generator, callback)
         return self.first_stage.decode(z, decoder_map)
 
