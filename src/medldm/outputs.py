@@ -19,7 +19,7 @@ from medldm.errors import InputError
 from medldm.files import replacing, write_json
 from medldm.plots import middle_slice
 
-COPIED = ("view", "phase", "label", "slice_index", "num_slices", "spacing")
+COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
 
 
 class SampleFolder:

@@ -31,6 +31,13 @@ def assert_trained(last) -> None:
     assert list((run_dir / "samples").glob("*.png"))
 
 
+def prepared_for(data) -> str:
+    """The fixture that stands in for an experiment's data: several modalities, volumes, or slices."""
+    if len(data.get("modalities") or ()) > 1:
+        return "prepared_modalities"
+    return "prepared_3d" if data.get("spatial_dims") == 3 else "prepared"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_trains_two_steps(name, request, tmp_path):
     cfg = compose_config("train", f"experiment={name}", "debug=tiny", "data.root=-")
@@ -41,7 +48,7 @@ def test_every_experiment_trains_two_steps(name, request, tmp_path):
         overrides.append(f"model.first_stage.checkpoint={stage}")
     if cfg.model.get("map_stage"):
         overrides.append(f"model.map_stage.checkpoint={request.getfixturevalue('map_stage')}")
-    root = request.getfixturevalue("prepared_3d" if is_3d else "prepared")
+    root = request.getfixturevalue(prepared_for(cfg.data))
     assert_trained(run_training(root, tmp_path / "run", *overrides))
 
 

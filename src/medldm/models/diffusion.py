@@ -17,12 +17,12 @@ from medldm.models.common import (
     build_optimizer,
     case_generators,
     case_noise,
+    fit_first_stage,
     rank_part,
+    stage_latents,
     step_generator,
     warmup_cosine,
 )
-
-NUM_STATISTICS_SAMPLES = 4096  # images whose latents give the mean and deviation per channel
 
 
 def mix(condition: Condition, share: float) -> Condition:
@@ -85,27 +85,11 @@ class DiffusionModule(LightningModule):
 
     def latents(self, batch: dict) -> Tensor:
         """Normalised latents z (B, Cz, *s) of a batch."""
-        if "latent" in batch:
-            return self.first_stage.normalize(batch["latent"])
-        return self.first_stage.encode(batch["image"])
-
-    def raw_latents(self, batch: dict) -> Tensor:
-        return batch["latent"] if "latent" in batch else self.first_stage.encode_raw(batch["image"])
+        return stage_latents(self.first_stage, batch)
 
     def fit_first_stage(self, batches: Iterable[dict]) -> None:
         """Set the latent statistics from the training set, once; a checkpoint that has them keeps them."""
-
-        def latents() -> Iterable[Tensor]:
-            seen = 0
-            for batch in batches:
-                moved = {k: v.to(self.device).float() for k, v in batch.items() if k in ("latent", "image")}
-                h = self.raw_latents(moved)
-                yield h
-                seen += len(h)
-                if seen >= NUM_STATISTICS_SAMPLES:
-                    return
-
-        self.first_stage.fit(latents())
+        fit_first_stage(self.first_stage, batches, self.device)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         z = self.latents(batch)
@@ -175,8 +159,9 @@ class DiffusionModule(LightningModule):
         """
         sampler = sampler or self.sampler
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
-        conditions = (self.condition(batch, drop), self.condition(batch, None))
-        denoise = self.denoiser(*conditions, latent_shape, sampler, windows)
+        condition = self.condition(batch, drop)
+        null = condition if sampler.guidance_scale == 1 else self.condition(batch, None)
+        denoise = self.denoiser(condition, null, latent_shape, sampler, windows)
         generator = case_generators(names, seed, self.device)
         z = sampler(denoise, self.schedule, noise, generator, callback)
         return self.decode(z, batch)
@@ -250,6 +235,9 @@ class DiffusionModule(LightningModule):
         if real is None:
             real = self.decode(z, batch).float().clamp(-1, 1)
         rows = [real, sampled]
+        if "source" in batch or "source_latent" in batch:
+            source = stage_latents(self.first_stage, batch, "source")
+            rows.insert(0, self.first_stage.decode(source).float().clamp(-1, 1))
         if "edges" in batch:
             rows.append(batch["edges"] * 2 - 1)
         if "mask" in batch:

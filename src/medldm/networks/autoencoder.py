@@ -145,6 +145,7 @@ class VQAutoencoder(nn.Module):
         output_activation: str = "none",
         decoder_map_channels: int | None = None,
         spade_kernel: int | Sequence[int] = 3,
+        spade_hidden_channels: int = 128,
         image_channels: int = 1,
         use_checkpoint: bool = False,
     ) -> None:
@@ -164,9 +165,14 @@ class VQAutoencoder(nn.Module):
         plain = partial(group_norm, groups=norm_groups)
         spade = plain
         if decoder_map_channels is not None:
-            # Med-LSDM's SPADE layers: 8 groups, 128 hidden channels.
+            # Med-LSDM's SPADE layers have 8 groups.
             spade = partial(
-                SPADE, spatial_dims, map_channels=decoder_map_channels, groups=8, kernel_size=spade_kernel
+                SPADE,
+                spatial_dims,
+                map_channels=decoder_map_channels,
+                hidden_channels=spade_hidden_channels,
+                groups=8,
+                kernel_size=spade_kernel,
             )
 
         def build(steps: Sequence[Step], norm) -> Stack:
