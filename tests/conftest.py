@@ -61,3 +61,17 @@ def prepared_3d(tmp_path_factory):
     options = ("data=folder", "data.spatial_dims=3", "data.image_size=[32,32,32]", "data.num_workers=0")
     prepare.task(compose_config("prepare", *options, f"data.raw={raw}", f"data.root={root}"))
     return root
+
+
+@pytest.fixture(scope="session")
+def prepared_modalities(tmp_path_factory):
+    """Six subjects of the BraTS phantom, four modalities each, 32 voxels wide."""
+    from medldm.commands import phantom, prepare
+
+    raw, root = tmp_path_factory.mktemp("raw_brats"), tmp_path_factory.mktemp("prepared_brats")
+    phantom.task(
+        compose_config("phantom", "dataset=brats", "num_subjects=6", "size=[40,44,36]", f"root={raw}")
+    )
+    options = ("data=brats", "data.image_size=[32,32,32]", "data.num_workers=0")
+    prepare.task(compose_config("prepare", *options, f"data.raw={raw}", f"data.root={root}"))
+    return root

@@ -45,7 +45,7 @@ class EMA(Callback):
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not hasattr(module, "ema_modules"):
+        if getattr(module, "ema_modules", None) is None:
             return
         self.average = AveragedModel(module.ema_modules, multi_avg_fn=self._lerp)
         self.average.requires_grad_(False)

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningModule
 from torch import nn
 
 from medldm.diffusion.latent import FirstStage, PixelStage
+from medldm.diffusion.translation import TranslationConditioner
 from medldm.errors import InputError
 from medldm.files import replacing
 from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.diffusion import DiffusionModule
 from medldm.models.segmentation import RegressionModule, SegmentationModule
+from medldm.models.translation import TranslationModule
 from medldm.models.variational import VariationalModule
 
 FORMAT = 1
@@ -58,6 +60,18 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def latents_name(path: str | Path) -> str:
+    """The cache of the encoder in a checkpoint: a translator that leaves its autoencoder alone shares the
+    autoencoder's.
+    """
+    description = read_checkpoint(path)["medldm"]
+    is_shared = (
+        description["stage"] == "translation"
+        and not get_class(description["model"]["objective"]["_target_"]).trains_autoencoder
+    )
+    return (description["first_stage"]["sha256"] if is_shared else sha256(path))[:12]
+
+
 def describe(model: Mapping[str, Any], facts: Mapping[str, Any], module: LightningModule) -> dict[str, Any]:
     """Plain data from which `load_module` rebuilds the module."""
     description = {
@@ -87,12 +101,53 @@ def build_autoencoder_module(model: Mapping[str, Any], facts: Mapping[str, Any])
             raise InputError("model.decoder_sees_map=true but the dataset has no masks; set it to false")
         derived["decoder_map_channels"] = facts["num_classes"]
     autoencoder = parts.pop("autoencoder")(**derived)
-    discriminators = [
-        build(in_channels=facts["image_channels"]) if "spatial_dims" in build.keywords
-        else build(facts["spatial_dims"], in_channels=facts["image_channels"])
-        for build in (parts.pop("discriminators", None) or {}).values()
-    ]  # fmt: skip
+    discriminators = build_discriminators(parts, facts, in_channels=facts["image_channels"])
     return AutoencoderModule(autoencoder, discriminators=discriminators, **parts)
+
+
+def build_discriminators(parts: dict[str, Any], facts: Mapping[str, Any], **sizes: int) -> list[nn.Module]:
+    """Taken out of `parts`; a discriminator of its own `spatial_dims` sees slices of volumes."""
+    return [
+        build(**sizes) if "spatial_dims" in build.keywords else build(facts["spatial_dims"], **sizes)
+        for build in (parts.pop("discriminators", None) or {}).values()
+    ]
+
+
+def build_translation_module(
+    model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: FirstStage
+) -> TranslationModule:
+    parts = instantiate_parts(model, skip=("first_stage",))
+    num_labels = num_modalities(facts)
+    translator = parts.pop("translator")(
+        facts["spatial_dims"], latent_channels=first_stage.latent_channels, num_classes=num_labels
+    )
+    if first_stage.translator is not None:  # a translator's checkpoint: training goes on from its weights
+        continue_from(first_stage, translator)
+    channels = parts["objective"].discriminated_channels(first_stage, facts["image_channels"])
+    classes = num_labels + 1 if parts["adversarial"] is not None and parts["adversarial"].uses_label else 1
+    sizes = {"in_channels": channels, "out_channels": classes}
+    discriminators = build_discriminators(parts, facts, **sizes)
+    return TranslationModule(first_stage, translator, discriminators=discriminators, **parts)
+
+
+def continue_from(first_stage: FirstStage, translator: nn.Module) -> None:
+    """Moves the stage's translator over; InputError where it has other sizes than the config's."""
+    try:
+        translator.load_state_dict(first_stage.translator.state_dict())
+    except RuntimeError as error:
+        raise InputError(
+            "model.first_stage.checkpoint: its translator has other sizes than model.translator; "
+            "choose the same ones"
+        ) from error
+    first_stage.translator = None
+
+
+def num_modalities(facts: Mapping[str, Any]) -> int:
+    if (facts["num_labels"] or 0) < 2:
+        raise InputError(
+            "data: translation needs cases of at least two modalities; prepare with data=brats or data=ixi"
+        )
+    return facts["num_labels"]
 
 
 def build_diffusion_module(
@@ -100,8 +155,14 @@ def build_diffusion_module(
 ) -> DiffusionModule:
     parts = instantiate_parts(model, skip=("first_stage",))
     make_network = parts.pop("network")
-    conditioner = parts.pop("conditioner")(
+    make_conditioner = parts.pop("conditioner")
+    sizes = {}
+    if make_conditioner.func is TranslationConditioner:
+        check_translator(model, facts, first_stage)
+        sizes["latent_channels"] = first_stage.latent_channels
+    conditioner = make_conditioner(
         facts["num_classes"],
+        **sizes,
         spatial_dims=facts["spatial_dims"],
         downsampling=first_stage.downsampling,
         num_views=facts["num_views"] or 0,
@@ -117,6 +178,15 @@ def build_diffusion_module(
         context_channels=conditioner.context_dim or None,
     )
     return DiffusionModule(first_stage, conditioner, network, **parts)
+
+
+def check_translator(model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: nn.Module) -> None:
+    num_modalities(facts)
+    if "spade" in model["conditioner"]["latents"] and getattr(first_stage, "translator", None) is None:
+        raise InputError(
+            "model.first_stage.checkpoint: holds no translator, which model.conditioner.latents=[spade] "
+            "needs; give the checkpoint of an msspade experiment"
+        )
 
 
 def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> VariationalModule:
@@ -184,33 +254,61 @@ def build_module(
     """
     if model["kind"] in BUILDERS:
         return BUILDERS[model["kind"]](model, facts)
+    build = build_translation_module if model["kind"] == "translation" else build_diffusion_module
     options = dict(model["first_stage"])
     path = options.pop("checkpoint")
     if path is None and first_stage_description is None:
+        if model["kind"] == "translation":
+            raise InputError("model.first_stage.checkpoint: translation needs an autoencoder; give one")
         stage = PixelStage(facts["image_channels"], spatial_dims=facts["spatial_dims"])
-        return build_diffusion_module(model, facts, stage)
+        return build(model, facts, stage)
     if first_stage_description is None:
         stage, first_stage_description = load_first_stage(path, **options)
     else:
-        autoencoder = build_module(
-            first_stage_description["model"], first_stage_description["facts"]
-        ).autoencoder
-        stage = FirstStage(autoencoder, **options)
-    module = build_diffusion_module(model, facts, stage)
+        described = first_stage_description
+        module = build_module(described["model"], described["facts"], described.get("first_stage"))
+        stage = as_first_stage(module, options)
+    check_modalities(model, facts, first_stage_description)
+    module = build(model, facts, stage)
     module.first_stage_description = dict(first_stage_description)
     return module
 
 
+def as_first_stage(module: LightningModule, options: Mapping[str, Any]) -> FirstStage:
+    """What comes before diffusion: an autoencoder under `options`, or a translator under its own."""
+    if isinstance(module, AutoencoderModule):
+        return FirstStage(module.autoencoder, **options)
+    if options:
+        raise InputError(
+            f"model.first_stage.{min(options)}: a translator keeps the latents that it was trained on; "
+            "choose model/first_stage=translator"
+        )
+    return module.as_first_stage()
+
+
+def check_modalities(
+    model: Mapping[str, Any], facts: Mapping[str, Any], description: Mapping[str, Any]
+) -> None:
+    """A translator knows the classes of its data set in their order."""
+    known = description["facts"].get("label_values")
+    if description["stage"] == "translation" and known != facts.get("label_values"):
+        raise InputError(
+            f"model.first_stage.checkpoint: translates between {known}, the data has "
+            f"{facts.get('label_values')}; use the data it was trained on"
+        )
+
+
 def load_first_stage(path: str | Path, **options: Any) -> tuple[FirstStage, dict[str, Any]]:
-    """The frozen first stage in a checkpoint, and its description."""
+    """The frozen first stage in a checkpoint, and its description with the file's `sha256`."""
     content = read_checkpoint(path)
     description = content["medldm"]
-    if description["stage"] != "autoencoder":
+    if description["stage"] not in ("autoencoder", "translation"):
         raise InputError(
-            f"{path}: holds a {description['stage']} model; model.first_stage.checkpoint takes an autoencoder"
+            f"{path}: holds a {description['stage']} model; model.first_stage.checkpoint takes an "
+            "autoencoder or a translator"
         )
     module = restore(path, content, weights="ema")
-    return FirstStage(module.autoencoder, **options), description
+    return as_first_stage(module, options), description | {"sha256": sha256(path)}
 
 
 def load_module(path: str | Path, *, weights: str = "ema") -> LightningModule:

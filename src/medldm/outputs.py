@@ -15,12 +15,11 @@ from torch import Tensor
 from medldm.callbacks import save_png
 from medldm.data.dataset import CaseDataset
 from medldm.data.readers import open_hdf5
-from medldm.data.volumes import restore_volume
 from medldm.errors import InputError
 from medldm.files import replacing, write_json
 from medldm.plots import middle_slice
 
-COPIED = ("view", "phase", "label", "slice_index", "num_slices", "spacing")
+COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
 
 
 class SampleFolder:
@@ -120,6 +119,8 @@ def write_volumes(
 
     `record` is the case's entry of the index, or `Volume.record()`; `mask` (1, D, H, W) goes along.
     """
+    from medldm.data.volumes import restore_volume  # MONAI, which 2D does without
+
     for k, volume in enumerate(volumes):
         path = root / "nifti_samples" / f"{name}_{k}.nii.gz" if k else root / f"{name}.nii.gz"
         write_nifti(path, *restore_volume(volume, record))

@@ -29,6 +29,13 @@ def assert_trained(last) -> None:
     assert list((run_dir / "samples").glob("*.png"))
 
 
+def prepared_for(data) -> str:
+    """The fixture that stands in for an experiment's data: several modalities, volumes, or slices."""
+    if data.get("modalities"):
+        return "prepared_modalities"
+    return "prepared_3d" if data.get("spatial_dims") == 3 else "prepared"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_trains_two_steps(name, request, tmp_path):
     cfg = compose_config("train", f"experiment={name}", "debug=tiny", "data.root=-")
@@ -37,7 +44,7 @@ def test_every_experiment_trains_two_steps(name, request, tmp_path):
     if "first_stage" in cfg.model and cfg.model.first_stage.get("checkpoint", "") is not None:
         stage = request.getfixturevalue("first_stage_3d" if is_3d else "first_stage")
         overrides.append(f"model.first_stage.checkpoint={stage}")
-    root = request.getfixturevalue("prepared_3d" if is_3d else "prepared")
+    root = request.getfixturevalue(prepared_for(cfg.data))
     assert_trained(run_training(root, tmp_path / "run", *overrides))
 
 

@@ -1,5 +1,6 @@
 """The segmenter and the regression network: losses, Dice, prediction of any size, what they train on."""
 
+import json
 import math
 from functools import partial
 
@@ -10,10 +11,15 @@ import torch
 from monai.networks.nets import UNet
 from torch import nn
 
+from medldm.commands import sample
 from medldm.data import build_datamodule
 from medldm.errors import InputError
+from medldm.evaluation.stored import load
+from medldm.evaluation.translation import make_translation_pairs
 from medldm.metrics.overlap import dice
 from medldm.models.segmentation import RegressionModule, SegmentationModule, apply_network
+from tests.helpers import compose_config
+from tests.training import run_training
 
 SHAPES = {2: (24, 20), 3: (8, 16, 12)}
 ADAM = partial(torch.optim.Adam, lr=0.01)
@@ -160,3 +166,59 @@ def test_a_share_of_the_training_subjects_is_seeded_and_nested(prepared_3d):
 def test_what_cannot_be_trained_on_is_named(prepared_3d, options, said):
     with pytest.raises(InputError, match=said):
         data(prepared_3d, **options)
+
+
+# ---- regression over pairs ----
+
+
+@pytest.fixture(scope="module")
+def modalities(tmp_path_factory):
+    """Six subjects with t1 and t2 = -t1 / 2, 16 voxels wide, as `medldm prepare` leaves them."""
+    root = tmp_path_factory.mktemp("modalities")
+    (root / "cases").mkdir()
+    rng, cases = np.random.default_rng(0), []
+    for subject in range(6):
+        t1 = rng.uniform(-1, 1, (1, 16, 16, 16)).astype(np.float16)
+        for label, (name, image) in enumerate((("t1", t1), ("t2", -t1 / 2))):
+            case = f"s{subject}_{name}"
+            with h5py.File(root / "cases" / f"{case}.h5", "w") as file:
+                file["image"] = image
+            cases.append(
+                {
+                    "id": case, "subject": f"s{subject}", "file": f"cases/{case}.h5", "label": label,
+                    "affine": np.eye(4).tolist(), "original_affine": np.eye(4).tolist(),
+                    "original_shape": [16, 16, 16], "intensity_range": [0.0, 100.0],
+                    "spacing": [1, 1, 1], "shape": [16, 16, 16],
+                }
+            )  # fmt: skip
+    index = {
+        "schema_version": 1, "dataset": "brats", "spatial_dims": 3, "num_classes": None, "num_labels": 2,
+        "image_channels": 1, "label_values": ["t1", "t2"], "image_size": [16, 16, 16], "cases": cases,
+        "preprocess": {"orientation": "RAS"},
+    }  # fmt: skip
+    (root / "index.json").write_text(json.dumps(index))
+    return root
+
+
+def test_a_regression_trains_on_a_pair_and_writes_what_translation_evaluation_reads(modalities, tmp_path):
+    options = ("model=regression", "data=folder", "data.spatial_dims=3", "data.pair_labels=[[t1,t2]]")
+    run = run_training(modalities, tmp_path / "run", *options, "data.pairs=random")
+    paths = (
+        f"checkpoint={run.with_name('best.ckpt')}",
+        f"data.root={modalities}",
+        f"output={tmp_path / 'out'}",
+    )
+    sample.task(compose_config("sample", *paths, *options[1:], "split=all", "png=false"))
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.h5"))
+    assert names == [f"s{i}_t1_to_t2.h5" for i in range(6)]
+    with h5py.File(tmp_path / "out" / names[0]) as file:
+        assert file["images"].shape == (1, 16, 16, 16)
+        assert (file.attrs["source_label"], file.attrs["target_label"]) == ("t1", "t2")
+    pairs = make_translation_pairs(tmp_path / "out", modalities, None, {})
+    assert [pair.attributes["pair"] for pair in pairs] == ["t1 to t2"] * 6
+    assert np.allclose(load(pairs[0].real), -load(pairs[0].source) / 2, atol=1e-3)
+
+
+def test_training_a_regression_without_pairs_is_one_line(modalities, tmp_path):
+    with pytest.raises(InputError, match="data.pairs=null"):
+        run_training(modalities, tmp_path / "run", "model=regression", "data=folder", "data.spatial_dims=3")

@@ -2,7 +2,8 @@
 
   medldm encode checkpoint=runs/.../best.ckpt data.root=DATA
 
-Writes DATA/latents/<first 12 digits of the checkpoint's sha256>/<case>.h5 with the latents before
+The checkpoint is of an autoencoder, or of a translator that holds one.
+Writes DATA/latents/<first 12 digits of the autoencoder's sha256>/<case>.h5 with the latents before
 quantisation (float16), and latents.json when all are there. Run it again to continue. Then: medldm train
 experiment=.../ldm data.latents=auto.
 """
@@ -41,25 +42,24 @@ def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from rich.progress import track
 
-    from medldm.checkpoints import load_module, sha256
+    from medldm.checkpoints import latents_name, load_module, sha256
     from medldm.data import build_datamodule
     from medldm.files import replacing, write_json
     from medldm.inference import items_by_case, pick_device
-    from medldm.models.autoencoder import AutoencoderModule
 
     checkpoint = str(cfg.checkpoint)
     module = load_module(checkpoint)
-    if not isinstance(module, AutoencoderModule):
+    if not hasattr(module, "autoencoder"):
         raise InputError(f"{checkpoint}: not an autoencoder; `medldm encode` takes a stage-one checkpoint")
     data = OmegaConf.to_container(cfg.data, resolve=True) | {
         "latents": None,
         "crop_size": None,
         "views": None,
+        "pairs": None,
     }
     datamodule = build_datamodule(data, keys=("image",), seed=cfg.seed)
     dataset = datamodule.dataset("all")
-    digest = sha256(checkpoint)
-    folder = Path(data["root"]) / "latents" / digest[:12]
+    folder = Path(data["root"]) / "latents" / latents_name(checkpoint)
     device = pick_device(cfg.device)
     module.to(device)
     cases = items_by_case(dataset.items)
@@ -70,7 +70,7 @@ def task(cfg: Any) -> None:
         latents = encode_case(module, dataset, positions, data["batch_size"], device)
         with replacing(path) as aside, h5py.File(aside, "w") as file:
             file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
-    facts = {"checkpoint": checkpoint, "checkpoint_sha256": digest, "num_cases": len(cases)}
+    facts = {"checkpoint": checkpoint, "checkpoint_sha256": sha256(checkpoint), "num_cases": len(cases)}
     if not (folder / "latents.json").is_file():
         write_json(folder / "latents.json", facts | {"latent": "prequant", "dtype": "float16"})
     print(folder)

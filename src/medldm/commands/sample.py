@@ -3,7 +3,9 @@
   medldm sample checkpoint=runs/.../best.ckpt data.root=DATA output=DIR split=test
   medldm sample ... sampler.num_steps=50 sampler.guidance_scale=2 num_samples=4 drop=[edges] seed=1
 
-With a stage-one checkpoint it writes that autoencoder's reconstructions instead: the ceiling of stage two.
+With a stage-one checkpoint it writes that autoencoder's reconstructions instead: the ceiling of stage two;
+with a regression checkpoint the predictions of every pair (data.pair_labels=[[t1,t2]]) as
+<subject>_<source>_to_<target>.
 Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop,
 edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed.
 Writes per case HDF5 with the conditions (3D also NIfTI on the source's grid and in its units), 8-bit PNGs
@@ -45,9 +47,14 @@ def override_sampler(sampler: Any, given: dict[str, Any]) -> Any:
 
 
 def model_keys(module: Any) -> tuple[str, ...]:
-    """What a batch must hold: the conditions, and the image where the model is an autoencoder."""
+    """What a batch must hold: the conditions, the image of an autoencoder, the source of a regression."""
     from medldm.models.autoencoder import AutoencoderModule
+    from medldm.models.segmentation import RegressionModule, SegmentationModule
 
+    if isinstance(module, SegmentationModule):
+        raise InputError("checkpoint: holds a segmenter; `medldm evaluate segmenter=CKPT` takes it")
+    if isinstance(module, RegressionModule):
+        return ("source",)
     if isinstance(module, AutoencoderModule):
         return ("image",) if module.autoencoder.decoder_map_channels is None else ("image", "mask")
     conditioner = module.conditioner
@@ -64,11 +71,14 @@ def generate(module: Any, batch: dict, image_size: tuple[int, ...], options: dic
 
     from medldm.inference import autocast, to_device
     from medldm.models.autoencoder import AutoencoderModule
+    from medldm.models.segmentation import RegressionModule
 
     batch = to_device(batch, module.device)
     with torch.no_grad(), autocast(module.device):
         if isinstance(module, AutoencoderModule):
             images = module(batch["image"], module.decoder_map(batch))
+        elif isinstance(module, RegressionModule):
+            images = module(batch["source"])
         else:
             shape = module.latent_shape(image_size)
             images = module.sample(batch, batch["case_id"], shape, **options)
@@ -101,9 +111,11 @@ def task(cfg: Any) -> None:
         module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
         module.conditioner.drop_groups(1, tuple(cfg.drop))  # names an unknown one before anything is written
     data = OmegaConf.to_container(cfg.data, resolve=True) | {"latents": None, "crop_size": None}
-    datamodule = build_datamodule(data, keys=model_keys(module), seed=cfg.seed)
+    keys = model_keys(module)
+    data["pairs"] = "all" if "source" in keys else None
+    datamodule = build_datamodule(data, keys=keys, seed=cfg.seed)
     check_facts(module.facts, datamodule.facts, cfg.checkpoint, data["root"])
-    dataset = datamodule.dataset(cfg.split, edge_level=cfg.edge_level)
+    dataset = datamodule.dataset(cfg.split, edge_level=cfg.edge_level).as_cases()
     cases = list(items_by_case(dataset.items).items())[: cfg.limit]
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {data['root']} is in it; see its splits.json")
@@ -112,7 +124,7 @@ def task(cfg: Any) -> None:
     jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases]
     with Progress() as progress:
         total = len(seeds) * sum(len(positions) for _, positions in jobs)
-        bar = progress.add_task("sampling" if is_generative else "reconstructing", total=total)
+        bar = progress.add_task("sampling" if is_generative else "predicting", total=total)
         for case, positions in jobs:
             if folder.has(case):
                 progress.advance(bar, len(seeds) * len(positions))
@@ -142,7 +154,7 @@ def describe_run(cfg: Any, module: Any, root: str) -> dict[str, Any]:
         "checkpoint": str(cfg.checkpoint),
         "checkpoint_sha256": sha256(cfg.checkpoint),
         "weights": cfg.weights,
-        "stage": "diffusion" if is_generative else "autoencoder",
+        "stage": type(module).__name__.removesuffix("Module").lower(),
         "decoder": describe_decoder(module),
         "condition_channels": getattr(getattr(module, "conditioner", None), "spade_channels", None),
         "sampler": describe_sampler(module) if is_generative else None,

@@ -53,8 +53,12 @@ def shrink(model: dict[str, Any]) -> dict[str, Any]:
         return value
 
     small = {key: narrow(key, value) for key, value in model.items()}
-    if small.get("perceptual"):
-        small["perceptual"]["network"] = "random_conv"  # needs no weights
+    for part in (small, small.get("objective") or {}):
+        if part.get("perceptual"):
+            part["perceptual"]["network"] = "random_conv"  # needs no weights
+    if small["kind"] == "translation":  # latents of a few voxels leave no room for more
+        for part in (small["discriminators"] or {}).values():
+            part |= {"channels": part["channels"][:1], "strides": part["strides"][:1]}
     if small.get("sampler"):
         small["sampler"]["num_steps"] = 2
     return small
@@ -197,7 +201,16 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
         )
     changed = [
         key
-        for key in ("autoencoder", "codec", "network", "conditioner", "schedule", "objective", "likelihood")
+        for key in (
+            "autoencoder",
+            "codec",
+            "network",
+            "translator",
+            "conditioner",
+            "schedule",
+            "objective",
+            "likelihood",
+        )
         if description["model"].get(key) != model.get(key)
     ]
     if changed:
@@ -224,8 +237,13 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
         return ("image", "mask") if model["decoder_sees_map"] else ("image",)
     if model["kind"] in VOXELWISE_KEYS:
         return VOXELWISE_KEYS[model["kind"]]
-    keys = ["latent" if data.get("latents") else "image"]
-    conditions = model["conditioner"]
+    is_cached = bool(data.get("latents"))
+    if is_cached and model.get("objective", {}).get("pixel_weight") is not None:
+        raise InputError("data.latents: this objective compares images; set data.latents=null")
+    keys = ["latent" if is_cached else "image"]
+    conditions = model.get("conditioner") or {}
+    if model["kind"] == "translation" or "latents" in conditions:
+        keys.append("source_latent" if is_cached else "source")
     return (
         *keys,
         *(key for key in ("mask", "edges") if conditions.get({"mask": "use_mask"}.get(key, "use_edges"))),
@@ -233,21 +251,18 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
 
 
 def find_latents(data: dict[str, Any], model: dict[str, Any]) -> str | None:
-    """Name of the latent cache; `auto`: what `medldm encode` made with this first stage, if anything."""
-    from medldm.checkpoints import sha256
+    """Name of the latent cache; `auto`: what `medldm encode` made with this encoder, if anything."""
+    from medldm.checkpoints import latents_name
 
     name = data.get("latents")
     checkpoint = model.get("first_stage", {}).get("checkpoint")
-    if name is None or checkpoint is None:
+    if name != "auto" or checkpoint is None:
+        return name if checkpoint is not None else None
+    found = latents_name(checkpoint) if Path(checkpoint).is_file() else ""
+    if not found or not (Path(data["root"]) / "latents" / found / "latents.json").is_file():
+        log.warning("data.latents=auto: no cache of %s; encoding every batch", checkpoint)
         return None
-    digest = sha256(checkpoint) if Path(checkpoint).is_file() else ""
-    if name == "auto":
-        found = Path(data["root"]) / "latents" / digest[:12] / "latents.json"
-        if not digest or not found.is_file():
-            log.warning("data.latents=auto: no cache of %s; encoding every batch", checkpoint)
-            return None
-        return digest[:12]
-    return name
+    return found
 
 
 def check_monitor(monitor: str, module: Any) -> None:

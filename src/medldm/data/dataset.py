@@ -114,6 +114,10 @@ class CaseDataset(Dataset):
         pairs = [request if isinstance(request, tuple) else (0, int(request)) for request in requests]
         return self.collate([self.load(epoch, i) for epoch, i in pairs], [self.items[i] for _, i in pairs])
 
+    def as_cases(self) -> "CaseDataset":
+        """The dataset in which all that is written together is one case; pairs are made cases."""
+        return self
+
     def path(self, key: str, case: int) -> Path:
         if key == "latent":
             return self.latents_dir / f"{self.cases[case]['id']}.h5"

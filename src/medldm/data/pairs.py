@@ -99,6 +99,24 @@ class PairDataset(CaseDataset):
         names = self.label_values
         return f"{subject}_{names[pair.source.label]}_to_{names[pair.target.label]}"
 
+    def as_cases(self) -> "PairDataset":
+        """Every pair becomes a case of its own, of the pair's name, on the target's grid: what is written of
+        it has a file of its own.
+        """
+        first, names = len(self.cases), self.label_values
+        entries = [
+            {
+                **self.cases[pair.target.case],
+                "id": self.pair_id(pair),
+                "source_label": names[pair.source.label],
+                "target_label": names[pair.target.label],
+            }
+            for pair, *_ in self.groups
+        ]
+        self.cases = [*self.cases, *entries]
+        self.items = [item._replace(case=first + i) for i, item in enumerate(self.items)]
+        return self
+
     def stored(self) -> list[tuple[str, int]]:
         cases = {item.case for group in self.groups for pair in group for item in pair}
         keys = {OF_SOURCE.get(key, key) for key in self.keys}

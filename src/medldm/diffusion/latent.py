@@ -29,13 +29,14 @@ class FirstStage(nn.Module):
     (`encode_raw`). `latent` "prequant" diffuses h, "quant" its nearest codes. `requantize` snaps to codes
     again before decoding. `normalisation` is what `fit` computes: "std" gives each channel mean 0 and
     deviation 1 over the training set, "codebook_range" maps the range of all codebook entries to [-1, 1]
-    (Med-LSDM), "none" leaves latents as they are. eval() is pinned, so that neither training nor sampling
-    touches the codebook.
+    (Med-LSDM), "none" leaves latents as they are. `translator` maps normalised latents to those of another
+    modality. eval() is pinned, so that neither training nor sampling touches the codebook.
     """
 
     def __init__(
         self,
         autoencoder: nn.Module,
+        translator: nn.Module | None = None,
         *,
         latent: str = "prequant",
         requantize: bool = True,
@@ -49,6 +50,7 @@ class FirstStage(nn.Module):
             if value not in choices:
                 raise InputError(f"model.first_stage.{key}={value} is none of {', '.join(choices)}")
         self.autoencoder = autoencoder.requires_grad_(False)
+        self.translator = None if translator is None else translator.requires_grad_(False)
         self.spatial_dims = autoencoder.spatial_dims
         self.latent_channels = autoencoder.latent_channels
         self.downsampling = tuple(autoencoder.downsampling)
@@ -73,17 +75,22 @@ class FirstStage(nn.Module):
         """(B, C, *S) in [-1, 1] -> h (B, Cz, *S/f) float32, neither quantised nor normalised."""
         return self.autoencoder.encode(x).float()
 
+    def scaled(self, h: Tensor) -> Tensor:
+        """Shift and scale to normalised units; passes gradients on."""
+        return (h - self.per_channel(self.shift, h)) / self.per_channel(self.scale, h)
+
+    def unscaled(self, z: Tensor) -> Tensor:
+        return z * self.per_channel(self.scale, z) + self.per_channel(self.shift, z)
+
     @torch.no_grad()
     def normalize(self, h: Tensor) -> Tensor:
         """Raw latents, fresh or from the cache -> what diffusion is trained on, float32."""
-        h = self.chosen(h)
-        return (h - self.per_channel(self.shift, h)) / self.per_channel(self.scale, h)
+        return self.scaled(self.chosen(h))
 
     @torch.no_grad()
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of `normalize`, up to the quantisation of `latent` "quant"."""
-        z = z.float()
-        return z * self.per_channel(self.scale, z) + self.per_channel(self.shift, z)
+        return self.unscaled(z.float())
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, *S) in [-1, 1] -> z (B, Cz, *S/f), normalised."""
@@ -96,6 +103,11 @@ class FirstStage(nn.Module):
         if self.requantize:
             h = self.autoencoder.quantize(h).z
         return self.autoencoder.decode(h, mask)
+
+    @torch.no_grad()
+    def translate(self, z: Tensor, label: Tensor) -> Tensor:
+        """Normalised latents (B, Cz, *s) of any modality -> those of the modalities `label` (B,)."""
+        return self.translator(z, label).float()
 
     @torch.no_grad()
     def fit(self, raw_latents: Iterable[Tensor]) -> None:

@@ -4,7 +4,7 @@ Every step is z <- a z_t + b x0_hat + c x0_hat_previous + d noise, with a, b, c,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ from medldm.errors import InputError
 CONTINUOUS_STEPS = 1000  # a continuous schedule is laid out as if it had this many
 
 Callback = Callable[[int, Tensor], None]  # (steps done, x0_hat): progress bars and previews
+# One for the batch, or one a sample: a sample then does not depend on the batch it is drawn in.
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Coefficients(NamedTuple):
@@ -134,7 +136,7 @@ class Sampler:
         denoise: Denoise,
         schedule: NoiseSchedule,
         noise: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         callback: Callback | None = None,
         *,
         first: int = 0,
@@ -154,11 +156,22 @@ class Sampler:
             if c is not None and x0_previous is not None:
                 z = z + c[k] * x0_previous
             if d is not None:
-                z = z + d[k] * torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+                z = z + d[k] * draw_noise(z, generator)
             x0_previous = x0_hat
             if callback is not None:
                 callback(k + 1, x0_hat)
         return z.to(noise.dtype)
+
+
+def draw_noise(z: Tensor, generator: Generators) -> Tensor:
+    """Standard normal numbers like `z` (B, ...), row by row where each sample has its own generator."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+    if len(generator) != len(z):
+        raise ValueError(f"{len(generator)} generators for {len(z)} samples")
+    return torch.stack(
+        [torch.randn(z.shape[1:], dtype=z.dtype, device=z.device, generator=g) for g in generator]
+    )
 
 
 @dataclass(kw_only=True)

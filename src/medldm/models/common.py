@@ -7,10 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.schedule import NoiseSchedule
+
+NUM_STATISTICS_SAMPLES = 4096  # images whose latents give the mean and deviation per channel
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -81,3 +84,30 @@ def case_noise(names: Sequence[str], shape: tuple[int, ...], seed: int) -> torch
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, n))) for n in names]
     )
+
+
+def stage_latents(first_stage: FirstStage, batch: dict, image: str = "image") -> Tensor:
+    """Normalised latents (B, Cz, *s) of batch["image"] or batch["source"], from the cache where it is."""
+    cached = {"image": "latent", "source": "source_latent"}[image]
+    return first_stage.normalize(batch[cached]) if cached in batch else first_stage.encode(batch[image])
+
+
+def fit_first_stage(first_stage: FirstStage, batches: Iterable[dict], device: torch.device) -> None:
+    """Set the latent statistics from the training set, once; a checkpoint that has them keeps them."""
+
+    def latents() -> Iterable[Tensor]:
+        seen = 0
+        for batch in batches:
+            key = "latent" if "latent" in batch else "image"
+            x = batch[key].to(device).float()
+            yield x if key == "latent" else first_stage.encode_raw(x)
+            seen += len(x)
+            if seen >= NUM_STATISTICS_SAMPLES:
+                return
+
+    first_stage.fit(latents())
+
+
+def case_generators(names: Sequence[str], seed: int, device: torch.device) -> list[torch.Generator]:
+    """For the noise on the way, one a sample: as `case_noise`, whatever the batch."""
+    return [torch.Generator(device).manual_seed(seed_of(seed, name, "steps")) for name in names]

@@ -12,14 +12,14 @@ from medldm.diffusion.sampler import Sampler
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.models.common import (
     build_optimizer,
+    case_generators,
     case_noise,
+    fit_first_stage,
     rank_part,
-    seed_of,
+    stage_latents,
     step_generator,
     warmup_cosine,
 )
-
-NUM_STATISTICS_SAMPLES = 4096  # images whose latents give the mean and deviation per channel
 
 
 class DiffusionModule(LightningModule):
@@ -73,27 +73,11 @@ class DiffusionModule(LightningModule):
 
     def latents(self, batch: dict) -> Tensor:
         """Normalised latents z (B, Cz, *s) of a batch."""
-        if "latent" in batch:
-            return self.first_stage.normalize(batch["latent"])
-        return self.first_stage.encode(batch["image"])
-
-    def raw_latents(self, batch: dict) -> Tensor:
-        return batch["latent"] if "latent" in batch else self.first_stage.encode_raw(batch["image"])
+        return stage_latents(self.first_stage, batch)
 
     def fit_first_stage(self, batches: Iterable[dict]) -> None:
         """Set the latent statistics from the training set, once; a checkpoint that has them keeps them."""
-
-        def latents() -> Iterable[Tensor]:
-            seen = 0
-            for batch in batches:
-                moved = {k: v.to(self.device).float() for k, v in batch.items() if k in ("latent", "image")}
-                h = self.raw_latents(moved)
-                yield h
-                seen += len(h)
-                if seen >= NUM_STATISTICS_SAMPLES:
-                    return
-
-        self.first_stage.fit(latents())
+        fit_first_stage(self.first_stage, batches, self.device)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         z = self.latents(batch)
@@ -151,13 +135,13 @@ class DiffusionModule(LightningModule):
     ) -> Tensor:
         """Images (B, C, *S) in about [-1, 1] under the batch's condition.
 
-        `names` identify the samples: noise is seeded by name and `seed`. Steps that draw noise (ancestral,
-        eta > 0) draw for the batch as a whole, so those samplers repeat exactly only with the same batches.
+        `names` identify the samples: all noise is seeded by name and `seed`, so a sample is the same in
+        every batch.
         """
         sampler = sampler or self.sampler
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
         condition = self.condition(batch, drop)
-        null = self.condition(batch, None)
+        null = condition if sampler.guidance_scale == 1 else self.condition(batch, None)
         denoise = guided(
             self.objective,
             self.network,
@@ -167,7 +151,7 @@ class DiffusionModule(LightningModule):
             scale=sampler.guidance_scale,
             rescale=sampler.guidance_rescale,
         )
-        generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
+        generator = case_generators(names, seed, self.device)
         z = sampler(denoise, self.schedule, noise, generator, callback)
         return self.first_stage.decode(z, decoder_map)
 
@@ -178,6 +162,9 @@ class DiffusionModule(LightningModule):
         sampled = self.sample(batch, names, tuple(z.shape[2:])).float().clamp(-1, 1)
         real = batch["image"] if "image" in batch else self.first_stage.decode(z).float().clamp(-1, 1)
         rows = [real, sampled]
+        if "source" in batch or "source_latent" in batch:
+            source = stage_latents(self.first_stage, batch, "source")
+            rows.insert(0, self.first_stage.decode(source).float().clamp(-1, 1))
         if "edges" in batch:
             rows.append(batch["edges"] * 2 - 1)
         if "mask" in batch:

@@ -19,6 +19,7 @@ from medldm.diffusion.variational import Bound, VariationalObjective, bits, grad
 from medldm.metrics.image import psnr, ssim
 from medldm.models.common import (
     build_optimizer,
+    case_generators,
     case_noise,
     rank_part,
     seed_of,
@@ -279,7 +280,7 @@ class VariationalModule(LightningModule):
             scale=sampler.guidance_scale,
             rescale=sampler.guidance_rescale,
         )
-        generator = torch.Generator(self.device).manual_seed(seed_of(seed, *names))
+        generator = case_generators(names, seed, self.device)
         z = sampler(denoise, self.schedule, noise, generator, callback)
         return self.decode_image(self.clean(z, sampler), condition)
 

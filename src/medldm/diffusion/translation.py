@@ -1,0 +1,91 @@
+"""The condition of diffusion between modalities: the source's latent, its translation, the target's class."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medldm.batch import Batch
+from medldm.diffusion.conditioner import Condition, fixed_drop, keep, require
+from medldm.errors import InputError
+
+LATENTS = ("source", "spade")
+LABELS = ("embedding", "token", "none")
+
+
+class TranslationConditioner(nn.Module):
+    """Concatenates latents in the order of `latents`: "source" (ALDM's later releases), "spade" (its
+    translation by the first stage's MS-SPADE; alone in the paper).
+
+    `label`: how the target's class enters: "embedding" added to the time's, "token": a one-hot vector as the
+    only token of cross-attention (softmax over one key is 1: a learned shift per layer), or "none".
+    Groups that drop: "latents" (to zero, their mean) and "label" (to zero), both with `drop_all_prob`.
+    What data and first stage decide is passed by the model; other facts of the data are taken and not used.
+    """
+
+    spade_channels = 0
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        *,
+        latent_channels: int,
+        num_labels: int,
+        embedding_dim: int,
+        latents: Sequence[str] = ("source", "spade"),
+        label: str = "embedding",
+        drop_all_prob: float = 0.0,
+        **derived,
+    ) -> None:
+        super().__init__()
+        unknown = [name for name in latents if name not in LATENTS]
+        if unknown or not latents:
+            raise InputError(f"model.conditioner.latents={list(latents)}: name one or both of source, spade")
+        if label not in LABELS:
+            raise InputError(f"model.conditioner.label={label} is none of {', '.join(LABELS)}")
+        if not 0 <= drop_all_prob <= 1:
+            raise InputError(f"model.conditioner.drop_all_prob={drop_all_prob} must lie in [0, 1]")
+        self.latents, self.num_labels, self.drop_all_prob = tuple(latents), num_labels, drop_all_prob
+        self.concat_channels = len(self.latents) * latent_channels
+        self.embedding_dim = embedding_dim if label == "embedding" else 0
+        self.context_dim = num_labels if label == "token" else 0
+        self.embedding = nn.Embedding(num_labels, embedding_dim) if self.embedding_dim else None
+        self.groups = ("latents",) if label == "none" else ("latents", "label")
+
+    def sample_drop(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """(B, len(groups)) bool: samples of a training batch that lose everything."""
+        u = torch.rand(batch_size, generator=generator, device=device)
+        return (u < self.drop_all_prob)[:, None].expand(-1, len(self.groups))
+
+    def drop_groups(
+        self, batch_size: int, names: tuple[str, ...] | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """(B, len(groups)) bool that drops `names` for every sample; None drops all: the null of guidance."""
+        return fixed_drop(self.groups, batch_size, names, device)
+
+    def forward(
+        self, batch: Batch, first_stage: nn.Module | None = None, drop: Tensor | None = None
+    ) -> Condition:
+        dropped = {} if drop is None else dict(zip(self.groups, drop.unbind(1), strict=True))
+        label, dropped_label = require(batch, "label").long(), dropped.get("label")
+        embedding = context = None
+        if self.embedding is not None:
+            embedding = keep(self.embedding(label), dropped_label)
+        if self.context_dim:
+            context = keep(F.one_hot(label, self.num_labels).float(), dropped_label)[:, None]  # (B, 1, K)
+        concat = keep(self.latent_planes(batch, first_stage, label), dropped.get("latents"))
+        return Condition(concat=concat, embedding=embedding, context=context)
+
+    def latent_planes(self, batch: Batch, first_stage: nn.Module, label: Tensor) -> Tensor:
+        """(B, concat_channels, *s)."""
+        if "source_latent" in batch:
+            source = first_stage.normalize(batch["source_latent"])
+        else:
+            source = first_stage.encode(require(batch, "source"))
+        planes = {"source": source}
+        if "spade" in self.latents:
+            planes["spade"] = first_stage.translate(source, label)
+        return torch.cat([planes[name] for name in self.latents], dim=1)
