@@ -34,10 +34,18 @@ def test_every_experiment_trains_two_steps(name, request, tmp_path):
     cfg = compose_config("train", f"experiment={name}", "debug=tiny", "data.root=-")
     is_3d = cfg.data.get("spatial_dims") == 3  # points made on the fly have no images
     overrides = [f"experiment={name}"]
+    has_modalities = cfg.data.get("dataset") in ("brats", "ixi")
     if "first_stage" in cfg.model and cfg.model.first_stage.get("checkpoint", "") is not None:
-        stage = request.getfixturevalue("first_stage_3d" if is_3d else "first_stage")
+        fixture = "first_stage_3d" if is_3d else "first_stage"
+        if has_modalities:
+            fixture = f"translator_{cfg.data.dataset}"
+            is_autoencoder = "latent" in cfg.model.first_stage  # options that a translator's checkpoint fixes
+        stage = request.getfixturevalue(fixture)
+        if has_modalities and is_autoencoder:
+            stage = stage.parents[2] / "vqgan/checkpoints/best.ckpt"
         overrides.append(f"model.first_stage.checkpoint={stage}")
-    root = request.getfixturevalue("prepared_3d" if is_3d else "prepared")
+    fixture = f"prepared_{cfg.data.dataset}" if has_modalities else "prepared_3d" if is_3d else "prepared"
+    root = request.getfixturevalue(fixture)
     assert_trained(run_training(root, tmp_path / "run", *overrides))
 
 
