@@ -63,43 +63,34 @@ def prepared_3d(tmp_path_factory):
     return root
 
 
-def prepare_brains(dataset: str, tmp_path_factory, size: int = 32):
-    """Four subjects in all modalities of a data set, on a small grid."""
+@pytest.fixture(scope="session")
+def prepared_modalities(tmp_path_factory):
+    """Six subjects of the BraTS phantom, four modalities each, 32 voxels wide."""
     from medldm.commands import phantom, prepare
 
-    raw, root = (tmp_path_factory.mktemp(f"{kind}_{dataset}") for kind in ("raw", "prepared"))
-    edges = f"size=[{size},{size},{size}]"
-    phantom.task(compose_config("phantom", f"dataset={dataset}", f"root={raw}", "num_subjects=4", edges))
-    options = (f"data={dataset}", f"data.image_size=[{size},{size},{size}]", "data.num_workers=0")
+    raw, root = tmp_path_factory.mktemp("raw_brats"), tmp_path_factory.mktemp("prepared_brats")
+    phantom.task(
+        compose_config("phantom", "dataset=brats", "num_subjects=6", "size=[40,44,36]", f"root={raw}")
+    )
+    options = ("data=brats", "data.image_size=[32,32,32]", "data.num_workers=0")
     prepare.task(compose_config("prepare", *options, f"data.raw={raw}", f"data.root={root}"))
     return root
 
 
 @pytest.fixture(scope="session")
-def prepared_brats(tmp_path_factory):
-    return prepare_brains("brats", tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def prepared_ixi(tmp_path_factory):
-    return prepare_brains("ixi", tmp_path_factory)
-
-
-def train_translator(dataset: str, root, tmp_path_factory):
-    """best.ckpt of a tiny MS-SPADE on a tiny autoencoder."""
+def vqgan_modalities(prepared_modalities, tmp_path_factory):
+    """best.ckpt of a tiny autoencoder of all modalities."""
     from tests.training import run_training
 
-    folder = tmp_path_factory.mktemp(f"translator_{dataset}")
-    vqgan = run_training(root, folder / "vqgan", f"experiment=aldm/{dataset}_vqgan").with_name("best.ckpt")
-    options = (f"experiment=aldm/{dataset}_msspade", f"model.first_stage.checkpoint={vqgan}")
-    return run_training(root, folder / "msspade", *options).with_name("best.ckpt")
+    run_dir = tmp_path_factory.mktemp("vqgan_modalities") / "run"
+    return run_training(prepared_modalities, run_dir, "experiment=aldm/brats_vqgan").with_name("best.ckpt")
 
 
 @pytest.fixture(scope="session")
-def translator_brats(prepared_brats, tmp_path_factory):
-    return train_translator("brats", prepared_brats, tmp_path_factory)
+def translator(prepared_modalities, vqgan_modalities, tmp_path_factory):
+    """best.ckpt of a tiny MS-SPADE on it."""
+    from tests.training import run_training
 
-
-@pytest.fixture(scope="session")
-def translator_ixi(prepared_ixi, tmp_path_factory):
-    return train_translator("ixi", prepared_ixi, tmp_path_factory)
+    options = ("experiment=aldm/brats_msspade", f"model.first_stage.checkpoint={vqgan_modalities}")
+    run_dir = tmp_path_factory.mktemp("translator") / "run"
+    return run_training(prepared_modalities, run_dir, *options).with_name("best.ckpt")

@@ -29,23 +29,28 @@ def assert_trained(last) -> None:
     assert list((run_dir / "samples").glob("*.png"))
 
 
+def prepared_for(data) -> str:
+    """The fixture that stands in for an experiment's data: several modalities, volumes, or slices."""
+    if data.get("modalities"):
+        return "prepared_modalities"
+    return "prepared_3d" if data.get("spatial_dims") == 3 else "prepared"
+
+
+def first_stage_for(cfg) -> str:
+    """The fixture of the stage before; a translator brings its latents' options along."""
+    if cfg.data.get("modalities"):
+        return "vqgan_modalities" if "latent" in cfg.model.first_stage else "translator"
+    return "first_stage_3d" if cfg.data.get("spatial_dims") == 3 else "first_stage"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_trains_two_steps(name, request, tmp_path):
     cfg = compose_config("train", f"experiment={name}", "debug=tiny", "data.root=-")
-    is_3d = cfg.data.get("spatial_dims") == 3  # points made on the fly have no images
     overrides = [f"experiment={name}"]
-    has_modalities = cfg.data.get("dataset") in ("brats", "ixi")
     if "first_stage" in cfg.model and cfg.model.first_stage.get("checkpoint", "") is not None:
-        fixture = "first_stage_3d" if is_3d else "first_stage"
-        if has_modalities:
-            fixture = f"translator_{cfg.data.dataset}"
-            is_autoencoder = "latent" in cfg.model.first_stage  # options that a translator's checkpoint fixes
-        stage = request.getfixturevalue(fixture)
-        if has_modalities and is_autoencoder:
-            stage = stage.parents[2] / "vqgan/checkpoints/best.ckpt"
+        stage = request.getfixturevalue(first_stage_for(cfg))
         overrides.append(f"model.first_stage.checkpoint={stage}")
-    fixture = f"prepared_{cfg.data.dataset}" if has_modalities else "prepared_3d" if is_3d else "prepared"
-    root = request.getfixturevalue(fixture)
+    root = request.getfixturevalue(prepared_for(cfg.data))
     assert_trained(run_training(root, tmp_path / "run", *overrides))
 
 
