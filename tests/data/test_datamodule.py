@@ -154,7 +154,7 @@ def test_stage_two_on_latents_opens_no_image(mnms2, tmp_path, monkeypatch):
     assert batch["latent"].shape == (3, 3, 8, 8) and batch["latent"].dtype == torch.float32
     assert torch.equal(batch["latent"][:, 0, 0, 0].long(), batch["row"])
     assert "image" not in batch and module.latent_facts["shape"] == [3, 8, 8]
-    with pytest.raises(InputError, match="cropped or flipped"):
+    with pytest.raises(InputError, match="cannot be flipped"):
         build(root, keys=("latent",), latents="vq", flip_axes=[1])
     with pytest.raises(InputError, match="medldm encode"):
         build(root, keys=("latent",), latents="other")

@@ -44,6 +44,18 @@ GPU=cpu dry
 check "cpu asks for no GPU" reaches " --gres" ""
 GPU=v100 check "an unknown GPU is refused" is_refused "GPU=v100"
 
+lsdm() { DRY_RUN=1 RAW="$work/my raw" ROOT=$work/root RUNS=$work/runs "$slurm/medlsdm.sh" "$@" >"$work/dry" 2>"$work/err"; }
+lsdm_line() { grep -F -- "--job-name=medlsdm-$1 " "$work/dry"; }
+lsdm_refuses() { local text=$1; shift; ! lsdm "$@" && [ "$(wc -l <"$work/err")" = 1 ] && grep -qF -- "$text" "$work/err"; }
+DATA=totalsegmentator_mri lsdm vqgan:trainer.max_steps=10
+check "medlsdm: each dataset has its experiments" eval 'lsdm_line vqgan | grep -qF "experiment=medlsdm/totalseg_vqgan " && lsdm_line ldm | grep -qF "experiment=medlsdm/totalseg_ldm "'
+check "medlsdm: an override reaches its stage alone" eval 'lsdm_line vqgan | grep -q max_steps=10 && ! lsdm_line ldm | grep -q max_steps'
+check "medlsdm: samples wait for the diffusion alone" eval 'lsdm_line sample | grep -qF "afterok:ID_ldm "'
+DATA=duke DECODER=spade lsdm
+check "medlsdm: the SPADE decoder" eval 'lsdm_line vqgan | grep -qF "experiment=medlsdm/duke_vqgan_spade "'
+DATA=mnms2 check "medlsdm: another dataset is refused" lsdm_refuses "DATA=mnms2: choose from"
+DECODER=odd check "medlsdm: another decoder is refused" lsdm_refuses "DECODER=odd: choose from"
+
 mkdir -p "$work/my raw"
 chain() { GPU=cpu RAW="$work/my raw" ROOT=$work/root RUNS="$work/$1" "$slurm/cardiac2d.sh" "${@:2}" >"$work/$1.txt"; }
 chain 'all runs' 'vqvae:+model.note=[1, "a b", {x: $HOME}]'

@@ -295,14 +295,15 @@ def check_monitor(monitor: str, module: Any) -> None:
 
 
 def fit_latent_statistics(module: Any, datamodule: Any) -> None:
-    """Mean and deviation of the latents, over the training set without augmentation."""
+    """Mean and deviation of the latents over the training set: of its windows where it is cut into windows."""
     import torch
     from rich.progress import track
 
     if bool(module.first_stage.is_fitted):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = datamodule.loader(datamodule.dataset("train"))
+    has_windows = getattr(datamodule, "crop_size", None) is not None
+    loader = datamodule.loader(datamodule.dataset("train", augment=has_windows))
     module.to(device).fit_first_stage(track(loader, "latent statistics", transient=True))
     log.info(
         "latent mean %s, deviation %s", module.first_stage.shift.tolist(), module.first_stage.scale.tolist()

@@ -169,11 +169,8 @@ class CaseDataModule(pl.LightningDataModule):
             raise InputError("data.latents: name a latent cache exactly where the model trains on latents")
         if self.latents is not None:
             self.latent_facts  # noqa: B018 - raises where the cache is absent
-            if self.crop_size is not None or self.flip_axes:
-                raise InputError(
-                    "data.latents: cached latents cannot be cropped or flipped; set data.crop_size=null "
-                    "data.flip_axes=[]"
-                )
+            if self.flip_axes:
+                raise InputError("data.latents: cached latents cannot be flipped; set data.flip_axes=[]")
         self.check_views(index)
         for case in index["cases"]:
             path = self.root / case["file"]

@@ -259,19 +259,47 @@ class Labels:
             )
 
 
+LATENTS = ("latent", "source_latent")
 SPATIAL = ("image", "source", "mask", "edges")  # what is cropped and flipped together
 
 
 def crop_item(item: dict, start: Sequence[int], size: Sequence[int]) -> dict:
-    """Cut the same box out of every (C, *S) array: views, so that of a mapped file the box alone is read."""
-    box = (slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))
-    return {key: x[box] if key in SPATIAL else x for key, x in item.items()}
+    """Cut the same box out of every (C, *S) array: views, so that of a mapped file the box alone is read.
+
+    Latents are cut in their own cells; `start` and `size` are multiples of these (`cells`).
+    """
+    factors = cells(item)
+
+    def box(scale: Sequence[int]) -> tuple[slice, ...]:
+        return (
+            slice(None),
+            *(slice(a // f, (a + n) // f) for a, n, f in zip(start, size, scale, strict=True)),
+        )
+
+    voxels = box([1] * len(size))
+    return {
+        key: x[voxels] if key in SPATIAL else x[box(factors)] if key in LATENTS else x
+        for key, x in item.items()
+    }
+
+
+def cells(item: dict) -> tuple[int, ...]:
+    """Voxels of a latent cell along each axis; 1 where an item has no latents."""
+    grids = [item[key].shape[1:] for key in LATENTS if key in item]
+    shape = next((item[key].shape[1:] for key in SPATIAL if key in item), None)
+    if shape is None:
+        raise InputError("data.crop_size: latents alone do not tell their voxels; set it to null")
+    return tuple(n // m for n, m in zip(shape, grids[0], strict=True)) if grids else (1,) * len(shape)
 
 
 def whole_size(item: dict, size: Sequence[int | None]) -> tuple[tuple[int, ...], list[int]]:
     """The spatial shape of an item, and `size` with its open axes filled in."""
+    factors = cells(item)
     shape = next(item[key].shape[1:] for key in SPATIAL if key in item)
-    return shape, [m if n is None else n for n, m in zip(size, shape, strict=True)]
+    filled = [m if n is None else n for n, m in zip(size, shape, strict=True)]
+    if any(n % f for n, f in zip(filled, factors, strict=True)):
+        raise InputError(f"data.crop_size={filled}: cached latents need multiples of {list(factors)}")
+    return shape, filled
 
 
 @dataclass(frozen=True)
@@ -284,7 +312,8 @@ class RandomCrop:
 
     def __call__(self, item: dict, generator: np.random.Generator) -> dict:
         shape, size = whole_size(item, self.size)
-        start = [int(generator.integers(n - m + 1)) for n, m in zip(shape, size, strict=True)]
+        grid = zip(shape, size, cells(item), strict=True)
+        start = [f * int(generator.integers((n - m) // f + 1)) for n, m, f in grid]
         return crop_item(item, start, size)
 
 
@@ -296,7 +325,8 @@ class CenterCrop:
 
     def __call__(self, item: dict, generator: np.random.Generator | None = None) -> dict:
         shape, size = whole_size(item, self.size)
-        return crop_item(item, [(n - m) // 2 for n, m in zip(shape, size, strict=True)], size)
+        grid = zip(shape, size, cells(item), strict=True)
+        return crop_item(item, [(n - m) // 2 // f * f for n, m, f in grid], size)
 
 
 @dataclass(frozen=True)
