@@ -75,3 +75,22 @@ def prepared_modalities(tmp_path_factory):
     options = ("data=brats", "data.image_size=[32,32,32]", "data.num_workers=0")
     prepare.task(compose_config("prepare", *options, f"data.raw={raw}", f"data.root={root}"))
     return root
+
+
+@pytest.fixture(scope="session")
+def vqgan_modalities(prepared_modalities, tmp_path_factory):
+    """best.ckpt of a tiny autoencoder of all modalities."""
+    from tests.training import run_training
+
+    run_dir = tmp_path_factory.mktemp("vqgan_modalities") / "run"
+    return run_training(prepared_modalities, run_dir, "experiment=aldm/brats_vqgan").with_name("best.ckpt")
+
+
+@pytest.fixture(scope="session")
+def translator(prepared_modalities, vqgan_modalities, tmp_path_factory):
+    """best.ckpt of a tiny MS-SPADE on it."""
+    from tests.training import run_training
+
+    options = ("experiment=aldm/brats_msspade", f"model.first_stage.checkpoint={vqgan_modalities}")
+    run_dir = tmp_path_factory.mktemp("translator") / "run"
+    return run_training(prepared_modalities, run_dir, *options).with_name("best.ckpt")

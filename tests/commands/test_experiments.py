@@ -36,13 +36,19 @@ def prepared_for(data) -> str:
     return "prepared_3d" if data.get("spatial_dims") == 3 else "prepared"
 
 
+def first_stage_for(cfg) -> str:
+    """The fixture of the stage before; a translator brings its latents' options along."""
+    if cfg.data.get("modalities"):
+        return "vqgan_modalities" if "latent" in cfg.model.first_stage else "translator"
+    return "first_stage_3d" if cfg.data.get("spatial_dims") == 3 else "first_stage"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_trains_two_steps(name, request, tmp_path):
     cfg = compose_config("train", f"experiment={name}", "debug=tiny", "data.root=-")
-    is_3d = cfg.data.get("spatial_dims") == 3  # points made on the fly have no images
     overrides = [f"experiment={name}"]
     if "first_stage" in cfg.model and cfg.model.first_stage.get("checkpoint", "") is not None:
-        stage = request.getfixturevalue("first_stage_3d" if is_3d else "first_stage")
+        stage = request.getfixturevalue(first_stage_for(cfg))
         overrides.append(f"model.first_stage.checkpoint={stage}")
     root = request.getfixturevalue(prepared_for(cfg.data))
     assert_trained(run_training(root, tmp_path / "run", *overrides))
