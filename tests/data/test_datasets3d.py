@@ -185,7 +185,8 @@ def test_all_modalities_of_a_subject_share_grid_and_side(raw3d, tmp_path):
     index = prepared("brats", raw, tmp_path, "data.image_size=null")
     for subject in {case["subject"] for case in index["cases"]}:
         members = [case for case in index["cases"] if case["subject"] == subject]
-        assert len(members) == 4 and len({json.dumps(case["affine"]) for case in members}) == 1
+        grids = {json.dumps([case["affine"], case["shape"]]) for case in members}
+        assert len(members) == 4 and len(grids) == 1
     splits = json.loads((tmp_path / "splits.json").read_text())["default"]
     assert len(sum(splits.values(), [])) == len(set(sum(splits.values(), []))) == 3
 
