@@ -158,5 +158,11 @@ def notes(results: Mapping) -> Iterator[str]:
             whys.setdefault(facts["missing"], []).append(name)
     yield from (f"{' and '.join(names)} left out: {why}" for why, names in whys.items())
     yield from results["warnings"]
+    if memorization := results["memorization"]:
+        share, near = memorization["memorized_share"], memorization["quantile"]
+        yield (
+            f"{share:.1%} of the generated images lie as near to a training image as the nearest {near:.0%} "
+            "of the real ones"
+        )
     if results["condition"]["edges_from_test_image"] is not None:
         yield f"condition: {results['condition']['note']}"
