@@ -4,7 +4,7 @@
     python scripts/benchmark.py quantizer unet --json out.json
     python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
 
-Rows: quantizer, memory, vqvae, unet, loader, ssim, sampler. A GPU is used where there is one. MONAI's
+Rows: quantizer, memory, vqvae, unet, loader, ssim, crop, sampler. A GPU is used where there is one. MONAI's
 attention needs `pip install einops`. Peak extra memory is, on a CPU, the largest sum of tensors alive that a
 step made (scratch inside a kernel is not seen), on a GPU the allocator's own peak.
 """
@@ -30,7 +30,7 @@ from rich.table import Table  # noqa: E402
 
 import networks  # noqa: E402
 
-ROWS = ("quantizer", "memory", "vqvae", "unet", "loader", "ssim")
+ROWS = ("quantizer", "memory", "vqvae", "unet", "loader", "ssim", "crop")
 REFERENCE = {
     "quantizer": "MONAI EMAQuantizer",
     "vqvae": "MONAI default",
@@ -61,6 +61,12 @@ def run_row(row: str, options: argparse.Namespace, peak: float, progress: Progre
         return measuring.compare(title, networks.unet(options.batch_size or 2, options.compile), **settings)
     if row == "ssim":
         return measuring.compare("SSIM of 96^3", evaluating.ssim_3d(), **settings)
+    if row == "crop":
+        read, folder = loading.crops()
+        times = [measuring.seconds(read) for _ in range(50 * max(1, options.repeats))]
+        folder.cleanup()
+        spread = (min(times), max(times))
+        return [Measured("96^3 of 144x192x144", "medldm", statistics.median(times), spread, "s")]
     if row == "sampler":
         return sampling.compare_samplers(options, tick)
     read, count, folder = loading.loader(options.data, 1500)
