@@ -4,7 +4,7 @@
     python scripts/benchmark.py quantizer unet --json out.json
     python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
 
-Rows: quantizer, memory, vqvae, unet, loader, ssim, sampler. A GPU is used where there is one. MONAI's
+Rows: quantizer, memory, vqvae, unet, loader, ssim, crop, sampler. A GPU is used where there is one. MONAI's
 attention needs `pip install einops`. Peak extra memory is, on a CPU, the largest sum of tensors alive that a
 step made (scratch inside a kernel is not seen), on a GPU the allocator's own peak.
 """
@@ -23,6 +23,7 @@ import measuring  # noqa: E402
 import quantizers  # noqa: E402
 import sampling  # noqa: E402
 import torch  # noqa: E402
+import volumes  # noqa: E402
 from measuring import DEVICE, Measured  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn  # noqa: E402
@@ -30,12 +31,15 @@ from rich.table import Table  # noqa: E402
 
 import networks  # noqa: E402
 
-ROWS = ("quantizer", "memory", "vqvae", "unet", "loader", "ssim")
+ROWS = ("quantizer", "memory", "vqvae", "unet", "loader", "ssim", "crop")
 REFERENCE = {
     "quantizer": "MONAI EMAQuantizer",
     "vqvae": "MONAI default",
     "unet": "MONAI default",
     "ssim": "MONAI SSIMMetric",
+    "vqgan3d": "MONAI default",
+    "unet3d": "MONAI default",
+    "latents3d": "encoding each step",
 }
 
 
@@ -61,6 +65,25 @@ def run_row(row: str, options: argparse.Namespace, peak: float, progress: Progre
         return measuring.compare(title, networks.unet(options.batch_size or 2, options.compile), **settings)
     if row == "ssim":
         return measuring.compare("SSIM of 96^3", evaluating.ssim_3d(), **settings)
+    if row == "crop":
+        read, folder = loading.crops()
+        times = [measuring.seconds(read) for _ in range(50 * max(1, options.repeats))]
+        folder.cleanup()
+        spread = (min(times), max(times))
+        return [Measured("96^3 of 144x192x144", "medldm", statistics.median(times), spread, "s")]
+    if row == "vqgan3d":
+        return [
+            result
+            for shape in ((64, 64, 64), (32, 128, 128))
+            for result in measuring.compare(f"3D VQ-GAN step, {shape}", volumes.vqgan(shape), **settings)
+        ]
+    if row == "unet3d":
+        return measuring.compare("3D U-Net step, 8x16x16 latents", volumes.unets((8, 16, 16)), **settings)
+    if row == "latents3d":
+        size = 128
+        return measuring.compare(f"stage two, {size}^3", volumes.cached_latents((size,) * 3), **settings)
+    if row == "traced3d":
+        return volumes.traced(tick)
     if row == "sampler":
         return sampling.compare_samplers(options, tick)
     read, count, folder = loading.loader(options.data, 1500)

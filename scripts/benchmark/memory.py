@@ -46,35 +46,39 @@ class RandomVGG(torch.nn.Module):
         return self.network(*rgb)
 
 
-def vqgan_step(module: torch.nn.Module, batch: dict) -> None:
-    """The generator's backward pass and the discriminators', as AdversarialModule.training_step has them."""
-    with torch.autocast("cpu", torch.bfloat16):
-        module.discriminators.requires_grad_(False)
-        step = module.generator_step(batch, 0, 1.0)
-        step.losses["loss"].backward()
-        module.discriminators.requires_grad_(True)
-        loss = module.discriminator_loss(step.real, step.fake.detach(), step.slices)
-    loss.backward()
-
-
-def vqgan(shape: tuple[int, ...], batch_size: int, *overrides: str) -> Peak:
-    """Stage one of configs/experiment/medlsdm with both discriminators, feature matching and LPIPS, bf16."""
+def build_vqgan(*overrides: str) -> torch.nn.Module:
+    """The module of configs/experiment/medlsdm/autopet_vqgan, in training mode."""
     from medldm.checkpoints import build_autoencoder_module
 
     cfg = compose_config("train", "experiment=medlsdm/autopet_vqgan", "data.root=-", *overrides)
     model = OmegaConf.to_container(cfg.model, resolve=True)
-    facts = {"spatial_dims": 3, "image_channels": 1, "num_classes": 37}
-    module = build_autoencoder_module(model, facts).train()
+    module = build_autoencoder_module(model, {"spatial_dims": 3, "image_channels": 1, "num_classes": 37})
     module._trainer = SimpleNamespace(world_size=1, global_step=0, global_rank=0)
-    mode = FakeTensorMode()
+    module.draw_slices = lambda x, _: (0, torch.zeros(len(x), dtype=torch.long, device=x.device))
+    return module.train()
+
+
+def vqgan_losses(module: torch.nn.Module, batch: dict) -> None:
+    """The generator's backward pass and the discriminators', as AdversarialModule.training_step has them."""
+    module.discriminators.requires_grad_(False)
+    step = module.generator_step(batch, 0, 1.0)
+    step.losses["loss"].backward()
+    module.discriminators.requires_grad_(True)
+    module.discriminator_loss(step.real, step.fake.detach(), step.slices).backward()
+
+
+def vqgan(shape: tuple[int, ...], batch_size: int, *overrides: str) -> Peak:
+    """Stage one with both discriminators, feature matching and LPIPS, under bf16 autocast."""
+    module, mode = build_vqgan(*overrides), FakeTensorMode()
     make_fake(module, mode)
     with mode:
         network = RandomVGG()
         module.perceptual.forward = lambda x_hat, x: network(x_hat, x).mean()
-        module.draw_slices = lambda x, _: (0, torch.zeros(len(x), dtype=torch.long))
         if module.autoencoder.decoder_map_channels:  # a look at the labels needs labels
             module.decoder_map = lambda _: torch.zeros(batch_size, 37, *shape)
-        return traced(partial(vqgan_step, module, {"image": torch.randn(batch_size, 1, *shape)}), module)
+        batch = {"image": torch.randn(batch_size, 1, *shape)}
+        with torch.autocast("cpu", torch.bfloat16):
+            return traced(partial(vqgan_losses, module, batch), module)
 
 
 def make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:

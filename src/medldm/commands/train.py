@@ -295,7 +295,7 @@ def check_monitor(monitor: str, module: Any) -> None:
 
 
 def fit_latent_statistics(module: Any, datamodule: Any) -> None:
-    """Mean and deviation of the latents over the training set: of its windows where it is cut into windows."""
+    """Mean and deviation of the latents over the training set, of its windows where it is cut."""
     import torch
     from rich.progress import track
 
