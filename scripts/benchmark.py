@@ -4,9 +4,10 @@
     python scripts/benchmark.py quantizer unet --json out.json
     python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
 
-Rows: quantizer, memory, vqvae, unet, loader, ssim, crop, sampler. A GPU is used where there is one. MONAI's
-attention needs `pip install einops`. Peak extra memory is, on a CPU, the largest sum of tensors alive that a
-step made (scratch inside a kernel is not seen), on a GPU the allocator's own peak.
+Rows: quantizer, memory, vqvae, unet, loader, ssim, crop, vqgan3d, unet3d, latents3d, traced3d, sampler. A GPU
+is used where there is one. MONAI's attention needs `pip install einops`. Peak extra memory is, on a CPU, the
+largest sum of tensors alive that a step made (scratch inside a kernel is not seen), on a GPU the allocator's
+own peak; traced3d follows shapes alone and computes nothing.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from rich.table import Table  # noqa: E402
 
 import networks  # noqa: E402
 
-ROWS = ("quantizer", "memory", "vqvae", "unet", "loader", "ssim", "crop")
+VOLUME_ROWS = ("vqgan3d", "unet3d", "latents3d", "traced3d")
+ROWS = ("quantizer", "memory", "vqvae", "unet", "loader", "ssim", "crop", *VOLUME_ROWS)
 REFERENCE = {
     "quantizer": "MONAI EMAQuantizer",
     "vqvae": "MONAI default",
