@@ -1,4 +1,4 @@
-"""The 3D datasets through their real readers: phantom -> prepare, and the layouts that the phantoms do not write."""
+"""The 3D datasets through their readers: phantom -> prepare, and layouts that the phantoms do not write."""
 
 import json
 import shutil

@@ -262,6 +262,15 @@ def test_manifest_states_subject_label_split_and_view(tmp_path):
     assert splits["default"] == {"train": ["p1"], "val": [], "test": ["p2"]}
 
 
+def test_absolute_paths_of_a_manifest_name_cases_inside_the_folder(tmp_path):
+    raw = write_pictures(tmp_path / "raw")
+    (raw / "manifest.csv").write_text(f"image\n{raw / 'images' / 'a.png'}\n")
+    (case,) = folder.index(raw)
+    assert not case.id.startswith(os.sep) and case.id.endswith("_images_a")
+    prepare_folder(raw, tmp_path / "out")
+    assert [p.parent for p in tmp_path.rglob("*.h5")] == [tmp_path / "out" / "cases"]
+
+
 def test_image_without_its_mask_is_an_input_error(tmp_path):
     raw = write_pictures(tmp_path / "raw")
     (raw / "masks/b.png").unlink()

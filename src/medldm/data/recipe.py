@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from medldm.data.edges import EdgeRecipe
@@ -147,4 +147,9 @@ def check_orientation(code: str) -> None:
 def recipe_of(index: Mapping[str, Any]) -> Recipe:
     """The recipe that a prepared folder was made with, from its index: to prepare one more file alike."""
     preprocess = dict(index["preprocess"])
+    missing = {field.name for field in fields(Recipe)} - preprocess.keys()
+    if missing:
+        raise InputError(
+            f"index.json: lacks preprocess.{min(missing)}, which is newer; prepare the data again"
+        )
     return make_recipe(preprocess.pop("spatial_dims"), preprocess.pop("image_size"), preprocess)

@@ -182,15 +182,19 @@ def to_unit(x: np.ndarray, low: float, high: float, clip: bool = True) -> np.nda
     return np.clip(x, -1, 1) if clip else x
 
 
-def remove_artifacts(x: np.ndarray, sigma: float = 7.0, threshold: float = -800.0) -> np.ndarray:
+def remove_artifacts(
+    x: np.ndarray, spacing: Sequence[float], sigma: float = 7.0, threshold: float = -800.0
+) -> np.ndarray:
     """CT (X, Y, Z) in HU with its least value outside the patient: table, clothes and tubes vanish.
 
-    The patient is the largest connected part where the volume, smoothed by a Gaussian of `sigma` voxels,
-    exceeds `threshold`: the published recipe of Med-LSDM for AutoPET.
+    The patient is the largest connected part where the volume, smoothed by a Gaussian of `sigma` mm, exceeds
+    `threshold`: the published recipe of Med-LSDM for AutoPET.
     """
     from scipy import ndimage
 
-    labels, count = ndimage.label(ndimage.gaussian_filter(x.astype(np.float32), sigma) > threshold)
+    labels, count = ndimage.label(
+        ndimage.gaussian_filter(x.astype(np.float32), [sigma / s for s in spacing]) > threshold
+    )
     if count == 0:
         return x
     largest = 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))

@@ -68,7 +68,7 @@ def prepare_volume(
     resampling, or from the box where the recipe says so. Masks are resampled to the nearest class.
     """
     shape, rule = image.shape, recipe.intensity
-    image = clean(image, body, recipe)
+    image = clean(image, body, affine, recipe)
     low, high = rule.volume_range(image)
     fill = -1.0 if rule.region == "volume" else float(image.min())
     arrays = {"image": to_unit(image, low, high, clip=rule.clip) if rule.region == "volume" else image}
@@ -104,11 +104,12 @@ def prepare_volume(
     )
 
 
-def clean(image: np.ndarray, body: np.ndarray | None, recipe: Recipe) -> np.ndarray:
+def clean(image: np.ndarray, body: np.ndarray | None, affine: np.ndarray, recipe: Recipe) -> np.ndarray:
     """The image with its least value outside the body, where the recipe asks for it."""
     if recipe.mask_out and body is not None:
         image = np.where(body != 0, image, image.min())
-    return remove_artifacts(image) if recipe.remove_artifacts else image
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return remove_artifacts(image, spacing) if recipe.remove_artifacts else image
 
 
 def find_foreground(image: np.ndarray, recipe: Recipe) -> np.ndarray:

@@ -8,12 +8,14 @@ from medldm.data.case import Case, split_path, stem_of
 from medldm.data.readers import HDF5_SUFFIXES, NIFTI_SUFFIXES, RASTER_SUFFIXES, has_suffix
 from medldm.errors import InputError
 
-KNOWN = ("image", "mask", "subject", "label", "split")
+FILES = ("image", "mask", "foreground", "body")
+KNOWN = (*FILES, "subject", "label", "split")
 
 
 def index(root: str | Path) -> list[Case]:
     """Cases of a folder. Columns of the manifest beyond the known ones become attributes (view and phase have
-    a meaning).
+    a meaning). Several images of a subject that differ by `label` make pairs; `foreground` names the volume
+    whose content decides the crop of all of them.
 
     Paths in the manifest are relative to the root. Without a subject each file is one. InputError names a
     missing file, an image without its mask, and two images that would get the same name.
@@ -44,6 +46,7 @@ def index(root: str | Path) -> list[Case]:
 def case_id(path: str) -> str:
     """A file name without its folder `images/` and suffix; deeper folders are kept with underscores."""
     parts = Path(path).parts
+    parts = parts[1:] if Path(path).is_absolute() else parts
     parts = parts[1:] if parts[0] == "images" and len(parts) > 1 else parts
     return "_".join((*parts[:-1], stem_of(parts[-1])))
 
@@ -58,7 +61,7 @@ def manifest_cases(path: Path) -> list[Case]:
         raise InputError(f"{path}: needs a header line with the column 'image' and at least one row")
     cases = []
     for number, row in enumerate(rows, 2):
-        paths = {key: str(path.parent / row[key]) for key in ("image", "mask") if row.get(key)}
+        paths = {key: str(path.parent / row[key]) for key in FILES if row.get(key)}
         if "image" not in paths:
             raise InputError(f"{path}: line {number} names no image; fill it in or delete the line")
         for file_path in paths.values():
