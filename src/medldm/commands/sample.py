@@ -3,6 +3,8 @@
   medldm sample checkpoint=runs/.../best.ckpt data.root=DATA output=DIR split=test
   medldm sample ... sampler.num_steps=50 sampler.guidance_scale=2 num_samples=4 drop=[edges] seed=1
 
+Of a translation model (ALDM) it writes every ordered pair of the split, <subject>_<source>_to_<target>;
+stage=spade leaves out the diffusion, stage=autoencoder writes the targets' reconstructions.
 With a stage-one checkpoint it writes that autoencoder's reconstructions instead: the ceiling of stage two;
 with a regression checkpoint the predictions of every pair (data.pair_labels=[[t1,t2]]) as
 <subject>_<source>_to_<target>.
@@ -22,42 +24,38 @@ from medldm.errors import InputError
 log = logging.getLogger(__name__)
 
 
-def override_sampler(sampler: Any, given: dict[str, Any]) -> Any:
-    """The checkpoint's sampler with the fields that the user gave, or another kind of sampler."""
-    import dataclasses
-
-    from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverSampler
-
-    kinds = {"ancestral": AncestralSampler, "ddim": DDIMSampler, "dpm_solver": DPMSolverSampler}
-    kind = given.pop("kind")
-    changes = {key: value for key, value in given.items() if value is not None}
-    if kind is not None and kind not in kinds:
-        raise InputError(f"sampler.kind={kind} is none of {', '.join(kinds)}")
-    chosen = kinds[kind] if kind else type(sampler)
-    fields = {field.name for field in dataclasses.fields(chosen)}
-    unknown = set(changes) - fields
-    if unknown:
-        raise InputError(
-            f"sampler.{min(unknown)}: {chosen.__name__} has no such option; it has {', '.join(fields)}"
-        )
-    kept = {key: value for key, value in dataclasses.asdict(sampler).items() if key in fields}
-    if chosen is not type(sampler):
-        kept.pop("spacing", None)
-    return chosen(**(kept | changes))
+STAGES = ("spade", "autoencoder")  # of a translation model, before its diffusion
 
 
-def model_keys(module: Any) -> tuple[str, ...]:
+def check_stage(module: Any, stage: str | None) -> str | None:
+    """What is sampled of a translation model: null is its diffusion where it has one, else `spade`."""
+    from medldm.models.translation import TranslationModule
+
+    if stage not in (None, *STAGES):
+        raise InputError(f"stage={stage} is none of null, {', '.join(STAGES)}")
+    if isinstance(module, TranslationModule):
+        return stage or "spade"
+    if stage is not None and getattr(getattr(module, "first_stage", None), "translator", None) is None:
+        raise InputError(f"stage={stage}: the checkpoint translates nothing; set it to null")
+    return stage
+
+
+def model_keys(module: Any, stage: str | None = None) -> tuple[str, ...]:
     """What a batch must hold: the conditions, the image of an autoencoder, the source of a regression."""
     from medldm.models.autoencoder import AutoencoderModule
     from medldm.models.segmentation import RegressionModule, SegmentationModule
 
     if isinstance(module, SegmentationModule):
         raise InputError("checkpoint: holds a segmenter; `medldm evaluate segmenter=CKPT` takes it")
+    if stage is not None:
+        return ("source", "image") if stage == "autoencoder" else ("source",)
     if isinstance(module, RegressionModule):
         return ("source",)
     if isinstance(module, AutoencoderModule):
         return ("image",) if module.autoencoder.decoder_map_channels is None else ("image", "mask")
     conditioner = module.conditioner
+    if hasattr(conditioner, "latents"):
+        return ("source",)
     wanted = {
         "mask": getattr(conditioner, "use_mask", False),
         "edges": getattr(conditioner, "use_edges", False),
@@ -79,10 +77,20 @@ def generate(module: Any, batch: dict, image_size: tuple[int, ...], options: dic
             images = module(batch["image"], module.decoder_map(batch))
         elif isinstance(module, RegressionModule):
             images = module(batch["source"])
+        elif options["stage"] is not None:
+            images = stage_output(module, batch, options["stage"])
         else:
             shape = module.latent_shape(image_size)
-            images = module.sample(batch, batch["case_id"], shape, **options)
+            images = module.sample(batch, batch["case_id"], shape, seed=options["seed"], drop=options["drop"])
     return images.float().clamp(-1, 1).cpu()
+
+
+def stage_output(module: Any, batch: dict, stage: str) -> Any:
+    """What a stage before diffusion makes of a batch of pairs."""
+    earlier = module.as_first_stage() if hasattr(module, "as_first_stage") else module.first_stage
+    if stage == "autoencoder":
+        return earlier.reconstruct(batch["image"])
+    return earlier.translate_image(batch["source"], batch["label"])
 
 
 def spread(positions: list[int], count: int | None) -> list[int]:
@@ -100,26 +108,32 @@ def task(cfg: Any) -> None:
     from medldm.checkpoints import load_module
     from medldm.data import build_datamodule
     from medldm.data.splits import SUBSETS
+    from medldm.diffusion.sampler import override_sampler
     from medldm.inference import case_batches, items_by_case, pick_device
     from medldm.outputs import SampleFolder
 
     if cfg.split not in (*SUBSETS, "all"):
         raise InputError(f"split={cfg.split} is none of {', '.join(SUBSETS)}, all")
     module = load_module(cfg.checkpoint, weights=cfg.weights).to(pick_device(cfg.device))
-    is_generative = hasattr(module, "sample")
+    stage = check_stage(module, cfg.stage)
+    is_generative = hasattr(module, "sample") and stage is None
     if is_generative:
         module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
         module.conditioner.drop_groups(1, tuple(cfg.drop))  # names an unknown one before anything is written
     data = OmegaConf.to_container(cfg.data, resolve=True) | {"latents": None, "crop_size": None}
-    keys = model_keys(module)
+    keys = model_keys(module, stage)
     data["pairs"] = "all" if "source" in keys else None
     datamodule = build_datamodule(data, keys=keys, seed=cfg.seed)
     check_facts(module.facts, datamodule.facts, cfg.checkpoint, data["root"])
+    if "source" in keys:
+        check_facts(module.facts, datamodule.facts, cfg.checkpoint, data["root"], ("label_values",))
     dataset = datamodule.dataset(cfg.split, edge_level=cfg.edge_level).as_cases()
     cases = list(items_by_case(dataset.items).items())[: cfg.limit]
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {data['root']} is in it; see its splits.json")
-    folder = SampleFolder(Path(cfg.output), dataset, describe_run(cfg, module, data["root"]), png=cfg.png)
+    folder = SampleFolder(
+        Path(cfg.output), dataset, describe_run(cfg, module, stage, data["root"]), png=cfg.png
+    )
     seeds = [cfg.seed + 1_000_003 * k for k in range(cfg.num_samples if is_generative else 1)]
     jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases]
     with Progress() as progress:
@@ -133,7 +147,7 @@ def task(cfg: Any) -> None:
             batches = list(case_batches(dataset, positions, data["batch_size"]))
             samples = []
             for seed in seeds:
-                options = {"seed": seed, "drop": tuple(cfg.drop)}
+                options = {"seed": seed, "drop": tuple(cfg.drop), "stage": stage}
                 images = []
                 for batch in batches:
                     images.append(generate(module, batch, shape[-dataset.spatial_dims :], options))
@@ -143,22 +157,22 @@ def task(cfg: Any) -> None:
     print(cfg.output)
 
 
-def describe_run(cfg: Any, module: Any, root: str) -> dict[str, Any]:
+def describe_run(cfg: Any, module: Any, stage: str | None, root: str) -> dict[str, Any]:
     """What provenance.json says: everything that decides what is written."""
     import torch
 
     from medldm.checkpoints import sha256
 
-    is_generative = hasattr(module, "sample")
+    is_generative = hasattr(module, "sample") and stage is None
     return {
         "checkpoint": str(cfg.checkpoint),
         "checkpoint_sha256": sha256(cfg.checkpoint),
         "weights": cfg.weights,
-        "stage": type(module).__name__.removesuffix("Module").lower(),
+        "stage": stage or type(module).__name__.removesuffix("Module").lower(),
         "decoder": describe_decoder(module),
         "condition_channels": getattr(getattr(module, "conditioner", None), "spade_channels", None),
         "sampler": describe_sampler(module) if is_generative else None,
-        "condition": list(model_keys(module)) if is_generative else None,
+        "condition": list(model_keys(module, stage)) if is_generative else None,
         "dropped": list(cfg.drop),
         "edge_level": cfg.edge_level,
         "seed": cfg.seed,
@@ -185,9 +199,14 @@ def describe_sampler(module: Any) -> dict[str, Any]:
     return {"kind": type(module.sampler).__name__} | dataclasses.asdict(module.sampler)
 
 
-def check_facts(trained: dict, prepared: dict, checkpoint: str, root: str) -> None:
+SAME_FACTS = ("spatial_dims", "image_channels", "num_classes")
+
+
+def check_facts(
+    trained: dict, prepared: dict, checkpoint: str, root: str, keys: tuple[str, ...] = SAME_FACTS
+) -> None:
     """A model fits a dataset only where dimensions, channels and classes are the same."""
-    for key in ("spatial_dims", "image_channels", "num_classes"):
+    for key in keys:
         if trained[key] != prepared[key]:
             raise InputError(
                 f"{checkpoint}: trained with {key}={trained[key]}, but {root} has {prepared[key]}; "
