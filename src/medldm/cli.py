@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train one stage of an experiment",
     "encode": "cache the latents of a prepared dataset for stage two",
     "sample": "write generated images (or a first stage's reconstructions)",
+    "translate": "one volume in other modalities, from the volume alone",
     "evaluate": "compare two folders of images: metrics.json, per_case.csv and a table",
     "report": "one self-contained HTML page about a run",
     "demo": "phantom -> prepare -> both stages -> sample -> evaluate -> report, on a CPU, in minutes",

@@ -44,6 +44,7 @@ FACTS = (
     "label_values",
     "image_size",
     "orientation",
+    "preprocess",
 )
 FRACTIONS = {"val": 0.1, "test": 0.1}
 
@@ -124,7 +125,7 @@ class CaseDataModule(pl.LightningDataModule):
         num_views, num_phases, num_labels, their names, and image_size.
         """
         self.setup()
-        return {name: self.index.get(name) for name in FACTS}
+        return {name: self.index.get(name) for name in FACTS} | typical_volume(self.index)
 
     @property
     def latent_facts(self) -> dict:
@@ -395,6 +396,22 @@ class CaseLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         batches = super().__iter__()
         return map(expand, batches) if self.expand_here else batches
+
+
+def typical_volume(index: dict) -> dict:
+    """Medians over the prepared volumes: `spacing`, mm, and `intensity_ranges`, [low, high] of each label, in
+    raw units. None where there are no volumes.
+    """
+    cases = [case for case in index["cases"] if "intensity_range" in case]
+    if not cases or index["spatial_dims"] != 3:
+        return {"spacing": None, "intensity_ranges": None}
+    ranges: dict[int, list] = {}
+    for case in cases:
+        ranges.setdefault(case.get("label", 0), []).append(case["intensity_range"])
+    return {
+        "spacing": np.median([case["spacing"] for case in cases], axis=0).tolist(),
+        "intensity_ranges": {label: np.median(r, axis=0).tolist() for label, r in ranges.items()},
+    }
 
 
 def view_weights(items: Sequence[Item]) -> np.ndarray:

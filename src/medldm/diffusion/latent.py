@@ -125,6 +125,14 @@ class FirstStage(nn.Module):
         """Normalised latents (B, Cz, *s) of any modality -> those of the modalities `label` (B,)."""
         return self.translator(z, label).float()
 
+    def translate_image(self, x: Tensor, label: Tensor) -> Tensor:
+        """(B, C, *S) in [-1, 1] of any modality -> images of the modalities `label`, without diffusion."""
+        return self.decode(self.translate(self.encode(x), label))
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """(B, C, *S) through the latents that diffusion sees: the ceiling of what it can make."""
+        return self.decode(self.encode(x))
+
     @torch.no_grad()
     def fit(self, raw_latents: Iterable[Tensor]) -> None:
         """Set `shift` and `scale`, from batches (B, Cz, *s) of raw latents where `normalisation` is "std".

@@ -3,10 +3,11 @@
 Every step is z <- a z_t + b x0_hat + c x0_hat_previous + d noise, with a, b, c, d functions of gamma alone.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -255,3 +256,25 @@ class DPMSolverSampler(Sampler):
 def check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
         raise InputError(f"sampler.eta={eta} must lie in [0, 1]")
+
+
+SAMPLERS = {"ancestral": AncestralSampler, "ddim": DDIMSampler, "dpm_solver": DPMSolverSampler}
+
+
+def override_sampler(sampler: Sampler, given: dict[str, Any]) -> Sampler:
+    """The checkpoint's sampler with the fields that the user gave, or another kind of sampler."""
+    kind = given.pop("kind")
+    changes = {key: value for key, value in given.items() if value is not None}
+    if kind is not None and kind not in SAMPLERS:
+        raise InputError(f"sampler.kind={kind} is none of {', '.join(SAMPLERS)}")
+    chosen = SAMPLERS[kind] if kind else type(sampler)
+    fields = {field.name for field in dataclasses.fields(chosen)}
+    unknown = set(changes) - fields
+    if unknown:
+        raise InputError(
+            f"sampler.{min(unknown)}: {chosen.__name__} has no such option; it has {', '.join(fields)}"
+        )
+    kept = {key: value for key, value in dataclasses.asdict(sampler).items() if key in fields}
+    if chosen is not type(sampler):
+        kept.pop("spacing", None)
+    return chosen(**(kept | changes))

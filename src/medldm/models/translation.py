@@ -168,7 +168,7 @@ class TranslationModule(AdversarialModule):
             latent=old.latent,
             requantize=old.requantize,
             normalisation=old.normalisation,
-        )
+        ).to(old.shift.device)
         for name in ("shift", "scale", "is_fitted"):
             getattr(stage, name).copy_(getattr(old, name))
         return stage

@@ -1,0 +1,179 @@
+"""medldm translate: other modalities of one volume, from the volume alone.
+
+  medldm translate checkpoint=runs/.../best.ckpt source=t1.nii.gz source_modality=t1 \\
+      targets=[t2,flair] output=DIR
+  medldm translate ... fast=true                  without diffusion: seconds
+  medldm translate ... sampler.num_steps=200 sampler.eta=1 seed=3
+
+The source is prepared as the training data were (orientation, crop, percentiles); all targets are made in
+one batch, and each is written as <source file>_<source>_to_<target>.nii.gz on the source's own grid, with its
+affine. A source of another voxel size is resampled, an axis that does not divide is padded, and both are
+undone; voxels that are not finite become the least finite value, with a warning.
+units: an MR contrast has no units of its own. `unit` writes [0, 1], the target's lower and upper percentile
+of preparation; `training` the median range of that modality in the training data; `source` the source's.
+Keys: targets (null: every other modality), fast, units, sampler.*, weights (ema or raw), seed, device.
+Also writes provenance.json. Prints the files.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from medldm.commands import run_command
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+UNITS = ("unit", "training", "source")
+SPACING_TOLERANCE = 0.2  # relative: beyond it the source is resampled to the voxels of training
+
+
+def choose_targets(known: list[str] | None, source: str, targets: list[str] | None) -> list[str]:
+    """The modalities to make. InputError for a name that the checkpoint does not know."""
+    if not known:
+        raise InputError("checkpoint: knows no modalities; give one of an msspade or ldm experiment of ALDM")
+    for key, names in (("source_modality", [source]), ("targets", targets or [])):
+        for name in names:
+            if name not in known:
+                raise InputError(
+                    f"{key}: '{name}' is none of the checkpoint's modalities, {', '.join(known)}"
+                )
+    if targets is None:
+        return [name for name in known if name != source]
+    if not targets or source in targets or len(set(targets)) < len(targets):
+        raise InputError(
+            f"targets={targets}: name other modalities than {source}, each once, or null for all of them"
+        )
+    return list(targets)
+
+
+def prepare_source(path: str, facts: dict[str, Any]) -> Any:
+    """The source as the training data were prepared: a `Volume`."""
+    import dataclasses
+
+    import numpy as np
+
+    from medldm.data.case import Case
+    from medldm.data.prepare_volumes import prepare_case, read_volume
+    from medldm.data.recipe import recipe_of
+
+    recipe = recipe_of(facts)
+    if recipe.spacing is None and recipe.in_plane_size is None and facts["spacing"]:
+        raw, trained = sorted(read_volume(path).spacing), sorted(facts["spacing"])
+        if np.abs(np.divide(raw, trained) - 1).max() > SPACING_TOLERANCE:
+            log.warning("%s: voxels of %s mm; resampled to those of training, %s mm", path, raw, trained)
+            recipe = dataclasses.replace(recipe, spacing=tuple(facts["spacing"]))
+    return prepare_case(Case("source", "source", {"image": path}), recipe)
+
+
+def padded(x: Any, multiples: tuple[int, ...]) -> Any:
+    """(1, C, *S) with background at the ends of its axes, up to the next multiples."""
+    import torch.nn.functional as F
+
+    pads = [(-n) % m for n, m in zip(x.shape[2:], multiples, strict=True)]
+    return F.pad(x, [p for pad in reversed(pads) for p in (0, pad)], value=-1.0)
+
+
+def translate(module: Any, x: Any, labels: list[int], source_label: int, names: list[str], cfg: Any) -> Any:
+    """(1, 1, *S) in [-1, 1] -> (K, 1, *S) float32 on the host, one for each label, as one batch."""
+    import torch
+
+    from medldm.inference import autocast
+
+    is_fast = cfg.fast or not hasattr(module, "sample")
+    earlier = module.as_first_stage() if hasattr(module, "as_first_stage") else module.first_stage
+    steps = (1,) * (x.ndim - 2) if is_fast else module.network.downsampling
+    size = tuple(x.shape[2:])
+    x = padded(x, tuple(f * s for f, s in zip(earlier.downsampling, steps, strict=True))).to(module.device)
+    batch = {
+        "source": x.expand(len(labels), -1, -1, -1, -1),
+        "label": torch.tensor(labels, device=module.device),
+        "source_label": torch.full((len(labels),), source_label, device=module.device),
+    }
+    with torch.no_grad(), autocast(module.device):
+        if is_fast:
+            images = earlier.translate_image(batch["source"], batch["label"])
+        else:
+            images = module.sample(batch, names, module.latent_shape(tuple(x.shape[2:])), seed=cfg.seed)
+    return images[..., : size[0], : size[1], : size[2]].float().clamp(-1, 1).cpu()
+
+
+def range_in(units: str, facts: dict[str, Any], target: int, own: tuple[float, float]) -> tuple[float, float]:
+    """Lower and upper intensity of what is written."""
+    if units == "training":
+        return tuple(facts["intensity_ranges"][target])
+    return own if units == "source" else (0.0, 1.0)
+
+
+def load_translator(cfg: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    from medldm.checkpoints import load_module
+    from medldm.diffusion.sampler import override_sampler
+    from medldm.inference import pick_device
+
+    module = load_module(cfg.checkpoint, weights=cfg.weights)
+    is_translator = hasattr(module, "as_first_stage")
+    has_translator = getattr(getattr(module, "first_stage", None), "translator", None) is not None
+    if not is_translator and not hasattr(getattr(module, "conditioner", None), "latents"):
+        raise InputError(f"{cfg.checkpoint}: translates nothing; give one of ALDM's msspade or ldm")
+    if cfg.fast and not (is_translator or has_translator):
+        raise InputError("fast=true: the checkpoint has no MS-SPADE; set fast=false")
+    sampler = OmegaConf.to_container(cfg.sampler)
+    if hasattr(module, "sample"):
+        module.sampler = override_sampler(module.sampler, sampler)
+    elif any(value is not None for value in sampler.values()):
+        raise InputError("sampler: the checkpoint has no diffusion; give one of an ldm experiment")
+    return module.to(pick_device(cfg.device))
+
+
+def task(cfg: Any) -> None:
+    import torch
+
+    from medldm.checkpoints import sha256
+    from medldm.data.case import stem_of
+    from medldm.data.volumes import restore_volume
+    from medldm.files import write_json
+    from medldm.outputs import write_nifti
+
+    if cfg.units not in UNITS:
+        raise InputError(f"units={cfg.units} is none of {', '.join(UNITS)}")
+    module = load_translator(cfg)
+    known = module.facts["label_values"]
+    given = None if cfg.targets is None else [str(name) for name in cfg.targets]
+    targets = choose_targets(known, str(cfg.source_modality), given)
+    labels = [known.index(name) for name in targets]
+    volume = prepare_source(str(cfg.source), module.facts)
+    names = [f"{stem_of(cfg.source)}_{cfg.source_modality}_to_{name}" for name in targets]
+    x = torch.from_numpy(volume.image).float()[None]
+    images = translate(module, x, labels, known.index(cfg.source_modality), names, cfg)
+    output = Path(cfg.output)
+    for name, label, image in zip(names, labels, images.numpy(), strict=True):
+        limits = range_in(cfg.units, module.facts, label, volume.intensity_range)
+        record = volume.record() | {"intensity_range": list(limits)}
+        path = output / f"{name}.nii.gz"
+        write_nifti(path, *restore_volume(image, record))
+        print(path)
+    write_json(
+        output / "provenance.json",
+        {
+            "checkpoint": str(cfg.checkpoint),
+            "checkpoint_sha256": sha256(cfg.checkpoint),
+            "source": str(Path(cfg.source).resolve()),
+            "source_modality": str(cfg.source_modality),
+            "targets": targets,
+            "fast": bool(cfg.fast),
+            "units": cfg.units,
+            "weights": cfg.weights,
+            "sampler": None if cfg.fast or not hasattr(module, "sample") else str(module.sampler),
+            "seed": cfg.seed,
+            "torch": torch.__version__,
+        },
+    )
+
+
+def main() -> None:
+    run_command(task, "translate", __doc__)
+
+
+if __name__ == "__main__":
+    main()
