@@ -40,3 +40,28 @@ def loader(root: str | None, num_slices: int) -> tuple[Callable, int, tempfile.T
                 pass
 
     return read, epochs * len(batches) * 16, folder
+
+
+def crops(size: int = 96, num_cases: int = 4) -> tuple[Callable, tempfile.TemporaryDirectory]:
+    """(callable that reads one random box of `size`^3 of a prepared volume of 144 x 192 x 144, folder)."""
+    import json
+    from itertools import count
+
+    import h5py
+    import numpy as np
+
+    from medldm.data.datamodule import CaseDataModule
+
+    folder, shape = tempfile.TemporaryDirectory(), (1, 144, 192, 144)
+    root, rng, cases = Path(folder.name), np.random.default_rng(0), []
+    for name in map(str, range(num_cases)):
+        with h5py.File(root / f"{name}.h5", "w") as file:
+            file["image"] = rng.random(shape, np.float32).astype(np.float16)
+        case = {"id": name, "subject": name, "file": f"{name}.h5", "shape": list(shape[1:])}
+        cases.append(case | {"spacing": [1, 1, 1], "affine": np.eye(4).tolist()})
+    index = {"schema_version": 1, "dataset": "folder", "spatial_dims": 3, "image_channels": 1, "cases": cases}
+    index["image_size"] = list(shape[1:])
+    (root / "index.json").write_text(json.dumps(index))
+    data = CaseDataModule(root, batch_size=1, keys=("image",), crop_size=size)
+    dataset, requests = data.dataset("train", augment=True), count()
+    return lambda: dataset.__getitems__([(i := next(requests), i % len(dataset))]), folder

@@ -1,8 +1,11 @@
-"""What a batch holds, and the only two helpers that know about dimensions."""
+"""What a batch holds, and the only helpers that know about dimensions."""
 
 from typing import TypedDict
 
+import torch
 from torch import Tensor
+
+from medldm.errors import InputError
 
 
 class Batch(TypedDict, total=False):
@@ -33,3 +36,22 @@ def spatial_shape(x: Tensor) -> tuple[int, ...]:
 def expand_as(v: Tensor, x: Tensor) -> Tensor:
     """View a per-sample (B,) or scalar `v` so that it broadcasts over the trailing axes of `x`."""
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
+
+
+def check_labels(mask: Tensor, num_classes: int) -> None:
+    """InputError for a class that the model does not know. Looks on the host alone: a device would wait."""
+    if mask.device.type == "cpu" and mask.numel():
+        low, high = (int(value) for value in mask.aminmax())
+        if low < 0 or high >= num_classes:
+            wrong = low if low < 0 else high
+            raise InputError(
+                f"mask: holds class {wrong}, but the model knows 0 to {num_classes - 1}; "
+                "map it with data.preprocess.labels.mapping"
+            )
+
+
+def one_hot(mask: Tensor, num_classes: int) -> Tensor:
+    """(B, 1, *S) int64 class map -> (B, K, *S) float32."""
+    check_labels(mask, num_classes)
+    planes = torch.zeros(len(mask), num_classes, *spatial_shape(mask), device=mask.device)
+    return planes.scatter_(1, mask, 1.0)

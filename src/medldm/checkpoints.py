@@ -7,6 +7,7 @@ and, for a second stage, the first stage's own description. It loads under `weig
 import hashlib
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,10 @@ def describe(model: Mapping[str, Any], facts: Mapping[str, Any], module: Lightni
         "model": dict(model),
         "facts": dict(facts),
     }
-    first_stage = getattr(module, "first_stage_description", None)
-    return description | ({"first_stage": first_stage} if first_stage else {})
+    for stage in ("first_stage", "map_stage"):
+        if getattr(module, f"{stage}_description", None):
+            description[stage] = getattr(module, f"{stage}_description")
+    return description
 
 
 def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
@@ -95,13 +98,20 @@ def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[s
 
 def build_autoencoder_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> AutoencoderModule:
     parts = instantiate_parts(model, skip=())
-    derived = {"spatial_dims": facts["spatial_dims"], "image_channels": facts["image_channels"]}
-    if parts.pop("decoder_sees_map", False):
-        if not facts["num_classes"]:
-            raise InputError("model.decoder_sees_map=true but the dataset has no masks; set it to false")
+    channels = facts["image_channels"]
+    for key, is_used in (
+        ("decoder_sees_map=true", parts.pop("decoder_sees_map", False)),
+        ("reconstructs=mask", parts.get("reconstructs") == "mask"),
+    ):
+        if is_used and not facts["num_classes"]:
+            raise InputError(f"model.{key}: the dataset has no masks; prepare it with masks")
+    if parts.get("reconstructs") == "mask":
+        channels = facts["num_classes"]
+    derived = {"spatial_dims": facts["spatial_dims"], "image_channels": channels}
+    if model.get("decoder_sees_map"):
         derived["decoder_map_channels"] = facts["num_classes"]
     autoencoder = parts.pop("autoencoder")(**derived)
-    discriminators = build_discriminators(parts, facts, in_channels=facts["image_channels"])
+    discriminators = build_discriminators(parts, facts, in_channels=channels)
     return AutoencoderModule(autoencoder, discriminators=discriminators, **parts)
 
 
@@ -110,6 +120,7 @@ def build_discriminators(parts: dict[str, Any], facts: Mapping[str, Any], **size
     return [
         build(**sizes) if "spatial_dims" in build.keywords else build(facts["spatial_dims"], **sizes)
         for build in (parts.pop("discriminators", None) or {}).values()
+        if build is not None
     ]
 
 
@@ -151,15 +162,20 @@ def num_modalities(facts: Mapping[str, Any]) -> int:
 
 
 def build_diffusion_module(
-    model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: nn.Module
+    model: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    first_stage: nn.Module,
+    map_stage: FirstStage | None = None,
 ) -> DiffusionModule:
-    parts = instantiate_parts(model, skip=("first_stage",))
+    parts = instantiate_parts(model, skip=("first_stage", "map_stage"))
     make_network = parts.pop("network")
     make_conditioner = parts.pop("conditioner")
     sizes = {}
     if make_conditioner.func is TranslationConditioner:
         check_translator(model, facts, first_stage)
         sizes["latent_channels"] = first_stage.latent_channels
+    if map_stage is not None:
+        sizes["map_latent_channels"] = map_stage.latent_channels
     conditioner = make_conditioner(
         facts["num_classes"],
         **sizes,
@@ -177,7 +193,7 @@ def build_diffusion_module(
         spade_channels=conditioner.spade_channels or None,
         context_channels=conditioner.context_dim or None,
     )
-    return DiffusionModule(first_stage, conditioner, network, **parts)
+    return DiffusionModule(first_stage, conditioner, network, map_stage=map_stage, **parts)
 
 
 def check_translator(model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: nn.Module) -> None:
@@ -246,32 +262,60 @@ def build_module(
     model: Mapping[str, Any],
     facts: Mapping[str, Any],
     first_stage_description: Mapping[str, Any] | None = None,
+    map_stage_description: Mapping[str, Any] | None = None,
 ) -> LightningModule:
     """The module of a config, with fresh weights.
 
-    A diffusion model takes its first stage from `model.first_stage.checkpoint`, unless the first stage's
-    description is given (its weights then come with the checkpoint that is about to be loaded).
+    A diffusion model takes its first stage from `model.first_stage.checkpoint`, and the encoder of its maps
+    from `model.map_stage.checkpoint`, unless their descriptions are given (their weights then come with the
+    checkpoint that is about to be loaded).
     """
     if model["kind"] in BUILDERS:
         return BUILDERS[model["kind"]](model, facts)
-    build = build_translation_module if model["kind"] == "translation" else build_diffusion_module
-    options = dict(model["first_stage"])
-    path = options.pop("checkpoint")
-    if path is None and first_stage_description is None:
+    map_stage = None
+    if model.get("map_stage"):
+        map_stage, map_stage_description = build_stage(model["map_stage"], map_stage_description)
+        check_map_stage(map_stage_description, facts)
+        map_stage.fit(())
+    if model["kind"] == "translation":
+        build = build_translation_module
+    else:
+        build = partial(build_diffusion_module, map_stage=map_stage)
+    if model["first_stage"]["checkpoint"] is None and first_stage_description is None:
         if model["kind"] == "translation":
             raise InputError("model.first_stage.checkpoint: translation needs an autoencoder; give one")
         stage = PixelStage(facts["image_channels"], spatial_dims=facts["spatial_dims"])
         return build(model, facts, stage)
-    if first_stage_description is None:
-        stage, first_stage_description = load_first_stage(path, **options)
-    else:
-        described = first_stage_description
-        module = build_module(described["model"], described["facts"], described.get("first_stage"))
-        stage = as_first_stage(module, options)
+    stage, first_stage_description = build_stage(model["first_stage"], first_stage_description)
+    if first_stage_description["model"].get("reconstructs") == "mask":
+        raise InputError("model.first_stage.checkpoint: an autoencoder of maps; give one of images")
     check_modalities(model, facts, first_stage_description)
     module = build(model, facts, stage)
     module.first_stage_description = dict(first_stage_description)
+    if map_stage is not None:
+        module.map_stage_description = dict(map_stage_description)
     return module
+
+
+def build_stage(
+    options: Mapping[str, Any], description: Mapping[str, Any] | None
+) -> tuple[FirstStage, Mapping[str, Any]]:
+    """From its description with fresh weights, or else from the checkpoint named in its options."""
+    options = dict(options)
+    path = options.pop("checkpoint")
+    if description is None:
+        return load_first_stage(path, **options)
+    module = build_module(description["model"], description["facts"], description.get("first_stage"))
+    return as_first_stage(module, options), description
+
+
+def check_map_stage(description: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    key = "model.map_stage.checkpoint"
+    if description["model"].get("reconstructs") != "mask":
+        raise InputError(f"{key}: an autoencoder of images; give one trained with model.reconstructs=mask")
+    if description["facts"]["num_classes"] != facts["num_classes"]:
+        theirs, ours = description["facts"]["num_classes"], facts["num_classes"]
+        raise InputError(f"{key}: encodes maps of {theirs} classes, but the dataset has {ours}")
 
 
 def as_first_stage(module: LightningModule, options: Mapping[str, Any]) -> FirstStage:
@@ -322,7 +366,8 @@ def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> Li
     description = content["medldm"]
     if description["format"] > FORMAT:
         raise InputError(f"{path}: written by a newer medldm (format {description['format']}); update medldm")
-    module = build_module(description["model"], description["facts"], description.get("first_stage"))
+    stages = (description.get("first_stage"), description.get("map_stage"))
+    module = build_module(description["model"], description["facts"], *stages)
     module.load_state_dict(content["state_dict"])
     if weights == "ema" and "ema" in content:
         averaged = {

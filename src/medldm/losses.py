@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from medldm.networks.features import LPIPS, RandomConvFeatures, build_medicalnet
 from medldm.networks.medicalnet import standardised
 
-PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+# cross_entropy: of logits (B, K, *S) and one-hot maps
+PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "cross_entropy": F.cross_entropy}
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:

@@ -64,6 +64,19 @@ class SampleFolder:
         else:
             self.write_volume(case, samples, batches)
 
+    def write_gif(self, name: str, frames: Sequence[Tensor]) -> None:
+        """Middle slices of (1, C, *S) images in [-1, 1], one frame each."""
+        pictures = [to_uint8(middle_slice(frame, self.dataset.orientation)[0, :1]) for frame in frames]
+        save_gif(self.root / f"{name}.gif", [picture[0].numpy() for picture in pictures])
+
+    def write_series(self, name: str, images: Tensor, shares: Sequence[float]) -> None:
+        """(N, C, *S) images between two cases, as HDF5 and GIF."""
+        path = self.root / f"{name}.h5"
+        with replacing(path) as aside, h5py.File(aside, "w") as file:
+            file["images"] = images[:, 0].numpy()
+            file["share"] = np.asarray(shares, np.float32)
+        self.write_gif(name, images[:, None].unbind(0))
+
     def write_slices(
         self,
         case: int,
@@ -135,6 +148,18 @@ def write_volumes(
                 file.attrs[key] = record[key]
         file.attrs.update(attributes or {})
     return root / f"{name}.h5"
+
+
+def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 200) -> None:
+    """(H, W) uint8 frames; the last one stays longer."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+    times = [milliseconds] * (len(frames) - 1) + [5 * milliseconds]
+    with replacing(path) as aside:
+        pictures[0].save(
+            aside, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0
+        )
 
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:

@@ -2,9 +2,11 @@
 
 import math
 
+import h5py
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from medldm.commands import encode, sample
 from medldm.data import build_datamodule
@@ -12,7 +14,7 @@ from medldm.data.readers import read_images
 from medldm.errors import InputError
 from medldm.outputs import SampleFolder
 from tests.helpers import CONFIG_DIR, compose_config
-from tests.training import LDM, VQVAE, load, read_metrics, run_training
+from tests.training import LDM, load, read_metrics, run_training
 
 EXPERIMENTS = sorted(
     str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
@@ -31,7 +33,7 @@ def assert_trained(last) -> None:
 
 def prepared_for(data) -> str:
     """The fixture that stands in for an experiment's data: several modalities, volumes, or slices."""
-    if data.get("modalities"):
+    if len(data.get("modalities") or ()) > 1:
         return "prepared_modalities"
     return "prepared_3d" if data.get("spatial_dims") == 3 else "prepared"
 
@@ -50,6 +52,8 @@ def test_every_experiment_trains_two_steps(name, request, tmp_path):
     if "first_stage" in cfg.model and cfg.model.first_stage.get("checkpoint", "") is not None:
         stage = request.getfixturevalue(first_stage_for(cfg))
         overrides.append(f"model.first_stage.checkpoint={stage}")
+    if cfg.model.get("map_stage"):
+        overrides.append(f"model.map_stage.checkpoint={request.getfixturevalue('map_stage')}")
     root = request.getfixturevalue(prepared_for(cfg.data))
     assert_trained(run_training(root, tmp_path / "run", *overrides))
 
@@ -57,7 +61,13 @@ def test_every_experiment_trains_two_steps(name, request, tmp_path):
 @pytest.fixture(scope="session")
 def first_stage_3d(prepared_3d, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("first_stage_3d") / "run"
-    return run_training(prepared_3d, run_dir, VQVAE, *FOLDER_3D).with_name("best.ckpt")
+    return run_training(prepared_3d, run_dir, "experiment=medlsdm/folder_vqgan").with_name("best.ckpt")
+
+
+@pytest.fixture(scope="session")
+def map_stage(prepared_3d, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("map_stage") / "run"
+    return run_training(prepared_3d, run_dir, "experiment=medlsdm/folder_map_vqvae").with_name("best.ckpt")
 
 
 def test_the_autoencoder_trains_in_3d(first_stage_3d):
@@ -107,6 +117,70 @@ def test_sampling_in_3d_writes_nifti_on_the_grid_of_the_source(prepared_3d, fixt
     (record,) = read_images(tmp_path / "out")
     assert record.image.shape == tuple(dataset[0]["image"].shape[1:]) and np.abs(record.image).max() <= 1
     assert record.subject == entry["subject"]
+
+
+@pytest.fixture(scope="session")
+def semantic_3d(prepared_3d, tmp_path_factory):
+    """Stage one with the SPADE decoder, and the semantic U-Net on it."""
+    runs = tmp_path_factory.mktemp("semantic_3d")
+    stage = run_training(prepared_3d, runs / "one", "experiment=medlsdm/folder_vqgan_spade").with_name(
+        "best.ckpt"
+    )
+    options = ("experiment=medlsdm/folder_ldm", f"model.first_stage.checkpoint={stage}")
+    return run_training(prepared_3d, runs / "two", *options)
+
+
+def test_windows_tiles_trajectories_and_interpolations(prepared_3d, semantic_3d, tmp_path):
+    from PIL import Image
+
+    paths = (f"checkpoint={semantic_3d}", f"data.root={prepared_3d}", *FOLDER_3D, "split=train", "limit=2")
+    volumes = {}
+    for name, tile in (("whole", "null"), ("tiles", "16")):
+        sizes = (f"tile={tile}", "windows.size=[16,null,null]", "trajectory=2")
+        sample.task(compose_config("sample", *paths, *sizes, f"output={tmp_path / name}"))
+        volumes[name] = [record.image for record in read_images(tmp_path / name)]
+    for whole, tiles in zip(volumes["whole"], volumes["tiles"], strict=True):
+        np.testing.assert_allclose(tiles, whole, atol=1e-4)
+    gifs = list((tmp_path / "tiles" / "trajectory").glob("*.gif"))
+    assert len(gifs) == 2
+    output = tmp_path / "between"
+    sample.task(compose_config("sample", *paths, "interpolate.count=3", f"output={output}"))
+    (gif,) = (output / "interpolation").glob("*.gif")
+    assert Image.open(gif).n_frames >= 2
+    with h5py.File(gif.with_suffix(".h5")) as file:
+        assert file["images"].shape == (3, 32, 32, 32) and file["share"][:].tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("windows.size=[16,16]", "give 3 numbers"),
+        ("windows.size=[10,null,null]", "does not divide"),
+        ("tile=2", "at least 8"),
+    ],
+)
+def test_options_of_large_volumes_are_checked_before_anything_is_written(
+    prepared_3d, semantic_3d, tmp_path, option, message
+):
+    paths = (
+        f"checkpoint={semantic_3d}",
+        f"data.root={prepared_3d}",
+        *FOLDER_3D,
+        f"output={tmp_path / 'out'}",
+    )
+    with pytest.raises(InputError, match=message):
+        sample.task(compose_config("sample", *paths, option))
+    assert not (tmp_path / "out").exists()
+
+
+def test_fine_tuning_starts_from_the_weights_of_another_run(prepared_3d, first_stage_3d, tmp_path):
+    options = ("experiment=medlsdm/folder_vqgan", "model.optimizer.lr=0", f"init_from={first_stage_3d}")
+    tuned = load(run_training(prepared_3d, tmp_path / "run", *options))["state_dict"]
+    start = load(first_stage_3d)["state_dict"]
+    torch.testing.assert_close(tuned["autoencoder.head.weight"], start["autoencoder.head.weight"])
+    other = ("experiment=medlsdm/folder_vqgan_spade", f"init_from={first_stage_3d}")
+    with pytest.raises(InputError, match="init_from=.*not the same model"):
+        run_training(prepared_3d, tmp_path / "other", *other)
 
 
 def test_a_written_volume_lies_where_the_raw_one_does(prepared_3d, tmp_path):

@@ -61,10 +61,12 @@ SPATIAL = [member for member in members("conditioner") if not member.id.startswi
 
 @pytest.mark.parametrize("conditioner", SPATIAL)
 def test_every_conditioner_is_built_from_derived_values(conditioner):
-    conditioner = make(conditioner)(**DERIVED)
+    from_map_stage = {"map_latent_channels": 8} if conditioner.stem == "map_latent" else {}
+    conditioner = make(conditioner)(**DERIVED, **from_map_stage)
     index = torch.zeros(2, dtype=torch.int64)
     batch = {"view": index, "phase": index, "slice_position": torch.zeros(2)}
     batch |= {"edges": torch.zeros(2, 1, 8, 8), "mask": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}
+    batch["map_latent"] = torch.zeros(2, 8, 2, 2)
     condition = conditioner(batch, drop=conditioner.sample_drop(2))
     assert (condition.concat is not None) == bool(conditioner.concat_channels)
     assert (condition.spade is not None) == bool(conditioner.spade_channels)

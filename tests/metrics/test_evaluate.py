@@ -188,3 +188,19 @@ def test_unknown_metrics_and_baselines_are_named(call, folders):
     assert "no metric 'sim'" in fail(call, folders, "metrics.image=[sim]")
     assert "no network 'vgg'" in fail(call, folders, "metrics.features=[vgg]")
     assert "no baseline 'zero'" in fail(call, folders, "metrics.baselines=[zero]")
+
+
+def test_copies_of_training_images_are_counted(call, folders, tmp_path):
+    from medldm.data.readers import read_images
+
+    copies = tmp_path / "train"
+    (copies / "images").mkdir(parents=True)
+    for record in read_images(folders / "samples"):  # the "training set": what the model then gave back
+        picture = np.rint((record.image[0] + 1) * 127.5).clip(0, 255).astype(np.uint8)
+        cv2.imwrite(str(copies / "images" / f"train_{record.id}.png"), picture)
+    results, out = run(call, folders, f"train={copies / 'images'}")
+    assert results["rows"]["generated"]["nearest_train_rmse"]["mean"] < 0.005
+    assert results["rows"]["real"]["nearest_train_rmse"]["mean"] > 0.01
+    assert results["memorization"]["memorized_share"] == 1
+    assert "100.0% of the generated images lie as near" in out
+    assert run(call, folders)[0]["memorization"] == {}

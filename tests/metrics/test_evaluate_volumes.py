@@ -17,6 +17,7 @@ from medldm.evaluation.diversity import draw_pairs
 from medldm.evaluation.measure import Segmenter, Tools, measure_dice
 from medldm.evaluation.pairs import make_pairs
 from medldm.evaluation.panels import upright
+from medldm.evaluation.regions import region_masks
 from medldm.evaluation.screen import brief, deviation_cell
 from medldm.evaluation.slices import SliceFeatures, axial_axis, fold
 from medldm.evaluation.stored import StoredImage, load
@@ -314,3 +315,15 @@ def test_a_table_of_nothing_is_named(call):
     assert status == 2 and "name the evaluations as evaluation=[DIR1,DIR2]" in err
     status, _, err = call(report)
     assert status == 2 and "run: not given" in err
+
+
+def test_the_brain_is_where_the_source_is_not_background(volumes):
+    pairs = make_pairs(volumes / "samples", volumes / "data", None)[:2]
+    for pair in pairs:
+        pair.source = np.full((1, *SHAPE), -1.0, np.float32)
+        pair.source[:, 3] = -0.98
+    brain = region_masks("brain", pairs, torch.zeros(2, 1, *SHAPE))
+    assert brain.shape == (2, 1, *SHAPE) and int(brain.sum()) == 2 * SHAPE[1] * SHAPE[2]
+    assert brain[:, :, 3].all()
+    tumour = region_masks("tumour", pairs, torch.zeros(2, 1, *SHAPE))
+    assert np.array_equal(tumour[0].numpy(), load(pairs[0].mask) > 0)

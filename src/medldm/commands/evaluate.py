@@ -9,7 +9,8 @@ keys
   reference=DIR        real images of the same names, or a prepared data.root
   output=DIR           where the numbers go
   reconstruction=DIR   first-stage reconstructions of the same names: one more row
-  train=DIR            prepared data.root or folder whose (training) images make the mean image;
+  train=DIR            prepared data.root or folder whose (training) images make the mean image, and to which
+                       the nearest one is sought (does the model repeat them?);
                        without it the mean leaves the judged subject out
   metrics=synthesis    what is measured; metrics.features=[random_conv], metrics.lpips=null change it.
                        synthesis_3d: volumes, with 3D-FID, SSIM in 3D and by slice, MS-SSIM between volumes.
@@ -91,7 +92,8 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
         regions=settings["regions"],
     ).to(device)
     training, mean_source = read_training(folders["train"], cfg.train_split, pairs)
-    rows = make_rows(pairs, settings["baselines"], training=training, seed=cfg.seed)
+    tools.train_thumbnails = training.thumbnails if training else {}
+    rows = make_rows(pairs, settings["baselines"], training=training and training.means, seed=cfg.seed)
     groups = group_members(pairs, facts)
     measured = measure_with_progress(pairs, rows, tools, measure)
     alike = {"generated": rows["generated"], "real": [pair.real for pair in pairs]}
@@ -142,16 +144,17 @@ def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device): 
 
 
 def read_training(train: Path | None, split_name: str, pairs: Sequence):  # noqa: ANN201
-    """The mean images of the training set, and a line that says where they come from."""
-    from medldm.evaluation.baselines import training_means
+    """What is kept of the training set, and a line that says where the mean images come from."""
+    from medldm.evaluation.baselines import read_training_set
     from medldm.evaluation.pairs import training_subjects
 
     if train is None:
         return None, "mean over every other subject of the reference set (leave one subject out), per view"
     subjects = training_subjects(train, split_name)
-    means, num_images = training_means(train, subjects, {pair.subject for pair in pairs})
+    training = read_training_set(train, subjects, {pair.subject for pair in pairs})
     whose = f"split '{split_name}' of {train}" if subjects is not None else f"all of {train}"
-    return means, f"mean over {num_images} training images, {whose}, judged subjects left out, per view"
+    count = training.num_images
+    return training, f"mean over {count} training images, {whose}, judged subjects left out, per view"
 
 
 def measure_with_progress(pairs: Sequence, rows: Mapping, tools, measure):  # noqa: ANN001, ANN201

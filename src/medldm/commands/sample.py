@@ -10,6 +10,10 @@ with a regression checkpoint the predictions of every pair (data.pair_labels=[[t
 <subject>_<source>_to_<target>.
 Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop,
 edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed.
+Volumes larger than those of training: windows.size=[32,256,256] (voxels; null: a whole axis) denoises in
+overlapping windows, tile=64 decodes in tiles with the same result.
+trajectory=20 also writes that many steps of each case as a GIF; interpolate.count=5 writes volumes between
+each two neighbouring cases instead.
 Writes per case HDF5 with the conditions (3D also NIfTI on the source's grid and in its units), 8-bit PNGs
 and provenance.json. Run it again to continue.
 """
@@ -52,6 +56,8 @@ def model_keys(module: Any, stage: str | None = None) -> tuple[str, ...]:
     if isinstance(module, RegressionModule):
         return ("source",)
     if isinstance(module, AutoencoderModule):
+        if module.reconstructs == "mask":
+            raise InputError("checkpoint: reconstructs class maps; `medldm sample` takes models of images")
         return ("image",) if module.autoencoder.decoder_map_channels is None else ("image", "mask")
     conditioner = module.conditioner
     if hasattr(conditioner, "latents"):
@@ -74,20 +80,36 @@ def generate(module: Any, batch: dict, image_size: tuple[int, ...], options: dic
     batch = to_device(batch, module.device)
     with torch.no_grad(), autocast(module.device):
         if isinstance(module, AutoencoderModule):
-            images = module(batch["image"], module.decoder_map(batch))
+            images = reconstruct(module, batch, options["tile"])
         elif isinstance(module, RegressionModule):
             images = module(batch["source"])
         elif options["stage"] is not None:
-            images = stage_output(module, batch, options["stage"])
+            images = stage_output(module, batch, options["stage"], options["tile"])
         else:
+            if options["tile"] is not None:
+                module.first_stage.tile = options["tile"]
             shape = module.latent_shape(image_size)
-            images = module.sample(batch, batch["case_id"], shape, seed=options["seed"], drop=options["drop"])
+            for_latents = ("windows", "callback")  # what other generative models know nothing of
+            chosen = {key: options[key] for key in ("seed", "drop")}
+            chosen |= {key: options[key] for key in for_latents if options[key] is not None}
+            images = module.sample(batch, batch["case_id"], shape, **chosen)
     return images.float().clamp(-1, 1).cpu()
 
 
-def stage_output(module: Any, batch: dict, stage: str) -> Any:
+def reconstruct(module: Any, batch: dict, tile: int | None) -> Any:
+    if tile is None:
+        return module(batch["image"], module.decoder_map(batch))
+    from medldm.networks.tiling import TiledAutoencoder
+
+    tiled = TiledAutoencoder(module.autoencoder, tile)
+    h = module.autoencoder.quantize(tiled.encode(batch["image"]).to(module.device)).z
+    return tiled.decode(h, module.decoder_map(batch))
+
+
+def stage_output(module: Any, batch: dict, stage: str, tile: int | None) -> Any:
     """What a stage before diffusion makes of a batch of pairs."""
     earlier = module.as_first_stage() if hasattr(module, "as_first_stage") else module.first_stage
+    earlier.tile = tile
     if stage == "autoencoder":
         return earlier.reconstruct(batch["image"])
     return earlier.translate_image(batch["source"], batch["label"])
@@ -98,6 +120,79 @@ def spread(positions: list[int], count: int | None) -> list[int]:
     if count is None or len(positions) <= count:
         return positions
     return [positions[round(i * (len(positions) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+class Recorder:
+    """Keeps x0_hat of the last sample of the last batch at `count` evenly spread steps, the last included."""
+
+    def __init__(self, num_steps: int, count: int) -> None:
+        self.steps = {round((k + 1) * num_steps / count) for k in range(count)}
+        self.latents: list[Any] = []
+
+    def __call__(self, step: int, x0_hat: Any) -> None:
+        if step == min(self.steps):
+            self.latents.clear()
+        if step in self.steps:
+            self.latents.append(x0_hat[-1:].clone())
+
+    def decoded(self, module: Any, batch: dict) -> list[Any]:
+        """(1, C, *S) images in [-1, 1] on the host."""
+        import torch
+
+        from medldm.inference import autocast, to_device
+
+        last = to_device({key: value[-1:] for key, value in batch.items() if key == "mask"}, module.device)
+        with torch.no_grad(), autocast(module.device):
+            return [module.decode(z, last).float().clamp(-1, 1).cpu() for z in self.latents]
+
+
+def windows_of(cfg: Any, module: Any) -> Any:
+    if cfg.windows.size is None:
+        return None
+    from medldm.diffusion.windows import Windows
+
+    return Windows.of_image(tuple(cfg.windows.size), module.first_stage.downsampling, cfg.windows.overlap)
+
+
+def check_request(cfg: Any, module: Any, stage: str | None) -> None:
+    """InputError for a key that this model has no use for."""
+    if cfg.tile is not None and cfg.tile < 8:
+        raise InputError(f"tile={cfg.tile}: give at least 8 voxels")
+    is_latent = hasattr(module, "interpolate") and stage is None
+    for key, is_set in (
+        ("windows.size", cfg.windows.size is not None),
+        ("trajectory", cfg.trajectory),
+        ("interpolate.count", cfg.interpolate.count),
+    ):
+        if is_set and not is_latent:
+            raise InputError(f"{key}: needs a latent diffusion checkpoint; set it to its default")
+    if cfg.tile is not None and not (is_latent or stage or hasattr(module, "reconstructs")):
+        raise InputError("tile: needs an autoencoder or latent diffusion checkpoint; set it to null")
+    if is_latent:
+        windows_of(cfg, module)
+        if cfg.tile is not None and not hasattr(module.first_stage, "tile"):
+            raise InputError("tile: this model has no first stage to decode with; set it to null")
+
+
+def write_interpolations(cfg: Any, module: Any, dataset: Any, folder: Any, positions: list[int]) -> None:
+    """Volumes between neighbouring cases: <output>/interpolation/<a>_to_<b>.{h5,gif}."""
+    import torch
+    from rich.progress import track
+
+    from medldm.inference import autocast, to_device
+
+    count = cfg.interpolate.count
+    if count < 2 or len(positions) < 2:
+        raise InputError(f"interpolate.count={count}: give 2 or more, and a split of two cases or more")
+    shares = [k / (count - 1) for k in range(count)]
+    module.first_stage.tile = cfg.tile
+    for pair in track(list(zip(positions, positions[1:], strict=False)), "interpolating", transient=True):
+        batch = to_device(dataset.__getitems__([(0, p) for p in pair]), module.device)
+        options = {"time": cfg.interpolate.time, "seed": cfg.seed, "windows": windows_of(cfg, module)}
+        with torch.no_grad(), autocast(module.device):
+            images = module.interpolate(batch, batch["case_id"], shares, **options)
+        name = "_to_".join(batch["case_id"])
+        folder.write_series(f"interpolation/{name}", images.float().clamp(-1, 1).cpu(), shares)
 
 
 def task(cfg: Any) -> None:
@@ -117,11 +212,14 @@ def task(cfg: Any) -> None:
     module = load_module(cfg.checkpoint, weights=cfg.weights).to(pick_device(cfg.device))
     stage = check_stage(module, cfg.stage)
     is_generative = hasattr(module, "sample") and stage is None
+    check_request(cfg, module, stage)
     if is_generative:
         module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
         module.conditioner.drop_groups(1, tuple(cfg.drop))  # names an unknown one before anything is written
     data = OmegaConf.to_container(cfg.data, resolve=True) | {"latents": None, "crop_size": None}
     keys = model_keys(module, stage)
+    if cfg.interpolate.count and "image" not in keys:
+        keys = ("image", *keys)
     data["pairs"] = "all" if "source" in keys else None
     datamodule = build_datamodule(data, keys=keys, seed=cfg.seed)
     check_facts(module.facts, datamodule.facts, cfg.checkpoint, data["root"])
@@ -134,6 +232,10 @@ def task(cfg: Any) -> None:
     folder = SampleFolder(
         Path(cfg.output), dataset, describe_run(cfg, module, stage, data["root"]), png=cfg.png
     )
+    if cfg.interpolate.count:
+        write_interpolations(cfg, module, dataset, folder, [positions[0] for _, positions in cases])
+        print(cfg.output)
+        return
     seeds = [cfg.seed + 1_000_003 * k for k in range(cfg.num_samples if is_generative else 1)]
     jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases]
     with Progress() as progress:
@@ -147,12 +249,17 @@ def task(cfg: Any) -> None:
             batches = list(case_batches(dataset, positions, data["batch_size"]))
             samples = []
             for seed in seeds:
-                options = {"seed": seed, "drop": tuple(cfg.drop), "stage": stage}
+                recorder = Recorder(module.sampler.num_steps, cfg.trajectory) if cfg.trajectory else None
+                options = {"seed": seed, "drop": tuple(cfg.drop), "windows": windows_of(cfg, module)}
+                options |= {"tile": cfg.tile, "callback": recorder, "stage": stage}
                 images = []
                 for batch in batches:
                     images.append(generate(module, batch, shape[-dataset.spatial_dims :], options))
                     progress.advance(bar, len(batch["case_id"]))
                 samples.append(torch.cat(images))
+                if recorder is not None and seed == seeds[0]:
+                    frames = recorder.decoded(module, batches[-1])
+                    folder.write_gif(f"trajectory/{dataset.cases[case]['id']}", frames)
             folder.write(case, positions, samples, batches)
     print(cfg.output)
 
@@ -180,6 +287,8 @@ def describe_run(cfg: Any, module: Any, stage: str | None, root: str) -> dict[st
         "split": cfg.split,
         "num_samples": cfg.num_samples,
         "max_slices": cfg.max_slices,
+        "windows": [*cfg.windows.size, cfg.windows.overlap] if cfg.windows.size else None,
+        "interpolate": [cfg.interpolate.count, cfg.interpolate.time] if cfg.interpolate.count else None,
         "torch": torch.__version__,
     }
 

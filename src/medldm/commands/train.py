@@ -9,6 +9,7 @@ Keys people use:
   model.optimizer.lr, model.first_stage.checkpoint
   trainer.max_steps (updates), trainer.max_epochs, trainer.devices, trainer.precision
   run_dir=DIR                 default: runs/<experiment>/<time>
+  init_from=CKPT              start from the weights of another run of the same model (fine-tuning)
   resume=auto | CKPT          continue run_dir, or the newest run of the experiment, or start afresh
   logger=wandb                Weights & Biases beside metrics.csv
   debug=tiny                  two updates of a narrow network: does everything fit together?
@@ -31,7 +32,9 @@ log = logging.getLogger(__name__)
 
 TINY_WIDTH = 16
 VOXELWISE_KEYS = {"segmentation": ("image", "mask"), "regression": ("image", "source")}
-NARROWED = [f"{part}_channels" for part in ("stem", "mid", "hidden", "middle", "encoder", "decoder")]
+NARROWED = [
+    f"{part}_channels" for part in ("stem", "mid", "hidden", "middle", "encoder", "decoder", "spade_hidden")
+]
 
 
 def shrink(model: dict[str, Any]) -> dict[str, Any]:
@@ -220,20 +223,38 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def require_first_stage(model: dict[str, Any], content: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The first stage's description where a resumed checkpoint brings its weights, else None: load them."""
-    resumed = content["medldm"].get("first_stage") if content else None
-    if resumed is None and model.get("first_stage", {}).get("checkpoint") == "???":
-        raise InputError(
-            "model.first_stage.checkpoint: not given; name the stage-one checkpoint, "
-            "or model/first_stage=pixel for none"
-        )
+def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+    """Descriptions of first stage and map stage where a resumed checkpoint brings their weights, else None:
+    load them.
+    """
+    resumed = [content["medldm"].get(key) if content else None for key in ("first_stage", "map_stage")]
+    hints = {
+        "first_stage": "stage-one checkpoint, or model/first_stage=pixel for none",
+        "map_stage": "map VQ-VAE",
+    }
+    for (key, hint), found in zip(hints.items(), resumed, strict=True):
+        if found is None and (model.get(key) or {}).get("checkpoint") == "???":
+            raise InputError(f"model.{key}.checkpoint: not given; name the {hint}")
     return resumed
+
+
+def initialise(module: Any, path: str) -> None:
+    """Start from another run's weights (fine-tuning); InputError where they do not fit."""
+    from medldm.checkpoints import load_module
+
+    try:
+        module.load_state_dict(load_module(path).state_dict())
+    except RuntimeError as error:
+        first = next(line.strip() for line in str(error).splitlines()[1:])
+        raise InputError(f"init_from={path}: not the same model: {first}") from error
+    log.info("starting from the weights of %s", path)
 
 
 def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
     """The arrays that a model's batches hold; what is not named is never opened."""
     if model["kind"] == "autoencoder":
+        if model.get("reconstructs") == "mask":
+            return ("mask",)
         return ("image", "mask") if model["decoder_sees_map"] else ("image",)
     if model["kind"] in VOXELWISE_KEYS:
         return VOXELWISE_KEYS[model["kind"]]
@@ -325,12 +346,14 @@ def task(cfg: Any) -> None:
     run_dir, resume = find_run_dir(cfg)
     content = checked_resume(resume, model) if resume else None
     resumed_step = content["global_step"] if content else None
-    first_stage = require_first_stage(model, content)
+    stages = require_stages(model, content)
     data = OmegaConf.to_container(cfg.data, resolve=True)
     data["latents"] = find_latents(data, model)
     datamodule = build_datamodule(data, keys=batch_keys(model, data), seed=cfg.seed)
-    module = build_module(model, datamodule.facts, first_stage)
+    module = build_module(model, datamodule.facts, *stages)
     module.description = describe(model, datamodule.facts, module)
+    if cfg.init_from and not resume:
+        initialise(module, cfg.init_from)
     if prefers_channels_last(cfg.channels_last):
         use_channels_last(module, datamodule.facts["spatial_dims"])
     for part in module.compiled_parts if cfg.compile else ():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.batch import Batch, expand_as, spatial_shape
+from medldm.batch import Batch, check_labels, expand_as, spatial_shape
 from medldm.diffusion.latent import latent_shape
 from medldm.errors import InputError
 from medldm.networks.layers import conv, group_norm
@@ -99,6 +99,42 @@ class Unshuffle(nn.Module):
         return self.project(unshuffle(planes, self.downsampling))
 
 
+class SegConv(nn.Module):
+    """Med-LSDM's encoder of the map: convolution, ReLU and maximum per factor of two, widths 64, 128, 256 ..,
+    and a last convolution and ReLU.
+
+    Convolutions see one slice of a volume (1 x 3 x 3), and every output cell stands over its own block of the
+    map: the published padding shifted the depth by a slice for each convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        dims, layers, width = len(downsampling), [], in_channels
+        kernel = (1,) * (dims - 2) + (3, 3)
+        padding = tuple(size // 2 for size in kernel)
+        pool = getattr(nn, f"MaxPool{dims}d")
+        for stage, strides in enumerate(stage_strides(downsampling)):
+            hidden = 64 * 2**stage
+            layers += [conv(dims, width, hidden, kernel, padding=padding), nn.ReLU(), pool(strides)]
+            width = hidden
+        layers += [conv(dims, width, out_channels, kernel, padding=padding), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.layers(planes)
+
+
+class AreaEncoder(nn.Module):
+    """The share of every plane in each latent cell: nothing learned, and no class lost."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.pool = getattr(nn, f"AvgPool{len(downsampling)}d")(downsampling)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.pool(planes)
+
+
 class StridedCNN(nn.Module):
     """Convolutions of stride 2, GroupNorm and SiLU down to the latent grid, widths 32, 64, 128, 128 ..."""
 
@@ -125,6 +161,8 @@ SPATIAL_ENCODERS = {
     "rescaler": Rescaler,
     "unshuffle": Unshuffle,
     "strided_cnn": StridedCNN,
+    "segconv": SegConv,
+    "area": AreaEncoder,  # as many channels as planes, whatever is asked for
 }
 
 
@@ -132,9 +170,10 @@ class SpatialConditioner(nn.Module):
     """Edges and a one-hot mask as planes on the image grid, and attributes of the sample as embeddings.
 
     Planes are [edges, one-hot classes], as many as are used. `encoder` brings them to the latent grid for
-    `concat`; `spade` is "planes" for the planes themselves as the SPADE map, or an encoder's name for
-    `spade_out_channels` learned ones on the latent grid; None switches either off. Embeddings (view, phase,
-    label, slice position) are summed to `embedding_dim`.
+    `concat`; `spade` is "planes" for the planes themselves as the SPADE map, "map_latent" for the latents of
+    a map autoencoder (`model.map_stage`), or an encoder's name for `spade_out_channels` learned ones on the
+    latent grid; None switches either off. Embeddings (view, phase, label, slice position) are summed to
+    `embedding_dim`.
 
     Groups that drop: "edges", "mask", "attributes". Each sample loses edges with `drop_edges_prob`, the mask
     with `drop_mask_prob`, independently, and everything with `drop_all_prob`. A dropped plane is all zeros,
@@ -168,6 +207,7 @@ class SpatialConditioner(nn.Module):
         num_views: int = 0,
         num_phases: int = 0,
         num_labels: int = 0,
+        map_latent_channels: int = 0,
         embedding_dim: int = 0,
         parity: bool = False,
     ) -> None:
@@ -199,13 +239,16 @@ class SpatialConditioner(nn.Module):
                 "model.conditioner: neither edges nor mask are used; set encoder=null and spade=null"
             )
         self.encoder = build_encoder(encoder, num_planes, out_channels, downsampling)
-        self.concat_channels = out_channels if encoder else 0
+        self.concat_channels = encoded_channels(encoder, num_planes, out_channels)
+        if (spade == "map_latent") != bool(map_latent_channels):
+            raise InputError(
+                "model.conditioner.spade=map_latent and model.map_stage belong together: give both or neither"
+            )
         self.spade = spade
-        is_learned = spade not in (None, "planes")
-        self.spade_encoder = build_encoder(
-            spade if is_learned else None, num_planes, spade_out_channels, downsampling
-        )
-        self.spade_channels = spade_out_channels if is_learned else num_planes if spade else 0
+        learned = None if spade in ("planes", "map_latent") else spade
+        self.spade_encoder = build_encoder(learned, num_planes, spade_out_channels, downsampling)
+        fixed = {"planes": num_planes, "map_latent": map_latent_channels}
+        self.spade_channels = fixed.get(spade, encoded_channels(spade, num_planes, spade_out_channels))
 
         counts = {"view": num_views, "phase": num_phases, "label": num_labels}
         uses = {
@@ -271,12 +314,18 @@ class SpatialConditioner(nn.Module):
         if drop is not None:
             drop = drop[:, None].expand(-1, len(self.groups)) if drop.ndim == 1 else drop
             dropped = dict(zip(self.groups, drop.unbind(1), strict=True))
-        planes = self.planes(batch, dropped) if self.encoder or self.spade else None
+        needs_planes = self.encoder or self.spade not in (None, "map_latent")
+        planes = self.planes(batch, dropped) if needs_planes else None
         return Condition(
             concat=self.encoder(planes) if self.encoder else None,
             embedding=self.embed(batch, dropped.get("attributes")) if self.embedding_dim else None,
-            spade=self.spade_encoder(planes) if self.spade_encoder else planes if self.spade else None,
+            spade=self.spade_map(batch, planes, dropped.get("mask")),
         )
+
+    def spade_map(self, batch: Batch, planes: Tensor | None, drop: Tensor | None) -> Tensor | None:
+        if self.spade == "map_latent":
+            return keep(batch["map_latent"], drop)
+        return self.spade_encoder(planes) if self.spade_encoder else planes if self.spade else None
 
     def planes(self, batch: Batch, dropped: dict[str, Tensor]) -> Tensor:
         """(B, edges + classes, *S) float32 in {0, 1}, zero where dropped; edges, if used, are channel 0."""
@@ -289,6 +338,7 @@ class SpatialConditioner(nn.Module):
             planes[:, :1] = keep(require(batch, "edges").float(), dropped.get("edges"))
         if self.use_mask:
             mask = require(batch, "mask").long()
+            check_labels(mask, self.num_classes)
             kept = keep(torch.ones_like(mask, dtype=torch.float32), dropped.get("mask"))
             planes[:, first_class:].scatter_(1, mask, kept)
         return planes
@@ -356,6 +406,10 @@ def build_encoder(
     if name not in SPATIAL_ENCODERS:
         raise InputError(f"model.conditioner: encoder '{name}' is none of {', '.join(SPATIAL_ENCODERS)}")
     return SPATIAL_ENCODERS[name](in_channels, out_channels, downsampling)
+
+
+def encoded_channels(name: str | None, num_planes: int, out_channels: int) -> int:
+    return 0 if name is None else num_planes if name == "area" else out_channels
 
 
 def scalar_mlp(embedding_dim: int) -> nn.Module:

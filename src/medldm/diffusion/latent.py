@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from medldm.batch import expand_as
+from medldm.batch import expand_as, one_hot
 from medldm.errors import InputError
+from medldm.networks.tiling import TiledAutoencoder
 
 LATENTS = ("prequant", "quant")
 NORMALISATIONS = ("std", "codebook_range", "none")
@@ -30,7 +31,8 @@ class FirstStage(nn.Module):
     again before decoding. `normalisation` is what `fit` computes: "std" gives each channel mean 0 and
     deviation 1 over the training set, "codebook_range" maps the range of all codebook entries to [-1, 1]
     (Med-LSDM), "none" leaves latents as they are. `translator` maps normalised latents to those of another
-    modality. eval() is pinned, so that neither training nor sampling touches the codebook.
+    modality. `tile`, where set, is the size of the tiles in which volumes are decoded, with the same result.
+    eval() is pinned, so that neither training nor sampling touches the codebook.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class FirstStage(nn.Module):
         self.latent = latent
         self.requantize = requantize
         self.normalisation = normalisation
+        self.tile: int | None = None
         self.register_buffer("shift", torch.zeros(self.latent_channels))
         self.register_buffer("scale", torch.ones(self.latent_channels))
         self.register_buffer("is_fitted", torch.tensor(normalisation == "none"))
@@ -102,7 +105,20 @@ class FirstStage(nn.Module):
         h = self.denormalize(z)
         if self.requantize:
             h = self.autoencoder.quantize(h).z
+        if self.tile is not None:
+            return TiledAutoencoder(self.autoencoder, self.tile).decode(h, mask).to(z.device)
         return self.autoencoder.decode(h, mask)
+
+    def decoder_map(self, batch: dict) -> Tensor | None:
+        """The one-hot map (B, K, *S) that a SPADE decoder sees, None for a plain one."""
+        num_classes = self.autoencoder.decoder_map_channels
+        if num_classes is None:
+            return None
+        if "mask" not in batch:
+            raise InputError(
+                "the first stage's SPADE decoder needs masks; use a conditioner with use_mask=true"
+            )
+        return one_hot(batch["mask"], num_classes)
 
     @torch.no_grad()
     def translate(self, z: Tensor, label: Tensor) -> Tensor:
@@ -172,6 +188,9 @@ class PixelStage(nn.Module):
 
     def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         return z.float()
+
+    def decoder_map(self, batch: dict) -> None:
+        """None: there is no decoder."""
 
     def fit(self, raw_latents: Iterable[Tensor]) -> None:
         """Images in [-1, 1] are left as they are."""

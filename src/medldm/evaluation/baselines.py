@@ -4,12 +4,16 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from medldm.data.readers import ImageRecord, read_images
+from medldm.data.readers import read_images
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.stored import Image, StoredImage, load
+from medldm.metrics.memorization import thumbnails
 
 DESCRIPTIONS = {
     "generated": "the generated images (sample 0)",
@@ -78,17 +82,28 @@ def mean_of(items: Iterable[tuple[np.ndarray, dict]]) -> MeanImages:
     return means
 
 
-def training_means(
+class TrainingSet(NamedTuple):
+    """What evaluation keeps of the training images."""
+
+    means: MeanImages
+    thumbnails: dict[tuple[int, ...], Tensor]  # shape of the images (C, *S) -> (N, D)
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.means.counts.values())
+
+
+def read_training_set(
     train: Path, subjects: Collection[str] | None, evaluated: Collection[str]
-) -> tuple[MeanImages, int]:
-    """Mean over the training images and their number; subjects under evaluation are left out."""
-
-    def is_free(record: ImageRecord) -> bool:
-        return record.subject not in evaluated
-
-    records = filter(is_free, read_images(train, subjects=subjects))
-    means = mean_of((record.image, record.attributes) for record in records)
-    return means, sum(means.counts.values())
+) -> TrainingSet:
+    """Mean and thumbnails of the training images; subjects under evaluation are left out."""
+    means, small = MeanImages(), defaultdict(list)
+    for record in read_images(train, subjects=subjects):
+        if record.subject not in evaluated:
+            means.add(record.image, record.attributes)
+            image = torch.from_numpy(np.asarray(record.image, np.float32))[None]
+            small[record.image.shape].append(thumbnails(image))
+    return TrainingSet(means, {shape: torch.cat(parts) for shape, parts in small.items()})
 
 
 def mean_images(pairs: list[Pair], training: MeanImages | None) -> list[Image | None]:

@@ -20,6 +20,7 @@ from medldm.evaluation.stored import Image, load
 from medldm.metrics.adherence import edge_f1
 from medldm.metrics.frechet import frechet_from_features, kernel_distance
 from medldm.metrics.image import REGION_METRICS, SLICE_METRICS, ImageFunction, is_higher_better, to_unit
+from medldm.metrics.memorization import nearest_distance, thumbnails
 from medldm.metrics.overlap import dice
 from medldm.metrics.summary import combine_samples
 from medldm.networks.features import FEATURE_NETS, LPIPS, FeatureNet, build_features
@@ -66,6 +67,7 @@ class Tools:
     segmenter: Segmenter | None = None
     axial_axis: int | None = None
     regions: Sequence[str] = ()
+    train_thumbnails: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -221,6 +223,15 @@ def measure_dice(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[st
     return {"dice_mean": mean} | {f"dice_{name}": scores[:, k] for k, name in enumerate(names)}
 
 
+def measure_nearest(images: Tensor, tools: Tools) -> dict[str, np.ndarray]:
+    """Distance of each image to the nearest training image of its shape; nothing where none is known."""
+    train = tools.train_thumbnails.get(tuple(images.shape[1:]))
+    if train is None:
+        return {}
+    distance = nearest_distance(thumbnails(images).cpu(), train) / 2  # on [0, 1]
+    return {"nearest_train_rmse": distance.double().numpy()}
+
+
 def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:
     """Edges found again in 2D images against those they were made from; nothing where none are stored."""
     if images.ndim != 4 or any(pair.edges is None for pair in pairs):
@@ -269,6 +280,7 @@ class Measuring:
         self.store_features("real", real)
         self.store("real", everything, measure_edges(real, chunk.pairs, self.tools))
         self.store("real", everything, measure_dice(real, chunk.pairs, self.tools))
+        self.store("real", everything, measure_nearest(real, self.tools))
         for row, images in self.rows.items():
             index = np.array([i for i in everything if images[i] is not None], dtype=int)
             if not len(index):
@@ -276,6 +288,8 @@ class Measuring:
             batch = self.tensor([images[i] for i in index])
             pairs = [self.pairs[i] for i in index]
             self.store(row, index, measure_images(batch, real[index - chunk.start], pairs, self.tools))
+            if row == "generated":
+                self.store(row, index, measure_nearest(batch, self.tools))
             if row in FEATURE_ROWS:
                 self.store_features(row, batch)
         self.add_samples(chunk, everything, real)

@@ -12,9 +12,11 @@ from medldm.evaluation.measure import Measured, Tools, distances, entry_of
 from medldm.evaluation.pairs import Pair, count_subjects
 from medldm.metrics.adherence import definition
 from medldm.metrics.image import DEFINITIONS, is_higher_better
+from medldm.metrics.memorization import memorized_share
 from medldm.metrics.summary import Bootstrap, Table, paired_differences, summarise, summarise_groups
 
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
+NEAR = 0.05  # of the real held-out images are as near to a training image as this share says
 UNKNOWN_EDGES = "no conditioning edges are stored with these images"
 FROM_REAL = (
     "the edges come from the very test image: paired metrics then measure how well the image is rebuilt from "
@@ -95,6 +97,15 @@ def dice_ratios(measured: Measured, subjects: Sequence[str], bootstrap: Bootstra
     return {name: bootstrap.ratio(made[name], real[name], subjects).as_dict() for name in names}
 
 
+def describe_memorization(measured: Measured) -> dict:
+    """How many generated images lie suspiciously near to a training image; {} without training images."""
+    made, real = (measured.values.get(row, {}).get("nearest_train_rmse") for row in ("generated", "real"))
+    if made is None or real is None:
+        return {}
+    share = memorized_share(made, real, NEAR)
+    return {"memorized_share": share, "quantile": NEAR, "n": len(made), "n_real": len(real)}
+
+
 def spacing_of(pairs: Sequence[Pair]) -> object:
     """The voxel size in mm where all volumes have the same."""
     found = {tuple(np.round(np.ravel(s), 4)) for p in pairs if (s := p.attributes.get("spacing")) is not None}
@@ -108,6 +119,8 @@ def definitions(measured: Measured) -> dict[str, str]:
         "lpips": "LPIPS, lower is closer",
         "lpips_slices": "mean of LPIPS over the axial slices of a volume, lower is closer",
         "dice_mean": "mean of the Dice of the foreground classes that an image or its segmentation has",
+        "nearest_train_rmse": "RMSE on [0, 1] of the thumbnail to that of the nearest training image; "
+        "clearly below the row `real` means repeated training images",
         "diversity_rmse": "mean pairwise RMSE on [0, 1] between the K samples of a condition",
         **{f"edge_f1_{t}px": definition(t) for t in range(1, 10)},
     }
@@ -180,6 +193,7 @@ def build_results(
         "networks": networks,
         "warnings": warn_rescaled(pairs) + warn_small(distribution, networks),
         "condition": describe_condition(pairs),
+        "memorization": describe_memorization(measured),
         "dice_ratio": dice_ratios(measured, subjects, bootstrap),
         "diversity": dict(diversity),
         "axial_axis": tools.axial_axis,

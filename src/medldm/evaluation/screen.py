@@ -6,6 +6,8 @@ from typing import NamedTuple
 from rich.box import SIMPLE
 from rich.table import Table
 
+MARKS = {"nearest_train_rmse": "as real"}  # where neither end is the better one
+
 
 def number(value: float | str | None) -> str:
     """Four significant digits; 'inf' stays, nothing becomes a dash."""
@@ -46,7 +48,7 @@ def main_table(results: Mapping) -> Table:
     for row in rows:
         table.add_column(row.replace("_", " "), justify="right", no_wrap=row == "generated")
     for name in metric_names(rows):
-        mark = "higher" if name in results["higher_is_better"] else "lower"
+        mark = "higher" if name in results["higher_is_better"] else MARKS.get(name, "lower")
         cells = (cell(scores.get(name), interval=row == "generated") for row, scores in rows.items())
         table.add_row(f"{name} ({mark})", *cells)
     return table
@@ -158,5 +160,11 @@ def notes(results: Mapping) -> Iterator[str]:
             whys.setdefault(facts["missing"], []).append(name)
     yield from (f"{' and '.join(names)} left out: {why}" for why, names in whys.items())
     yield from results["warnings"]
+    if memorization := results["memorization"]:
+        share, near = memorization["memorized_share"], memorization["quantile"]
+        yield (
+            f"{share:.1%} of the generated images lie as near to a training image as the nearest {near:.0%} "
+            "of the real ones"
+        )
     if results["condition"]["edges_from_test_image"] is not None:
         yield f"condition: {results['condition']['note']}"

@@ -5,19 +5,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from medldm.batch import one_hot
 from medldm.losses import PIXEL_LOSSES, PerceptualLoss
 from medldm.metrics.image import psnr, ssim
+from medldm.metrics.overlap import dice
 from medldm.models.adversarial import AdversarialModule, GeneratorStep
 from medldm.networks.autoencoder import VQAutoencoder
 
 
 class AutoencoderModule(AdversarialModule):
-    """Trains `autoencoder` to reconstruct batch["image"]."""
+    """Trains `autoencoder` to reconstruct batch["image"], or, with `reconstructs` "mask", the one-hot planes
+    of batch["mask"]: the encoder of semantic maps.
+    """
 
     def __init__(
         self,
         autoencoder: VQAutoencoder,
         *,
+        reconstructs: str = "image",
         pixel_loss: str = "l1",
         pixel_weight: float = 1.0,
         perceptual: PerceptualLoss | None = None,
@@ -29,13 +34,26 @@ class AutoencoderModule(AdversarialModule):
         super().__init__(**optimisation)
         if pixel_loss not in PIXEL_LOSSES:
             raise ValueError(f"model.pixel_loss '{pixel_loss}' is none of {', '.join(PIXEL_LOSSES)}")
+        if reconstructs not in ("image", "mask"):
+            raise ValueError(f"model.reconstructs '{reconstructs}' is none of image, mask")
+        if reconstructs == "mask" and (perceptual_weight or autoencoder.decoder_map_channels):
+            raise ValueError("model.reconstructs=mask: set perceptual_weight=0 and decoder_sees_map=false")
+        if reconstructs == "image" and pixel_loss == "cross_entropy":
+            raise ValueError("model.pixel_loss=cross_entropy is for model.reconstructs=mask; choose l1 or l2")
+        self.reconstructs = reconstructs
         self.autoencoder, self.perceptual = autoencoder, perceptual
         self.pixel_loss = PIXEL_LOSSES[pixel_loss]
         self.pixel_weight, self.perceptual_weight = pixel_weight, perceptual_weight
         self.quantizer_weight = quantizer_weight
-        self.val_psnr, self.val_ssim = MeanMetric(), MeanMetric()
+        self.scores = nn.ModuleDict({name: MeanMetric() for name in self.score_names})
 
-    validation_metrics = ("val/loss", "val/mse", "val/perplexity", "val/psnr", "val/ssim")
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return ("psnr", "ssim") if self.reconstructs == "image" else ("dice",)
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        return tuple(f"val/{name}" for name in ("loss", "mse", "perplexity", *self.score_names))
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
@@ -58,12 +76,16 @@ class AutoencoderModule(AdversarialModule):
         num_classes = self.autoencoder.decoder_map_channels
         if num_classes is None:
             return None
-        mask = batch["mask"]
-        zeros = mask.new_zeros(mask.shape[0], num_classes, *mask.shape[2:], dtype=torch.float32)
-        return zeros.scatter_(1, mask, 1.0)
+        return one_hot(batch["mask"], num_classes)
+
+    def target(self, batch: dict) -> Tensor:
+        """(B, C, *S) what is to be reconstructed."""
+        if self.reconstructs == "image":
+            return batch["image"]
+        return one_hot(batch["mask"], self.autoencoder.image_channels)
 
     def generator_step(self, batch: dict, batch_idx: int, factor: float) -> GeneratorStep:
-        x = batch["image"]
+        x = self.target(batch)
         x_hat, quantized = self.autoencoder(x, self.decoder_map(batch))
         slices = self.draw_slices(x, batch_idx)
         losses = {"pixel": self.pixel_loss(x_hat, x), "quantizer": quantized.loss}
@@ -92,22 +114,35 @@ class AutoencoderModule(AdversarialModule):
         self.log("train/codebook_usage", self.autoencoder.quantizer.epoch_usage())
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        x = batch["image"]
+        x = self.target(batch)
         x_hat, quantized = self.autoencoder(x, self.decoder_map(batch))
         x_hat = x_hat.float()
-        real, fake = (x + 1) / 2, (x_hat.clamp(-1, 1) + 1) / 2
-        self.val_psnr.update(psnr(fake, real, data_range=1.0))
-        self.val_ssim.update(ssim(fake, real, data_range=1.0))
+        for name, values in self.score(x_hat, x).items():
+            self.scores[name].update(values)
         terms = {
             "val/loss": self.pixel_loss(x_hat, x),
             "val/mse": F.mse_loss(x_hat, x),
             "val/perplexity": quantized.perplexity,
-            "val/psnr": self.val_psnr,
-            "val/ssim": self.val_ssim,
         }
+        terms |= {f"val/{name}": metric for name, metric in self.scores.items()}
         self.log_dict(terms, on_epoch=True, batch_size=len(x), sync_dist=True)
+
+    def score(self, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
+        if self.reconstructs == "mask":
+            found, wanted = (v.argmax(1, keepdim=True) for v in (x_hat, x))
+            per_class = dice(found, wanted, x.shape[1])
+            return {"dice": per_class[per_class.isfinite()].float()}
+        real, fake = (x + 1) / 2, (x_hat.clamp(-1, 1) + 1) / 2
+        return {"psnr": psnr(fake, real, data_range=1.0), "ssim": ssim(fake, real, data_range=1.0)}
 
     @torch.no_grad()
     def picture(self, batch: dict) -> list[Tensor]:
-        """Rows for the sample grid: images and their reconstructions, each (B, C, *S) in [-1, 1]."""
-        return [batch["image"], self(batch["image"], self.decoder_map(batch)).float().clamp(-1, 1)]
+        """Rows for the sample grid: images (or class maps) and their reconstructions, each (B, C, *S) in [-1,
+        1].
+        """
+        x = self.target(batch)
+        rows = [x, self(x, self.decoder_map(batch)).float()]
+        if self.reconstructs == "mask":
+            last = x.shape[1] - 1
+            return [row.argmax(1, keepdim=True) / max(1, last) * 2 - 1 for row in rows]
+        return [row.clamp(-1, 1) for row in rows]

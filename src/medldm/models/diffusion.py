@@ -1,15 +1,18 @@
 """Stage two: diffusion of a first stage's latents under a condition. Rombach et al. 2022."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from medldm.batch import one_hot
 from medldm.diffusion.conditioner import Condition
-from medldm.diffusion.objective import DenoisingObjective, guided
+from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler
 from medldm.diffusion.schedule import NoiseSchedule
+from medldm.diffusion.windows import Windows, windowed
 from medldm.models.common import (
     build_optimizer,
     case_generators,
@@ -22,10 +25,17 @@ from medldm.models.common import (
 )
 
 
+def mix(condition: Condition, share: float) -> Condition:
+    """A condition of two samples -> of one between them."""
+    return Condition(*(None if x is None else torch.lerp(x[:1], x[1:], share) for x in condition))
+
+
 class DiffusionModule(LightningModule):
     """Denoiser (`network` and `conditioner`) over the latents of a frozen `first_stage`.
 
     batch["latent"] (the cache of `medldm encode`) is used where it is there, else batch["image"] is encoded.
+    `map_stage` is a frozen autoencoder of semantic maps, whose latents the conditioner finds as
+    batch["map_latent"].
     All random numbers of a step are a function of `seed` and the step, drawn for the global batch.
     """
 
@@ -35,6 +45,7 @@ class DiffusionModule(LightningModule):
         conditioner: nn.Module,
         network: nn.Module,
         *,
+        map_stage: nn.Module | None = None,
         schedule: NoiseSchedule,
         objective: DenoisingObjective,
         sampler: Sampler,
@@ -45,6 +56,7 @@ class DiffusionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.first_stage, self.conditioner, self.network = first_stage, conditioner, network
+        self.map_stage = map_stage
         self.schedule, self.objective, self.sampler = schedule, objective, sampler
         self.make_optimizer = optimizer
         self.warmup_steps, self.cosine_steps, self.seed = warmup_steps, cosine_steps, seed
@@ -94,7 +106,7 @@ class DiffusionModule(LightningModule):
         noise = torch.randn(world * len(z), *z.shape[1:], device=z.device, generator=generator)
         drop = self.conditioner.sample_drop(world * len(z), generator, z.device)
         t, noise, drop = (rank_part(v, rank, world) for v in (t, noise, drop))
-        condition = self.conditioner(batch, self.first_stage, drop)
+        condition = self.conditioner(self.with_map_latent(batch), self.first_stage, drop)
         return self.objective(self.network, self.schedule, z, condition, t=t, noise=noise)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -105,7 +117,7 @@ class DiffusionModule(LightningModule):
         u = (torch.arange(len(z), device=z.device) + torch.rand((), generator=generator)) / len(z)
         steps = self.schedule.num_timesteps or 1000
         t = ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
-        condition = self.conditioner(batch, self.first_stage)
+        condition = self.conditioner(self.with_map_latent(batch), self.first_stage)
         losses = self.objective(self.network, self.schedule, z, condition, t=t, noise=noise)
         terms = {f"val/{name}": value for name, value in losses.items()}
         self.log_dict(terms, on_epoch=True, batch_size=len(z), sync_dist=True)
@@ -116,9 +128,15 @@ class DiffusionModule(LightningModule):
     def condition(self, batch: dict, drop: tuple[str, ...] | None = ()) -> Condition:
         """The condition of a batch without the groups in `drop`; None drops all: the null of guidance."""
         size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
-        return self.conditioner(
-            batch, self.first_stage, self.conditioner.drop_groups(size, drop, self.device)
-        )
+        dropped = self.conditioner.drop_groups(size, drop, self.device)
+        return self.conditioner(self.with_map_latent(batch), self.first_stage, dropped)
+
+    @torch.no_grad()
+    def with_map_latent(self, batch: dict) -> dict:
+        if self.map_stage is None or "mask" not in batch:
+            return batch
+        planes = one_hot(batch["mask"], self.map_stage.autoencoder.image_channels)
+        return batch | {"map_latent": self.map_stage.encode(planes)}
 
     @torch.no_grad()
     def sample(
@@ -130,37 +148,92 @@ class DiffusionModule(LightningModule):
         sampler: Sampler | None = None,
         seed: int = 0,
         drop: tuple[str, ...] = (),
-        decoder_map: Tensor | None = None,
+        windows: Windows | None = None,
         callback: Callable | None = None,
     ) -> Tensor:
         """Images (B, C, *S) in about [-1, 1] under the batch's condition.
 
         `names` identify the samples: all noise is seeded by name and `seed`, so a sample is the same in
-        every batch.
+        every batch. `windows` denoises latents larger than those of training. `callback` sees every step's
+        x0_hat.
         """
         sampler = sampler or self.sampler
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
         condition = self.condition(batch, drop)
         null = condition if sampler.guidance_scale == 1 else self.condition(batch, None)
-        denoise = guided(
+        denoise = self.denoiser(condition, null, latent_shape, sampler, windows)
+        generator = case_generators(names, seed, self.device)
+        z = sampler(denoise, self.schedule, noise, generator, callback)
+        return self.decode(z, batch)
+
+    def denoiser(
+        self,
+        condition: Condition,
+        null: Condition,
+        latent_shape: tuple[int, ...],
+        sampler: Sampler,
+        windows: Windows | None = None,
+    ) -> Denoise:
+        """(z_t, t) -> x0_hat, guided as the sampler says, in windows where there are any."""
+        build = partial(
+            guided,
             self.objective,
             self.network,
             self.schedule,
-            condition,
-            null,
             scale=sampler.guidance_scale,
             rescale=sampler.guidance_rescale,
         )
-        generator = case_generators(names, seed, self.device)
-        z = sampler(denoise, self.schedule, noise, generator, callback)
-        return self.first_stage.decode(z, decoder_map)
+        if windows is None:
+            return build(condition, null)
+        return windowed(build, condition, null, latent_shape, windows)
+
+    def decode(self, z: Tensor, batch: dict) -> Tensor:
+        """(B, Cz, *s) -> images; a SPADE decoder sees the map of the batch."""
+        return self.first_stage.decode(z, self.first_stage.decoder_map(batch))
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        batch: dict,
+        names: list[str],
+        shares: Sequence[float],
+        *,
+        time: float = 0.5,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        windows: Windows | None = None,
+    ) -> Tensor:
+        """Volumes between the two cases of a batch, (len(shares), C, *S); share 0 is the first case.
+
+        Latents and conditions are mixed in a straight line, noised to `time` with one noise, and denoised
+        from there: time 0 would give the mixture itself, time 1 forget it. Ho et al. 2020, section 4.
+        """
+        sampler = sampler or self.sampler
+        z = self.latents(batch)
+        shape = tuple(z.shape[2:])
+        noise = case_noise(["+".join(names)], z.shape[1:], seed).to(z)
+        first = sampler.first_step(self.schedule, time)
+        start = sampler.time_grid(self.schedule).times[first].expand(1).to(z.device)
+        conditions = (self.condition(batch), self.condition(batch, None))
+        volumes = []
+        for share in shares:
+            mixed = (mix(condition, share) for condition in conditions)
+            z_t = self.schedule.add_noise(torch.lerp(z[:1], z[1:], share), noise, start)
+            denoise = self.denoiser(*mixed, shape, sampler, windows)
+            generator = case_generators(["+".join(names)], seed, self.device)
+            z_0 = sampler(denoise, self.schedule, z_t, generator, first=first)
+            nearer = {key: value[round(share)][None] for key, value in batch.items() if key == "mask"}
+            volumes.append(self.decode(z_0, nearer))
+        return torch.cat(volumes)
 
     def picture(self, batch: dict) -> list[Tensor]:
         """Rows for the sample grid: real images (where the batch has them), samples, edges and map."""
         names = [f"grid{i}" for i in range(len(next(iter(batch.values()))))]
         z = self.latents(batch)
         sampled = self.sample(batch, names, tuple(z.shape[2:])).float().clamp(-1, 1)
-        real = batch["image"] if "image" in batch else self.first_stage.decode(z).float().clamp(-1, 1)
+        real = batch.get("image")
+        if real is None:
+            real = self.decode(z, batch).float().clamp(-1, 1)
         rows = [real, sampled]
         if "source" in batch or "source_latent" in batch:
             source = stage_latents(self.first_stage, batch, "source")

@@ -116,9 +116,10 @@ class VQAutoencoder(nn.Module):
     channels, strides: one entry per level; a stride is a number or one per axis, 1 keeps the size.
     mid: blocks between the two halves, of "res" and "attn". num_res_blocks: per level, (encoder, decoder).
     decoder_map_channels: channels of a semantic map that SPADE norms of the decoder see; None means plain
-    norms. latent_kernel: kernel of the last encoder and first decoder convolution (None: the 1x1 convolutions
-    around the quantiser alone do it, as in TATS).
-    use_checkpoint: recompute residual blocks in the backward pass to save memory.
+    norms. spade_kernel: their kernel, a number or one per axis. latent_kernel: kernel of the last encoder and
+    first decoder convolution (None: the 1x1 convolutions around the quantiser alone do it, as in TATS).
+    use_checkpoint: recompute residual blocks in the backward pass to save memory, those with SPADE norms and
+    their 128 hidden channels at full resolution among them.
     """
 
     def __init__(
@@ -143,6 +144,8 @@ class VQAutoencoder(nn.Module):
         latent_kernel: int | None = 3,
         output_activation: str = "none",
         decoder_map_channels: int | None = None,
+        spade_kernel: int | Sequence[int] = 3,
+        spade_hidden_channels: int = 128,
         image_channels: int = 1,
         use_checkpoint: bool = False,
     ) -> None:
@@ -156,13 +159,21 @@ class VQAutoencoder(nn.Module):
         self.latent_channels = latent_channels
         self.downsampling = tuple(math.prod(factors) for factors in zip(*axis_strides, strict=True))
         self.output_activation = output_activation
+        self.latent_halo = 0 if latent_kernel is None else latent_kernel // 2
         self.decoder_map_channels = decoder_map_channels
 
         plain = partial(group_norm, groups=norm_groups)
         spade = plain
         if decoder_map_channels is not None:
-            # Med-LSDM's SPADE layers: 8 groups, 128 hidden channels.
-            spade = partial(SPADE, spatial_dims, map_channels=decoder_map_channels, groups=8)
+            # Med-LSDM's SPADE layers have 8 groups.
+            spade = partial(
+                SPADE,
+                spatial_dims,
+                map_channels=decoder_map_channels,
+                hidden_channels=spade_hidden_channels,
+                groups=8,
+                kernel_size=spade_kernel,
+            )
 
         def build(steps: Sequence[Step], norm) -> Stack:
             return Stack([block(step, norm) for step in steps])
@@ -186,7 +197,9 @@ class VQAutoencoder(nn.Module):
                 return Downsample(
                     spatial_dims, c_in, c_out, stride=stride, kind=resample, padding_mode=padding_mode
                 )
-            return Upsample(spatial_dims, c_in, c_out, stride=stride, kind=resample)
+            return Upsample(
+                spatial_dims, c_in, c_out, stride=stride, kind=resample, padding_mode=padding_mode
+            )
 
         plan = LAYOUTS[layout](stem_channels, list(channels), axis_strides, num_res_blocks, attention_levels)
         widest, narrowest = channels[-1], plan.decoder[-1].out_channels
@@ -214,13 +227,16 @@ class VQAutoencoder(nn.Module):
         """(B, C, *S) image -> (B, Cz, *S/f) latent before quantisation. Raises ValueError where S does not
         divide.
         """
+        self.check_size(x)
+        h = F.silu(self.encoder_norm(self.encoder(self.stem(x))))
+        return self.pre_quantizer(self.to_latent(h))  # (B, Cz, *S/f)
+
+    def check_size(self, x: Tensor) -> None:
         for size, factor in zip(x.shape[2:], self.downsampling, strict=True):
             if size % factor:
                 raise ValueError(
                     f"image size {tuple(x.shape[2:])} does not divide by the downsampling {self.downsampling}"
                 )
-        h = F.silu(self.encoder_norm(self.encoder(self.stem(x))))
-        return self.pre_quantizer(self.to_latent(h))  # (B, Cz, *S/f)
 
     def quantize(self, h: Tensor) -> Quantized:
         return self.quantizer(h)
@@ -233,6 +249,9 @@ class VQAutoencoder(nn.Module):
         h = self.decoder(h, mask)
         if self.decoder_norm is not None:
             h = F.silu(apply_norm(self.decoder_norm, h, mask))
+        return self.last(h)
+
+    def last(self, h: Tensor) -> Tensor:
         x = self.head(h)
         return torch.tanh(x) if self.output_activation == "tanh" else x
 

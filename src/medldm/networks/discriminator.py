@@ -23,6 +23,8 @@ def discriminator_norm(kind: str, spatial_dims: int, channels: int) -> nn.Module
 class PatchDiscriminator(nn.Module):
     """Convolutions of kernel 4 with leaky ReLU 0.2; the first has no norm, the last gives the logits.
 
+    bias_before_norm: biases in convolutions that a norm follows. They have no effect, but
+    Med-LSDM's counts include them (norm "batch", padding 2: 2,764,481 in 2D and 11,049,665 in 3D).
     Returns every stage's features, logits (B, out_channels, *S') last: feature matching needs them all.
     """
 
@@ -34,6 +36,7 @@ class PatchDiscriminator(nn.Module):
         strides: Sequence[int] = (2, 2, 2),
         norm: str = "batch",
         padding: int = 1,
+        bias_before_norm: bool = False,
         in_channels: int = 1,
         out_channels: int = 1,
     ) -> None:
@@ -44,7 +47,8 @@ class PatchDiscriminator(nn.Module):
         stages, width = [], in_channels
         for i, (out, stride) in enumerate(zip(channels, strides, strict=True)):
             has_norm = i > 0 and norm != "none"
-            layer = conv(spatial_dims, width, out, 4, stride=stride, padding=padding, bias=not has_norm)
+            has_bias = bias_before_norm or not has_norm
+            layer = conv(spatial_dims, width, out, 4, stride=stride, padding=padding, bias=has_bias)
             stages.append(
                 nn.Sequential(
                     layer, discriminator_norm(norm, spatial_dims, out) if has_norm else nn.Identity()

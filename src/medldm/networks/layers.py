@@ -79,6 +79,8 @@ class ResBlock(nn.Module):
 
     `shortcut`: "auto" is the identity where widths agree, "always" a 1x1 convolution on every block,
     "none" drops it (and the second convolution): the truncated block of ALDM's first releases.
+    `kernel_size`: a number, or one per axis ([1, 3, 3] keeps slices apart). `scale_shift`: the embedding
+    scales and shifts what the second norm gives instead of being added (Dhariwal and Nichol 2021).
     """
 
     def __init__(
@@ -93,17 +95,24 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         zero_init_last: bool = False,
         padding_mode: str = "zeros",
+        kernel_size: int | Sequence[int] = 3,
+        scale_shift: bool = False,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if shortcut not in ("auto", "always", "none"):
             raise ValueError(f"shortcut '{shortcut}' is none of auto, always, none")
-        kwargs = {"kernel_size": 3, "padding": 1, "padding_mode": padding_mode}
-        self.use_checkpoint = use_checkpoint
+        kernel = per_axis(kernel_size, spatial_dims)
+        padding = tuple(size // 2 for size in kernel)
+        kwargs = {"kernel_size": kernel, "padding": padding, "padding_mode": padding_mode}
+        self.use_checkpoint, self.scale_shift = use_checkpoint, scale_shift
         self.norm1 = norm(in_channels)
         self.conv1 = conv(spatial_dims, in_channels, out_channels, **kwargs)
-        self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
+        width = out_channels * (1 + scale_shift)
+        self.embedding = nn.Linear(embedding_channels, width) if embedding_channels else None
         self.truncated = shortcut == "none"
+        if self.truncated and scale_shift:
+            raise ValueError("scale_shift acts on the second norm, which shortcut='none' leaves out")
         if self.truncated:
             return
         self.norm2 = norm(out_channels)
@@ -124,15 +133,25 @@ class ResBlock(nn.Module):
 
     def _forward(self, x: Tensor, embedding: Tensor | None, spade: Tensor | None) -> Tensor:
         h = self.conv1(F.silu(apply_norm(self.norm1, x, spade)))
-        if self.embedding is not None:
-            if embedding is None:
-                raise ValueError("this block was built with a time embedding and got none")
-            e = self.embedding(embedding)
-            h = h + e.reshape(e.shape + (1,) * (h.ndim - 2)).to(h.dtype)
+        e = self.embedded(embedding, h)
+        if e is not None and not self.scale_shift:
+            h = h + e
         if self.truncated:
             return h
-        h = self.conv2(self.dropout(F.silu(apply_norm(self.norm2, h, spade))))
+        h = apply_norm(self.norm2, h, spade)
+        if e is not None and self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
         return h + pointwise(self.shortcut, x)  # in this order: the sum takes the layout of its first term
+
+    def embedded(self, embedding: Tensor | None, h: Tensor) -> Tensor | None:
+        if self.embedding is None:
+            return None
+        if embedding is None:
+            raise ValueError("this block was built with a time embedding and got none")
+        e = self.embedding(embedding)
+        return e.reshape(e.shape + (1,) * (h.ndim - 2)).to(h.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -217,7 +236,8 @@ class TransformerBlock(nn.Module):
 
 class Downsample(nn.Module):
     """Strided convolution. `kind`: "conv4" (k4, symmetric), "conv3" (k3, padding 1), "conv3_end" (k3, one
-    voxel padded at the end of each axis, as in CompVis and ALDM). Axes of stride 1 keep their size.
+    voxel padded at the end of each axis, as in CompVis and ALDM). Axes of stride 1 keep their size; with
+    `flat_kernel` the kernel is 1 there.
     """
 
     def __init__(
@@ -229,15 +249,23 @@ class Downsample(nn.Module):
         stride: int | Sequence[int] = 2,
         kind: str = "conv4",
         padding_mode: str = "zeros",
+        flat_kernel: bool = False,
     ) -> None:
         super().__init__()
         if kind not in ("conv4", "conv3", "conv3_end"):
             raise ValueError(f"downsampling '{kind}' is none of conv4, conv3, conv3_end")
-        strides = per_axis(stride, spatial_dims)
-        kernels = tuple(4 if kind == "conv4" and s > 1 else 3 for s in strides)
+        self.strides = strides = per_axis(stride, spatial_dims)
+        flat = 1 if flat_kernel else 3
+        kernels = tuple(flat if s == 1 else 4 if kind == "conv4" else 3 for s in strides)
         pads_at_end = kind == "conv3_end"
         self.pad = (
-            [p for s in reversed(strides) for p in ((0, 1) if s > 1 else (1, 1))] if pads_at_end else None
+            [
+                p
+                for s, k in zip(strides[::-1], kernels[::-1], strict=True)
+                for p in ((0, 1) if s > 1 else (k // 2,) * 2)
+            ]
+            if pads_at_end
+            else None
         )
         self.conv = conv(
             spatial_dims,
@@ -245,7 +273,7 @@ class Downsample(nn.Module):
             out_channels,
             kernel_size=kernels,
             stride=strides,
-            padding=0 if pads_at_end else 1,
+            padding=0 if pads_at_end else tuple(int(k > 1) for k in kernels),
             padding_mode=padding_mode,
         )
 
@@ -254,7 +282,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Transposed convolution ("conv4") or nearest upsampling and a convolution ("conv3", "conv3_end")."""
+    """Transposed convolution ("conv4") or nearest upsampling and a convolution ("conv3", "conv3_end").
+
+    `padding_mode` "replicate" of a transposed convolution repeats the border of its input (TATS, Med-LSDM).
+    """
 
     def __init__(
         self,
@@ -264,17 +295,33 @@ class Upsample(nn.Module):
         *,
         stride: int | Sequence[int] = 2,
         kind: str = "conv4",
+        padding_mode: str = "zeros",
+        flat_kernel: bool = False,
     ) -> None:
         super().__init__()
-        strides = per_axis(stride, spatial_dims)
+        self.strides = strides = per_axis(stride, spatial_dims)
+        self.pad_mode = None if padding_mode == "zeros" or kind != "conv4" else padding_mode
         self.scale = None if kind == "conv4" else tuple(float(s) for s in strides)
         if kind == "conv4":
-            kernels = tuple(4 if s > 1 else 3 for s in strides)
+            kernels = tuple(4 if s > 1 else 1 if flat_kernel else 3 for s in strides)
+            padding = tuple(0 if k == 1 else k - 1 if self.pad_mode else 1 for k in kernels)
+            self.pad = [p for k in reversed(kernels) for p in (int(k > 1),) * 2]
             self.conv = conv_transpose(
-                spatial_dims, in_channels, out_channels, kernel_size=kernels, stride=strides, padding=1
+                spatial_dims, in_channels, out_channels, kernel_size=kernels, stride=strides, padding=padding
             )
         else:
-            self.conv = conv(spatial_dims, in_channels, out_channels, kernel_size=3, padding=1)
+            kernels = tuple(1 if s == 1 and flat_kernel else 3 for s in strides)
+            padding = tuple(k // 2 for k in kernels)
+            self.conv = conv(
+                spatial_dims,
+                in_channels,
+                out_channels,
+                kernel_size=kernels,
+                padding=padding,
+                padding_mode=padding_mode,
+            )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pad_mode:
+            x = F.pad(x, self.pad, mode=self.pad_mode)
         return self.conv(F.interpolate(x, scale_factor=self.scale, mode="nearest") if self.scale else x)

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 class SPADE(nn.Module):
     """Parameter-free norm of x, scaled and shifted by two maps computed from the condition.
 
-    Outside training the maps of one condition tensor are kept: a sampler calls with the same static map at
-    every step, and they do not depend on the step.
+    Outside training the maps of every condition tensor that is alive are kept: a sampler calls with the same
+    static map (or one for each window) at every step, and they do not depend on the step.
+    kernel_size: a number, or one per axis ([1, 3, 3] in Med-LSDM).
     """
 
     def __init__(
@@ -23,16 +25,17 @@ class SPADE(nn.Module):
         map_channels: int,
         hidden_channels: int = 128,
         groups: int | None = None,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
     ) -> None:
         super().__init__()
         conv = getattr(nn, f"Conv{spatial_dims}d")
-        padding = kernel_size // 2
+        kernel_size = (kernel_size,) * spatial_dims if isinstance(kernel_size, int) else tuple(kernel_size)
+        padding = tuple(size // 2 for size in kernel_size)
         self.groups = math.gcd(groups, channels) if groups else None
         self.shared = conv(map_channels, hidden_channels, kernel_size, padding=padding)
         self.gamma = conv(hidden_channels, channels, kernel_size, padding=padding)
         self.beta = conv(hidden_channels, channels, kernel_size, padding=padding)
-        self._kept: tuple | None = None
+        self._kept: dict[int, tuple] = {}
 
     def modulation(self, spade: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         """gamma and beta, each (B, C, *size), from a map of any grid (nearest)."""
@@ -43,12 +46,14 @@ class SPADE(nn.Module):
 
     def _modulation_kept(self, spade: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         if self.training or torch.is_grad_enabled():
-            self._kept = None
+            self._kept.clear()
             return self.modulation(spade, size)
-        version = (size, spade._version, self.gamma.weight._version)
-        if self._kept is None or self._kept[0]() is not spade or self._kept[1] != version:
-            self._kept = (weakref.ref(spade), version, self.modulation(spade, size))
-        return self._kept[2]
+        key, version = id(spade), (size, spade._version, self.gamma.weight._version)
+        kept = self._kept.get(key)
+        if kept is None or kept[0]() is not spade or kept[1] != version:
+            self._kept = {k: entry for k, entry in self._kept.items() if entry[0]() is not None}
+            kept = self._kept[key] = (weakref.ref(spade), version, self.modulation(spade, size))
+        return kept[2]
 
     def forward(self, x: Tensor, spade: Tensor | None) -> Tensor:
         if spade is None:

@@ -1,11 +1,13 @@
 """The conditional denoising U-Net, 2D and 3D.
 
-Two arrangements of its skips: "block" keeps the output of every block (Ho et al. 2020; Dhariwal and Nichol
-2021), "level" keeps the input of every level (the cardiac report). Conditions enter by concatenation, by an
-embedding added to the time embedding, by SPADE norms in the middle and decoder, and by cross-attention.
+Three arrangements of its skips: "block" keeps the output of every block and resampling (Ho et al. 2020;
+Dhariwal and Nichol 2021), "level" keeps the input of every level (the cardiac report), "output" the output
+of every block, and the stem's for one more block at the end (Ho et al. 2022, Med-LSDM). Conditions enter by
+concatenation, by an embedding added to the time embedding, by SPADE norms in the middle and decoder, and by
+cross-attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.errors import InputError
 from medldm.networks.layers import (
     AttentionBlock,
     Downsample,
@@ -21,6 +24,7 @@ from medldm.networks.layers import (
     Upsample,
     conv,
     group_norm,
+    per_axis,
     sinusoidal_embedding,
     zero_init,
 )
@@ -53,7 +57,11 @@ class UNet(nn.Module):
     channels: width of each level. skips="level": each level is followed by a downsampling, `mid_channels`
     ends the middle, `up_channels` are the widths on the way up (as the report's 256->384->512->768, 768->512,
     384->256->128). skips="block": no downsampling after the last level, the way up mirrors the way down with
-    one more block a level.
+    one more block a level. skips="output": as "block", with as many blocks up as down.
+    kernel_size, stem_kernel, spade_kernel: a number or one per axis; strides: of every downsampling.
+    [1, 3, 3] and [1, 2, 2] with attention along depth (`attention`) make the factorised 3D U-Net.
+    attention, mid_attention, stem_attention: what builds the attention of a width where it is not the default
+    one over all positions; the middle's defaults to `attention`, the stem has none of its own.
     attention_levels: None puts attention in every level.
     embedding_channels: width of time and condition embedding.
     spade_channels, context_channels: of the condition's map and tokens; None where there are none.
@@ -82,30 +90,45 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         norm_groups: int = 32,
         norm_eps: float = 1e-6,
+        kernel_size: int | Sequence[int] = 3,
+        stem_kernel: int | Sequence[int] = 3,
+        spade_kernel: int | Sequence[int] = 3,
+        strides: int | Sequence[int] = 2,
+        attention: Callable[[int], nn.Module] | None = None,
+        mid_attention: Callable[[int], nn.Module] | None = None,
+        stem_attention: Callable[[int], nn.Module] | None = None,
+        scale_shift: bool = False,
         zero_init_last: bool = True,
         spade_channels: int | None = None,
         context_channels: int | None = None,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if skips not in ("block", "level"):
-            raise ValueError(f"skips '{skips}' is none of block, level")
+        if skips not in ("block", "level", "output"):
+            raise ValueError(f"skips '{skips}' is none of block, level, output")
         self.spatial_dims, self.skips = spatial_dims, skips
         self.in_channels, self.out_channels = in_channels, out_channels
         self.sinusoidal_channels = sinusoidal_channels
-        self.num_downsamplings = len(channels) - (skips == "block")
+        num_downsamplings = len(channels) - (skips != "level")
+        kernel, strides = per_axis(kernel_size, spatial_dims), per_axis(strides, spatial_dims)
+        self.downsampling = tuple(stride**num_downsamplings for stride in strides)
         plain = partial(group_norm, groups=norm_groups, eps=norm_eps)
         spade = plain
         if spade_channels is not None:
-            spade = partial(SPADE, spatial_dims, map_channels=spade_channels, groups=8)
+            spade = partial(
+                SPADE, spatial_dims, map_channels=spade_channels, groups=8, kernel_size=spade_kernel
+            )
 
-        def attention(width: int) -> nn.Module:
+        def full_attention(width: int) -> nn.Module:
             heads = {"num_heads": num_heads, "head_channels": head_channels, "groups": norm_groups}
             if context_channels is not None:
                 return TransformerBlock(width, context_channels=context_channels, **heads)
             return AttentionBlock(width, zero_init_last=zero_init_last, **heads)
 
-        def unit(c_in: int, c_out: int, norm, has_attention: bool) -> Unit:
+        attention = attention or full_attention
+        mid_attention = mid_attention or attention
+
+        def unit(c_in: int, c_out: int, norm, attention: Callable | None) -> Unit:
             res = ResBlock(
                 spatial_dims,
                 c_in,
@@ -115,40 +138,47 @@ class UNet(nn.Module):
                 shortcut=shortcut,
                 dropout=dropout,
                 zero_init_last=zero_init_last,
+                kernel_size=kernel,
+                scale_shift=scale_shift,
                 use_checkpoint=use_checkpoint,
             )
-            return Unit(res, attention(c_out) if has_attention else None)
+            return Unit(res, attention(c_out) if attention else None)
 
-        def attends(level: int) -> bool:
-            return attention_levels is None or level in attention_levels
+        def attends(level: int) -> Callable | None:
+            return attention if attention_levels is None or level in attention_levels else None
 
-        down = partial(Downsample, spatial_dims, kind=resample)
-        up = partial(Upsample, spatial_dims, kind=resample)
+        resampling = {"stride": strides, "kind": resample, "flat_kernel": min(kernel) == 1}
+        down = partial(Downsample, spatial_dims, **resampling)
+        up = partial(Upsample, spatial_dims, **resampling)
         self.time = nn.Sequential(
             nn.Linear(sinusoidal_channels, embedding_channels),
             nn.SiLU(),
             nn.Linear(embedding_channels, embedding_channels),
         )
-        self.stem = conv(spatial_dims, in_channels, stem_channels, 3, padding=1)
+        stem_kernel = per_axis(stem_kernel, spatial_dims)
+        padding = tuple(size // 2 for size in stem_kernel)
+        self.stem = conv(spatial_dims, in_channels, stem_channels, stem_kernel, padding=padding)
+        self.stem_attention = stem_attention(stem_channels) if stem_attention else None
 
-        self.down, width, kept = nn.ModuleList(), stem_channels, [stem_channels]
+        self.down, width = nn.ModuleList(), stem_channels
+        kept = [stem_channels] if skips == "block" else []
         for level, out in enumerate(channels):
             units = [
                 unit(width if i == 0 else out, out, plain, attends(level)) for i in range(num_res_blocks)
             ]
-            resampled = level < self.num_downsamplings
+            resampled = level < num_downsamplings
             self.down.append(Level(units, down(out, out) if resampled else None))
-            kept += [out] * (num_res_blocks + resampled) if skips == "block" else [out] * resampled
+            kept += [out] * (num_res_blocks + (resampled and skips == "block"))
             width = out
 
         mid_width = mid_channels or width
-        self.mid = nn.ModuleList([unit(width, mid_width, spade, skips == "block")])
-        if skips == "block":
-            self.mid.append(unit(mid_width, mid_width, spade, False))
+        self.mid = nn.ModuleList([unit(width, mid_width, spade, None if skips == "level" else mid_attention)])
+        if skips != "level":
+            self.mid.append(unit(mid_width, mid_width, spade, None))
         else:
             # res, then (attention, res) as often as asked
-            self.mid_attention = nn.ModuleList([attention(mid_width) for _ in range(num_mid_units)])
-            self.mid.extend(unit(mid_width, mid_width, spade, False) for _ in range(num_mid_units))
+            self.mid_attention = nn.ModuleList([mid_attention(mid_width) for _ in range(num_mid_units)])
+            self.mid.extend(unit(mid_width, mid_width, spade, None) for _ in range(num_mid_units))
         width = mid_width
 
         self.up = nn.ModuleList()
@@ -159,6 +189,17 @@ class UNet(nn.Module):
                     units.append(unit(width + kept.pop(), channels[level], spade, attends(level)))
                     width = channels[level]
                 self.up.append(Level(units, up(width, width) if level else None))
+        elif skips == "output":
+            for level in reversed(range(len(channels))):
+                units = []
+                for i in range(num_res_blocks):
+                    narrows = i == num_res_blocks - 1
+                    out = (channels[level - 1] if level else stem_channels) if narrows else channels[level]
+                    units.append(unit(width + kept.pop(), out, spade, attends(level)))
+                    width = out
+                self.up.append(Level(units, up(width, width) if level else None))
+            self.last = unit(width + stem_channels, stem_channels, plain, None)
+            width = stem_channels
         else:
             for level, out in zip(reversed(range(len(channels))), up_channels or (), strict=True):
                 skip = stem_channels if level == 0 else channels[level - 1]
@@ -169,42 +210,47 @@ class UNet(nn.Module):
                 self.up.append(Level(units, up(width, width)))
                 width = out
         self.head_norm = plain(width)
-        self.head = conv(spatial_dims, width, out_channels, 3, padding=1)
+        self.head = conv(spatial_dims, width, out_channels, kernel, padding=tuple(k // 2 for k in kernel))
         if zero_init_last:
             zero_init(self.head)
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         """z_t (B, Cz, *s), t (B,) float in [0, 1000), condition -> (B, out_channels, *s)."""
-        for size in z_t.shape[2:]:
-            if size % 2**self.num_downsamplings:
-                raise ValueError(
-                    f"latent size {tuple(z_t.shape[2:])} is not divisible by {2**self.num_downsamplings}"
+        for size, factor in zip(z_t.shape[2:], self.downsampling, strict=True):
+            if size % factor:
+                raise InputError(
+                    f"data: latents of {tuple(z_t.shape[2:])} do not divide by {self.downsampling}, the "
+                    "downsampling of model.network; crop or pad the images, or give it fewer levels"
                 )
         e = self.time(sinusoidal_embedding(t, self.sinusoidal_channels).to(self.time[0].weight.dtype))
         if condition.embedding is not None:
             e = e + condition.embedding
         e = F.silu(e)
         h = z_t if condition.concat is None else torch.cat([z_t, condition.concat.to(z_t.dtype)], dim=1)
-        run = self._forward_block if self.skips == "block" else self._forward_level
-        h = run(self.stem(h), e, condition)
+        h = self.stem(h)
+        if self.stem_attention is not None:
+            h = self.stem_attention(h)
+        run = self._forward_level if self.skips == "level" else self._forward_block
+        h = run(h, e, condition)
         return self.head(F.silu(self.head_norm(h)))
 
     def _forward_block(self, h: Tensor, e: Tensor, condition: Any) -> Tensor:
-        kept = [h]
+        keeps_all = self.skips == "block"
+        stem, kept = h, [h] if keeps_all else []
         for level in self.down:
             for unit in level.units:
                 h = unit(h, e, condition)
                 kept.append(h)
             if level.resample is not None:
                 h = level.resample(h)
-                kept.append(h)
+                kept += [h] if keeps_all else []
         for unit in self.mid:
             h = unit(h, e, condition)
         for level in self.up:
             for unit in level.units:
                 h = unit(torch.cat([h, kept.pop()], dim=1), e, condition)
             h = h if level.resample is None else level.resample(h)
-        return h
+        return h if keeps_all else self.last(torch.cat([h, stem], dim=1), e, condition)
 
     def _forward_level(self, h: Tensor, e: Tensor, condition: Any) -> Tensor:
         kept = []

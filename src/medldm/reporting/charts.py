@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medldm.evaluation.screen import MARKS
+
 INK = "#010203"  # drawn in this colour, then replaced by the page's own
 COLOURS = {"train": "#3f7fd9", "val": "#e0792b", "": "#3f7fd9"}
 ROW_COLOURS = {"generated": "#2f74d0", "reconstruction": "#2a9d6e"}
@@ -102,7 +104,7 @@ def score_chart(rows: Mapping[str, Mapping], names: Sequence[str], higher: Seque
         axis.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
         for y, row in enumerate(order):
             draw_score(axis, y, row, rows[row].get(name))
-        better = "higher is better" if name in higher else "lower is better"
+        better = f"{'higher' if name in higher else MARKS.get(name, 'lower')} is better"
         axis.set_title(f"{name}\n", loc="left", fontsize=10, color=INK, fontweight="bold")
         axis.text(0, 1.03, better, transform=axis.transAxes, fontsize=8, color=INK, alpha=0.65)
         axis.set_yticks(range(len(order)), [row.replace("_", " ") for row in order])

@@ -1,0 +1,192 @@
+"""Encoding and decoding of volumes larger than memory, equal to doing it at once.
+
+Every operation runs over tiles cut with as many cells around them as its kernel sees; norms use the
+statistics of the whole volume. (Tiles with statistics of their own, blended where they overlap, are off by
+tens of percent.) What one operation leaves is kept on `store`, so a device holds a tile at a time, and
+nothing is computed twice but borders.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medldm.networks.autoencoder import VQAutoencoder
+from medldm.networks.layers import AttentionBlock, Downsample, ResBlock, Upsample, per_axis, pointwise
+from medldm.networks.spade import SPADE
+
+Box = tuple[tuple[int, int], ...]  # (start, stop) per axis
+
+
+def boxes(shape: Sequence[int], tile: Sequence[int]) -> Iterator[Box]:
+    """Tiles that cover `shape` without overlap."""
+    axes = [[(a, min(a + t, n)) for a in range(0, n, t)] for n, t in zip(shape, tile, strict=True)]
+    return itertools.product(*axes)
+
+
+def cut(x: Tensor, box: Box) -> Tensor:
+    return x[(..., *(slice(a, b) for a, b in box))]
+
+
+def grown(box: Box, halo: int, shape: Sequence[int], multiple: Sequence[int]) -> Box:
+    """`box` with `halo` cells around it, within `shape`, starting at a multiple."""
+    return tuple(
+        (max(0, a - halo) // m * m, min(n, b + halo))
+        for (a, b), n, m in zip(box, shape, multiple, strict=True)
+    )
+
+
+class Affine(NamedTuple):
+    """A norm of a whole volume as x * scale + shift."""
+
+    scale: Tensor  # (B, C, 1, ..)
+    shift: Tensor
+
+
+def whole_norm(norm: nn.Module, x: Tensor) -> Affine:
+    """The statistics of stored x, slice by slice in float64, with the norm's own weights."""
+    is_spade = isinstance(norm, SPADE)
+    groups = (norm.groups or x.shape[1]) if is_spade else norm.num_groups
+    sums = torch.zeros(2, len(x), groups, dtype=torch.float64)
+    for part in x.unbind(2):
+        grouped = part.double().reshape(len(x), groups, -1)
+        sums += torch.stack([grouped.sum(2), grouped.square().sum(2)]).cpu()
+    mean, square = sums / (x[0].numel() // groups)
+    rstd = (square - mean.square()).clamp_min(0).add(1e-5 if is_spade else norm.eps).rsqrt()
+    mean, rstd = (v.repeat_interleave(x.shape[1] // groups, dim=1) for v in (mean, rstd))  # (B, C)
+    if not is_spade:
+        rstd = rstd * norm.weight.detach().double().cpu()
+    shift = -mean * rstd if is_spade else norm.bias.detach().double().cpu() - mean * rstd
+    return Affine(*(v.reshape(v.shape + (1,) * (x.ndim - 2)).float() for v in (rstd, shift)))
+
+
+class TiledAutoencoder:
+    """`encode` and `decode` of an autoencoder in eval mode, in tiles of `tile` cells an axis (a number or one
+    per axis) at each resolution. `store` is where volumes wait between operations: "cpu" frees a device.
+    """
+
+    def __init__(
+        self, autoencoder: VQAutoencoder, tile: int | Sequence[int], *, store: torch.device | str = "cpu"
+    ) -> None:
+        self.autoencoder, self.store = autoencoder, torch.device(store)
+        self.tile = per_axis(tile, autoencoder.spatial_dims)
+        self.device = autoencoder.head.weight.device
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, Cz, *S/f) on the store, neither quantised nor normalised."""
+        net = self.autoencoder
+        net.check_size(x)
+        h = self.run(net.stem, [x.to(self.store)], halo=1)
+        h = self.stack(net.encoder, h, None)
+        norm = whole_norm(net.encoder_norm, h)
+
+        def finish(part: Tensor, box: Box) -> Tensor:
+            return net.pre_quantizer(net.to_latent(self.activated(net.encoder_norm, norm, part, None, box)))
+
+        return self.run(finish, [h], halo=net.latent_halo, sees_box=True)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, Cz, *s) quantised latent, one-hot map for SPADE decoders -> (B, C, *S) on the store."""
+        net = self.autoencoder
+        mask = None if mask is None else mask.to(self.store)
+        h = self.run(
+            lambda part: net.from_latent(net.post_quantizer(part)), [z.to(self.store)], halo=net.latent_halo
+        )
+        if net.decoder_entry_norm is not None:
+            h = self.norm_and(net.decoder_entry_norm, nn.Identity(), h, mask, halo=0)
+        h = self.stack(net.decoder, h, mask)
+        last = net.last
+        if net.decoder_norm is not None:
+            return self.norm_and(net.decoder_norm, last, h, mask, halo=1)
+        return self.run(last, [h], halo=1)
+
+    def stack(self, blocks: Sequence[nn.Module], h: Tensor, mask: Tensor | None) -> Tensor:
+        for block in blocks:
+            if isinstance(block, ResBlock):
+                h = self.res_block(block, h, mask)
+            elif isinstance(block, AttentionBlock):
+                h = block(h.to(self.device)).to(self.store)  # every position sees every other
+            elif isinstance(block, Upsample):
+                h = self.run(block, [h], halo=1, up=block.strides)
+            else:
+                assert isinstance(block, Downsample)
+                h = self.run(block, [h], halo=1, down=block.strides)
+        return h
+
+    def res_block(self, block: ResBlock, x: Tensor, mask: Tensor | None) -> Tensor:
+        h = self.norm_and(block.norm1, block.conv1, x, mask, halo=1)
+        if block.truncated:
+            return h
+        norm = whole_norm(block.norm2, h)
+
+        def second(h: Tensor, x: Tensor, box: Box) -> Tensor:
+            return block.conv2(self.activated(block.norm2, norm, h, mask, box)) + pointwise(block.shortcut, x)
+
+        return self.run(second, [h, x], halo=1, sees_box=True)
+
+    def norm_and(
+        self, norm: nn.Module, layer: Callable, x: Tensor, mask: Tensor | None, *, halo: int
+    ) -> Tensor:
+        affine = whole_norm(norm, x)
+
+        def op(part: Tensor, box: Box) -> Tensor:
+            return layer(self.activated(norm, affine, part, mask, box))
+
+        return self.run(op, [x], halo=halo, sees_box=True)
+
+    def activated(self, norm: nn.Module, affine: Affine, h: Tensor, mask: Tensor | None, box: Box) -> Tensor:
+        """SiLU of the norm of the cells `h` that lie in `box`."""
+        scale, shift = (v.to(h) for v in affine)
+        h = h * scale + shift
+        if isinstance(norm, SPADE):
+            if mask is None:
+                raise ValueError("a SPADE decoder needs the one-hot map")
+            gamma, beta = self.modulation(norm, mask, h, box)
+            h = h * (1 + gamma) + beta
+        return F.silu(h)
+
+    def modulation(self, norm: SPADE, mask: Tensor, h: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+        """gamma and beta of the cells in `box`; two convolutions see two cells beyond."""
+        level = mask[
+            (..., *(slice(None, None, n // m) for n, m in zip(mask.shape[2:], self.grid, strict=True)))
+        ]
+        wide = grown(box, 2, self.grid, (1,) * len(box))
+        maps = norm.modulation(cut(level, wide).to(h), torch.Size(b - a for a, b in wide))
+        inner = tuple((a - w, b - w) for (a, b), (w, _) in zip(box, wide, strict=True))
+        return tuple(cut(part, inner) for part in maps)
+
+    def run(
+        self,
+        op: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        *,
+        halo: int,
+        up: Sequence[int] | None = None,
+        down: Sequence[int] | None = None,
+        sees_box: bool = False,
+    ) -> Tensor:
+        """`op` over tiles of its output. Its own padding is right at the border of the volume; inside,
+        what it gets wrong at the border of a tile is cut off.
+        """
+        dims = self.autoencoder.spatial_dims
+        up, down = up or (1,) * dims, down or (1,) * dims
+        self.grid = tuple(inputs[0].shape[2:])
+        shape = tuple(n * u // d for n, u, d in zip(self.grid, up, down, strict=True))
+        out = None
+        for box in boxes(shape, self.tile):
+            seen = tuple((a * d // u, -(-b * d // u)) for (a, b), u, d in zip(box, up, down, strict=True))
+            seen = grown(seen, halo, self.grid, down)
+            parts = [cut(x, seen).to(self.device) for x in inputs]
+            part = op(*parts, seen) if sees_box else op(*parts)
+            starts = [a * u // d for (a, _), u, d in zip(seen, up, down, strict=True)]
+            inner = tuple((a - s, b - s) for (a, b), s in zip(box, starts, strict=True))
+            part = cut(part, inner)
+            if out is None:
+                out = torch.empty(*part.shape[:2], *shape, dtype=part.dtype, device=self.store)
+            cut(out, box).copy_(part)
+        return out
