@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "callbacks": {"models", "plots"},
     "runs": set(),
     "inference": {"data"},
+    "sampling": {"inference", "models", "diffusion", "networks", "data"},
     "outputs": {"data", "callbacks", "plots"},
     "evaluation": {"data", "metrics", "networks"},
     "reporting": {"evaluation", "data"},

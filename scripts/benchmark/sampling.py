@@ -10,14 +10,15 @@ from measuring import DEVICE, Measured
 
 def compare_samplers(options: Namespace, tick: Callable[[], object]) -> list[Measured]:
     from medldm.checkpoints import load_module
-    from medldm.commands.sample import generate, model_keys, spread
     from medldm.data.datamodule import CaseDataModule
     from medldm.diffusion.sampler import AncestralSampler, DPMSolverSampler
     from medldm.inference import case_batches, items_by_case
     from medldm.metrics.image import nmse_var, psnr, ssim
+    from medldm.sampling import Request, predictor_of, spread
 
     module = load_module(options.checkpoint).to(DEVICE).eval()
-    keys = tuple(dict.fromkeys((*model_keys(module), "image")))
+    predictor = predictor_of(module)
+    keys = tuple(dict.fromkeys((*predictor.keys, "image")))
     data = CaseDataModule(options.data, batch_size=1, keys=keys)
     dataset = data.dataset("test")
     samplers = {
@@ -35,9 +36,8 @@ def compare_samplers(options: Namespace, tick: Callable[[], object]) -> list[Mea
         real = (batch["image"].float() + 1) / 2
         for name, sampler in samplers.items():
             start = time.perf_counter()
-            images = generate(
-                module, batch, tuple(real.shape[2:]), {"sampler": sampler, "seed": options.seed}
-            )
+            module.sampler = sampler
+            images = predictor(batch, tuple(real.shape[2:]), Request(options.seed))
             fake, took = (images + 1) / 2, time.perf_counter() - start
             for metric, function in {"ssim": ssim, "psnr": psnr, "nmse_var": nmse_var}.items():
                 scores[name][metric] += function(fake, real).tolist()

@@ -228,6 +228,7 @@ def test_translations_are_judged_by_pair_and_region(call, translations):
     assert back["identity"]["nmse_energy"]["mean"] == pytest.approx(0.25)
     assert identity["ssim_gaussian_brain"]["mean"] < 0.99 < pair["reconstruction"]["ssim_gaussian"]["mean"]
     assert "t1 to t2" in out
+    assert results["definitions"]["psnr_tumour"].endswith("not 0; left out where there is none")
     with open(translations / "evaluation" / "per_case.csv") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 6 + 6 + 3 + 6 and {line["pair"] for line in lines} == {"t1 to t2", "t2 to t1"}

@@ -81,9 +81,9 @@ def translate(module: Any, x: Any, labels: list[int], source_label: int, names: 
 
     is_fast = cfg.fast or not hasattr(module, "sample")
     earlier = module.as_first_stage() if hasattr(module, "as_first_stage") else module.first_stage
-    steps = 1 if is_fast else 2**module.network.num_downsamplings
+    steps = (1,) * (x.ndim - 2) if is_fast else module.network.downsampling
     size = tuple(x.shape[2:])
-    x = padded(x, tuple(f * steps for f in earlier.downsampling)).to(module.device)
+    x = padded(x, tuple(f * s for f, s in zip(earlier.downsampling, steps, strict=True))).to(module.device)
     batch = {
         "source": x.expand(len(labels), -1, -1, -1, -1),
         "label": torch.tensor(labels, device=module.device),

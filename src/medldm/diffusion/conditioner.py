@@ -288,6 +288,12 @@ class SpatialConditioner(nn.Module):
         self.drop_probs = tuple(probs[name] for name in self.groups)
         self.drop_all_prob = drop_all_prob
 
+    @property
+    def batch_keys(self) -> tuple[str, ...]:
+        """Arrays of a batch that conditions are made of."""
+        used = {"mask": self.use_mask, "edges": self.use_edges}
+        return tuple(key for key, is_used in used.items() if is_used)
+
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:
@@ -363,6 +369,8 @@ class NullConditioner(nn.Module):
 
     def __init__(self, num_classes: int | None = None, **derived) -> None:
         super().__init__()
+
+    batch_keys = ()
 
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None

@@ -53,6 +53,8 @@ class TranslationConditioner(nn.Module):
         self.embedding = nn.Embedding(num_labels, embedding_dim) if self.embedding_dim else None
         self.groups = ("latents",) if label == "none" else ("latents", "label")
 
+    batch_keys = ("source",)
+
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:

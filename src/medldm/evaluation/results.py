@@ -10,6 +10,7 @@ import numpy as np
 from medldm.evaluation.baselines import DESCRIPTIONS
 from medldm.evaluation.measure import Measured, Tools, distances, entry_of
 from medldm.evaluation.pairs import Pair, count_subjects
+from medldm.evaluation.regions import REGIONS
 from medldm.metrics.adherence import definition
 from medldm.metrics.image import DEFINITIONS, is_higher_better
 from medldm.metrics.memorization import memorized_share
@@ -124,6 +125,9 @@ def definitions(measured: Measured) -> dict[str, str]:
         "diversity_rmse": "mean pairwise RMSE on [0, 1] between the K samples of a condition",
         **{f"edge_f1_{t}px": definition(t) for t in range(1, 10)},
     }
+    for name in [name for name in names if name.rpartition("_")[2] in REGIONS]:
+        metric, _, region = name.rpartition("_")
+        known[name] = f"{known.get(metric, metric)}; {REGIONS[region]}"
     return {name: known.get(name) or class_definition(name) for name in names}
 
 

@@ -72,6 +72,11 @@ class DiffusionModule(LightningModule):
     validation_metrics = ("val/loss", "val/unweighted")
 
     @property
+    def condition_keys(self) -> tuple[str, ...]:
+        """What a batch must hold to sample: an unconditional model takes the images' number from it."""
+        return self.conditioner.batch_keys or ("image",)
+
+    @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network]
 

@@ -94,6 +94,11 @@ class VariationalModule(LightningModule):
         return nn.ModuleDict(self.trained_parts)
 
     @property
+    def condition_keys(self) -> tuple[str, ...]:
+        """What a batch must hold to sample: an unconditional model takes the images' number from it."""
+        return self.conditioner.batch_keys or ("image",)
+
+    @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.codec, self.network]
 

@@ -51,6 +51,98 @@ class Level(nn.Module):
         self.units, self.resample = nn.ModuleList(units), resample
 
 
+class Blocks:
+    """Builds the units and resamplings of one U-Net, with what they all share."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        *,
+        res: Callable[..., ResBlock],
+        norms: tuple[Callable, Callable],  # plain, and with the map
+        attention: Callable[[int], nn.Module],
+        attention_levels: Sequence[int] | None,
+        resampling: dict[str, Any],
+    ) -> None:
+        self.res, (self.plain, self.spade) = res, norms
+        self.attention, self.attention_levels = attention, attention_levels
+        self.down = partial(Downsample, spatial_dims, **resampling)
+        self.up = partial(Upsample, spatial_dims, **resampling)
+
+    def unit(
+        self, c_in: int, c_out: int, attention: Callable | None = None, *, sees_map: bool = True
+    ) -> Unit:
+        res = self.res(c_in, c_out, norm=self.spade if sees_map else self.plain)
+        return Unit(res, attention(c_out) if attention else None)
+
+    def attention_of(self, level: int) -> Callable | None:
+        attends = self.attention_levels is None or level in self.attention_levels
+        return self.attention if attends else None
+
+
+def way_down(blocks: Blocks, stem: int, channels: Sequence[int], count: int, resampled: int) -> nn.ModuleList:
+    """`count` units a level; the first `resampled` levels end in a downsampling."""
+    levels, width = nn.ModuleList(), stem
+    for level, out in enumerate(channels):
+        attention = blocks.attention_of(level)
+        units = [blocks.unit(width if i == 0 else out, out, attention, sees_map=False) for i in range(count)]
+        levels.append(Level(units, blocks.down(out, out) if level < resampled else None))
+        width = out
+    return levels
+
+
+def way_up_block(blocks: Blocks, stem: int, channels: Sequence[int], count: int, width: int) -> nn.ModuleList:
+    """One unit for each output of the way down, resamplings and stem included."""
+    kept = [stem]
+    for level, out in enumerate(channels):
+        kept += [out] * (count + (level < len(channels) - 1))
+    levels = nn.ModuleList()
+    for level in reversed(range(len(channels))):
+        units = []
+        for _ in range(count + 1):
+            units.append(blocks.unit(width + kept.pop(), channels[level], blocks.attention_of(level)))
+            width = channels[level]
+        levels.append(Level(units, blocks.up(width, width) if level else None))
+    return levels
+
+
+def way_up_output(
+    blocks: Blocks, stem: int, channels: Sequence[int], count: int, width: int
+) -> nn.ModuleList:
+    """One unit for each unit of the way down; the last of a level has the next level's width."""
+    levels = nn.ModuleList()
+    for level in reversed(range(len(channels))):
+        units = []
+        for i in range(count):
+            out = channels[level]
+            if i == count - 1:
+                out = channels[level - 1] if level else stem
+            units.append(blocks.unit(width + channels[level], out, blocks.attention_of(level)))
+            width = out
+        levels.append(Level(units, blocks.up(width, width) if level else None))
+    return levels
+
+
+def way_up_level(
+    blocks: Blocks, stem: int, channels: Sequence[int], count: int, width: int, up_channels: Sequence[int]
+) -> nn.ModuleList:
+    """Every level starts with an upsampling and the input that the level had on the way down."""
+    levels = nn.ModuleList()
+    for level, out in zip(reversed(range(len(channels))), up_channels, strict=True):
+        skip = channels[level - 1] if level else stem
+        attention = blocks.attention_of(level)
+        units = [blocks.unit(width + skip if i == 0 else out, out, attention) for i in range(count)]
+        levels.append(Level(units, blocks.up(width, width)))
+        width = out
+    return levels
+
+
+def same_conv(spatial_dims: int, c_in: int, c_out: int, kernel_size: int | Sequence[int]) -> nn.Module:
+    """A convolution that keeps the grid, with odd kernels."""
+    kernel = per_axis(kernel_size, spatial_dims)
+    return conv(spatial_dims, c_in, c_out, kernel, padding=tuple(size // 2 for size in kernel))
+
+
 class UNet(nn.Module):
     """Predicts (B, out_channels, *s) from z_t, the time and the condition.
 
@@ -127,90 +219,53 @@ class UNet(nn.Module):
 
         attention = attention or full_attention
         mid_attention = mid_attention or attention
-
-        def unit(c_in: int, c_out: int, norm, attention: Callable | None) -> Unit:
-            res = ResBlock(
-                spatial_dims,
-                c_in,
-                c_out,
-                norm=norm,
-                embedding_channels=embedding_channels,
-                shortcut=shortcut,
-                dropout=dropout,
-                zero_init_last=zero_init_last,
-                kernel_size=kernel,
-                scale_shift=scale_shift,
-                use_checkpoint=use_checkpoint,
-            )
-            return Unit(res, attention(c_out) if attention else None)
-
-        def attends(level: int) -> Callable | None:
-            return attention if attention_levels is None or level in attention_levels else None
-
-        resampling = {"stride": strides, "kind": resample, "flat_kernel": min(kernel) == 1}
-        down = partial(Downsample, spatial_dims, **resampling)
-        up = partial(Upsample, spatial_dims, **resampling)
+        res = partial(
+            ResBlock,
+            spatial_dims,
+            embedding_channels=embedding_channels,
+            shortcut=shortcut,
+            dropout=dropout,
+            zero_init_last=zero_init_last,
+            kernel_size=kernel,
+            scale_shift=scale_shift,
+            use_checkpoint=use_checkpoint,
+        )
+        blocks = Blocks(
+            spatial_dims,
+            res=res,
+            norms=(plain, spade),
+            attention=attention,
+            attention_levels=attention_levels,
+            resampling={"stride": strides, "kind": resample, "flat_kernel": min(kernel) == 1},
+        )
         self.time = nn.Sequential(
             nn.Linear(sinusoidal_channels, embedding_channels),
             nn.SiLU(),
             nn.Linear(embedding_channels, embedding_channels),
         )
-        stem_kernel = per_axis(stem_kernel, spatial_dims)
-        padding = tuple(size // 2 for size in stem_kernel)
-        self.stem = conv(spatial_dims, in_channels, stem_channels, stem_kernel, padding=padding)
+        self.stem = same_conv(spatial_dims, in_channels, stem_channels, stem_kernel)
         self.stem_attention = stem_attention(stem_channels) if stem_attention else None
-
-        self.down, width = nn.ModuleList(), stem_channels
-        kept = [stem_channels] if skips == "block" else []
-        for level, out in enumerate(channels):
-            units = [
-                unit(width if i == 0 else out, out, plain, attends(level)) for i in range(num_res_blocks)
-            ]
-            resampled = level < num_downsamplings
-            self.down.append(Level(units, down(out, out) if resampled else None))
-            kept += [out] * (num_res_blocks + (resampled and skips == "block"))
-            width = out
-
-        mid_width = mid_channels or width
-        self.mid = nn.ModuleList([unit(width, mid_width, spade, None if skips == "level" else mid_attention)])
-        if skips != "level":
-            self.mid.append(unit(mid_width, mid_width, spade, None))
-        else:
+        sizes = (stem_channels, channels, num_res_blocks)
+        self.down = way_down(blocks, *sizes, num_downsamplings)
+        width = mid_channels or channels[-1]
+        self.mid = nn.ModuleList(
+            [blocks.unit(channels[-1], width, None if skips == "level" else mid_attention)]
+        )
+        if skips == "level":
             # res, then (attention, res) as often as asked
-            self.mid_attention = nn.ModuleList([mid_attention(mid_width) for _ in range(num_mid_units)])
-            self.mid.extend(unit(mid_width, mid_width, spade, None) for _ in range(num_mid_units))
-        width = mid_width
-
-        self.up = nn.ModuleList()
-        if skips == "block":
-            for level in reversed(range(len(channels))):
-                units = []
-                for _ in range(num_res_blocks + 1):
-                    units.append(unit(width + kept.pop(), channels[level], spade, attends(level)))
-                    width = channels[level]
-                self.up.append(Level(units, up(width, width) if level else None))
-        elif skips == "output":
-            for level in reversed(range(len(channels))):
-                units = []
-                for i in range(num_res_blocks):
-                    narrows = i == num_res_blocks - 1
-                    out = (channels[level - 1] if level else stem_channels) if narrows else channels[level]
-                    units.append(unit(width + kept.pop(), out, spade, attends(level)))
-                    width = out
-                self.up.append(Level(units, up(width, width) if level else None))
-            self.last = unit(width + stem_channels, stem_channels, plain, None)
-            width = stem_channels
+            self.mid_attention = nn.ModuleList([mid_attention(width) for _ in range(num_mid_units)])
+            self.mid.extend(blocks.unit(width, width) for _ in range(num_mid_units))
+            self.up = way_up_level(blocks, *sizes, width, up_channels or ())
+            width = up_channels[-1]
         else:
-            for level, out in zip(reversed(range(len(channels))), up_channels or (), strict=True):
-                skip = stem_channels if level == 0 else channels[level - 1]
-                units = [
-                    unit(width + skip if i == 0 else out, out, spade, attends(level))
-                    for i in range(num_res_blocks)
-                ]
-                self.up.append(Level(units, up(width, width)))
-                width = out
+            self.mid.append(blocks.unit(width, width))
+            way_up = way_up_block if skips == "block" else way_up_output
+            self.up = way_up(blocks, *sizes, width)
+            width = channels[0] if skips == "block" else stem_channels
+            if skips == "output":
+                self.last = blocks.unit(width + stem_channels, stem_channels, sees_map=False)
         self.head_norm = plain(width)
-        self.head = conv(spatial_dims, width, out_channels, kernel, padding=tuple(k // 2 for k in kernel))
+        self.head = same_conv(spatial_dims, width, out_channels, kernel)
         if zero_init_last:
             zero_init(self.head)
 
