@@ -5,9 +5,9 @@
     python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
 
 Rows: quantizer, memory, vqvae, unet, msspade, loader, ssim, crop, vqgan3d, unet3d, latents3d, traced3d,
-sampler. A GPU is used where there is one. MONAI's attention needs `pip install einops`. Peak extra memory is, on a CPU, the
-largest sum of tensors alive that a step made (scratch inside a kernel is not seen), on a GPU the allocator's
-own peak; traced3d follows shapes alone and computes nothing.
+sampler. A GPU is used where there is one. MONAI's attention needs `pip install einops`. Peak extra memory is,
+on a CPU, the largest sum of tensors alive that a step made (scratch inside a kernel is not seen), on a GPU
+the allocator's own peak; traced3d follows shapes alone and computes nothing.
 """
 
 import argparse
