@@ -4,9 +4,9 @@
     python scripts/benchmark.py quantizer unet --json out.json
     python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
 
-Rows: quantizer, memory, vqvae, unet, loader, ssim, crop, sampler. A GPU is used where there is one. MONAI's
-attention needs `pip install einops`. Peak extra memory is, on a CPU, the largest sum of tensors alive that a
-step made (scratch inside a kernel is not seen), on a GPU the allocator's own peak.
+Rows: quantizer, memory, vqvae, unet, msspade, loader, ssim, crop, sampler. A GPU is used where there is one.
+MONAI's attention needs `pip install einops`. Peak extra memory is, on a CPU, the largest sum of tensors alive
+that a step made (scratch inside a kernel is not seen), on a GPU the allocator's own peak.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import measuring  # noqa: E402
 import quantizers  # noqa: E402
 import sampling  # noqa: E402
 import torch  # noqa: E402
+import translators  # noqa: E402
 from measuring import DEVICE, Measured  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn  # noqa: E402
@@ -30,12 +31,13 @@ from rich.table import Table  # noqa: E402
 
 import networks  # noqa: E402
 
-ROWS = ("quantizer", "memory", "vqvae", "unet", "loader", "ssim", "crop")
+ROWS = ("quantizer", "memory", "vqvae", "unet", "msspade", "loader", "ssim", "crop")
 REFERENCE = {
     "quantizer": "MONAI EMAQuantizer",
     "vqvae": "MONAI default",
     "unet": "MONAI default",
     "ssim": "MONAI SSIMMetric",
+    "msspade": "loop over samples",
 }
 
 
@@ -59,6 +61,10 @@ def run_row(row: str, options: argparse.Namespace, peak: float, progress: Progre
     if row == "unet":
         title = f"U-Net step, {options.batch_size or 2} x 32^2"
         return measuring.compare(title, networks.unet(options.batch_size or 2, options.compile), **settings)
+    if row == "msspade":
+        size, edge = options.batch_size or 8, options.latent_edge
+        title = f"MS-SPADE step, {size} x {edge}^3"
+        return measuring.compare(title, translators.translators(size, edge), **settings)
     if row == "ssim":
         return measuring.compare("SSIM of 96^3", evaluating.ssim_3d(), **settings)
     if row == "crop":
@@ -106,7 +112,8 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=measuring.CLOCKS, default="wall", help="cpu, with --threads 1, on a busy machine"
     )
-    parser.add_argument("--batch-size", type=int, help="of vqvae (1) and unet (2)")
+    parser.add_argument("--batch-size", type=int, help="of vqvae (1), unet (2) and msspade (8)")
+    parser.add_argument("--latent-edge", type=int, default=6, help="voxels of the latents, for msspade")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--checkpoint", help="stage two, for sampler")
     parser.add_argument("--data", help="prepared folder, for sampler and loader")
