@@ -1,0 +1,34 @@
+"""Batches run on from case to case, and change nothing."""
+
+import h5py
+import numpy as np
+import pytest
+
+from medldm.commands import sample
+from medldm.sampling import batches_of_items
+from tests.helpers import compose_config
+
+
+def test_batches_are_full_across_cases_of_one_size():
+    jobs = [(0, [0, 1, 2]), (1, [3]), (2, [4, 5]), (3, [6])]
+    sizes = {0: (8, 8), 1: (8, 8), 2: (16, 8), 3: (16, 8)}
+    got = list(batches_of_items(jobs, sizes.get, 2))
+    assert got == [[(0, 0), (0, 1)], [(0, 2), (1, 3)], [(2, 4), (2, 5)], [(3, 6)]]
+
+
+@pytest.mark.parametrize("checkpoint", ["first_stage", "diffusion"])
+def test_a_sample_is_the_same_in_every_batch_size(prepared, checkpoint, request, tmp_path):
+    paths = (f"data.root={prepared}", f"checkpoint={request.getfixturevalue(checkpoint)}")
+    options = (*paths, "split=all", "max_slices=3", "num_samples=2", "png=false")
+    sizes = {"one": 1, "many": 5}
+    for name, size in sizes.items():
+        sample.task(compose_config("sample", *options, f"data.batch_size={size}", f"output={tmp_path / name}"))
+    files = sorted((tmp_path / "one").glob("*.h5"))
+    assert len(files) == 4
+    for file in files:
+        with h5py.File(file) as one, h5py.File(tmp_path / "many" / file.name) as many:
+            assert one.keys() == many.keys() and list(one["row"]) == list(many["row"])
+            for key in (key for key in one if key.startswith("images")):
+                np.testing.assert_allclose(one[key], many[key], atol=1e-4)
+            for key in (key for key in ("edges", "semantic_maps") if key in one):
+                assert np.array_equal(one[key], many[key])
