@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from medldm.commands import prepare
+from medldm.data import build_datamodule
 from medldm.data.datasets import class_folders, nih_cxr14
 from medldm.data.jobs import make_tables
 from medldm.data.phantom_chest import draw_radiograph, write_chestxray, write_nih_cxr14
@@ -166,3 +167,10 @@ def test_the_swirl_lies_on_its_curve():
     assert distance_to_swirl(to_grid(batch["image"])).mean() < 1.2
     with pytest.raises(InputError, match="no images"):
         module.dataset("test")
+
+
+def test_what_the_swirl_does_not_know_is_named_unless_it_is_null():
+    data = {"dataset": "swirl", "root": None, "num_points": 10, "batch_size": 5}
+    build_datamodule({**data, "crop_size": None}, keys=("image",), seed=0)  # as debug=tiny says for all
+    with pytest.raises(InputError, match="'crop_size'; see configs/data/swirl.yaml"):
+        build_datamodule({**data, "crop_size": [8, 8]}, keys=("image",), seed=0)

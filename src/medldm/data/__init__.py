@@ -47,5 +47,11 @@ def generated(name: str, settings: dict[str, Any], seed: int) -> Any:
     from importlib import import_module
 
     module, _, class_name = GENERATED[name].rpartition(".")
-    settings = {key: value for key, value in settings.items() if key not in ("root", "latents")}
-    return getattr(import_module(module), class_name)(seed=seed, **settings)
+    # null is "not wanted": debug=tiny switches crops off for every dataset.
+    settings = {key: v for key, v in settings.items() if key not in ("root", "latents") and v is not None}
+    try:
+        return getattr(import_module(module), class_name)(seed=seed, **settings)
+    except TypeError as error:
+        raise InputError(
+            f"data: {str(error).split('__init__() ')[-1]}; see configs/data/{name}.yaml for the keys"
+        ) from error
