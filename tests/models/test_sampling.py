@@ -22,7 +22,8 @@ def test_a_sample_is_the_same_in_every_batch_size(prepared, checkpoint, request,
     options = (*paths, "split=all", "max_slices=3", "num_samples=2", "png=false")
     sizes = {"one": 1, "many": 5}
     for name, size in sizes.items():
-        sample.task(compose_config("sample", *options, f"data.batch_size={size}", f"output={tmp_path / name}"))
+        overrides = [*options, f"data.batch_size={size}", f"output={tmp_path / name}"]
+        sample.task(compose_config("sample", *overrides))
     files = sorted((tmp_path / "one").glob("*.h5"))
     assert len(files) == 4
     for file in files:
