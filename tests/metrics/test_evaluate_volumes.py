@@ -234,6 +234,25 @@ def test_translations_are_judged_by_pair_and_region(call, translations):
     assert len(lines) == 6 + 6 + 3 + 6 and {line["pair"] for line in lines} == {"t1 to t2", "t2 to t1"}
 
 
+def test_the_ceiling_may_be_named_like_the_translations(call, translations):
+    """As `medldm sample stage=autoencoder` writes it."""
+    for path in (translations / "ceiling").glob("*_t2.h5"):
+        path.rename(path.with_name(path.name.replace("_t2", "_t1_to_t2")))
+    results, _ = run(call, translations, "metrics=translation", f"reconstruction={translations}/ceiling")
+    pairs = results["groups"]["pair"]
+    assert pairs["t1 to t2"]["reconstruction"]["nmse_energy"]["mean"] == 0
+    assert [pairs[name]["reconstruction"]["psnr"]["n"] for name in ("t1 to t2", "t2 to t1")] == [3, 3]
+
+
+@pytest.mark.parametrize("row", ["reconstruction", "spade", "regression"])
+def test_a_folder_of_other_cases_is_named(call, translations, row):
+    write_sample(translations / "elsewhere", "s9_t1_to_t2", np.zeros((1, *SHAPE), np.float32))
+    paths = (f"generated={translations}/samples", f"reference={translations}/data")
+    row = f"{row}={translations}/elsewhere"
+    status, _, err = call(evaluate, *paths, f"output={translations}/e", "metrics=translation", row)
+    assert status == 2 and f"{translations}/elsewhere: no image is named like one of" in err
+
+
 def test_a_file_that_is_no_translation_is_named(call, translations):
     write_sample(translations / "samples", "s0_t9_to_t1", np.zeros((1, *SHAPE), np.float32))
     paths = (f"generated={translations}/samples", f"reference={translations}/data")

@@ -1,5 +1,6 @@
 """Translations matched with their sources and targets: `<subject>_<source>_to_<target>` is one pair."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from medldm.errors import InputError
@@ -24,8 +25,9 @@ def make_translation_pairs(
     generated: Path, reference: Path, reconstruction: Path | None, others: dict[str, Path]
 ) -> list[Pair]:
     """Every translation with its source and target from a prepared folder, the autoencoder's rebuilding of
-    the target (`reconstruction`: files named like the target's case) and other translations of the same name,
-    which need not be complete. Raises InputError naming the file where something has no partner.
+    the target (`reconstruction`: files named like the translation or like the target's case) and other
+    translations of the same name; these need not be complete. Raises InputError naming the file where
+    something has no partner, or the folder of which nothing is used.
     """
     samples = read_samples(generated)
     cases = {case["id"]: case for case in known_facts(reference).get("cases", ())}
@@ -34,12 +36,18 @@ def make_translation_pairs(
     names = {name: split_name(name, reference, cases) for name in samples[0]}
     wanted = {parts[3] for parts in names.values()} | {name.rpartition(SEPARATOR)[0] for name in names}
     reals = read_matching(reference, wanted, generated)
-    rebuilt = read_folder(reconstruction) if reconstruction else {}
+    rebuilt = {}
+    if reconstruction:
+        stored = read_folder(reconstruction)
+        rebuilt = {name: stored.get(name, stored.get(parts[3])) for name, parts in names.items()}
+        check_some(rebuilt.values(), reconstruction, generated)
     more = {row: read_folder(folder) for row, folder in others.items()}
+    for row, records in more.items():
+        check_some([records.get(name) for name in names], others[row], generated)
     pairs = []
     for name, (subject, source, target, target_id) in names.items():
         real, rows = reals[target_id], {row: records.get(name) for row, records in more.items()}
-        for record in (*(sample[name] for sample in samples), *rows.values(), rebuilt.get(target_id)):
+        for record in (*(sample[name] for sample in samples), *rows.values(), rebuilt.get(name)):
             if record is not None:
                 check_pair(record._replace(attributes={}), real, generated)
         pairs.append(
@@ -48,7 +56,7 @@ def make_translation_pairs(
                 subject=subject,
                 real=real.image,
                 generated=[sample[name].image for sample in samples],
-                reconstruction=rebuilt[target_id].image if target_id in rebuilt else None,
+                reconstruction=None if rebuilt.get(name) is None else rebuilt[name].image,
                 edges=None,
                 mask=real.mask,
                 edges_from_real=None,
@@ -58,3 +66,10 @@ def make_translation_pairs(
             )
         )
     return pairs
+
+
+def check_some(records: Iterable, folder: Path, generated: Path) -> None:
+    if all(record is None for record in records):
+        raise InputError(
+            f"{folder}: no image is named like one of {generated}; was it written for other cases?"
+        )
