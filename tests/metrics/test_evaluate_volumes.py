@@ -16,7 +16,7 @@ from medldm.evaluation.baselines import make_rows
 from medldm.evaluation.diversity import draw_pairs
 from medldm.evaluation.measure import Segmenter, Tools, measure_dice
 from medldm.evaluation.pairs import make_pairs
-from medldm.evaluation.panels import upright
+from medldm.evaluation.panels import folded, upright
 from medldm.evaluation.regions import region_masks
 from medldm.evaluation.screen import brief, deviation_cell
 from medldm.evaluation.slices import SliceFeatures, axial_axis, fold
@@ -347,3 +347,8 @@ def test_the_brain_is_where_the_source_is_not_background(volumes):
     assert brain[:, :, 3].all()
     tumour = region_masks("tumour", pairs, torch.zeros(2, 1, *SHAPE))
     assert np.array_equal(tumour[0].numpy(), load(pairs[0].mask) > 0)
+
+
+def test_long_names_are_folded_beside_their_picture():
+    name = "PETCT_00000007_01-01-2003-NA-PET-CT"
+    assert folded(f"{name}\naxial") == "PETCT_00000007_01-01-2003-\nNA-PET-CT\naxial"

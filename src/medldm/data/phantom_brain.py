@@ -11,7 +11,7 @@ from medldm.data.phantom_scene import Progress, Scene, check_volumes
 from medldm.files import replacing
 
 CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")
-SIGNAL = {  # relative signal in the order of CONTRASTS; t1 is a spin echo, t1ce a gradient echo after contrast
+SIGNAL = {  # relative signal in the order of CONTRASTS; t1: spin echo, t1ce: gradient echo with agent
     "csf": (0.30, 0.12, 1.00, 0.14, 0.85), "grey": (0.60, 0.50, 0.62, 0.62, 0.80),
     "white": (0.72, 0.84, 0.44, 0.50, 0.64), "nuclei": (0.67, 0.63, 0.50, 0.54, 0.70),
     "vessel": (0.25, 1.25, 0.15, 0.20, 0.30), "necrosis": (0.38, 0.20, 0.86, 0.46, 0.82),

@@ -74,6 +74,11 @@ def aspect(pair: Pair, plane: int | None, orientation: str) -> float:
     return sizes[0] / sizes[1]
 
 
+def folded(text: str, width: int = 26) -> str:
+    """Long names over several lines, so that they fit beside one picture."""
+    return "\n".join(line[i : i + width] for line in text.split("\n") for i in range(0, len(line), width))
+
+
 def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str = "SPL"):  # noqa: ANN201
     """A matplotlib figure: one line of pictures a pair (a volume three: its planes), columns that no pair has
     left out.
@@ -99,5 +104,5 @@ def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str 
             axis.spines[:].set_visible(False)
             if row == 0:
                 axis.set_title(title, fontsize=9)
-        axes[row][0].set_ylabel(label, fontsize=7)
+        axes[row][0].set_ylabel(folded(label), fontsize=7)
     return figure

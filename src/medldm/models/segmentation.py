@@ -41,91 +41,9 @@ def apply_network(
     return out[(..., *(slice(side) for side in shape))]
 
 
-class SegmentationModule(LightningModule):
-    """Trains `network` (image channels -> num_classes) to find batch["mask"] in batch["image"].
-
-    Cross-entropy over all classes plus soft Dice of the foreground classes over the batch, on one-hot targets
-    made once. Training sees whatever the loader gives; prediction takes whole images, or windows.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        num_classes: int,
-        optimizer: Callable,
-        label_names: Sequence[str] | None = None,
-        window: int | Sequence[int] | None = None,
-        overlap: float = 0.5,
-        divisible_by: int = 8,
-        warmup_steps: int = 0,
-        cosine_steps: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.network, self.num_classes = network, num_classes
-        names = list(label_names or [])[1:] if len(label_names or []) == num_classes else []
-        self.class_names = names or [f"class_{k}" for k in range(1, num_classes)]
-        self.inference = {"window": window, "overlap": overlap, "divisible_by": divisible_by}
-        self.make_optimizer = optimizer
-        self.warmup_steps, self.cosine_steps = warmup_steps, cosine_steps
-        self.criterion = DiceCELoss(
-            include_background=False,
-            to_onehot_y=True,
-            softmax=True,
-            batch=True,
-            smooth_nr=1e-5,
-            smooth_dr=1e-5,
-        )
-        self.val_dice = MeanMetric(nan_strategy="ignore")
-        self.description: dict = {}  # what checkpoints.describe says of this module
-
-    validation_metrics = ("val/loss", "val/dice")
-
-    @property
-    def compiled_parts(self) -> list[nn.Module]:
-        return [self.network]
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["medldm"] = self.description
-
-    def configure_optimizers(self):
-        optimizer = build_optimizer(self.make_optimizer, [self.network])
-        schedule = warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K, *S)."""
-        return apply_network(self.network, x, **self.inference).float()
-
-    @torch.no_grad()
-    def segment(self, x: Tensor) -> Tensor:
-        """Class map (B, 1, *S) int64 of images in [-1, 1]."""
-        return self(x).argmax(1, keepdim=True)
-
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        loss = self.criterion(self.network(batch["image"]).float(), batch["mask"])
-        self.log("train/loss", loss.detach(), batch_size=len(batch["image"]))
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
-        return loss
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        logits = self(batch["image"])
-        scores = dice(logits.argmax(1, keepdim=True), batch["mask"], self.num_classes)
-        self.val_dice.update(scores)
-        terms = {"val/loss": self.criterion(logits, batch["mask"]), "val/dice": self.val_dice}
-        self.log_dict(terms, on_epoch=True, batch_size=len(logits), sync_dist=True)
-
-    @torch.no_grad()
-    def picture(self, batch: dict) -> list[Tensor]:
-        """Rows for the sample grid: images, maps, and the maps found."""
-        maps = (batch["mask"], self.segment(batch["image"]))
-        return [batch["image"][:, :1], *(m * (2 / max(1, self.num_classes - 1)) - 1 for m in maps)]
-
-
-class RegressionModule(LightningModule):
-    """Trains `network` (image channels -> image channels) to give batch["image"] for batch["source"]: L1.
-
-    One network serves one ordered pair of modalities, `data.pair_labels`: what ALDM's single model must beat.
+class VoxelwiseModule(LightningModule):
+    """One network, one answer a voxel, one optimiser. Training sees whatever the loader gives;
+    prediction takes whole images, padded to `divisible_by`, or windows.
     """
 
     def __init__(
@@ -144,10 +62,7 @@ class RegressionModule(LightningModule):
         self.inference = {"window": window, "overlap": overlap, "divisible_by": divisible_by}
         self.make_optimizer = optimizer
         self.warmup_steps, self.cosine_steps = warmup_steps, cosine_steps
-        self.val_psnr = MeanMetric()
         self.description: dict = {}  # what checkpoints.describe says of this module
-
-    validation_metrics = ("val/loss", "val/psnr")
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
@@ -161,20 +76,90 @@ class RegressionModule(LightningModule):
         schedule = warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def forward(self, source: Tensor) -> Tensor:
-        """The target (B, C, *S), in about [-1, 1]."""
-        return apply_network(self.network, source, **self.inference).float()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits or the target (B, K, *S), float32."""
+        return apply_network(self.network, x, **self.inference).float()
+
+    def loss(self, answer: Tensor, batch: dict) -> Tensor:
+        raise NotImplementedError
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        loss = F.l1_loss(self.network(batch["source"]).float(), batch["image"])
+        loss = self.loss(self.network(batch[self.input_key]).float(), batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch["image"]))
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
         return loss
 
+
+class SegmentationModule(VoxelwiseModule):
+    """Trains `network` (image channels -> num_classes) to find batch["mask"] in batch["image"].
+
+    Cross-entropy over all classes plus soft Dice of the foreground classes over the batch, on one-hot targets
+    made once. `options`: what `VoxelwiseModule` takes.
+    """
+
+    input_key = "image"
+    validation_metrics = ("val/loss", "val/dice")
+
+    def __init__(
+        self, network: nn.Module, *, num_classes: int, label_names: Sequence[str] | None = None, **options
+    ) -> None:
+        super().__init__(network, **options)
+        self.num_classes = num_classes
+        names = list(label_names or [])[1:] if len(label_names or []) == num_classes else []
+        self.class_names = names or [f"class_{k}" for k in range(1, num_classes)]
+        self.criterion = DiceCELoss(
+            include_background=False,
+            to_onehot_y=True,
+            softmax=True,
+            batch=True,
+            smooth_nr=1e-5,
+            smooth_dr=1e-5,
+        )
+        self.val_dice = MeanMetric(nan_strategy="ignore")
+
+    def loss(self, answer: Tensor, batch: dict) -> Tensor:
+        return self.criterion(answer, batch["mask"])
+
+    @torch.no_grad()
+    def segment(self, x: Tensor) -> Tensor:
+        """Class map (B, 1, *S) int64 of images in [-1, 1]."""
+        return self(x).argmax(1, keepdim=True)
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        logits = self(batch["image"])
+        scores = dice(logits.argmax(1, keepdim=True), batch["mask"], self.num_classes)
+        self.val_dice.update(scores)
+        terms = {"val/loss": self.loss(logits, batch), "val/dice": self.val_dice}
+        self.log_dict(terms, on_epoch=True, batch_size=len(logits), sync_dist=True)
+
+    @torch.no_grad()
+    def picture(self, batch: dict) -> list[Tensor]:
+        """Rows for the sample grid: images, maps, and the maps found."""
+        maps = (batch["mask"], self.segment(batch["image"]))
+        return [batch["image"][:, :1], *(m * (2 / max(1, self.num_classes - 1)) - 1 for m in maps)]
+
+
+class RegressionModule(VoxelwiseModule):
+    """Trains `network` (image channels -> image channels) to give batch["image"] for batch["source"]: L1.
+
+    One network serves one ordered pair of modalities, `data.pair_labels`: what ALDM's single model must beat.
+    """
+
+    input_key = "source"
+    validation_metrics = ("val/loss", "val/psnr")
+
+    def __init__(self, network: nn.Module, **options) -> None:
+        """`options`: what `VoxelwiseModule` takes."""
+        super().__init__(network, **options)
+        self.val_psnr = MeanMetric()
+
+    def loss(self, answer: Tensor, batch: dict) -> Tensor:
+        return F.l1_loss(answer, batch["image"])
+
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x_hat = self(batch["source"])
         self.val_psnr.update(psnr(to_unit(x_hat), to_unit(batch["image"])))
-        terms = {"val/loss": F.l1_loss(x_hat, batch["image"]), "val/psnr": self.val_psnr}
+        terms = {"val/loss": self.loss(x_hat, batch), "val/psnr": self.val_psnr}
         self.log_dict(terms, on_epoch=True, batch_size=len(x_hat), sync_dist=True)
 
     @torch.no_grad()

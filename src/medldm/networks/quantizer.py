@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Entries of the distance matrix that exist at a time: 2^20 floats are 4 MiB, within a CPU's cache, and 2^26 keep
-# a GPU busy at 256 MiB.
+# Entries of the distance matrix that exist at a time: 2^20 floats are 4 MiB, within a CPU's cache, and 2^26
+# keep a GPU busy at 256 MiB.
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 BLOCK = 128  # codes per block of the two-step argmin
 
