@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from medldm.checkpoints import load_module
 from medldm.commands import encode, sample
 from medldm.data import build_datamodule
 from medldm.data.readers import read_images
@@ -181,6 +182,20 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(prepared_3d, first_s
     other = ("experiment=medlsdm/folder_vqgan_spade", f"init_from={first_stage_3d}")
     with pytest.raises(InputError, match="init_from=.*not the same model"):
         run_training(prepared_3d, tmp_path / "other", *other)
+
+
+def test_fine_tuning_keeps_the_first_stage_that_is_named(prepared_3d, semantic_3d, tmp_path):
+    """And not the one that the other run was trained on."""
+    named = run_training(prepared_3d, tmp_path / "one", "experiment=medlsdm/folder_vqgan_spade", "seed=5")
+    named = named.with_name("best.ckpt")
+    first = (f"model.first_stage.checkpoint={named}", f"init_from={semantic_3d}")
+    options = ("experiment=medlsdm/folder_ldm", "model.optimizer.lr=0", *first)
+    tuned = load(run_training(prepared_3d, tmp_path / "two", *options))["state_dict"]
+    start, stage = load_module(str(semantic_3d)).state_dict(), load(named)["state_dict"]  # the moving average
+    same = {"network.stem.weight": start["network.stem.weight"]}
+    same["first_stage.autoencoder.head.weight"] = stage["autoencoder.head.weight"]
+    for name, value in same.items():
+        torch.testing.assert_close(tuned[name], value, msg=name)
 
 
 def test_a_written_volume_lies_where_the_raw_one_does(prepared_3d, tmp_path):

@@ -239,11 +239,19 @@ def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> lis
 
 
 def initialise(module: Any, path: str) -> None:
-    """Start from another run's weights (fine-tuning); InputError where they do not fit."""
+    """Start from another run's weights (fine-tuning); InputError where they do not fit.
+
+    A first stage stays the one that `model.first_stage.checkpoint` names.
+    """
     from medldm.checkpoints import load_module
 
+    def is_frozen(name: str) -> bool:
+        return name.startswith(("first_stage.", "map_stage."))
+
+    own = {name: x for name, x in module.state_dict().items() if is_frozen(name)}
+    others = {name: x for name, x in load_module(path).state_dict().items() if not is_frozen(name)}
     try:
-        module.load_state_dict(load_module(path).state_dict())
+        module.load_state_dict(own | others)
     except RuntimeError as error:
         first = next(line.strip() for line in str(error).splitlines()[1:])
         raise InputError(f"init_from={path}: not the same model: {first}") from error

@@ -11,13 +11,13 @@ from medldm.data.phantom_scene import Progress, Scene, check_volumes
 from medldm.files import replacing
 
 CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")
-SIGNAL = {  # relative signal in the order of CONTRASTS; t1: spin echo, t1ce: gradient echo with agent
-    "csf": (0.30, 0.12, 1.00, 0.14, 0.85), "grey": (0.60, 0.50, 0.62, 0.62, 0.80),
-    "white": (0.72, 0.84, 0.44, 0.50, 0.64), "nuclei": (0.67, 0.63, 0.50, 0.54, 0.70),
-    "vessel": (0.25, 1.25, 0.15, 0.20, 0.30), "necrosis": (0.38, 0.20, 0.86, 0.46, 0.82),
-    "enhancing": (0.55, 1.25, 0.70, 0.76, 0.78), "oedema": (0.54, 0.45, 0.84, 0.92, 0.84),
+SIGNAL = {  # relative signal in the order of CONTRASTS; t1: spin echo, t1ce: inversion-prepared, with agent
+    "csf": (0.40, 0.10, 1.00, 0.14, 0.85), "grey": (0.66, 0.46, 0.62, 0.62, 0.80),
+    "white": (0.70, 0.84, 0.44, 0.50, 0.64), "nuclei": (0.68, 0.60, 0.50, 0.54, 0.70),
+    "vessel": (0.20, 1.30, 0.15, 0.20, 0.30), "necrosis": (0.46, 0.16, 0.86, 0.46, 0.82),
+    "enhancing": (0.60, 1.30, 0.70, 0.76, 0.78), "oedema": (0.58, 0.40, 0.84, 0.92, 0.84),
     "fat": (1.00, 1.00, 0.80, 0.75, 0.90), "bone": (0.08, 0.08, 0.06, 0.06, 0.07),
-    "muscle": (0.50, 0.46, 0.25, 0.32, 0.50), "eye": (0.28, 0.18, 1.00, 0.20, 0.85),
+    "muscle": (0.55, 0.46, 0.25, 0.32, 0.50), "eye": (0.36, 0.16, 1.00, 0.20, 0.85),
 }  # fmt: skip
 EXTENT = {"brats": (160.0, 200.0, 150.0), "ixi": (190.0, 230.0, 200.0)}
 CENTER = {"brats": 0.0, "ixi": -12.0}
