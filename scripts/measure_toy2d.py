@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medldm.callbacks import save_png
 from medldm.checkpoints import load_module
 from medldm.data.swirl import SwirlPoints, distance_to_swirl, to_grid
-from medldm.plots import points_figure
+from medldm.plots import points_figure, save_png
 
 
 def summary(name: str, points: np.ndarray) -> None:

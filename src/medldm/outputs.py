@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medldm.callbacks import save_png
 from medldm.data.dataset import CaseDataset
 from medldm.data.readers import open_hdf5
 from medldm.errors import InputError
 from medldm.files import replacing, write_json
-from medldm.plots import middle_slice
+from medldm.plots import middle_slice, save_png
 
 COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
 

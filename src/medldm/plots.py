@@ -1,6 +1,7 @@
 """Pictures as (3, H, W) uint8 tensors; callbacks and commands write them."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from medldm.diffusion.schedule import NoiseSchedule, gamma_to_alpha_sigma
+from medldm.files import replacing
 
 
 def rendered(figure) -> Tensor:  # noqa: ANN001 - matplotlib is imported lazily
@@ -80,3 +82,12 @@ def grid(rows: list[Tensor], orientation: str | None = None) -> Tensor:
         images.clamp(-1, 1), nrow=len(rows[0]), padding=2, normalize=True, value_range=(-1, 1)
     )
     return (picture * 255).round().to(torch.uint8)
+
+
+def save_png(path: Path, picture: Tensor) -> None:
+    """(3, H, W) uint8 -> a PNG file, whole or not at all."""
+    from PIL import Image
+
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    with replacing(path) as aside:
+        image.save(aside, format="PNG")

@@ -1,0 +1,25 @@
+"""Training callbacks: moving average, checkpoints, signals, pictures, metrics that survive a resume."""
+
+from medldm.callbacks.ema import EMA
+from medldm.callbacks.metrics_file import MetricsFile
+from medldm.callbacks.pictures import Pictures
+from medldm.callbacks.recovery import (
+    EXIT_REQUEUE,
+    Checkpoints,
+    CountUpdates,
+    Interrupted,
+    RandomState,
+    StopOnSignal,
+)
+
+__all__ = [
+    "EMA",
+    "EXIT_REQUEUE",
+    "Checkpoints",
+    "CountUpdates",
+    "Interrupted",
+    "MetricsFile",
+    "Pictures",
+    "RandomState",
+    "StopOnSignal",
+]

@@ -1,0 +1,85 @@
+"""The moving average of what a model samples with."""
+
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from medldm.errors import InputError
+
+
+class EMA(Callback):
+    """Exponential moving average of `module.ema_modules`, used in validation, sampling and export.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)). It is saved under the checkpoint's key "ema". A
+    module without `ema_modules` has no average.
+    """
+
+    def __init__(self, decay: float = 0.9999, *, every_n_steps: int = 1) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"callbacks.ema.decay={decay} must lie in [0, 1)")
+        self.decay, self.every_n_steps = decay, every_n_steps
+        self.average: AveragedModel | None = None
+        self.last_step = 0
+        self._state: dict[str, Tensor] | None = None
+        self._raw: list[Tensor] | None = None
+
+    def _lerp(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+        # num_averaged lives on the host, so looking at it does not wait for the device.
+        n = int(num_averaged)
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if getattr(module, "ema_modules", None) is None:
+            return
+        self.average = AveragedModel(module.ema_modules, multi_avg_fn=self._lerp)
+        self.average.requires_grad_(False)
+        if self._state is not None:
+            self.average.load_state_dict(self._state)
+            self._state = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.last_step = trainer.global_step  # a resumed run's step is not restored yet in on_fit_start
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if self.average is None or trainer.global_step == self.last_step:
+            return  # an accumulating batch: no update happened
+        self.last_step = trainer.global_step
+        if trainer.global_step % self.every_n_steps == 0:
+            self.average.update_parameters(module.ema_modules)
+
+    def _swap_in(self, module: LightningModule) -> None:
+        if self.average is None or self.average.n_averaged == 0 or self._raw is not None:
+            return
+        self._raw = [p.detach().clone() for p in module.ema_modules.parameters()]
+        self._copy(list(self.average.module.parameters()), module)
+
+    def _swap_out(self, module: LightningModule) -> None:
+        if self._raw is not None:
+            self._copy(self._raw, module)
+            self._raw = None
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: list[Tensor], module: LightningModule) -> None:
+        torch._foreach_copy_(list(module.ema_modules.parameters()), source)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._swap_in(module)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._swap_out(module)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._swap_out(module)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        assert self._raw is None, "a checkpoint must hold the raw weights"
+        if self.average is not None:
+            checkpoint["ema"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        self._state = checkpoint.get("ema")

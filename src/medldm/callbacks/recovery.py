@@ -1,0 +1,214 @@
+"""What makes a run restartable: checkpoints, their place in the loop, signals and random states."""
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from torch import Tensor
+
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
+
+
+class CountUpdates(Callback):
+    """Makes loggers count updates of the generator, whatever accumulates and whoever resumes.
+
+    Lightning counts micro-batches under manual optimisation, and one too many after some resumes.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+class Checkpoints(Checkpoint):
+    """`best.ckpt` by a validation metric; `last.ckpt` every so many updates and at every epoch's end.
+
+    A model with a number that is not finite is never written: the last good checkpoint stays.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        monitor: str = "val/loss",
+        mode: str = "min",
+        every_n_steps: int = 1000,
+        every_epoch: bool = True,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise InputError(f"callbacks.checkpoints.mode={mode} is none of min, max")
+        self.folder, self.monitor, self.every_n_steps = Path(folder), monitor, every_n_steps
+        self.every_epoch = every_epoch
+        self.sign = 1.0 if mode == "min" else -1.0
+        self.best: float | None = None
+        self.last_saved = -1
+        self.is_epoch_end = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+    def save(self, trainer: Trainer, module: LightningModule, name: str) -> None:
+        check_finite(module, trainer.global_step)
+        trainer.save_checkpoint(self.folder / name)
+
+    def save_last(self, trainer: Trainer, module: LightningModule) -> None:
+        self.save(trainer, module, "last.ckpt")
+        self.last_saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        is_due = step > 0 and step % self.every_n_steps == 0 and step != self.last_saved
+        if is_due and is_between_batches(trainer, module):
+            self.save_last(trainer, module)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not (self.every_epoch or trainer.should_stop or trainer.fit_loop.done):
+            return
+        self.is_epoch_end = True
+        self.save_last(trainer, module)
+        self.is_epoch_end = False
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        if self.is_epoch_end:
+            is_whole = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+            leave_epoch(checkpoint["loops"]["fit_loop"], is_whole=is_whole)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            raise InputError(
+                f"callbacks.checkpoints.monitor={self.monitor}: not logged; choose one of "
+                f"{', '.join(k for k in trainer.callback_metrics if k.startswith('val/'))}"
+            )
+        value = float(value)
+        if self.best is None or self.sign * value < self.sign * self.best:
+            self.best = value
+            self.save(trainer, module, "best.ckpt")
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.best is None:  # no validation ran
+            self.save(trainer, module, "best.ckpt")
+
+
+def leave_epoch(loops: dict[str, Any], *, is_whole: bool) -> None:
+    """Move saved loops from on_train_epoch_end to where training goes on.
+
+    That is the next epoch, or the middle of this one where max_steps cut it short. Lightning would run the
+    end of the epoch again, and one more batch.
+    """
+    for progress in loops["epoch_progress"].values():
+        progress["completed"] = progress["processed"] = progress["processed"] - (not is_whole)
+    if is_whole:
+        batches = loops["epoch_loop.batch_progress"]
+        batches["is_last_batch"] = False
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+
+
+def is_between_batches(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether what follows is one more training batch on clean gradients: the place to save and to stop.
+
+    A checkpoint from before a validation would resume after it, without its metrics and best.ckpt; one with
+    gradients pending would lose them.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    is_pending = loop._should_accumulate() if module.automatic_optimization else module.is_accumulating
+    ends_epoch = loop._is_training_done or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    return not (is_pending or ends_epoch)
+
+
+def check_finite(module: LightningModule, step: int) -> None:
+    """InputError where a weight or a codebook entry is not finite."""
+    norms = torch._foreach_norm([v for v in module.state_dict().values() if v.is_floating_point()])
+    if not torch.stack([norm.float() for norm in norms]).sum().isfinite():
+        raise InputError(
+            f"training diverged before step {step}: weights are not finite; earlier checkpoints are kept; "
+            "lower model.optimizer.lr or set trainer.precision=32-true, then resume=auto"
+        )
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the way out of the loop after a signal
+    """Training stopped at a step boundary because of `signum`; last.ckpt is written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopOnSignal(Callback):
+    """SIGUSR1 (SLURM, before the limit), SIGTERM, Ctrl-C: finish the step, write last.ckpt, leave the loop.
+
+    Lightning's own requeue saves inside the signal handler, in the middle of a step. A signal during
+    validation takes effect after it. A second Ctrl-C ends at once.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.received: int | None = None
+        self.has_saved = False
+        self.listen()
+
+    def listen(self) -> None:
+        for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.received = signum
+        log.info("received %s: stopping after this step", signal.Signals(signum).name)
+
+    def is_asked(self, trainer: Trainer) -> bool:
+        """Whether any rank has heard a signal: they may have heard it at different steps."""
+        asked = self.received is not None
+        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.listen()  # Lightning has put its own handler of SIGTERM in this one's place
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if self.is_asked(trainer) and is_between_batches(trainer, module):
+            self.checkpoints.save_last(trainer, module)
+            self.has_saved = True
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if self.has_saved:  # not in on_train_batch_end: the step's metrics are logged after it
+            raise Interrupted(self.received or signal.SIGUSR1)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.is_asked(trainer) and self.checkpoints.last_saved == trainer.global_step:
+            raise Interrupted(self.received or signal.SIGUSR1)
+
+
+class RandomState(Callback):
+    """Saves and restores the random states of host and device, for what draws from them (dropout)."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Tensor] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        state = {"cpu": torch.get_rng_state()}
+        if module.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(module.device)
+        checkpoint["random_state"] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        self._state = checkpoint.get("random_state")
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._state is None:
+            return
+        torch.set_rng_state(self._state["cpu"].cpu())
+        if "cuda" in self._state and module.device.type == "cuda":
+            torch.cuda.set_rng_state(self._state["cuda"].cpu(), module.device)
+        self._state = None
