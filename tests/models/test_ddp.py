@@ -25,7 +25,9 @@ def train_in_two_processes(root, run_dir, *overrides) -> None:
 
 @pytest.mark.parametrize("model", ["autoencoder", "diffusion"])
 def test_two_processes_equal_one_with_twice_the_batch(prepared, first_stage, tmp_path, model):
-    """With SGD: where a gradient is all rounding, Adam's first steps are as large as elsewhere."""
+    """With SGD: where a gradient is all rounding, Adam's first steps are as large as elsewhere. Diffusion is
+    stopped after three updates, in the middle of an epoch, and resumed.
+    """
     options = {
         "autoencoder": (VQVAE, *LONGER, *PLAIN_SGD, RESTARTING_CODES),
         "diffusion": (
@@ -33,7 +35,10 @@ def test_two_processes_equal_one_with_twice_the_batch(prepared, first_stage, tmp
             "model.conditioner.drop_all_prob=0.3",
         ),
     }[model]  # fmt: skip
-    train_in_two_processes(prepared, tmp_path / "two", *options)
+    resume = ("resume=auto",) if model == "diffusion" else ()
+    if resume:
+        train_in_two_processes(prepared, tmp_path / "two", *options, "trainer.max_steps=3")
+    train_in_two_processes(prepared, tmp_path / "two", *options, *resume)
     contents = [
         load(run_training(prepared, tmp_path / "one", *options)),
         load(tmp_path / "two/checkpoints/last.ckpt"),

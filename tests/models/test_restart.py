@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from medldm.callbacks import StopOnSignal
 from tests.training import (
     LDM,
     LONGER,
@@ -195,3 +196,17 @@ def test_weights_that_are_not_finite_are_never_saved(prepared, overrides, tmp_pa
     kept = load(run_dir / "checkpoints/last.ckpt")
     assert kept["global_step"] == 2
     assert all(v.isfinite().all() for v in kept["state_dict"].values() if v.is_floating_point())
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        stop = StopOnSignal(checkpoints=None)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
