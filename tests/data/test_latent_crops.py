@@ -35,6 +35,13 @@ def test_a_box_that_cuts_cells_is_refused():
         RandomCrop((4, 6, None))(item(), np.random.default_rng(0))
 
 
-def test_latents_alone_cannot_be_cropped():
-    with pytest.raises(InputError, match="latents alone"):
-        RandomCrop((2, 2, 2))({"latent": np.zeros((8, 4, 4, 4))}, np.random.default_rng(0))
+def test_latents_alone_are_cropped_by_what_their_cells_stand_for():
+    whole = item()
+    alone = {"latent": whole["latent"], "source_latent": whole["latent"] + 1}
+    for seed in range(4):
+        cut = RandomCrop((4, 8, None))(whole, np.random.default_rng(seed))
+        same = RandomCrop((4, 8, None), FACTORS)(alone, np.random.default_rng(seed))
+        np.testing.assert_array_equal(same["latent"], cut["latent"])
+        np.testing.assert_array_equal(same["source_latent"], cut["latent"] + 1)
+    with pytest.raises(InputError, match="do not tell their voxels"):
+        RandomCrop((2, 2, 2))(alone, np.random.default_rng(0))

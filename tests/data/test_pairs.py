@@ -25,7 +25,9 @@ def brains(tmp_path_factory):
     root = tmp_path_factory.mktemp("brains")
     (root / "cases").mkdir()
     (root / "latents" / "vq").mkdir(parents=True)
-    (root / "latents" / "vq" / "latents.json").write_text(json.dumps({"checkpoint_sha256": "x"}))
+    (root / "latents" / "vq" / "latents.json").write_text(
+        json.dumps({"checkpoint_sha256": "x", "downsampling": [2, 2, 2]})
+    )
     cases = []
     for subject in range(8):
         for label, name in enumerate(MODALITIES):
@@ -135,6 +137,8 @@ def test_cached_latents_come_in_pairs_too(brains):
     assert batch["latent"].shape == batch["source_latent"].shape == (3, 2, 3, 3, 3)
     check_batch({**batch, "image": batch["latent"], "source": batch["source_latent"],
                  "mask": batch["label"].view(-1, 1)})  # fmt: skip
+    window = build(brains, keys=("latent", "source_latent"), latents="vq", crop_size=[4, None, 2])
+    assert next(iter(window.train_dataloader()))["source_latent"].shape == (3, 2, 2, 3, 1)
     held = build(brains, keys=("latent", "source_latent"), latents="vq", cache="ram")
     assert torch.equal(next(iter(held.train_dataloader()))["source_latent"], batch["source_latent"])
 

@@ -80,8 +80,8 @@ def task(cfg: Any) -> None:
         with replacing(path) as aside, h5py.File(aside, "w") as file:
             file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
     facts = {"checkpoint": checkpoint, "checkpoint_sha256": sha256(checkpoint), "num_cases": len(cases)}
-    if not (folder / "latents.json").is_file():
-        write_json(folder / "latents.json", facts | {"latent": "prequant", "dtype": "float16"})
+    facts |= {"latent": "prequant", "dtype": "float16", "downsampling": list(module.autoencoder.downsampling)}
+    write_json(folder / "latents.json", facts)
     print(folder)
 
 

@@ -129,7 +129,7 @@ class CaseDataModule(pl.LightningDataModule):
 
     @property
     def latent_facts(self) -> dict:
-        """The `latents.json` of the cache in use: checkpoint_sha256, first_stage, shape."""
+        """The `latents.json` of the cache in use: checkpoint_sha256, downsampling..."""
         return read_json(
             self.latents_dir / "latents.json",
             f"run `medldm encode checkpoint=CKPT data.root={self.root}` first",
@@ -246,7 +246,8 @@ class CaseDataModule(pl.LightningDataModule):
         size = self.box_size()
         transforms: list = []
         if size is not None and (augment or subset == "val"):
-            transforms.append(RandomCrop(size) if augment else CenterCrop(size))
+            cell = self.latent_facts.get("downsampling") if self.latents else None
+            transforms.append((RandomCrop if augment else CenterCrop)(size, cell and tuple(cell)))
         if augment and self.flip_axes:
             transforms.append(RandomFlip(self.flip_axes, self.flip_prob))
         settings = {

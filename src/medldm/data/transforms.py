@@ -263,12 +263,11 @@ LATENTS = ("latent", "source_latent")
 SPATIAL = ("image", "source", "mask", "edges")  # what is cropped and flipped together
 
 
-def crop_item(item: dict, start: Sequence[int], size: Sequence[int]) -> dict:
+def crop_item(item: dict, start: Sequence[int], size: Sequence[int], factors: Sequence[int]) -> dict:
     """Cut the same box out of every (C, *S) array: views, so that of a mapped file the box alone is read.
 
-    Latents are cut in their own cells; `start` and `size` are multiples of these (`cells`).
+    Latents are cut in their own cells; `start` and `size` are multiples of their `factors`.
     """
-    factors = cells(item)
 
     def box(scale: Sequence[int]) -> tuple[slice, ...]:
         return (
@@ -283,38 +282,44 @@ def crop_item(item: dict, start: Sequence[int], size: Sequence[int]) -> dict:
     }
 
 
-def cells(item: dict) -> tuple[int, ...]:
-    """Voxels of a latent cell along each axis; 1 where an item has no latents."""
-    grids = [item[key].shape[1:] for key in LATENTS if key in item]
+def spatial_shape(item: dict, cell: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(voxels of an item, voxels of a latent cell) along each axis; a cell is 1 where an item has no latents.
+
+    Where an item holds latents alone, `cell` tells what they stand for.
+    """
+    grid = next((item[key].shape[1:] for key in LATENTS if key in item), None)
     shape = next((item[key].shape[1:] for key in SPATIAL if key in item), None)
-    if shape is None:
-        raise InputError("data.crop_size: latents alone do not tell their voxels; set it to null")
-    return tuple(n // m for n, m in zip(shape, grids[0], strict=True)) if grids else (1,) * len(shape)
+    if shape is not None:
+        return shape, tuple(n // m for n, m in zip(shape, grid or shape, strict=True))
+    if cell is None:
+        raise InputError("data.crop_size: these latents do not tell their voxels; run `medldm encode` again")
+    return tuple(n * f for n, f in zip(grid, cell, strict=True)), tuple(cell)
 
 
-def whole_size(item: dict, size: Sequence[int | None]) -> tuple[tuple[int, ...], list[int]]:
-    """The spatial shape of an item, and `size` with its open axes filled in."""
-    factors = cells(item)
-    shape = next(item[key].shape[1:] for key in SPATIAL if key in item)
+def box_sizes(
+    item: dict, size: Sequence[int | None], cell: Sequence[int] | None
+) -> list[tuple[int, int, int]]:
+    """(voxels, those of the box, those of a latent cell) of each axis; None in `size` is the whole axis."""
+    shape, factors = spatial_shape(item, cell)
     filled = [m if n is None else n for n, m in zip(size, shape, strict=True)]
     if any(n % f for n, f in zip(filled, factors, strict=True)):
         raise InputError(f"data.crop_size={filled}: cached latents need multiples of {list(factors)}")
-    return shape, filled
+    return list(zip(shape, filled, factors, strict=True))
 
 
 @dataclass(frozen=True)
 class RandomCrop:
     """A box of `size` anywhere inside the (C, *S) arrays of an item, the same for all; None: the whole
-    axis.
+    axis. `cell`: voxels of a latent cell along each axis, for items of latents alone.
     """
 
     size: tuple[int | None, ...]
+    cell: tuple[int, ...] | None = None
 
     def __call__(self, item: dict, generator: np.random.Generator) -> dict:
-        shape, size = whole_size(item, self.size)
-        grid = zip(shape, size, cells(item), strict=True)
+        grid = box_sizes(item, self.size, self.cell)
         start = [f * int(generator.integers((n - m) // f + 1)) for n, m, f in grid]
-        return crop_item(item, start, size)
+        return crop_item(item, start, [m for _, m, _ in grid], [f for *_, f in grid])
 
 
 @dataclass(frozen=True)
@@ -322,11 +327,12 @@ class CenterCrop:
     """The central box of `size`."""
 
     size: tuple[int | None, ...]
+    cell: tuple[int, ...] | None = None
 
     def __call__(self, item: dict, generator: np.random.Generator | None = None) -> dict:
-        shape, size = whole_size(item, self.size)
-        grid = zip(shape, size, cells(item), strict=True)
-        return crop_item(item, [(n - m) // 2 // f * f for n, m, f in grid], size)
+        grid = box_sizes(item, self.size, self.cell)
+        start = [(n - m) // 2 // f * f for n, m, f in grid]
+        return crop_item(item, start, [m for _, m, _ in grid], [f for *_, f in grid])
 
 
 @dataclass(frozen=True)
