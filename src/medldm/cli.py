@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "write generated images (or a first stage's reconstructions)",
     "translate": "one volume in other modalities, from the volume alone",
     "evaluate": "compare two folders of images: metrics.json, per_case.csv and a table",
+    "export": "prepared images and maps as PNG slices, for 2D programs",
     "report": "one self-contained HTML page about a run",
     "demo": "phantom -> prepare -> both stages -> sample -> evaluate -> report, on a CPU, in minutes",
 }

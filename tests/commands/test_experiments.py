@@ -1,6 +1,7 @@
 """Every experiment file trains two steps; the shared networks do so in 3D."""
 
 import math
+import shutil
 
 import h5py
 import nibabel
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from medldm.checkpoints import load_module
-from medldm.commands import encode, sample
+from medldm.commands import encode, prepare, sample
 from medldm.data import build_datamodule
-from medldm.data.readers import read_images
+from medldm.data.edges import label_contours
+from medldm.data.readers import load_index, read_images
 from medldm.errors import InputError
 from medldm.outputs import SampleFolder
 from tests.helpers import CONFIG_DIR, compose_config
@@ -150,6 +152,54 @@ def test_windows_tiles_trajectories_and_interpolations(prepared_3d, semantic_3d,
     assert Image.open(gif).n_frames >= 2
     with h5py.File(gif.with_suffix(".h5")) as file:
         assert file["images"].shape == (3, 32, 32, 32) and file["share"][:].tolist() == [0, 0.5, 1]
+
+
+def prepare_maps(raw, root, files: dict, *options) -> dict:
+    (raw / "masks").mkdir(parents=True)
+    for name, file in files.items():
+        shutil.copy(file, raw / "masks" / name)
+    paths = ("data=folder", f"data.raw={raw}", f"data.root={root}", "data.num_workers=0")
+    prepare.task(compose_config("prepare", *paths, *options))
+    return load_index(root)
+
+
+def test_a_volume_s_map_alone_gives_the_sample_that_it_gives_beside_its_image(
+    prepared_3d, semantic_3d, tmp_path
+):
+    entry = load_index(prepared_3d)["cases"][0]
+    raw = next(file["path"] for file in entry["raw"] if "/masks/" in file["path"])
+    sizes = ("data.spatial_dims=3", "data.image_size=[32,32,32]")
+    index = prepare_maps(tmp_path / "raw", tmp_path / "maps", {f"{entry['id']}.nii.gz": raw}, *sizes)
+    assert index["has_images"] is False and index["num_classes"] == load_index(prepared_3d)["num_classes"]
+    for root, name in ((prepared_3d, "beside"), (tmp_path / "maps", "alone")):
+        paths = (f"checkpoint={semantic_3d}", f"data.root={root}", f"output={tmp_path / name}")
+        sample.task(compose_config("sample", *paths, *FOLDER_3D, "split=all", "limit=1"))
+    files = [tmp_path / name / f"{entry['id']}.h5" for name in ("beside", "alone")]
+    with h5py.File(files[0]) as one, h5py.File(files[1]) as other:
+        assert np.array_equal(one["images"], other["images"])
+        assert np.array_equal(one["mask"], other["mask"])
+    low, high = load_module(semantic_3d).facts["intensity_ranges"][0]
+    values = nibabel.load(tmp_path / "alone" / f"{entry['id']}.nii.gz").get_fdata()
+    assert low - 1 <= values.min() and 0.5 * (low + high) < values.max() <= high + 1
+    with pytest.raises(InputError, match="from class maps alone"):
+        build_datamodule({"root": tmp_path / "maps", "batch_size": 1}, keys=("image",), seed=0)
+    with pytest.raises(InputError, match="holds a class map and no image"):
+        list(read_images(tmp_path / "maps"))
+
+
+def test_maps_alone_in_2d_are_sampled_with_their_contours_for_edges(phantom_raw, diffusion, tmp_path):
+    raw = sorted(phantom_raw.rglob("*SA_ED_gt.nii.gz"))[0]
+    sizes = ("data.image_size=64", "data.preprocess.edges.source=labels")
+    index = prepare_maps(tmp_path / "raw", tmp_path / "maps", {"own.nii.gz": raw}, *sizes)
+    assert index["has_images"] is False and index["cases"][0]["max_class"] == 3
+    paths = (f"checkpoint={diffusion}", f"data.root={tmp_path / 'maps'}", f"output={tmp_path / 'out'}")
+    sample.task(compose_config("sample", *paths, "data=folder", "split=all", "max_slices=2"))
+    with h5py.File(tmp_path / "out" / "own.h5") as file:
+        assert file["images"].shape == (2, 64, 64) and np.isfinite(file["images"][:]).all()
+        for edges, mask in zip(file["edges"][:], file["semantic_maps"][:], strict=True):
+            assert np.array_equal(edges, label_contours(mask))
+    with pytest.raises(InputError, match="edges.source=labels"):
+        prepare_maps(tmp_path / "again", tmp_path / "wrong", {"own.nii.gz": raw}, sizes[0])
 
 
 @pytest.mark.parametrize(

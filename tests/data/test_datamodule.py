@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import torch
 
 from medldm.data import build_datamodule
 from medldm.data.dataset import expand
+from medldm.data.edges import EdgeRecipe, detect_edges
+from medldm.data.prepare import prepare_dataset
 from medldm.data.sampler import ResumableSampler
 from medldm.errors import InputError
+from tests.data.conftest import MNMS2_LABELS, settings
 
 KEYS = ("image", "mask", "edges")
 
@@ -167,6 +171,31 @@ def test_degraded_edges_reach_the_batch_with_their_level(mnms2):
     plain, rough = (module.dataset("test", edge_level=level)[2] for level in (0.0, 1.0))
     assert torch.equal(plain["edges"], module.dataset("test")[2]["edges"])
     assert not torch.equal(plain["edges"], rough["edges"])
+
+
+def test_stored_edge_levels_serve_where_no_image_is_read(raw_mnms2, tmp_path):
+    levels = [{"blur": 1.0}, {"blur": 2.5, "min_length": 10}]
+    common = settings(labels=MNMS2_LABELS)
+    common["preprocess"]["edges"] |= {"levels": levels}
+    root = prepare_dataset(dataset="mnms2", raw=raw_mnms2, root=tmp_path, **common)
+    index = json.loads((root / "index.json").read_text())
+    assert index["num_edge_levels"] == 2
+    with h5py.File(root / index["cases"][0]["file"]) as file:
+        assert json.loads(file["edges_levels"].attrs["parameters"]) == levels
+        first = file["images"][0].astype(np.float32)
+        stored = detect_edges(cv2.GaussianBlur(first, (0, 0), 2.5), EdgeRecipe(min_length=10))
+        assert (file["edges_levels"][0, 1] != stored).mean() < 0.01  # of half floats here
+    only = {"redetect_prob": 1.0, "full_drop_prob": 0.0, "contours_only_prob": 0.0, "level": [1, 1]}
+    for cache in ("none", "ram"):
+        module = build(root, keys=("edges", "mask"), edge_degrade=only, cache=cache)
+        dataset = module.dataset("train", augment=True)
+        without = build(root, keys=("edges", "mask"), edge_degrade=only | {"redetect_prob": 0.0})
+        batch = dataset.__getitems__([(0, 0), (0, 1)])
+        assert "edges_levels" not in batch and batch["edges"].shape == (2, 1, 64, 64)
+        plain = without.dataset("train", augment=True).__getitems__([(0, 0), (0, 1)])
+        assert not torch.equal(batch["edges"], plain["edges"])
+    assert dataset.read("edges_levels", dataset.items[0]).shape == (2, 64, 64)
+    assert build(root, edge_degrade=only).dataset("train", augment=True).stored_keys == KEYS
 
 
 def test_compact_batches_expand_once(mnms2):

@@ -9,8 +9,18 @@ import numpy as np
 import pytest
 
 from medldm.commands import phantom, prepare
-from medldm.data.datasets import autopet, brats, duke, ixi, synthrad, totalsegmentator_mri
-from medldm.data.readers import load_index, read_images
+from medldm.data.datasets import (
+    adni,
+    autopet,
+    brats,
+    duke,
+    ixi,
+    lidc,
+    mrnet,
+    synthrad,
+    totalsegmentator_mri,
+)
+from medldm.data.readers import load_index, read_image, read_images
 from medldm.errors import InputError
 from tests.helpers import compose_config
 
@@ -165,6 +175,67 @@ def test_ixi_as_published_and_as_registered(raw3d, tmp_path):
     registered = ixi.index(raw3d("ixi"))
     assert {case.attributes["split"] for case in registered} == {"train", "val", "test"}
     assert all(case.paths["foreground"].endswith("PD.nii.gz") for case in registered)
+
+
+def save_array(path: Path, seed: int, shape=(20, 32, 32)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 255, shape).astype(np.uint8)
+    np.save(path, values)
+
+
+def test_mrnet_keeps_its_split_and_labels_and_arrays_their_axes(tmp_path):
+    raw, exams = tmp_path / "raw", {"train": ["0000", "0001", "0002"], "valid": ["1130"]}
+    for folder, names in exams.items():
+        for name in names:
+            save_array(raw / folder / "sagittal" / f"{name}.npy", int(name))
+        (raw / f"{folder}-acl.csv").write_text("".join(f"{name},{int(name) % 2}\n" for name in names))
+    cases = mrnet.index(raw)
+    assert [(c.id, c.attributes["split"], c.attributes["label"]) for c in cases] == [
+        ("0000", "train", "0"),
+        ("0001", "train", "1"),
+        ("0002", "train", "0"),
+        ("1130", "val", "0"),
+    ]
+    options = (f"data.raw={raw}", f"data.root={tmp_path / 'out'}", "data.image_size=[24,32,32]")
+    prepare.task(compose_config("prepare", "data=mrnet", "data.num_workers=0", *options))
+    index = load_index(tmp_path / "out")
+    assert index["label_values"] == ["0", "1"] and index["cases"][0]["spacing"] == [1, 1, 1]
+    stored = np.load(raw / "train/sagittal/0000.npy").astype(np.float32)
+    (record,) = read_images(tmp_path / "out", ids=["0000"])
+    np.testing.assert_allclose(record.image[0, 2:22], stored / 127 - 1, atol=1e-3)  # padded by 2 at each end
+    assert (record.image[0, :2] == -1).all() and (record.image[0, 22:] == -1).all()
+    (raw / "train-acl.csv").write_text("0000,0\n0001,yes\n")
+    with pytest.raises(InputError, match="train-acl.csv: line 2"):
+        mrnet.index(raw)
+    with pytest.raises(InputError, match="choose one plane"):
+        mrnet.index(raw, ["oblique"])
+
+
+def test_a_cut_or_odd_array_is_named(tmp_path):
+    save_array(tmp_path / "LIDC-IDRI-0001" / "a.npy", 0)
+    save_array(tmp_path / "LIDC-IDRI-0001" / "b.npy", 1)
+    save_array(tmp_path / "other.npy", 2, (4, 20, 32, 32))
+    cases = lidc.index(tmp_path)
+    assert [c.subject for c in cases] == ["LIDC-IDRI-0001", "LIDC-IDRI-0001", "other"]
+    assert len({c.id for c in cases}) == 3
+    with pytest.raises(InputError, match=r"other.npy: holds uint8 of shape \(4, 20, 32, 32\)"):
+        read_image(cases[2].paths["image"])
+    path = Path(cases[0].paths["image"])
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match="a.npy: not a complete NumPy array"):
+        read_image(path)
+
+
+def test_visits_of_an_adni_subject_stay_together(tmp_path):
+    touch(tmp_path / "002_S_0295" / "2006" / "ADNI_002_S_0295_MR_I1.nii")
+    touch(tmp_path / "002_S_0295" / "2007" / "T1.nii.gz")
+    touch(tmp_path / "011_S_0002" / "T1.nii.gz")
+    cases = adni.index(tmp_path)
+    assert [c.subject for c in cases] == ["002_S_0295", "002_S_0295", "011_S_0002"]
+    assert len({c.id for c in cases}) == 3
+    touch(tmp_path / "stray.nii")
+    with pytest.raises(InputError, match="stray.nii: neither name nor folder"):
+        adni.index(tmp_path)
 
 
 def test_totalsegmentators_organs_find_their_class():

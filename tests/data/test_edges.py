@@ -98,6 +98,38 @@ def test_degrade_is_a_function_of_its_generator(slices):
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
+def test_stored_levels_stand_in_for_the_detector(slices):
+    recipe = EdgeRecipe(levels=({"blur": 1.0}, {"blur": 2.0, "min_length": 20}))
+    record = slices[5]
+    levels = recipe.pyramid(record.image[0])
+    smooth = cv2.GaussianBlur(record.image[0], (0, 0), 2.0)
+    assert levels.shape == (2, *record.edges[0].shape)
+    assert np.array_equal(levels[1], detect_edges(smooth, EdgeRecipe(min_length=20)))
+    alone = {name: 0 for name in ("full_drop_prob", "contours_only_prob", "drop_components", "num_gaps")}
+    alone |= {
+        "keep_longest_prob": 0,
+        "simplify_epsilon": 0,
+        "max_shift": 0,
+        "num_strokes": 0,
+        "morphology_prob": 0,
+    }
+    degrade = EdgeDegrade(redetect_prob=1, max_thickness=1, **alone)
+    seen = {
+        degrade(record.edges[0], 1.0, np.random.default_rng(seed), stored=levels).tobytes()
+        for seed in range(12)
+    }
+    expected = {degrade.redraw(x, 0.0, np.random.default_rng(0)).tobytes() for x in levels}
+    assert seen == expected
+    fine = degrade(record.edges[0], 0.2, np.random.default_rng(3), stored=np.stack([levels[0]] * 2))
+    assert fine.any() and np.array_equal(levels, recipe.pyramid(record.image[0]))  # left as they were
+
+
+@pytest.mark.parametrize("levels", [({"sigmaa": 0.3},), ({},), ({"per_view": {}},)])
+def test_a_level_of_unknown_keys_is_an_input_error(levels):
+    with pytest.raises(InputError, match="edges.levels"):
+        EdgeRecipe(levels=levels)
+
+
 def test_degrade_can_leave_contours_or_nothing(slices):
     record, generator = slices[5], np.random.default_rng(0)
     nothing = EdgeDegrade(full_drop_prob=1)(record.edges[0], 1.0, generator)

@@ -16,6 +16,9 @@ trajectory=20 also writes that many steps of each case as a GIF; interpolate.cou
 each two neighbouring cases instead.
 Writes per case HDF5 with the conditions (3D also NIfTI on the source's grid and in its units), 8-bit PNGs
 and provenance.json. Run it again to continue.
+
+Maps of your own need no images: put them into RAW/masks, run `medldm prepare data=folder data.raw=RAW ...`
+with the size, spacing and orientation of the model's data, and sample with split=all.
 """
 
 import logging
@@ -70,7 +73,10 @@ def build_dataset(cfg: Any, module: Any, keys: tuple[str, ...]) -> tuple[Any, An
     data["pairs"] = "all" if "source" in keys else None
     datamodule = build_datamodule(data, keys=keys, seed=cfg.seed)
     facts = (*SAME_FACTS, "label_values") if "source" in keys else SAME_FACTS
-    check_facts(module.facts, datamodule.facts, cfg.checkpoint, data["root"], facts)
+    prepared = datamodule.facts
+    if prepared["has_images"] is False and prepared["num_classes"] < (module.facts["num_classes"] or 0):
+        prepared |= {"num_classes": module.facts["num_classes"]}  # not all maps show every class
+    check_facts(module.facts, prepared, cfg.checkpoint, data["root"], facts)
     return datamodule.dataset(cfg.split, edge_level=cfg.edge_level).as_cases(), datamodule
 
 
@@ -126,6 +132,9 @@ def task(cfg: Any) -> None:
         print(cfg.output)
         return
 
+    if datamodule.facts["has_images"] is False:
+        give_units(dataset.cases, module.facts)
+
     def size_of(case: int) -> tuple[int, ...]:
         shape = dataset.cases[case].get("shape") or datamodule.facts["image_size"]
         return tuple(shape)[-dataset.spatial_dims :]
@@ -155,6 +164,14 @@ def task(cfg: Any) -> None:
                     write_trajectory(module, recorder, folder, done, dataset.cases[done.case]["id"])
                 folder.write(done.case, done.positions, done.samples, done.batches)
     print(cfg.output)
+
+
+def give_units(cases: list[dict], facts: dict[str, Any]) -> None:
+    """Maps alone tell no intensities: their volumes get those typical of what the model was trained on."""
+    for case in cases:
+        typical = (facts.get("intensity_ranges") or {}).get(case.get("label", 0))
+        if typical is not None:
+            case["intensity_range"] = list(typical)
 
 
 def describe_run(cfg: Any, module: Any, predictor: Any) -> dict[str, Any]:

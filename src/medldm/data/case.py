@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Case:
-    """One image file (a volume, or a single picture) with its mask.
+    """One image file (a volume, or a single picture) with its mask, or a mask alone, to sample from.
 
     `paths` maps a key to `file` or, inside HDF5, `file::dataset`. Keys: `image`; `mask`, or binary masks
     `mask:<class>[:name]` that make up a class map, the higher class on top; `foreground`, whose content
@@ -18,6 +18,15 @@ class Case:
     subject: str
     paths: dict[str, str]
     attributes: dict[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def has_image(self) -> bool:
+        return "image" in self.paths
+
+    @property
+    def main_path(self) -> str:
+        """The file that messages name: the image, or the mask that stands alone."""
+        return self.paths["image" if self.has_image else "mask"]
 
     @property
     def has_mask(self) -> bool:

@@ -44,6 +44,7 @@ FACTS = (
     "label_values",
     "image_size",
     "orientation",
+    "has_images",
     "preprocess",
 )
 FRACTIONS = {"val": 0.1, "test": 0.1}
@@ -154,6 +155,10 @@ class CaseDataModule(pl.LightningDataModule):
         if self.worker_context not in (None, "fork", "spawn", "forkserver"):
             raise InputError(
                 f"data.worker_context={self.worker_context}: choose null, fork, spawn or forkserver"
+            )
+        if not index.get("has_images", True) and {"image", "source", *OF_SOURCE} & set(self.keys):
+            raise InputError(
+                f"{self.root}: was prepared from class maps alone, to sample from; add the images for this"
             )
         check_pairs(self.pairs, self.pair_labels, self.keys, index.get("label_values") or [])
         if "mask" in self.keys and index.get("num_classes") is None:

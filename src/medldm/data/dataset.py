@@ -26,6 +26,7 @@ ARRAY_DTYPES = {
     "source": torch.float32,
     "source_latent": torch.float32,
 }
+HAS_CHANNELS = ("latent", "edges_levels")  # of a slice: rows of several channels
 Transform = Callable[[dict, np.random.Generator], dict]
 
 
@@ -54,7 +55,7 @@ class EdgeDegradation:
         low, high = self.levels
         level = float(generator.uniform(low, max(low, high * ramp)))
         image, mask = (item[key][0] if key in item else None for key in ("image", "mask"))
-        edges = self.degrade(item["edges"][0], level, generator, image, mask)
+        edges = self.degrade(item["edges"][0], level, generator, image, mask, item.get("edges_levels"))
         return {**item, "edges": edges[None], "edge_level": level}
 
 
@@ -102,6 +103,9 @@ class CaseDataset(Dataset):
             latents_dir,
         )
         self.synthetic = synthetic
+        # Rougher edges, as prepared, for degradation without images.
+        has_levels = edge_degradation is not None and "image" not in keys and index.get("num_edge_levels")
+        self.stored_keys = (*self.keys, "edges_levels") if has_levels else self.keys
         self.cached: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
@@ -124,26 +128,24 @@ class CaseDataset(Dataset):
         return self.root / self.cases[case]["file"]
 
     def read(self, key: str, item: Item) -> np.ndarray:
-        """(C, *S) in the stored dtype."""
+        """(C, *S) in the stored dtype; C counts the levels of `edges_levels`."""
         if key == "image" and item.is_synthetic:
             return self.synthetic.read(self.cases[item.case]["id"], item.row)
         if (key, item.case) in self.cached:
             rows = self.cached[key, item.case].numpy()
-            return (
-                rows[item.row]
-                if key == "latent"
-                else rows
-                if self.spatial_dims == 3
-                else rows[item.row][None]
-            )
+            if self.spatial_dims == 3 and key != "latent":
+                return rows
+            return rows[item.row] if key in HAS_CHANNELS else rows[item.row][None]
         reader = open_hdf5(self.path(key, item.case))
         if key == "latent":
             return reader.read_row("latents", item.row)
-        return reader.mapped(key) if self.spatial_dims == 3 else reader.read_row(key, item.row)[None]
+        if self.spatial_dims == 3:
+            return reader.mapped(key)
+        return reader.read_row(key, item.row) if key in HAS_CHANNELS else reader.read_row(key, item.row)[None]
 
     def load(self, epoch: int, i: int) -> dict:
         """The arrays of one item; its randomness depends on (seed, epoch, i) alone."""
-        return self.augment({key: self.read(key, self.items[i]) for key in self.keys}, epoch, i)
+        return self.augment({key: self.read(key, self.items[i]) for key in self.stored_keys}, epoch, i)
 
     def augment(self, arrays: dict, epoch: int, i: int) -> dict:
         if self.transforms or self.edge_degradation is not None:
@@ -202,7 +204,9 @@ class CaseDataset(Dataset):
 
     def stored(self) -> list[tuple[str, int]]:
         """(key, case) of everything that an epoch may read."""
-        return [(key, case) for case in sorted({item.case for item in self.items}) for key in self.keys]
+        return [
+            (key, case) for case in sorted({item.case for item in self.items}) for key in self.stored_keys
+        ]
 
 
 def expand(batch: Batch) -> Batch:

@@ -22,7 +22,9 @@ class EdgeRecipe:
     """Parameters of `detect_edges`; the defaults are the published recipe, the switches after it ours.
 
     Lengths in pixels, intensities in grey levels 0..255. `thresholds` fixes (lower, upper) of Canny in place
-    of the median rule; `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}.
+    of the median rule; `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}. `levels`
+    are replacements too, from fine to coarse, such as {"blur": 2, "min_length": 30}: edges that are stored
+    beside the others, for `EdgeDegrade` to choose from where training reads no images.
     """
 
     source: str = "image"
@@ -38,7 +40,9 @@ class EdgeRecipe:
     min_length: int = 0
     body_mask: bool = False
     thresholds: tuple[float, float] | None = None
+    blur: float = 0.0  # sigma of a Gaussian before all else
     per_view: Mapping[str, Mapping] = field(default_factory=dict)
+    levels: Sequence[Mapping] = ()
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -47,11 +51,22 @@ class EdgeRecipe:
             raise InputError(f"data.preprocess.edges.aperture={self.aperture}: Canny takes 3, 5 or 7")
         if not 0 <= self.sigma < 1:
             raise InputError(f"data.preprocess.edges.sigma={self.sigma}: must lie in [0, 1)")
+        known = {"bilateral_diameter", "sigma", "min_length", "thresholds", "blur", "dark_threshold"}
+        for level in self.levels:
+            if not level or not level.keys() <= known or self.source == "labels":
+                raise InputError(
+                    f"data.preprocess.edges.levels={list(map(dict, self.levels))}: each replaces some of "
+                    f"{', '.join(sorted(known))}, and source must be image or both"
+                )
 
     def for_view(self, view: str | None) -> "EdgeRecipe":
         """The recipe with the replacements of this view."""
         changes = self.per_view.get(view, {})
         return replace(self, **changes) if changes else self
+
+    def pyramid(self, image: np.ndarray) -> np.ndarray:
+        """(L, H, W) uint8 {0, 1}: the edges of every level."""
+        return np.stack([detect_edges(image, replace(self, levels=(), **level)) for level in self.levels])
 
     def __call__(self, image: np.ndarray | None, mask: np.ndarray | None = None) -> np.ndarray:
         """(H, W) uint8 {0, 1} from the image, the class map's contours, or both."""
@@ -64,6 +79,8 @@ class EdgeRecipe:
 
 def detect_edges(image: np.ndarray, recipe: EdgeRecipe) -> np.ndarray:
     """(H, W) of any range -> (H, W) uint8 {0, 1}; no edges where the image is constant or wholly dark."""
+    if recipe.blur > 0:
+        image = cv2.GaussianBlur(np.asarray(image, np.float32), (0, 0), recipe.blur)
     low, high = float(image.min()), float(image.max())
     empty = np.zeros(image.shape, np.uint8)
     if not high > low:
@@ -126,11 +143,10 @@ class EdgeDegrade:
     worst.
 
     Every effect grows with d: (a) the detector run again with blur, other thresholds and no short pieces
-    (needs the image), (b) components dropped or only the longest kept, (c) lines simplified by
-    Douglas-Peucker and redrawn with a pen, (d) vertices moved by a smooth field, (e) gaps, thickening and
-    thinning, (f) spurious strokes, (g) class contours alone (needs the class map), (h) nothing at all.
-    Probabilities hold
-    at d = 1, lengths in pixels at d = 1 and 256 x 256.
+    (needs the image; without it one of the stored levels, if there are any), (b) components dropped or only
+    the longest kept, (c) lines simplified by Douglas-Peucker and redrawn with a pen, (d) vertices moved by a
+    smooth field, (e) gaps, thickening and thinning, (f) spurious strokes, (g) class contours alone (needs the
+    class map), (h) nothing at all. Probabilities hold at d = 1, lengths in pixels at d = 1 and 256 x 256.
     """
 
     recipe: EdgeRecipe = EdgeRecipe()
@@ -153,8 +169,11 @@ class EdgeDegrade:
         generator: np.random.Generator,
         image: np.ndarray | None = None,
         mask: np.ndarray | None = None,
+        stored: np.ndarray | None = None,
     ) -> np.ndarray:
-        """(H, W) uint8 {0, 1} -> the same; `image` (H, W) enables (a), `mask` (H, W) enables (g)."""
+        """(H, W) uint8 {0, 1} -> the same; `image` (H, W) or `stored` levels (L, H, W) enable (a), `mask`
+        (H, W) enables (g).
+        """
         if not 0 <= level <= 1:
             raise ValueError(f"level={level}: an edge degradation level lies in [0, 1]")
         if level == 0:
@@ -164,8 +183,12 @@ class EdgeDegrade:
         if generator.random() < level * self.contours_only_prob and mask is not None:  # (g)
             return label_contours(mask)
         edges = np.ascontiguousarray(edges, np.uint8)
-        if generator.random() < level * self.redetect_prob and image is not None:
-            edges = self.redetect(image, level, generator)
+        if generator.random() < level * self.redetect_prob:
+            if image is not None:
+                edges = self.redetect(image, level, generator)
+            elif stored is not None:
+                coarsest = 1 + round(level * (len(stored) - 1))
+                edges = stored[generator.integers(coarsest)].copy()
         edges = self.drop(edges, level, generator)
         edges = self.redraw(edges, level, generator)
         edges = self.erase(edges, level, generator)
@@ -175,9 +198,8 @@ class EdgeDegrade:
         blur = 3 * level * generator.random()
         sigma = self.recipe.sigma + level * generator.uniform(0.2 - 0.38, 0.6 - 0.38)
         min_length = round(60 * level * generator.random() * min(image.shape) / 256)
-        smooth = cv2.GaussianBlur(np.asarray(image, np.float32), (0, 0), blur) if blur > 0.3 else image
-        recipe = replace(self.recipe, sigma=float(np.clip(sigma, 0, 0.99)), min_length=min_length)
-        return detect_edges(smooth, recipe)
+        changes = {"sigma": float(np.clip(sigma, 0, 0.99)), "min_length": min_length}
+        return detect_edges(image, replace(self.recipe, blur=blur if blur > 0.3 else 0.0, **changes))
 
     def drop(self, edges: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (b)
         count, components, stats, _ = cv2.connectedComponentsWithStats(edges, connectivity=EIGHT)

@@ -38,6 +38,10 @@ def nifti_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and has_suffix(p, NIFTI_SUFFIXES))
 
 
+def nifti_below(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.is_file() and has_suffix(p, NIFTI_SUFFIXES))
+
+
 def existing(*candidates: Path) -> Path | None:
     """The first of these that is a file, with `.nii` as good as `.nii.gz`."""
     for path in candidates:

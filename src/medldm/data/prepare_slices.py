@@ -1,5 +1,6 @@
 """2D preparation: all acquisitions of a subject become the slices of one HDF5 file."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,12 @@ def as_slices(image: Image, axis: int, path: str) -> tuple[np.ndarray, tuple[flo
 
 
 def read_pair(case: Case) -> tuple[Image, Image | None]:
-    """Image and mask of a case on one grid; InputError where their shapes differ."""
+    """Image and mask of a case on one grid; InputError where their shapes differ. A mask alone comes with an
+    empty image.
+    """
+    if not case.has_image:
+        mask = read_mask(case.paths["mask"])
+        return mask._replace(array=np.zeros(mask.array.shape, np.float32)), mask
     image = read_image(case.paths["image"])
     if "mask" not in case.paths:
         return image, None
@@ -63,15 +69,15 @@ def is_inverted(case: Case, volume: np.ndarray, rule: str) -> bool:
         return stated == "MONOCHROME1"
     inverted = looks_inverted(volume[len(volume) // 2])
     if inverted:
-        log.warning("%s: looks inverted, turned; declare it, or set preprocess.invert", case.paths["image"])
+        log.warning("%s: looks inverted, turned; declare it, or set preprocess.invert", case.main_path)
     return inverted
 
 
 def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.ndarray]:
     """All slices of one acquisition as the datasets of schema v1."""
     raw, raw_mask = read_pair(case)
-    volume, spacing = as_slices(raw, recipe.slice_axis, case.paths["image"])
-    volume = finite(volume, case.paths["image"])
+    volume, spacing = as_slices(raw, recipe.slice_axis, case.main_path)
+    volume = finite(volume, case.main_path)
     size, count = recipe.image_size, len(volume)
     view = str(case.attributes.get("view", ""))
     low, high = recipe.intensity.volume_range(volume)
@@ -91,13 +97,20 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.n
             low, high = float(resized.min()), float(resized.max())
         images.append(to_unit(resized, low, high))
         ranges.append((low, high))
-    out: dict[str, np.ndarray] = {"images": np.stack(images)}
+    out: dict[str, np.ndarray] = {"images": np.stack(images)} if case.has_image else {}
     if classes is not None:
         out["semantic_maps"] = np.stack([recipe.resize.label(plane, spacing, size) for plane in classes])
     if recipe.edges is not None:
         detect = recipe.edges.for_view(view)
+        if not case.has_image and detect.source != "labels":
+            raise InputError(
+                f"{case.main_path}: a map without an image has no edges to detect; set "
+                "data.preprocess.edges.source=labels for its contours, or data.preprocess.edges=null"
+            )
         maps = out.get("semantic_maps", [None] * count)
         out["edges"] = np.stack([detect(image, mask) for image, mask in zip(images, maps, strict=True)])
+        if detect.levels:
+            out["edges_levels"] = np.stack([detect.pyramid(image) for image in images])
     out["view"] = np.full(count, number(view, tables.views), np.uint8)
     out["phase"] = np.full(count, number(case.attributes.get("phase", ""), tables.phases), np.uint8)
     out["label"] = np.full(count, number(case.attributes.get("label", ""), tables.labels), np.int16)
@@ -119,7 +132,7 @@ def label_box(classes: np.ndarray | None, spacing: Sequence[float], margin: floa
     each edge: one box for all slices. InputError where nothing is labelled.
     """
     if classes is None or not classes.any():
-        file = case.paths.get("mask", case.paths["image"])
+        file = case.paths.get("mask", case.main_path)
         raise InputError(
             f"{file}: nothing is labelled, so there is nothing to crop to; take the case out, or set "
             "data.preprocess.crop_label_margin=null"
@@ -150,18 +163,19 @@ def cut(x: np.ndarray, box: Box, fill: float) -> np.ndarray:
 def write_slices(job: Job, file: h5py.File) -> None:
     parts = [prepare_slices(case, job.recipe, job.tables) for case in job.cases]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    arrays["images"] = arrays["images"].astype(job.recipe.dtype)
+    if "images" in arrays:
+        arrays["images"] = arrays["images"].astype(job.recipe.dtype)
     for key, array in arrays.items():
         layout = (
             {"chunks": (1, *array.shape[1:]), **COMPRESSION[job.recipe.compression]}
-            if array.ndim == 3
+            if array.ndim >= 3
             else {}
         )
         file.create_dataset(key, data=array, **layout)
+    if "edges_levels" in file:
+        file["edges_levels"].attrs["parameters"] = json.dumps(list(map(dict, job.recipe.edges.levels)))
     sources = [
-        Path(case.paths["image"]).name
-        for case, part in zip(job.cases, parts, strict=True)
-        for _ in part["view"]
+        Path(case.main_path).name for case, part in zip(job.cases, parts, strict=True) for _ in part["view"]
     ]
     file.create_dataset("source", data=sources, dtype=h5py.string_dtype())
 
@@ -170,7 +184,6 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
     arrays = {key: file[key][()] for key in file if key != "source"}
     lengths = {key: len(array) for key, array in arrays.items()}
     needed = {
-        "images",
         "slice_index",
         "num_slices",
         "view",
@@ -180,22 +193,25 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
         "orig_shape",
         "intensity_range",
     }
+    needed |= {"images"} if job.cases[0].has_image else set()
     needed |= {"semantic_maps"} if "mask" in job.cases[0].paths else set()
     needed |= {"edges"} if job.recipe.edges is not None else set()
+    needed |= {"edges_levels"} if job.recipe.edges is not None and job.recipe.edges.levels else set()
     if not needed <= lengths.keys() or len(set(lengths.values())) != 1:
         raise InputError(
             f"{path}: datasets are missing or of unequal length {lengths}; delete it and prepare again"
         )
-    check_range(path, arrays["images"])
-    if "edges" in arrays and arrays["edges"].max() > 1:
+    if "images" in arrays:
+        check_range(path, arrays["images"])
+    if any(arrays[key].max() > 1 for key in ("edges", "edges_levels") if key in arrays):
         raise InputError(f"{path}: edges are not 0 and 1; delete it and prepare again")
     shapes = {arrays[key].shape for key in ("images", "semantic_maps", "edges") if key in arrays}
-    if shapes != {(lengths["images"], *job.recipe.image_size)}:
+    if shapes != {(lengths["slice_index"], *job.recipe.image_size)}:
         raise InputError(
             f"{path}: images, maps and edges have shapes {sorted(shapes)}; delete it and prepare again"
         )
     entry = entry_of(job, path)
-    entry["num_slices"] = lengths["images"]
+    entry["num_slices"] = lengths["slice_index"]
     entry["shape"] = list(job.recipe.image_size)
     entry["spacing"] = [float(s) for s in arrays["spacing"][0]]
     entry["slices"] = {key: arrays[key].tolist() for key in PER_SLICE}

@@ -12,6 +12,7 @@ from medldm.data.recipe import COMPRESSION, Recipe
 from medldm.data.transforms import finite
 from medldm.errors import InputError
 
+LABELLED = 1e9  # where a map alone decides the foreground: above any threshold
 RECORD = (
     "affine",
     "spacing",
@@ -74,22 +75,26 @@ def read_classes(case: Case, image: Image, recipe: Recipe) -> np.ndarray:
     for class_number, path in sorted(parts):
         inside = on_grid_of(image, read_volume(path, is_mask=True), path, recipe.mask_grid) > 0
         merged[inside] = class_number
-    return recipe.labels(merged, case.paths["image"])
+    return recipe.labels(merged, case.main_path)
 
 
 def prepare_case(case: Case, recipe: Recipe):  # noqa: ANN201 - Volume, of a module that imports MONAI
     """Read the files of a case and prepare them: a `volumes.Volume`."""
     from medldm.data.volumes import prepare_volume  # MONAI and torch: 2D workers do without
 
-    path, mask = case.paths["image"], None
-    image = read_volume(path)
+    path, mask = case.main_path, None
+    image = read_volume(path, is_mask=not case.has_image)
     if case.has_mask:
         mask = read_classes(case, image, recipe)
+    if not case.has_image:  # an empty image stands in; nobody stores it
+        image = image._replace(array=np.zeros(image.array.shape, np.float32))
     others = {}
     wanted = {"foreground": recipe.crop_foreground, "body": recipe.mask_out}
     for key in (key for key, is_used in wanted.items() if is_used and key in case.paths):
         other = image if case.paths[key] == path else read_volume(case.paths[key])
         others[key] = finite(on_grid_of(image, other, case.paths[key], "same"), case.paths[key])
+    if not case.has_image and recipe.crop_foreground:
+        others["foreground"] = np.where(mask > 0, LABELLED, -LABELLED)
     try:
         return prepare_volume(finite(image.array, path), mask, image.affine, recipe, **others)
     except InputError as error:
@@ -100,7 +105,8 @@ def write_volume(job: Job, file: h5py.File) -> None:
     (case,), recipe = job.cases, job.recipe
     volume = prepare_case(case, recipe)
     layout = COMPRESSION[recipe.compression]
-    file.create_dataset("image", data=volume.image.astype(recipe.dtype), **layout)
+    if case.has_image:
+        file.create_dataset("image", data=volume.image.astype(recipe.dtype), **layout)
     if volume.mask is not None:
         file.create_dataset("mask", data=volume.mask, **layout)
     file.attrs.update(
@@ -111,22 +117,24 @@ def write_volume(job: Job, file: h5py.File) -> None:
         view=number(case.attributes.get("view", ""), job.tables.views),
         phase=number(case.attributes.get("phase", ""), job.tables.phases),
         label=number(case.attributes.get("label", ""), job.tables.labels),
-        source=Path(case.paths["image"]).name,
+        source=Path(case.main_path).name,
     )
 
 
 def describe_volume(file: h5py.File, path: Path, job: Job) -> dict:
-    image = file["image"][()]
-    check_range(path, image, limit=1 if job.recipe.intensity.clip else np.inf)
-    mask = file["mask"][()] if "mask" in file else None
-    if job.cases[0].has_mask != (mask is not None) or (mask is not None and mask.shape != image.shape):
+    case = job.cases[0]
+    image, mask = (file[key][()] if key in file else None for key in ("image", "mask"))
+    if image is not None:
+        check_range(path, image, limit=1 if job.recipe.intensity.clip else np.inf)
+    shapes = {array.shape for array in (image, mask) if array is not None}
+    if (case.has_image, case.has_mask) != (image is not None, mask is not None) or len(shapes) != 1:
         raise InputError(f"{path}: image and mask do not match; delete it and prepare again")
     entry = entry_of(job, path)
     for key in RECORD:
         entry[key] = np.asarray(file.attrs[key]).tolist()
     for key in ("view", "phase", "label", "source"):
         entry[key] = file.attrs[key] if key == "source" else int(file.attrs[key])
-    entry["shape"] = list(image.shape[1:])
+    entry["shape"] = list(shapes.pop()[1:])
     entry["max_class"] = None if mask is None else check_classes(path, mask, job)
     entry["classes"] = [] if mask is None else np.unique(mask).tolist()
     return entry

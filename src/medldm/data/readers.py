@@ -18,6 +18,7 @@ from medldm.errors import InputError
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 HDF5_SUFFIXES = (".h5", ".hdf5")
+NUMPY_SUFFIXES = (".npy",)
 AUTHOR_INDEX = "dataset_index_mapping.json"
 # Names that the 2D schema and the rest of the program use for the same thing.
 DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
@@ -60,11 +61,15 @@ def read_image(path: str | Path) -> Image:
         return with_spacing(*read_nrrd(file, key))
     if has_suffix(file, RASTER_SUFFIXES):
         return Image(read_raster(file), None, None)
+    if has_suffix(file, NUMPY_SUFFIXES):
+        return read_numpy(file)
     if has_suffix(file, HDF5_SUFFIXES):
         if key is None:
             raise InputError(f"{file}: name the dataset inside as {file.name}::dataset")
         return Image(np.asarray(open_hdf5(file).read(key)), None, None)
-    raise InputError(f"{file}: unknown file type; use NIfTI, NRRD, a folder of DICOM, PNG, JPEG or HDF5")
+    raise InputError(
+        f"{file}: unknown file type; use NIfTI, NRRD, a folder of DICOM, PNG, JPEG, NumPy or HDF5"
+    )
 
 
 def with_spacing(array: np.ndarray, affine: np.ndarray) -> Image:
@@ -88,6 +93,24 @@ def read_nifti(path: Path) -> Image:
         raise InputError(f"{path}: holds no voxels (shape {array.shape}); remove its case")
     spacing = tuple(float(s) for s in image.header.get_zooms()[: array.ndim])
     return Image(array, np.asarray(image.affine, np.float64), spacing)
+
+
+def read_numpy(path: Path) -> Image:
+    """(H, W), or a volume stored as (D, H, W), of which nothing says where it lies: the axes are taken as S,
+    P and L, voxels of 1 mm, so that the prepared array (orientation SPL) has them as they were stored.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: not a complete NumPy array ({reason}); save it again, or remove its case"
+        ) from error
+    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "biuf":
+        raise InputError(f"{path}: holds {array.dtype} of shape {array.shape}; give (H, W) or (D, H, W)")
+    if array.ndim == 2:
+        return Image(array, None, None)
+    return Image(array.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]), (1.0, 1.0, 1.0))
 
 
 def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
@@ -425,6 +448,8 @@ def hdf5_records(
     if subjects is not None and subject not in subjects:
         return
     key = "images" if sample == 0 else f"images_{sample}"
+    if not {"image", "images"} & set(reader.file):
+        raise InputError(f"{file}: holds a class map and no image, so there is nothing to see or to compare")
     if "image" in reader.file or attributes.get("spatial_dims") == 3:  # one volume, prepared or generated
         if ids is None or case["id"] in ids:
             mask = reader.read("mask") if "mask" in reader else None

@@ -260,7 +260,7 @@ class Labels:
 
 
 LATENTS = ("latent", "source_latent")
-SPATIAL = ("image", "source", "mask", "edges")  # what is cropped and flipped together
+SPATIAL = ("image", "source", "mask", "edges", "edges_levels")  # what is cropped and flipped together
 
 
 def crop_item(item: dict, start: Sequence[int], size: Sequence[int], factors: Sequence[int]) -> dict:

@@ -13,6 +13,8 @@ from medldm.data.edges import EdgeRecipe
 from medldm.data.readers import ImageRecord, list_image_files, load_index, open_hdf5, read_images
 from medldm.data.splits import read_splits
 from medldm.errors import InputError
+from medldm.evaluation.slices import axial_axis
+from medldm.evaluation.stacks import holds_slices, read_stacks
 from medldm.evaluation.stored import Image, load, store
 
 IDENTITY = ("view", "phase", "slice_index")
@@ -149,11 +151,16 @@ def same_edges(record: ImageRecord, real: ImageRecord) -> bool | None:
 
 
 def make_pairs(generated: Path, reference: Path, reconstruction: Path | None) -> list[Pair]:
-    """Match the folders by image name; the reference is restricted to what was generated.
+    """Match the folders by image name; the reference is restricted to what was generated. Against prepared
+    volumes, pictures are slices of volumes (`stacks`).
 
     Raises InputError naming the file where a name has no partner or shapes differ.
     """
-    samples = read_samples(generated)
+    facts = known_facts(reference)
+    if facts.get("spatial_dims") == 3 and holds_slices(generated):
+        samples = [read_stacks(generated, axial_axis(facts, {}))]
+    else:
+        samples = read_samples(generated)
     ids = samples[0].keys()
     reals = read_matching(reference, ids, generated)
     rebuilt = read_matching(reconstruction, ids, generated) if reconstruction else {}

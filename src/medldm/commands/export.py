@@ -1,0 +1,76 @@
+"""medldm export: prepared images and class maps as 8-bit PNG slices, for people and for 2D programs.
+
+  medldm export root=DATA output=DIR
+
+Writes DIR/images/<split>/<case>_<slice>.png, [-1, 1] as 0 to 255, and where there are maps
+DIR/masks/all/<split>/<case>_<slice>.png with the class numbers: the two folders that segmentation-guided
+diffusion (Konz et al. 2024) trains on. Slices of volumes are axial ones, numbered from the first of the
+prepared array; `medldm evaluate generated=PNGS reference=DATA` puts pictures of these names together again.
+Keys: root, output, split (a name in splits.json). Run it again to continue.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medldm.commands import run_command
+from medldm.errors import InputError
+
+
+def planes_of(record: Any, axis: int | None) -> Iterator[tuple[str, Any, Any]]:
+    """(name, image (H, W), class map or None) of every slice."""
+    if axis is None:
+        yield record.id, record.image[0], None if record.mask is None else record.mask[0]
+        return
+    for k in range(record.image.shape[axis + 1]):
+        mask = None if record.mask is None else record.mask[0].take(k, axis)
+        yield f"{record.id}_{k:03d}", record.image[0].take(k, axis), mask
+
+
+def write_grey(path: Path, array: Any) -> None:
+    from PIL import Image
+
+    from medldm.files import replacing
+
+    with replacing(path) as aside:
+        Image.fromarray(array).save(aside, format="PNG")
+
+
+def task(cfg: Any) -> None:
+    import numpy as np
+    from rich.progress import track
+
+    from medldm.data.readers import load_index, read_images
+    from medldm.data.splits import read_splits
+    from medldm.data.transforms import axial_axis
+
+    root, output = Path(cfg.root), Path(cfg.output)
+    index, splits = load_index(root), read_splits(root / "splits.json")
+    if cfg.split not in splits:
+        raise InputError(f"split={cfg.split}: {root / 'splits.json'} has {', '.join(splits)}")
+    part_of = {subject: part for part, subjects in splits[cfg.split].items() for subject in subjects}
+    if (index["num_classes"] or 0) > 256:
+        raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
+    axis = axial_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
+    for case in track(index["cases"], description="Writing slices"):
+        part = part_of.get(case["subject"])
+        if part is None:
+            continue
+        for record in read_images(root / case["file"]):
+            for name, image, mask in planes_of(record, axis):
+                path = output / "images" / part / f"{name}.png"
+                if path.is_file():
+                    continue
+                if mask is not None:
+                    write_grey(output / "masks" / "all" / part / f"{name}.png", mask.astype(np.uint8))
+                levels = np.rint((np.clip(image, -1, 1) + 1) * 127.5)
+                write_grey(path, levels.astype(np.uint8))
+    print(output)
+
+
+def main() -> None:
+    run_command(task, "export", __doc__)
+
+
+if __name__ == "__main__":
+    main()

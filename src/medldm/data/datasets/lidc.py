@@ -1,0 +1,27 @@
+"""LIDC-IDRI (Armato et al., Medical Physics 2011): chest CT as one array or file a scan.
+
+How the arrays were made is not published; each is scaled by its own least and largest value.
+"""
+
+import re
+from pathlib import Path
+
+from medldm.data.case import Case, stem_of
+from medldm.data.layouts import require_cases, require_root
+from medldm.data.readers import NIFTI_SUFFIXES, NUMPY_SUFFIXES, has_suffix
+
+PATIENT = re.compile(r"LIDC-IDRI-\d{4}")
+
+
+def index(root: str | Path) -> list[Case]:
+    """Cases of every `.npy` (slices first) or NIfTI file below the root. The patient is LIDC-IDRI-0001 and so
+    on where file or folder says so, else each file is one of its own.
+    """
+    root = require_root(root, "arrays as .npy, at any depth")
+    cases = []
+    for path in sorted(p for p in root.rglob("*") if has_suffix(p, NUMPY_SUFFIXES + NIFTI_SUFFIXES)):
+        parts = path.relative_to(root).parts
+        name = "_".join((*parts[:-1], stem_of(path)))
+        patient = PATIENT.search(name)
+        cases.append(Case(name, patient[0] if patient else name, {"image": str(path)}))
+    return require_cases(cases, root, "*.npy or NIfTI, at any depth")

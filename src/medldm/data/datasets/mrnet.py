@@ -1,0 +1,48 @@
+"""MRNet (Stanford; Bien et al., PLoS Medicine 2018): MR of knees as NumPy arrays, one a plane."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from medldm.data.case import Case
+from medldm.data.layouts import require_cases, require_root
+from medldm.errors import InputError
+
+PLANES = ("axial", "coronal", "sagittal")
+TASKS = ("acl", "abnormal", "meniscus")
+SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
+
+
+def index(root: str | Path, modalities: Sequence[str] = ("sagittal",), task: str = "acl") -> list[Case]:
+    """Cases of `{train,valid}/<plane>/<exam>.npy`, slices first, of one plane. The label is 0 or 1 of
+    `{train,valid}-<task>.csv` (exam, label; no header) where the tables are there. The folders' split is
+    kept; an exam is a subject, since the data names no patients.
+    """
+    root = require_root(root, "train/<plane>/0000.npy and valid/<plane>/")
+    if len(modalities) != 1 or modalities[0] not in PLANES:
+        raise InputError(f"data.modalities={list(modalities)}: choose one plane of {', '.join(PLANES)}")
+    if task not in TASKS:
+        raise InputError(f"task={task}: choose from {', '.join(TASKS)}")
+    cases = []
+    for folder, split in SPLITS.items():
+        labels = read_labels(root / f"{folder}-{task}.csv")
+        for path in sorted((root / folder / modalities[0]).glob("*.npy")):
+            if labels and path.stem not in labels:
+                raise InputError(
+                    f"{root / f'{folder}-{task}.csv'}: does not name exam {path.stem}; add a line"
+                )
+            known = {"label": labels[path.stem]} if labels else {}
+            cases.append(Case(path.stem, path.stem, {"image": str(path)}, {"split": split, **known}))
+    return require_cases(cases, root, "{train,valid}/{axial,coronal,sagittal}/<exam>.npy")
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """{exam: label}, or nothing where there is no table. InputError names a line of another form."""
+    if not path.is_file():
+        return {}
+    labels = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split(), 1):
+        exam, _, label = line.partition(",")
+        if not exam.isdigit() or label not in ("0", "1"):
+            raise InputError(f"{path}: line {number} is no exam,label such as 0000,1; correct it")
+        labels[exam] = label
+    return labels
