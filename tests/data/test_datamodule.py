@@ -10,7 +10,7 @@ import torch
 
 from medldm.data import build_datamodule
 from medldm.data.dataset import expand
-from medldm.data.edges import EdgeRecipe, detect_edges
+from medldm.data.edges import EdgeRecipe, detect_edges, label_contours
 from medldm.data.prepare import prepare_dataset
 from medldm.data.sampler import ResumableSampler
 from medldm.errors import InputError
@@ -171,6 +171,16 @@ def test_degraded_edges_reach_the_batch_with_their_level(mnms2):
     plain, rough = (module.dataset("test", edge_level=level)[2] for level in (0.0, 1.0))
     assert torch.equal(plain["edges"], module.dataset("test")[2]["edges"])
     assert not torch.equal(plain["edges"], rough["edges"])
+    contours = module.dataset("test", edge_level="contours")[2]
+    assert np.array_equal(contours["edges"][0, 0], label_contours(contours["mask"][0, 0].numpy()))
+
+
+@pytest.mark.parametrize("level", [1.5, -0.1, "none"])
+def test_an_edge_level_out_of_range_is_an_input_error(mnms2, level):
+    with pytest.raises(InputError, match=f"edge_level={level}: give a number"):
+        build(mnms2).dataset("test", edge_level=level)
+    with pytest.raises(InputError, match="reads no class maps"):
+        build(mnms2, keys=("edges",)).dataset("test", edge_level="contours")
 
 
 def test_stored_edge_levels_serve_where_no_image_is_read(raw_mnms2, tmp_path):

@@ -95,3 +95,28 @@ def test_the_first_and_the_newest_picture_are_among_the_chosen():
 def test_markup_in_names_is_escaped():
     assert element("p", "x", title='a"<b>') == '<p title="a&quot;&lt;b&gt;">x</p>'
     assert "&lt;metric&gt;" in table(["<metric>"], [])
+
+
+def test_scores_over_the_roughness_of_edges(call, folders):
+    """One evaluation a level and model; contours, which is no number, comes last."""
+    made = {}
+    for model, level in (("a.ckpt", 0.5), ("a.ckpt", "contours"), ("a.ckpt", None), ("b.ckpt", 0.5)):
+        made[model, level] = folder = folders / f"{model}_{level}"
+        facts = {"checkpoint": model, "edge_level": level}
+        (folders / "samples" / "provenance.json").write_text(json.dumps(facts))
+        paths = (f"generated={folders}/samples", f"reference={folders}/data", f"output={folder}")
+        status, _, err = call(evaluate, *paths, "panel_rows=0", "metrics.bootstrap.num_resamples=50")
+        assert status == 0, err
+    names = f"[{','.join(str(folder) for folder in made.values())}]"
+    status, _, err = call(report, "table=edge_levels", f"evaluation={names}", f"output={folders}/levels")
+    assert status == 0, err
+    lines = (folders / "levels.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
+    assert cells[0][:3] == ["checkpoint", "level", "ssim"] and "edge_f1_1px" in cells[0]
+    levels = [["a.ckpt", "0.00"], ["a.ckpt", "0.500"], ["a.ckpt", "contours"], ["b.ckpt", "0.500"]]
+    assert [line[:2] for line in cells[2:]] == levels and all("[" in line[2] for line in cells[2:])
+    page = (folders / "levels.html").read_text()
+    assert page.count("<svg") == len(cells[0]) - 2 and "contours" in page
+    twice = f"[{made['b.ckpt', 0.5]},{made['b.ckpt', 0.5]}]"
+    status, _, err = call(report, "table=edge_levels", f"evaluation={twice}", f"output={folders}/levels")
+    assert status == 2 and "b.ckpt at edge_level=0.5" in err

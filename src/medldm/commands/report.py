@@ -7,7 +7,8 @@ keys
   run=DIR              a run folder; several stages: run=[DIR1,DIR2]
   evaluation=DIR       what `medldm evaluate` wrote; by default the evaluation/ of one of the runs
   output=report.html   where the page goes; by default beside the numbers
-  table=medlsdm        instead of the page a table of several evaluations, output=table.md and table.html
+  table=medlsdm        instead of the page a table of several evaluations, output=table.md and table.html;
+                       edge_levels: scores over sample's edge_level, one evaluation a level and model
 
 examples
   medldm report run=[runs/vqvae,runs/ldm] evaluation=runs/evaluation
@@ -84,10 +85,11 @@ def as_paths(value) -> list[Path]:  # noqa: ANN001 - None, a string, or a list o
 def write_table(cfg) -> None:  # noqa: ANN001 - a Hydra config
     """<output>.md and <output>.html: a line an evaluation."""
     from medldm.files import replacing
-    from medldm.reporting import results_table
+    from medldm.reporting import edge_levels, results_table
 
-    if cfg.table != "medlsdm":
-        raise InputError(f"table={cfg.table}: there is one table, medlsdm")
+    tables = {"medlsdm": results_table, "edge_levels": edge_levels}
+    if cfg.table not in tables:
+        raise InputError(f"table={cfg.table}: choose {' or '.join(tables)}")
     folders = as_paths(cfg.evaluation) or [run / "evaluation" for run in as_paths(cfg.run)]
     if not folders:
         raise InputError("table: name the evaluations as evaluation=[DIR1,DIR2], or their runs as run=[...]")
@@ -95,8 +97,8 @@ def write_table(cfg) -> None:  # noqa: ANN001 - a Hydra config
     output = Path(cfg.output or "table").with_suffix("")
     subtitle = f"medldm report, {time.strftime('%Y-%m-%d %H:%M')}"
     texts = {
-        ".md": results_table.to_markdown(evaluations),
-        ".html": results_table.to_html(evaluations, [str(folder) for folder in folders], subtitle),
+        ".md": tables[cfg.table].to_markdown(evaluations),
+        ".html": tables[cfg.table].to_html(evaluations, [str(folder) for folder in folders], subtitle),
     }
     for suffix, text in texts.items():
         with replacing(output.with_suffix(suffix)) as temporary:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from medldm.data.transforms import CenterCrop, RandomCrop, RandomFlip
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
+CONTOURS = "contours"  # an edge level: the class map's outlines alone
 FACTS = (
     "spatial_dims",
     "image_channels",
@@ -244,9 +246,11 @@ class CaseDataModule(pl.LightningDataModule):
         order = np.random.default_rng(self.seed).permutation(len(subjects))
         return [subjects[i] for i in order[: max(1, round(self.train_fraction * len(subjects)))]]
 
-    def dataset(self, subset: str, *, augment: bool = False, edge_level: float | None = None) -> CaseDataset:
+    def dataset(
+        self, subset: str, *, augment: bool = False, edge_level: float | str | None = None
+    ) -> CaseDataset:
         """The items of a subset; `augment` applies the training transforms, `edge_level` degrades edges at
-        one level.
+        one level, or leaves the class map's `contours` alone.
         """
         size = self.box_size()
         transforms: list = []
@@ -293,12 +297,13 @@ class CaseDataModule(pl.LightningDataModule):
                 )
         return size
 
-    def edge_degradation(self, augment: bool, edge_level: float | None) -> EdgeDegradation | None:
+    def edge_degradation(self, augment: bool, edge_level: float | str | None) -> EdgeDegradation | None:
         if edge_level is None and not (augment and self.edge_degrade is not None):
             return None
         self.setup()
         if self.index["spatial_dims"] != 2:
             raise InputError("data.edge_degrade: edges exist in 2D only; set it to null")
+        check_edge_level(edge_level, self.keys)
         settings = dict(self.edge_degrade or {})
         levels = tuple(settings.pop("level", (0.0, 1.0)))
         ramp_epochs = settings.pop("ramp_epochs", 0)
@@ -307,6 +312,8 @@ class CaseDataModule(pl.LightningDataModule):
             degrade = EdgeDegrade(recipe=EdgeRecipe(**{**stored, "source": "image"}), **settings)
         except TypeError as error:
             raise InputError(f"data.edge_degrade: {error}; see EdgeDegrade for its keys") from error
+        if edge_level == CONTOURS:
+            return EdgeDegradation(replace(degrade, contours_only_prob=1, full_drop_prob=0), (1.0, 1.0))
         if edge_level is not None:
             return EdgeDegradation(degrade, (edge_level, edge_level))
         return EdgeDegradation(degrade, levels, ramp_epochs)
@@ -418,6 +425,16 @@ def typical_volume(index: dict) -> dict:
         "spacing": np.median([case["spacing"] for case in cases], axis=0).tolist(),
         "intensity_ranges": {label: np.median(r, axis=0).tolist() for label, r in ranges.items()},
     }
+
+
+def check_edge_level(level: float | str | None, keys: Sequence[str]) -> None:
+    if level is None:
+        return
+    if isinstance(level, str) and level == CONTOURS:
+        if "mask" not in keys:
+            raise InputError("edge_level=contours: this model reads no class maps; give a number in [0, 1]")
+    elif isinstance(level, str) or not 0 <= level <= 1:
+        raise InputError(f"edge_level={level}: give a number in [0, 1], or contours")
 
 
 def view_weights(items: Sequence[Item]) -> np.ndarray:

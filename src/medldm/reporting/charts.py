@@ -14,6 +14,8 @@ INK = "#010203"  # drawn in this colour, then replaced by the page's own
 COLOURS = {"train": "#3f7fd9", "val": "#e0792b", "": "#3f7fd9"}
 ROW_COLOURS = {"generated": "#2f74d0", "reconstruction": "#2a9d6e"}
 BASELINE_COLOUR = "#98a2af"
+BESIDE = 1.25  # where a level without a number stands on an axis from 0 to 1
+SERIES_COLOURS = ("#2f74d0", "#e0792b", "#2a9d6e", "#7a5cc4", "#98a2af")
 
 
 class Curve(NamedTuple):
@@ -83,6 +85,33 @@ def curve_chart(name: str, curves: Mapping[str, Curve]) -> str:
     axis.set_xlabel("step", fontsize=8, color=INK)
     if len(curves) > 1:
         axis.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return to_svg(figure)
+
+
+def level_chart(name: str, series: Mapping[str, Mapping]) -> str:
+    """One metric over the roughness of the edges, a line a model; a level that is no number (contours) stands
+    to the right of the others.
+    """
+    figure = new_figure(4.2, 2.7, f"level-{name}")
+    axis = figure.subplots()
+    style(axis)
+    for i, (model, levels) in enumerate(series.items()):
+        colour = SERIES_COLOURS[i % len(SERIES_COLOURS)]
+        means = {level: as_float(scores[name]["mean"]) for level, scores in levels.items() if name in scores}
+        along = [level for level in means if not isinstance(level, str)]
+        axis.plot(along, [means[level] for level in along], color=colour, linewidth=1.7, label=model)
+        for level, mean in means.items():
+            place = BESIDE if isinstance(level, str) else level
+            axis.plot(place, mean, "o", color=colour, markersize=4)
+            if levels[level][name].get("ci95"):
+                ends = [as_float(end) for end in levels[level][name]["ci95"]]
+                axis.plot([place, place], ends, color=colour, linewidth=3, alpha=0.35)
+    words = {level for levels in series.values() for level in levels if isinstance(level, str)}
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1, *[BESIDE] * len(words)], ["0", "", "0.5", "", "1", *words])
+    axis.set_title(name, loc="left", fontsize=10, color=INK, fontweight="bold")
+    axis.set_xlabel("roughness of the edges", fontsize=8, color=INK)
+    if len(series) > 1:
+        axis.legend(frameon=False, labelcolor=INK, fontsize=7)
     return to_svg(figure)
 
 

@@ -1,0 +1,78 @@
+"""How the scores fall as the edges of the condition get rougher: several evaluations, one line a level."""
+
+from collections.abc import Mapping, Sequence
+
+from medldm.errors import InputError
+from medldm.evaluation.screen import brief, cell
+from medldm.reporting.charts import level_chart
+from medldm.reporting.page import element, escape, page, section, table
+
+METRICS = ("ssim", "nmse_var", "psnr", "edge_f1_1px", "edge_f1_2px")
+NOTE = (
+    "Level: the roughness of the condition's edges, 0 as detected, 1 the worst of data.edge_degrade; "
+    "contours: those of the class map alone. Edge F1 compares the edges found in the sample with the edges "
+    "that it was given. Means over images, 95% intervals over subjects."
+)
+
+
+def level_of(results: Mapping) -> float | str:
+    level = results.get("provenance", {}).get("generated", {}).get("edge_level")
+    return 0.0 if level is None else level if isinstance(level, str) else float(level)
+
+
+def model_of(results: Mapping) -> str:
+    return str(results.get("provenance", {}).get("generated", {}).get("checkpoint", "model"))
+
+
+Series = dict[str, dict[float | str, Mapping]]  # model -> level -> scores
+
+
+def by_model(evaluations: Sequence[Mapping]) -> Series:
+    """Levels in order, contours last. InputError where one level of a model stands twice."""
+    series: Series = {}
+    for results in evaluations:
+        levels = series.setdefault(model_of(results), {})
+        if level_of(results) in levels:
+            raise InputError(
+                f"evaluation: two of them are of {model_of(results)} at edge_level={level_of(results)}; "
+                "name each once"
+            )
+        levels[level_of(results)] = results["rows"]["generated"]
+    order = {model: sorted(levels, key=lambda x: (isinstance(x, str), x)) for model, levels in series.items()}
+    return {model: {level: series[model][level] for level in levels} for model, levels in order.items()}
+
+
+def found_metrics(series: Series) -> list[str]:
+    return [name for name in METRICS if any(name in s for levels in series.values() for s in levels.values())]
+
+
+def lines_of(series: Series) -> list[list[str]]:
+    names = found_metrics(series)
+    return [
+        [
+            model,
+            level if isinstance(level, str) else brief(level),
+            *(cell(scores.get(name)) for name in names),
+        ]
+        for model, levels in series.items()
+        for level, scores in levels.items()
+    ]
+
+
+def to_markdown(evaluations: Sequence[Mapping]) -> str:
+    series = by_model(evaluations)
+    head = ["checkpoint", "level", *found_metrics(series)]
+    rows = [head, ["---"] * len(head), *lines_of(series)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{NOTE}\n"
+
+
+def to_html(evaluations: Sequence[Mapping], folders: Sequence[str], subtitle: str) -> str:
+    series = by_model(evaluations)
+    charts = [level_chart(name, series) for name in found_metrics(series)]
+    cards = element("div", "".join(element("div", c, class_="card") for c in charts), class_="charts")
+    head = ["checkpoint", "level", *found_metrics(series)]
+    body = table(head, [[escape(text) for text in line] for line in lines_of(series)], caption=NOTE)
+    made = element("ul", "".join(element("li", element("code", escape(folder))) for folder in folders))
+    content = section("Scores by roughness", cards, body, anchor="levels")
+    content += section("Evaluations", made, anchor="evaluations")
+    return page("Rough edges", subtitle, [("levels", "Scores by roughness")], content)
