@@ -352,3 +352,5 @@ def test_the_brain_is_where_the_source_is_not_background(volumes):
 def test_long_names_are_folded_beside_their_picture():
     name = "PETCT_00000007_01-01-2003-NA-PET-CT"
     assert folded(f"{name}\naxial") == "PETCT_00000007_01-01-2003-\nNA-PET-CT\naxial"
+    assert folded("BraTS2021_00026_t1ce_to_flair") == "BraTS2021_00026_t1ce_to_\nflair"
+    assert folded("x" * 30) == "x" * 26 + "\nxxxx"

@@ -75,8 +75,15 @@ def aspect(pair: Pair, plane: int | None, orientation: str) -> float:
 
 
 def folded(text: str, width: int = 26) -> str:
-    """Long names over several lines, so that they fit beside one picture."""
-    return "\n".join(line[i : i + width] for line in text.split("\n") for i in range(0, len(line), width))
+    """Long names over several lines, so that they fit beside one picture, broken at their separators."""
+    lines = []
+    for line in text.split("\n"):
+        while len(line) > width:
+            place = 1 + max(line.rfind(mark, width // 2, width) for mark in "_- ")
+            lines.append(line[: place or width])
+            line = line[place or width :]
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str = "SPL"):  # noqa: ANN201
