@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from medldm.data.case import Case
+from medldm.data.prepare_volumes import prepare_case
 from medldm.data.recipe import make_recipe, recipe_of
 from medldm.data.transforms import axial_axis
 from medldm.data.volumes import prepare_volume, restore_volume
@@ -127,6 +129,21 @@ def test_the_foreground_file_decides_the_box_of_every_modality():
     common = [prepare_volume(x, None, affine_of("RAS"), rule, foreground=first) for x in (first, second)]
     np.testing.assert_array_equal(common[0].affine, common[1].affine)
     assert common[0].image.shape == common[1].image.shape != alone.image.shape
+
+
+@pytest.mark.parametrize(
+    "intensity", [{"mode": "volume_percentile"}, {"mode": "window", "window": [-1000, 1000]}]
+)
+def test_the_labels_decide_the_box_of_a_map_without_an_image(tmp_path, intensity):
+    labels = np.zeros((30, 28, 26), np.uint8)
+    labels[4:20, 6:22, 8:16] = 1
+    labels[10:12, 10:12, 10:12] = 2
+    image = nibabel.Nifti1Image(labels, np.diag([-1.0, -1.0, 1.0, 1.0]))  # x to the left, y to the back
+    image.to_filename(tmp_path / "map.nii.gz")
+    case = Case("map", "map", {"mask": str(tmp_path / "map.nii.gz")})
+    volume = prepare_case(case, recipe(crop_foreground=True, intensity=intensity))
+    assert np.array_equal(volume.mask[0], labels[4:20, 6:22, 8:16].transpose(2, 1, 0))
+    assert volume.box == ([8, 6, 4], [16, 22, 20])
 
 
 def test_artifacts_outside_the_patient_become_air():
