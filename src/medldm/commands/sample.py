@@ -74,7 +74,7 @@ def build_dataset(cfg: Any, module: Any, keys: tuple[str, ...]) -> tuple[Any, An
     datamodule = build_datamodule(data, keys=keys, seed=cfg.seed)
     facts = (*SAME_FACTS, "label_values") if "source" in keys else SAME_FACTS
     prepared = datamodule.facts
-    if prepared["has_images"] is False and prepared["num_classes"] < (module.facts["num_classes"] or 0):
+    if prepared.get("has_images") is False and prepared["num_classes"] < (module.facts["num_classes"] or 0):
         prepared |= {"num_classes": module.facts["num_classes"]}  # not all maps show every class
     check_facts(module.facts, prepared, cfg.checkpoint, data["root"], facts)
     return datamodule.dataset(cfg.split, edge_level=cfg.edge_level).as_cases(), datamodule
@@ -132,7 +132,7 @@ def task(cfg: Any) -> None:
         print(cfg.output)
         return
 
-    if datamodule.facts["has_images"] is False:
+    if datamodule.facts.get("has_images") is False:
         give_units(dataset.cases, module.facts)
 
     def size_of(case: int) -> tuple[int, ...]:
