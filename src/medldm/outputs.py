@@ -21,6 +21,21 @@ from medldm.plots import middle_slice, save_png
 COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
 
 
+def claim(root: Path, provenance: Mapping[str, Any]) -> None:
+    """Write provenance.json. InputError where the folder was begun with other settings."""
+    path = root / "provenance.json"
+    settings = json.loads(json.dumps(provenance))
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        changed = sorted(key for key in settings if earlier.get(key) != settings[key])
+        if changed:
+            raise InputError(
+                f"output={root}: holds images of another {changed[0]} ({earlier.get(changed[0])}); "
+                "give another folder, or delete it"
+            )
+    write_json(path, settings)
+
+
 class SampleFolder:
     """Writes case by case, each file whole or not at all; a folder of other settings is refused, a begun one
     continued.
@@ -30,17 +45,7 @@ class SampleFolder:
         self, root: Path, dataset: CaseDataset, provenance: dict[str, Any], *, png: bool = True
     ) -> None:
         self.root, self.dataset, self.png = root, dataset, png
-        path = root / "provenance.json"
-        settings = json.loads(json.dumps(provenance))
-        if path.is_file():
-            earlier = json.loads(path.read_text())
-            changed = sorted(key for key in settings if earlier.get(key) != settings[key])
-            if changed:
-                raise InputError(
-                    f"output={root}: holds images of another {changed[0]} ({earlier.get(changed[0])}); "
-                    "give another folder, or delete it"
-                )
-        write_json(path, settings)
+        claim(root, provenance)
 
     def path(self, case: int) -> Path:
         return self.root / f"{self.dataset.cases[case]['id']}.h5"

@@ -181,6 +181,8 @@ def test_an_edge_level_out_of_range_is_an_input_error(mnms2, level):
         build(mnms2).dataset("test", edge_level=level)
     with pytest.raises(InputError, match="reads no class maps"):
         build(mnms2, keys=("edges",)).dataset("test", edge_level="contours")
+    with pytest.raises(InputError, match="reads no edges"):
+        build(mnms2, keys=("mask",)).dataset("test", edge_level=0.5)
 
 
 def test_stored_edge_levels_serve_where_no_image_is_read(raw_mnms2, tmp_path):

@@ -209,6 +209,8 @@ def test_mrnet_keeps_its_split_and_labels_and_arrays_their_axes(tmp_path):
         mrnet.index(raw)
     with pytest.raises(InputError, match="choose one plane"):
         mrnet.index(raw, ["oblique"])
+    with pytest.raises(InputError, match="data.task=knee"):
+        mrnet.index(raw, task="knee")
 
 
 def test_a_cut_or_odd_array_is_named(tmp_path):
@@ -220,6 +222,10 @@ def test_a_cut_or_odd_array_is_named(tmp_path):
     assert len({c.id for c in cases}) == 3
     with pytest.raises(InputError, match=r"other.npy: holds uint8 of shape \(4, 20, 32, 32\)"):
         read_image(cases[2].paths["image"])
+    with open(tmp_path / "several.npy", "wb") as file:
+        np.savez(file, a=np.zeros(3), b=np.zeros(4))
+    with pytest.raises(InputError, match="several.npy: holds several arrays"):
+        read_image(tmp_path / "several.npy")
     path = Path(cases[0].paths["image"])
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match="a.npy: not a complete NumPy array"):
@@ -233,6 +239,9 @@ def test_visits_of_an_adni_subject_stay_together(tmp_path):
     cases = adni.index(tmp_path)
     assert [c.subject for c in cases] == ["002_S_0295", "002_S_0295", "011_S_0002"]
     assert len({c.id for c in cases}) == 3
+    touch(tmp_path / "002_S_0295" / "2007" / "T1.nii")
+    with pytest.raises(InputError, match="has the name '002_S_0295_2007_T1' like"):
+        adni.index(tmp_path)
     touch(tmp_path / "stray.nii")
     with pytest.raises(InputError, match="stray.nii: neither name nor folder"):
         adni.index(tmp_path)

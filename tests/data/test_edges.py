@@ -124,10 +124,12 @@ def test_stored_levels_stand_in_for_the_detector(slices):
     assert fine.any() and np.array_equal(levels, recipe.pyramid(record.image[0]))  # left as they were
 
 
-@pytest.mark.parametrize("levels", [({"sigmaa": 0.3},), ({},), ({"per_view": {}},)])
+@pytest.mark.parametrize("levels", [({"sigmaa": 0.3},), ({},), ({"per_view": {}},), None, [1], {"blur": 1}])
 def test_a_level_of_unknown_keys_is_an_input_error(levels):
     with pytest.raises(InputError, match="edges.levels"):
         EdgeRecipe(levels=levels)
+    with pytest.raises(InputError, match="the same for every view"):
+        EdgeRecipe(per_view={"SA": {"levels": [{"blur": 1.0}]}})
 
 
 def test_degrade_can_leave_contours_or_nothing(slices):

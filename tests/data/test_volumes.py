@@ -132,7 +132,8 @@ def test_the_foreground_file_decides_the_box_of_every_modality():
 
 
 @pytest.mark.parametrize(
-    "intensity", [{"mode": "volume_percentile"}, {"mode": "window", "window": [-1000, 1000]}]
+    "intensity",
+    [{"mode": "volume_percentile"}, {"mode": "window", "window": [-1000, 1000]}, {"mode": "bit_depth"}],
 )
 def test_the_labels_decide_the_box_of_a_map_without_an_image(tmp_path, intensity):
     labels = np.zeros((30, 28, 26), np.uint8)

@@ -120,3 +120,9 @@ def test_scores_over_the_roughness_of_edges(call, folders):
     twice = f"[{made['b.ckpt', 0.5]},{made['b.ckpt', 0.5]}]"
     status, _, err = call(report, "table=edge_levels", f"evaluation={twice}", f"output={folders}/levels")
     assert status == 2 and "b.ckpt at edge_level=0.5" in err
+    (folders / "samples" / "provenance.json").unlink()
+    unknown = folders / "unknown"
+    paths = (f"generated={folders}/samples", f"reference={folders}/data", f"output={unknown}")
+    assert call(evaluate, *paths, "panel_rows=0", "metrics.bootstrap.num_resamples=50")[0] == 0
+    status, _, err = call(report, "table=edge_levels", f"evaluation={unknown}", f"output={folders}/levels")
+    assert status == 2 and "have no provenance.json" in err

@@ -9,7 +9,6 @@ import pytest
 from synthetic_folders import smooth_volumes, write_prepared_volumes
 
 from medldm.commands import evaluate, export
-from medldm.data.readers import load_index
 from medldm.errors import InputError
 from medldm.evaluation.pairs import make_pairs
 from medldm.evaluation.stacks import read_stacks
@@ -67,13 +66,33 @@ def test_a_missing_slice_and_a_picture_without_a_number_are_named(call, volumes)
         read_stacks(folder, 1)
 
 
-def test_export_of_slices_is_by_row_and_continues(call, mnms2_like):
+def test_export_continues_and_refuses_a_folder_of_other_settings(call, mnms2_like):
     out = mnms2_like.parent / "png"
-    for _ in range(2):
-        status, _, err = call(export, f"root={mnms2_like}", f"output={out}")
+
+    def run(output) -> dict:
+        status, _, err = call(export, f"root={mnms2_like}", f"output={output}")
         assert status == 0, err
-    index = load_index(mnms2_like)
-    assert len(list((out / "images").rglob("*.png"))) == sum(case["num_slices"] for case in index["cases"])
+        return {path: path.stat().st_mtime_ns for path in output.rglob("*.png")}
+
+    first = run(out)
+    assert len(first) == 2 * 32  # images and maps
+    lost = min(first)
+    lost.unlink()
+    again = run(out)
+    lost_mask = out / "masks" / "all" / lost.relative_to(out / "images")  # written before its image
+    for path in (lost, lost_mask):
+        assert again.pop(path) > first.pop(path)
+    assert again == first
+    (mnms2_like / "splits.json").write_text(json.dumps({"default": {"train": [], "test": ["004"]}}))
+    status, _, err = call(export, f"root={mnms2_like}", f"output={out}")
+    assert status == 2 and "holds images of another subjects" in err
+    assert len(run(out.parent / "other")) == 2 * 8
+
+
+def test_masks_among_the_images_are_refused(call, volumes):
+    call(export, f"root={volumes / 'data'}", f"output={volumes / 'png'}")
+    with pytest.raises(InputError, match="slice 0 of 'v._1' is there twice"):
+        read_stacks(volumes / "png", 1)
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@
 Writes DIR/images/<split>/<case>_<slice>.png, [-1, 1] as 0 to 255, and where there are maps
 DIR/masks/all/<split>/<case>_<slice>.png with the class numbers: the two folders that segmentation-guided
 diffusion (Konz et al. 2024) trains on. Slices of volumes are axial ones, numbered from the first of the
-prepared array; `medldm evaluate generated=PNGS reference=DATA` puts pictures of these names together again.
-Keys: root, output, split (a name in splits.json). Run it again to continue.
+prepared array; `medldm evaluate generated=DIR/images/test reference=DATA` puts pictures of these names
+together again. Keys: root, output, split (a name in splits.json). Run it again to continue.
 """
 
 from collections.abc import Iterator
@@ -41,8 +41,10 @@ def task(cfg: Any) -> None:
     from rich.progress import track
 
     from medldm.data.readers import load_index, read_images
+    from medldm.data.recipe import digest
     from medldm.data.splits import read_splits
     from medldm.data.transforms import axial_axis
+    from medldm.outputs import claim
 
     root, output = Path(cfg.root), Path(cfg.output)
     index, splits = load_index(root), read_splits(root / "splits.json")
@@ -52,6 +54,8 @@ def task(cfg: Any) -> None:
     if (index["num_classes"] or 0) > 256:
         raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
     axis = axial_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
+    about = {"data_root": str(root.resolve()), "preprocess_hash": index.get("preprocess_hash")}
+    claim(output, {**about, "split": cfg.split, "subjects": digest(part_of)})
     for case in track(index["cases"], description="Writing slices"):
         part = part_of.get(case["subject"])
         if part is None:

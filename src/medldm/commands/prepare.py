@@ -31,7 +31,7 @@ def task(cfg: "DictConfig") -> None:
     raw, root = cfg.data.raw, cfg.data.root
     data = OmegaConf.to_container(cfg.data, resolve=True)
     keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select")
-    options = {key: data[key] for key in (*keys, "modalities", "label_dir")}
+    options = {key: data[key] for key in (*keys, "modalities", "label_dir", "task")}
     print(prepare_dataset(raw=raw, root=root, **options))
 
 

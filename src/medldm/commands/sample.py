@@ -74,6 +74,9 @@ def build_dataset(cfg: Any, module: Any, keys: tuple[str, ...]) -> tuple[Any, An
     datamodule = build_datamodule(data, keys=keys, seed=cfg.seed)
     facts = (*SAME_FACTS, "label_values") if "source" in keys else SAME_FACTS
     prepared = datamodule.facts
+    if prepared.get("has_images") is False:
+        number_as_trained(datamodule.index, module.facts, data["root"])
+        prepared = datamodule.facts
     if prepared.get("has_images") is False and prepared["num_classes"] < (module.facts["num_classes"] or 0):
         prepared |= {"num_classes": module.facts["num_classes"]}  # not all maps show every class
     check_facts(module.facts, prepared, cfg.checkpoint, data["root"], facts)
@@ -164,6 +167,31 @@ def task(cfg: Any) -> None:
                     write_trajectory(module, recorder, folder, done, dataset.cases[done.case]["id"])
                 folder.write(done.case, done.positions, done.samples, done.batches)
     print(cfg.output)
+
+
+NAMES = {"view": "view_names", "phase": "phase_names", "label": "label_values"}
+
+
+def number_as_trained(index: dict, facts: dict[str, Any], root: str) -> None:
+    """Views, phases and labels of maps alone get the model's numbers for their names. InputError for a name
+    that the model has not; maps that state none count as the first.
+    """
+    for kind, table in NAMES.items():
+        own, known = index.get(table) or [], facts.get(table) or []
+        unknown = [name for name in own if known and name not in known]
+        if unknown:
+            raise InputError(f"{root}: has the {kind} '{unknown[0]}', the model knows {', '.join(known)}")
+        if not own and len(known) > 1:
+            log.warning("%s: states no %s; all maps count as %s", root, kind, known[0])
+        if not own or not known:
+            continue
+        number = [known.index(name) for name in own]
+        for case in index["cases"]:
+            if "slices" in case:
+                case["slices"][kind] = [number[i] for i in case["slices"][kind]]
+            else:
+                case[kind] = number[case[kind]]
+        index[table] = list(known)
 
 
 def give_units(cases: list[dict], facts: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 # Keys of configs/data/*.yaml that only `medldm prepare` reads: training finds their outcome in index.json.
 PREPARE_KEYS = {
-    "dataset", "raw", "image_size", "preprocess", "splits", "select", "modalities", "label_dir"
+    "dataset", "raw", "image_size", "preprocess", "splits", "select", "modalities", "label_dir", "task"
 }  # fmt: skip
 MISSING = (None, "???")
 # Datasets that need no files: data.dataset -> data module.

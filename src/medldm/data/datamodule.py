@@ -430,6 +430,8 @@ def typical_volume(index: dict) -> dict:
 def check_edge_level(level: float | str | None, keys: Sequence[str]) -> None:
     if level is None:
         return
+    if "edges" not in keys:
+        raise InputError(f"edge_level={level}: this model reads no edges; set it to null")
     if isinstance(level, str) and level == CONTOURS:
         if "mask" not in keys:
             raise InputError("edge_level=contours: this model reads no class maps; give a number in [0, 1]")

@@ -52,12 +52,15 @@ class EdgeRecipe:
         if not 0 <= self.sigma < 1:
             raise InputError(f"data.preprocess.edges.sigma={self.sigma}: must lie in [0, 1)")
         known = {"bilateral_diameter", "sigma", "min_length", "thresholds", "blur", "dark_threshold"}
-        for level in self.levels:
-            if not level or not level.keys() <= known or self.source == "labels":
-                raise InputError(
-                    f"data.preprocess.edges.levels={list(map(dict, self.levels))}: each replaces some of "
-                    f"{', '.join(sorted(known))}, and source must be image or both"
-                )
+        is_list = isinstance(self.levels, Sequence) and not isinstance(self.levels, str)
+        fits = is_list and all(isinstance(x, Mapping) and x and x.keys() <= known for x in self.levels)
+        if not fits or (self.levels and self.source == "labels"):
+            raise InputError(
+                f"data.preprocess.edges.levels={self.levels}: give a list of mappings of "
+                f"{', '.join(sorted(known))}; source must be image or both"
+            )
+        if any("levels" in changes for changes in self.per_view.values()):
+            raise InputError("data.preprocess.edges.per_view: levels are the same for every view")
 
     def for_view(self, view: str | None) -> "EdgeRecipe":
         """The recipe with the replacements of this view."""
@@ -199,7 +202,8 @@ class EdgeDegrade:
         sigma = self.recipe.sigma + level * generator.uniform(0.2 - 0.38, 0.6 - 0.38)
         min_length = round(60 * level * generator.random() * min(image.shape) / 256)
         changes = {"sigma": float(np.clip(sigma, 0, 0.99)), "min_length": min_length}
-        return detect_edges(image, replace(self.recipe, blur=blur if blur > 0.3 else 0.0, **changes))
+        blur = max(self.recipe.blur, blur if blur > 0.3 else 0.0)
+        return detect_edges(image, replace(self.recipe, blur=blur, **changes))
 
     def drop(self, edges: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (b)
         count, components, stats, _ = cv2.connectedComponentsWithStats(edges, connectivity=EIGHT)

@@ -1,6 +1,7 @@
 """What the 3D datasets' index functions share: listing, pairing by name, modalities of a subject."""
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def require_root(root: str | Path, holds: str) -> Path:
 def require_cases(cases: Sequence[Case], root: Path, expected: str) -> list[Case]:
     if not cases:
         raise InputError(f"{root}: holds no case of this dataset; expected {expected}")
+    name, count = Counter(case.id for case in cases).most_common(1)[0]
+    if count > 1:
+        first, second, *_ = (case.main_path for case in cases if case.id == name)
+        raise InputError(f"{second}: has the name '{name}' like {first}; rename or remove one of them")
     return list(cases)
 
 

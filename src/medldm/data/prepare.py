@@ -80,15 +80,16 @@ def prepare_dataset(
     select: Mapping[str, Any] | None = None,
     modalities: Sequence[str] | None = None,
     label_dir: str | Path | None = None,
+    task: str | None = None,
 ) -> Path:
     """Prepare every case under `raw` into `root`; returns `root`. `splits` holds seed, val and test
-    (fractions); `modalities` and `label_dir` go to datasets that have them.
+    (fractions); `modalities`, `label_dir` and `task` go to datasets that have them.
 
     InputError names the first bad file; finished cases are kept and the next run goes on from them.
     """
     root = Path(root)
     recipe = make_recipe(spatial_dims, image_size, preprocess)
-    found = find_cases(dataset, raw, {"modalities": modalities, "label_dir": label_dir})
+    found = find_cases(dataset, raw, {"modalities": modalities, "label_dir": label_dir, "task": task})
     cases = select_cases(found, seed=splits["seed"], **(select or {}))
     stated = stated_splits(cases)
     jobs = make_jobs(cases, root, dataset, recipe, modalities)

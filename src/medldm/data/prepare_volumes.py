@@ -12,7 +12,6 @@ from medldm.data.recipe import COMPRESSION, Recipe
 from medldm.data.transforms import finite
 from medldm.errors import InputError
 
-LABELLED = 1e9  # where a map alone decides the foreground: above any threshold
 RECORD = (
     "affine",
     "spacing",
@@ -94,7 +93,7 @@ def prepare_case(case: Case, recipe: Recipe):  # noqa: ANN201 - Volume, of a mod
         other = image if case.paths[key] == path else read_volume(case.paths[key])
         others[key] = finite(on_grid_of(image, other, case.paths[key], "same"), case.paths[key])
     if not case.has_image and recipe.crop_foreground:
-        others["foreground"] = np.where(mask > 0, LABELLED, -LABELLED)
+        others.setdefault("foreground", mask > 0)
     try:
         return prepare_volume(finite(image.array, path), mask, image.affine, recipe, **others)
     except InputError as error:

@@ -106,6 +106,8 @@ def read_numpy(path: Path) -> Image:
         raise InputError(
             f"{path}: not a complete NumPy array ({reason}); save it again, or remove its case"
         ) from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: holds several arrays; save one array a file as .npy")
     if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "biuf":
         raise InputError(f"{path}: holds {array.dtype} of shape {array.shape}; give (H, W) or (D, H, W)")
     if array.ndim == 2:

@@ -113,9 +113,12 @@ def clean(image: np.ndarray, body: np.ndarray | None, affine: np.ndarray, recipe
 
 
 def find_foreground(image: np.ndarray, recipe: Recipe) -> np.ndarray:
-    low, high = recipe.intensity.volume_range(image)
-    threshold = recipe.foreground_above
-    inside = image > (low + FOREGROUND * (high - low) if threshold is None else threshold)
+    """Where there is something: what is so already (bool), or values above the background."""
+    inside = image
+    if image.dtype != bool:
+        low, high = recipe.intensity.volume_range(image)
+        threshold = recipe.foreground_above
+        inside = image > (low + FOREGROUND * (high - low) if threshold is None else threshold)
     if not inside.any():
         raise InputError("data.preprocess.crop_foreground: a volume is empty; set it to false, or remove it")
     return inside

@@ -33,14 +33,20 @@ def holds_slices(folder: Path) -> bool:
 def read_stacks(folder: Path, axis: int) -> dict[str, ImageRecord]:
     """{case: volume (1, *S) in [-1, 1]} whose slices lie along spatial `axis`, read when they are asked for.
 
-    InputError names a picture that numbers no slice, and a slice that is missing.
+    InputError names a picture that numbers no slice, a slice that is missing, and one that is there twice.
     """
     slices: dict[str, dict[int, Path]] = defaultdict(dict)
     for file, _ in list_image_files(folder):
         match = SLICE_NAME.fullmatch(stem_of(file))
         if match is None:
             raise InputError(f"{file}: the reference holds volumes; name slices <case>_<number>.png")
-        slices[match["case"]][int(match["slice"])] = file
+        number = int(match["slice"])
+        if number in slices[match["case"]]:
+            raise InputError(
+                f"{file}: slice {number} of '{match['case']}' is there twice, also as "
+                f"{slices[match['case']][number]}; give the folder that holds the images alone"
+            )
+        slices[match["case"]][number] = file
     return {case: stack_record(folder, case, files, axis) for case, files in sorted(slices.items())}
 
 

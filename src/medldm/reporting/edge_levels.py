@@ -15,22 +15,41 @@ NOTE = (
 )
 
 
+def made_by(results: Mapping) -> Mapping:
+    made = results.get("provenance", {}).get("generated", {})
+    if not {"checkpoint", "edge_level"} <= made.keys():
+        raise InputError(
+            f"evaluation: the images of {results['folders']['generated']} have no provenance.json of `medldm "
+            "sample`, so their edge_level is not known"
+        )
+    return made
+
+
 def level_of(results: Mapping) -> float | str:
-    level = results.get("provenance", {}).get("generated", {}).get("edge_level")
+    level = made_by(results)["edge_level"]
     return 0.0 if level is None else level if isinstance(level, str) else float(level)
 
 
 def model_of(results: Mapping) -> str:
-    return str(results.get("provenance", {}).get("generated", {}).get("checkpoint", "model"))
+    """The checkpoint, and what it was not told."""
+    made = made_by(results)
+    dropped = "".join(f" without {name}" for name in made.get("dropped") or ())
+    return f"{made['checkpoint']}{dropped}"
 
 
 Series = dict[str, dict[float | str, Mapping]]  # model -> level -> scores
 
 
 def by_model(evaluations: Sequence[Mapping]) -> Series:
-    """Levels in order, contours last. InputError where one level of a model stands twice."""
+    """Levels in order, contours last. InputError where one level of a model stands twice, or a model was
+    sampled in several ways.
+    """
     series: Series = {}
+    samplers: dict[str, object] = {}
     for results in evaluations:
+        sampler = made_by(results).get("sampler")
+        if samplers.setdefault(model_of(results), sampler) != sampler:
+            raise InputError(f"evaluation: {model_of(results)} was sampled with several samplers; take one")
         levels = series.setdefault(model_of(results), {})
         if level_of(results) in levels:
             raise InputError(

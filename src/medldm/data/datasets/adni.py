@@ -23,8 +23,6 @@ def index(root: str | Path) -> list[Case]:
                 f"{path}: neither name nor folder holds a subject such as 002_S_0295; rename it, or use "
                 "data=folder"
             )
-        name = stem_of(path)
-        if not SUBJECT.search(name):
-            name = "_".join((*path.relative_to(root).parts[:-1], name))
+        name = "_".join((*path.relative_to(root).parts[:-1], stem_of(path)))
         cases.append(Case(name, subject[0], {"image": str(path)}))
     return require_cases(cases, root, "NIfTI files at any depth")

@@ -21,7 +21,7 @@ def index(root: str | Path, modalities: Sequence[str] = ("sagittal",), task: str
     if len(modalities) != 1 or modalities[0] not in PLANES:
         raise InputError(f"data.modalities={list(modalities)}: choose one plane of {', '.join(PLANES)}")
     if task not in TASKS:
-        raise InputError(f"task={task}: choose from {', '.join(TASKS)}")
+        raise InputError(f"data.task={task}: choose from {', '.join(TASKS)}")
     cases = []
     for folder, split in SPLITS.items():
         labels = read_labels(root / f"{folder}-{task}.csv")
