@@ -9,6 +9,7 @@ import pytest
 from medldm.commands import evaluate, report
 from medldm.evaluation.screen import brief
 from medldm.reporting.charts import Curve, curve_chart, smooth
+from medldm.reporting.edge_levels import short_names
 from medldm.reporting.page import element, table
 from medldm.reporting.sections import chosen_pictures, curve_groups
 
@@ -95,6 +96,14 @@ def test_the_first_and_the_newest_picture_are_among_the_chosen():
 def test_markup_in_names_is_escaped():
     assert element("p", "x", title='a"<b>') == '<p title="a&quot;&lt;b&gt;">x</p>'
     assert "&lt;metric&gt;" in table(["<metric>"], [])
+
+
+def test_checkpoints_are_named_by_what_tells_them_apart():
+    paths = ["/a/runs/plain/checkpoints/best.ckpt", "/a/runs/rough/checkpoints/best.ckpt"]
+    assert list(short_names(paths).values()) == ["plain", "rough"]
+    assert list(short_names(["x/one.ckpt", "x/two.ckpt"]).values()) == ["one.ckpt", "two.ckpt"]
+    assert short_names(["/a/best.ckpt"]) == {"/a/best.ckpt": "/a/best.ckpt"}
+    assert len(set(short_names(["/a/b/best.ckpt", "/a/best.ckpt"]).values())) == 2
 
 
 def test_scores_over_the_roughness_of_edges(call, folders):

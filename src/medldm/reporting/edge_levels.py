@@ -1,6 +1,7 @@
 """How the scores fall as the edges of the condition get rougher: several evaluations, one line a level."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from medldm.errors import InputError
 from medldm.evaluation.screen import brief, cell
@@ -57,8 +58,26 @@ def by_model(evaluations: Sequence[Mapping]) -> Series:
                 "name each once"
             )
         levels[level_of(results)] = results["rows"]["generated"]
-    order = {model: sorted(levels, key=lambda x: (isinstance(x, str), x)) for model, levels in series.items()}
-    return {model: {level: series[model][level] for level in levels} for model, levels in order.items()}
+    names = short_names(list(series))
+    ordered = {}
+    for model, levels in series.items():
+        order = sorted(levels, key=lambda level: (isinstance(level, str), level))
+        ordered[names[model]] = {level: levels[level] for level in order}
+    return ordered
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """What tells paths of checkpoints apart: without the folders that all begin and end with."""
+    parts = {model: list(Path(model).parts) for model in models}
+    for end in (-1, 0):
+        while (
+            len(models) > 1
+            and min(map(len, parts.values())) > 1
+            and len({p[end] for p in parts.values()}) == 1
+        ):
+            for part in parts.values():
+                part.pop(end)
+    return {model: str(Path(*part)) for model, part in parts.items()}
 
 
 def found_metrics(series: Series) -> list[str]:
