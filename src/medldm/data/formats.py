@@ -1,4 +1,4 @@
-"""Two medical formats beside NIfTI: folders with a DICOM series, and NRRD maps as 3D Slicer writes them."""
+"""Formats beside NIfTI and pictures: DICOM series, NRRD maps as 3D Slicer writes them, NumPy arrays."""
 
 import gzip
 import re
@@ -117,3 +117,24 @@ def find_segment(header: dict[str, str], name: str) -> tuple[int, int]:
             layer = header.get(f"segment{number}_layer", "0")
             return int(layer), int(header.get(f"segment{number}_labelvalue", 1))
     return 0, 1
+
+
+def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(H, W) and None; or of a volume stored as (D, H, W), of which nothing says where it lies, (X, Y, Z) and
+    an affine: the axes are taken as S, P and L, voxels of 1 mm, so that the prepared array (orientation SPL)
+    has them as they were stored.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: not a complete NumPy array ({reason}); save it again, or remove its case"
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: holds several arrays; save one array a file as .npy")
+    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "biuf":
+        raise InputError(f"{path}: holds {array.dtype} of shape {array.shape}; give (H, W) or (D, H, W)")
+    if array.ndim == 2:
+        return array, None
+    return array.transpose(2, 1, 0), LPS_TO_RAS.copy()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medldm.data.case import split_path, stem_of
-from medldm.data.formats import read_dicom_series, read_nrrd
+from medldm.data.formats import read_dicom_series, read_nrrd, read_numpy
 from medldm.errors import InputError
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -62,7 +62,8 @@ def read_image(path: str | Path) -> Image:
     if has_suffix(file, RASTER_SUFFIXES):
         return Image(read_raster(file), None, None)
     if has_suffix(file, NUMPY_SUFFIXES):
-        return read_numpy(file)
+        array, affine = read_numpy(file)
+        return Image(array, None, None) if affine is None else with_spacing(array, affine)
     if has_suffix(file, HDF5_SUFFIXES):
         if key is None:
             raise InputError(f"{file}: name the dataset inside as {file.name}::dataset")
@@ -93,26 +94,6 @@ def read_nifti(path: Path) -> Image:
         raise InputError(f"{path}: holds no voxels (shape {array.shape}); remove its case")
     spacing = tuple(float(s) for s in image.header.get_zooms()[: array.ndim])
     return Image(array, np.asarray(image.affine, np.float64), spacing)
-
-
-def read_numpy(path: Path) -> Image:
-    """(H, W), or a volume stored as (D, H, W), of which nothing says where it lies: the axes are taken as S,
-    P and L, voxels of 1 mm, so that the prepared array (orientation SPL) has them as they were stored.
-    """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a complete NumPy array ({reason}); save it again, or remove its case"
-        ) from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: holds several arrays; save one array a file as .npy")
-    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "biuf":
-        raise InputError(f"{path}: holds {array.dtype} of shape {array.shape}; give (H, W) or (D, H, W)")
-    if array.ndim == 2:
-        return Image(array, None, None)
-    return Image(array.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]), (1.0, 1.0, 1.0))
 
 
 def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
