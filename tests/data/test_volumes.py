@@ -83,6 +83,20 @@ def test_restoring_a_resampled_volume_is_right_within_interpolation(code, change
         assert volume.image.shape[2:] == (40, 40)
 
 
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_grid_of_whole_fractions_of_the_voxel_is_restored_in_place(factor):
+    """Every source voxel is a prepared one then, but not its neighbour's neighbour."""
+    raw = blob()
+    rule = recipe(
+        spacing=[2.0 / factor] * 3,
+        orientation="RAS",
+        intensity={"mode": "window", "window": [0, 1001]},
+        divisible_by=1,
+    )
+    volume = prepare_volume(raw, None, np.diag([2.0, 2.0, 2.0, 1.0]), rule)
+    np.testing.assert_allclose(restore_volume(volume.image, volume.record())[0], raw, atol=0.01)
+
+
 def test_a_resampled_volume_keeps_its_place_in_the_scanner():
     """The centre of mass in mm, before and after: an affine half a voxel off would show."""
     axes, affine = np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), affine_of("LAS")

@@ -204,8 +204,12 @@ def restore_volume(array: np.ndarray, record: Mapping[str, Any]) -> tuple[np.nda
 
 
 def is_exact(to_prepared: np.ndarray, shape: Sequence[int]) -> bool:
-    """Whether voxels of the source fall on voxels of the prepared grid, to a hundredth at the far corner."""
-    return bool(np.abs((to_prepared - np.rint(to_prepared)) @ [*shape, 1]).max() < 1e-2)
+    """Whether voxels of the source are voxels of the prepared grid, turned and shifted, to a hundredth at the
+    far corner. A voxel that spans two or more of the prepared ones is none of them.
+    """
+    nearest = np.rint(to_prepared)
+    turns = np.array_equal(np.abs(nearest[:3, :3]).sum(0), [1, 1, 1])
+    return turns and bool(np.abs((to_prepared - nearest) @ [*shape, 1]).max() < 1e-2)
 
 
 def move_voxels(x: np.ndarray, to_prepared: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
