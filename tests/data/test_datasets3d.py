@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from medldm.commands import phantom, prepare
+from medldm.data.datamodule import CaseDataModule
 from medldm.data.datasets import (
     adni,
     autopet,
@@ -134,6 +135,11 @@ def test_med_lsdms_windows_belong_to_their_patients(raw3d, tmp_path, module, fol
     next(tmp_path.rglob(f"{folders[1]}/*")).unlink()
     with pytest.raises(InputError, match="missing, though"):
         module.index(tmp_path)
+
+
+def save_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
 
 
 def touch(path: Path) -> None:
@@ -281,13 +287,29 @@ def test_published_presets_of_aldm_prepare(raw3d, tmp_path, preset):
         size,
         "data.num_workers=0",
     )
-    least = ["data.preprocess.min_size=[24,24,16]"] if preset == "brats_r1" else []
+    least = ["data.preprocess.min_size=[40,48,33]"] if preset == "brats_r1" else []
     prepare.task(compose_config("prepare", *options, *least, "data.modalities=[t1]"))
     index = load_index(tmp_path)
     assert index["orientation"] == ("RAI" if preset == "brats_r1" else "RAS")
     image = next(read_images(tmp_path)).image
     assert image.min() == -1 and image.max() > 1
-    assert preset == "brats_r3" or all(n % 16 == 0 for n in image.shape[1:])
+    assert image.shape[1:] == ((48, 48, 48) if preset == "brats_r1" else (32, 32, 32))
+
+
+def test_real_brains_and_shallow_scans_reach_the_box_that_training_cuts(raw3d, tmp_path):
+    """The shipped presets unchanged: a brain smaller than ALDM's box, a CT of 20 slices for windows of 32."""
+    save_nifti(tmp_path / "raw/ct/p0_0.nii.gz", np.zeros((64, 64, 20), np.float32))
+    save_nifti(tmp_path / "raw/label/p0_0.nii.gz", np.zeros((64, 64, 20), np.uint8))
+    presets = {"brats_r1": (raw3d("brats"), "data.modalities=[t1]"), "autopet": (tmp_path / "raw",)}
+    for preset, (raw, *options) in presets.items():
+        root = tmp_path / preset
+        paths = (f"data.raw={raw}", f"data.root={root}", "data.num_workers=0")
+        cfg = compose_config("prepare", f"data={preset}", *paths, *options)
+        prepare.task(cfg)
+        size = list(cfg.data.crop_size)
+        assert all(case["shape"] == size for case in load_index(root)["cases"])
+        data = CaseDataModule(root, batch_size=1, keys=["image"], crop_size=size)
+        assert next(iter(data.train_dataloader()))["image"].shape == (1, 1, *size)
 
 
 # ---- bad input ----

@@ -68,6 +68,25 @@ def test_restoring_undoes_turning_cropping_and_padding_exactly(code, angle, orie
 
 
 @pytest.mark.parametrize("code", ["RAS", "PIR"])
+@pytest.mark.parametrize("region", ["volume", "box"])
+def test_axes_without_a_size_are_padded_about_the_centre_to_their_least(code, region):
+    raw, affine = blob(), affine_of(code)
+    intensity = {"mode": "volume_percentile", "percentiles": [0, 100], "region": region}
+    rule = recipe([None, 16, None], divisible_by=4, min_size=[30, 99, None], intensity=intensity)
+    volume = prepare_volume(raw, (raw > 400).astype(np.uint8), affine, rule)
+    plain = prepare_volume(raw, None, affine, recipe([None, 16, None], divisible_by=1, intensity=intensity))
+    depth, width = plain.image.shape[1], plain.image.shape[3]
+    assert volume.image.shape == volume.mask.shape == (1, 32, 16, -(-width // 4) * 4)
+    before = (30 - depth) // 2 + 1  # half of what is missing, then half of the multiple's two
+    assert (volume.image[0, :before] == -1).all() and not volume.mask[0, :before].any()
+    assert volume.box[0][0] == -before
+    restored, back = restore_volume(volume.image, volume.record())
+    expected, _ = restore_volume(plain.image, plain.record())
+    np.testing.assert_array_equal(back, affine)
+    np.testing.assert_allclose(restored, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("code", ["RAS", "PIR"])
 @pytest.mark.parametrize(
     "change", [{"spacing": 1.2}, {"in_plane_size": 40}, {"in_plane_size": 40, "interpolation": "bspline"}]
 )
@@ -185,6 +204,7 @@ def test_an_open_axis_keeps_its_length():
         (None, {"mask_grid": "any"}, "mask_grid=any"),
         ([4, 32, 32], {}, "image_size"),
         ([32, 32], {}, "image_size"),
+        (None, {"min_size": [32, 32]}, "preprocess.min_size"),
     ],
 )
 def test_settings_that_make_no_sense_are_input_errors(size, change, message):

@@ -293,7 +293,7 @@ class CaseDataModule(pl.LightningDataModule):
             if any(n is not None and n > m for n, m in zip(size, shape, strict=False)):
                 raise InputError(
                     f"data.crop_size={list(size)}: {self.root / case['file']} has {list(shape)} only; take a "
-                    "smaller box, or prepare with data.preprocess.divisible_by or data.image_size to pad it"
+                    "smaller box, or prepare with data.preprocess.min_size or data.image_size to pad it"
                 )
         return size
 

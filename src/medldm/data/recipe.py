@@ -65,7 +65,10 @@ class Recipe:
             ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "nibabel", "monai", "torch")
         )
         versions = {name: importlib.import_module(name).__version__ for name in libraries}
-        return digest({"schema": SCHEMA_VERSION, "recipe": self.as_dict(), "libraries": versions})
+        content = {"schema": SCHEMA_VERSION, "recipe": self.as_dict(), "libraries": versions}
+        if self.min_size is not None:  # files made before this key had its effect are made anew
+            content["padded to min_size"] = True
+        return digest(content)
 
 
 def digest(content: Any) -> str:
@@ -97,7 +100,7 @@ def make_recipe(
         if intensity.get(key) is not None:
             intensity[key] = tuple(intensity[key])
     edges, spacing, least = options.pop("edges"), options.pop("spacing"), options.pop("min_size")
-    check_size(least, least, spatial_dims, "preprocess.min_size")
+    least = check_min_size(least, spatial_dims)
     if edges is not None and edges.get("thresholds") is not None:
         edges = {**edges, "thresholds": tuple(edges["thresholds"])}
     mapping = labels.get("mapping")
@@ -111,7 +114,7 @@ def make_recipe(
             {int(k): int(v) for k, v in mapping.items()} if mapping else None,
         ),
         edges=EdgeRecipe(**edges) if edges is not None and spatial_dims == 2 else None,
-        min_size=least and tuple(least),
+        min_size=least,
         spacing=tuple(spacing) if isinstance(spacing, Iterable) else spacing and (float(spacing),) * 3,
         **options,
     )
@@ -132,9 +135,22 @@ def check_size(
         return
     numbers = [n for n in size if n is not None or spatial_dims == 2]
     if len(size) != spatial_dims or any(n is None or n < 8 for n in numbers):
+        raise InputError(f"data.{key}={given}: give one number, or {spatial_dims} of them, of at least 8")
+
+
+def check_min_size(given: int | Sequence[int | None] | None, spatial_dims: int) -> tuple | None:
+    """`preprocess.min_size` by axis. InputError in 2D, where every slice gets `image_size` and it would do
+    nothing.
+    """
+    if given is None:
+        return None
+    if spatial_dims == 2:
         raise InputError(
-            f"data.image_size={given}: give one number, or {spatial_dims} of them, of at least 8"
+            f"data.preprocess.min_size={given}: pads volumes; set it to null, slices have data.image_size"
         )
+    least = (given,) * spatial_dims if isinstance(given, int) else tuple(given)
+    check_size(given, least, spatial_dims, "preprocess.min_size")
+    return least
 
 
 def check_orientation(code: str) -> None:

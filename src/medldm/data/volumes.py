@@ -160,8 +160,8 @@ def axis_order(affine: np.ndarray, orientation: str) -> list[int]:
 
 
 def to_box(keys: list[str], recipe: Recipe, fill: float) -> list[Transform]:
-    """Cut the empty border, then crop or pad about the centre; an axis without a size is padded to a
-    multiple.
+    """Cut the empty border, then crop or pad about the centre; an axis without a size is padded to its
+    `min_size` and to a multiple.
     """
     steps: list[Transform] = []
     if recipe.crop_foreground:
@@ -170,6 +170,7 @@ def to_box(keys: list[str], recipe: Recipe, fill: float) -> list[Transform]:
     depth = axial_axis(recipe.orientation)
     if recipe.in_plane_size is not None and recipe.image_size is None:
         size = tuple(None if i == depth else recipe.in_plane_size for i in range(3))
+    least = tuple(m or -1 if n is None else -1 for n, m in zip(size, recipe.min_size or size, strict=True))
     multiples = tuple(recipe.divisible_by if n is None else 1 for n in size)
     for key in keys:
         value = fill if key == "image" else 0
@@ -177,6 +178,8 @@ def to_box(keys: list[str], recipe: Recipe, fill: float) -> list[Transform]:
             steps.append(
                 ResizeWithPadOrCropd([key], tuple(-1 if n is None else n for n in size), value=value)
             )
+        if max(least) > 0:
+            steps.append(SpatialPadd([key], least, value=value))
         if max(multiples) > 1:
             steps.append(DivisiblePadd([key], k=multiples, value=value))
     return steps
