@@ -8,7 +8,7 @@ import pytest
 from medldm.commands import prepare
 from medldm.data.datasets import duke
 from medldm.data.formats import read_nrrd
-from medldm.data.readers import load_index, read_image, read_images
+from medldm.data.readers import files_of, is_image, load_index, read_image, read_images
 from medldm.errors import InputError
 from tests.helpers import compose_config
 
@@ -125,3 +125,198 @@ def test_duke_as_published_becomes_image_breast_and_vessels(volume, tmp_path):
     counts = np.bincount(record.mask.ravel())
     assert counts[2] == 3 * 4 * 5 and counts[1] == 13 * 17 * 12 - counts[2]
     assert load_index(tmp_path / "out")["cases"][0]["original_shape"] == list(SHAPE)
+
+
+def write_text_nrrd(path, array, encoding, *, space="left-posterior-superior", origin=(0, 0, 0), extra=""):
+    """`array` (X, Y, Z) of big-endian 16-bit numbers with a header of axis-aligned voxels of 1 mm."""
+    import bz2
+
+    head = (
+        f"NRRD0004\ntype: short\ndimension: 3\n{f'space: {space}' if space else '# nowhere'}\n"
+        f"sizes: {' '.join(map(str, array.shape))}\nspace directions: (1,0,0) (0,1,0) (0,0,1)\n"
+        f"endian: big\nencoding: {encoding}\nspace origin: ({','.join(map(str, origin))})\n{extra}\n"
+    )
+    data = array.astype(">i2").tobytes(order="F")
+    if encoding in ("ascii", "text"):
+        data = " ".join(map(str, array.ravel(order="F"))).encode()
+    packed = {"gzip": gzip.compress, "bzip2": bz2.compress, "bz2": bz2.compress}.get(encoding, bytes)(data)
+    path.write_bytes(head.encode() + (data.hex().encode() if encoding == "hex" else packed))
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2", "bz2", "ascii", "text"])
+def test_every_encoding_of_nrrd_gives_the_same_numbers(tmp_path, encoding):
+    array = np.arange(-60, 60, dtype=np.int16).reshape(4, 5, 6)
+    write_text_nrrd(tmp_path / "a.nrrd", array, encoding)
+    np.testing.assert_array_equal(read_nrrd(tmp_path / "a.nrrd")[0], array)
+
+
+def test_an_nrrd_header_leads_to_its_data_and_over_what_stands_before_it(tmp_path):
+    array = np.arange(120, dtype=np.int16).reshape(4, 5, 6)
+    write_text_nrrd(tmp_path / "a.nhdr", array, "raw", extra="line skip: 1\nbyte skip: 3\ndata file: a.raw\n")
+    (tmp_path / "a.raw").write_bytes(b"a line\nabc" + array.astype(">i2").tobytes(order="F"))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.nhdr").array, array)
+    assert files_of(tmp_path / "a.nhdr") == [tmp_path / "a.nhdr", tmp_path / "a.raw"]
+
+
+@pytest.mark.parametrize(
+    "space", ["LAS", "RAS", "LPS", "left-anterior-superior", "right-anterior-superior", ""]
+)
+def test_every_space_of_the_body_leads_to_one_place(tmp_path, space, caplog):
+    """RAS (1, 2, 3) is (-1, 2, 3) in LAS and (-1, -2, 3) in LPS, which is also what a silent header means."""
+    signs = {"l": -1, "r": 1}, {"p": -1, "a": 1}
+    words = (space or "LPS").lower().split("-")
+    first, second = (words[0][0], words[1][0]) if len(words) > 1 else words[0][:2]
+    sign = np.array([signs[0][first], signs[1][second], 1])
+    write_text_nrrd(tmp_path / "a.nrrd", np.ones((4, 5, 6)), "gzip", space=space, origin=sign * (1, 2, 3))
+    affine = read_nrrd(tmp_path / "a.nrrd")[1]
+    np.testing.assert_array_equal(affine[:3, 3], (1, 2, 3))
+    np.testing.assert_array_equal(affine[:3, :3], np.diag(sign))
+    assert ("names no space" in caplog.text) == (space == "")
+
+
+def vector_nrrd(path):
+    import nrrd
+
+    directions = [[np.nan] * 3, [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    facts = {"kinds": ["vector", "domain", "domain", "domain"], "space": "left-posterior-superior"}
+    nrrd.write(str(path), np.ones((3, 4, 5, 6)), {**facts, "space directions": directions})
+
+
+def two_layers_without_a_choice(path):
+    named = "Segment0_Name:=a\nSegment0_Layer:=0\nSegment1_Name:=b\nSegment1_Layer:=1\n"
+    write_nrrd(path, np.ones((2, *SHAPE)), extra=named, layers=True)
+
+
+CENTIMETRES = 'space units: "cm" "cm" "cm"\n'
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"encoding": "hex"}, "hex.*save it with encoding gzip"),
+        ({"space": "scanner-xyz"}, "does not say where left"),
+        ({"extra": CENTIMETRES}, "save it in mm"),
+        ({"encoding": "raw", "extra": "data file: b.raw\n"}, "b.raw"),
+        (vector_nrrd, "3 values a voxel .*vector"),
+        (two_layers_without_a_choice, "2 values a voxel .*label map"),
+    ],
+)
+def test_an_nrrd_file_that_cannot_be_read_rightly_is_refused(tmp_path, options, message):
+    if callable(options):
+        options(tmp_path / "a.nrrd")
+    else:
+        write_text_nrrd(tmp_path / "a.nrrd", np.ones((4, 5, 6)), **{"encoding": "gzip"} | options)
+    with pytest.raises(InputError, match=f"a.nrrd: .*{message}"):
+        read_image(tmp_path / "a.nrrd")
+
+
+def test_a_segment_that_is_not_there_is_not_replaced_by_another(tmp_path):
+    named = "Segment0_Name:=breast\nSegment1_Name:=dense\nSegment1_LabelValue:=2\n"
+    write_nrrd(tmp_path / "a.seg.nrrd", np.ones(SHAPE), extra=named)
+    with pytest.raises(InputError, match="no segment 'vessel', but breast, dense"):
+        read_image(f"{tmp_path / 'a.seg.nrrd'}::vessel")
+
+
+@pytest.mark.parametrize("suffix", ["mha", "mhd"])
+def test_meta_image_is_read_in_its_place(tmp_path, suffix):
+    sitk = pytest.importorskip("SimpleITK")
+    array = np.arange(120, dtype=np.int16).reshape(4, 5, 6)
+    image = sitk.GetImageFromArray(array.transpose(2, 1, 0))
+    image.SetSpacing((1.5, 2, 3))
+    image.SetOrigin((10, 20, 30))
+    image.SetDirection((0, 1, 0, 1, 0, 0, 0, 0, -1))
+    sitk.WriteImage(image, str(tmp_path / f"a.{suffix}"))
+    read = read_image(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(read.array, array)
+    np.testing.assert_allclose(read.spacing, (1.5, 2, 3))
+    np.testing.assert_allclose(
+        read.affine, [[0, -2, 0, -10], [-1.5, 0, 0, -20], [0, 0, -3, 30], [0, 0, 0, 1]], atol=1e-9
+    )
+    assert len(files_of(tmp_path / f"a.{suffix}")) == (2 if suffix == "mhd" else 1)
+
+
+def test_what_is_an_image_is_told_by_its_name_or_its_content(volume, tmp_path):
+    write_dicom(tmp_path / "series", volume)
+    write_dicom(tmp_path / "1.2.840.7", volume)
+    for path in (tmp_path / "1.2.840.7").iterdir():  # as a PACS exports them
+        path.rename(path.with_suffix(""))
+    (tmp_path / "nothing").mkdir()
+    for name in ("a.nrrd", "b.MHA", "c.nii.gz", "._c.nii.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    found = sorted(path.name for path in tmp_path.iterdir() if is_image(path))
+    assert found == ["1.2.840.7", "a.nrrd", "b.MHA", "c.nii.gz", "series"]
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "1.2.840.7").array, read_image(tmp_path / "series").array
+    )
+
+
+def change_dicom(folder, change):
+    pydicom = pytest.importorskip("pydicom")
+    for k, path in enumerate(
+        sorted(folder.iterdir(), key=lambda p: pydicom.dcmread(p).ImagePositionPatient[2])
+    ):
+        data = pydicom.dcmread(path)
+        change(k, data)
+        data.save_as(path)
+
+
+def move(k, data):
+    data.ImagePositionPatient[2] = ORIGIN[2] + k // 2 * SPACING[2]
+
+
+def tilt(k, data):
+    data.ImagePositionPatient[1] += 0.2 * k
+
+
+def series(k, data):
+    data.SeriesInstanceUID = f"1.2.{k % 2}"
+
+
+def turn(k, data):
+    data.ImageOrientationPatient = [0, 1, 0, 1, 0, 0] if k == 3 else data.ImageOrientationPatient
+
+
+def colours(k, data):
+    data.PhotometricInterpretation, data.SamplesPerPixel = "RGB", 3
+
+
+def ct_as_monochrome1(k, data):
+    data.PhotometricInterpretation, data.Modality = "MONOCHROME1", "CT"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (move, "two slices lie at one place"),
+        (tilt, "gantry tilt.*dcm2niix"),
+        (series, "several series"),
+        (turn, "differ in ImageOrientationPatient"),
+        (colours, "RGB pictures"),
+        (ct_as_monochrome1, "CT as MONOCHROME1"),
+    ],
+)
+def test_a_dicom_folder_that_is_no_one_volume_is_refused(volume, tmp_path, change, message):
+    write_dicom(tmp_path / "series", volume)
+    change_dicom(tmp_path / "series", change)
+    with pytest.raises(InputError, match=f"series: .*{message}"):
+        read_image(tmp_path / "series")
+
+
+def test_a_missing_slice_is_seen_however_thin_slices_are(volume, tmp_path):
+    write_dicom(tmp_path / "series", volume, leave_out=(7,))
+    change_dicom(tmp_path / "series", lambda k, data: setattr(
+        data, "ImagePositionPatient", [0, 0, 0.02 * (k + (k > 6))]
+    ))  # fmt: skip
+    with pytest.raises(InputError, match="not evenly spaced, 0.02 to 0.04 mm"):
+        read_image(tmp_path / "series")
+
+
+def test_monochrome1_is_turned_and_every_slice_has_its_own_slope(volume, tmp_path):
+    write_dicom(tmp_path / "series", volume)
+
+    def change(k, data):
+        data.PhotometricInterpretation, data.RescaleSlope, data.RescaleIntercept = "MONOCHROME1", k + 1, 0
+
+    change_dicom(tmp_path / "series", change)
+    expected = (-1 - volume.astype(np.float32)) * np.arange(1, volume.shape[2] + 1)
+    np.testing.assert_array_equal(read_image(tmp_path / "series").array, expected)

@@ -1,24 +1,42 @@
-"""Every way an image comes into the program: NIfTI, PNG/JPEG, prepared HDF5 and the cardiac author's HDF5."""
+"""Every way an image comes into the program: NIfTI, pictures and what formats.py reads; prepared HDF5 and the
+cardiac author's HDF5.
+"""
 
 import json
+import logging
 import os
 import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from medldm.data.case import split_path, stem_of
-from medldm.data.formats import read_dicom_series, read_nrrd, read_numpy
+from medldm.data.formats import (
+    detached_data,
+    dicom_files,
+    is_dicom_folder,
+    read_dicom_series,
+    read_meta_image,
+    read_nrrd,
+    read_numpy,
+)
 from medldm.errors import InputError
 
+log = logging.getLogger(__name__)
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
+NRRD_SUFFIXES = (".nrrd", ".nhdr")
+META_SUFFIXES = (".mha", ".mhd")
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 NUMPY_SUFFIXES = (".npy",)
+IMAGE_SUFFIXES = (
+    NIFTI_SUFFIXES + NRRD_SUFFIXES + META_SUFFIXES + RASTER_SUFFIXES + HDF5_SUFFIXES + NUMPY_SUFFIXES
+)
+MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a NIfTI header, beside mm
 AUTHOR_INDEX = "dataset_index_mapping.json"
 # Names that the 2D schema and the rest of the program use for the same thing.
 DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
@@ -49,16 +67,51 @@ def require_file(path: Path) -> Path:
     return path
 
 
+def is_image(path: str | Path) -> bool:
+    """Whether `read_image` reads this: a file of a known kind, or a folder with DICOM files right inside.
+    Hidden files, such as the `._` ones of a Mac, are none.
+    """
+    path = Path(path)
+    if path.name.startswith("."):
+        return False
+    return is_dicom_folder(path) if path.is_dir() else path.is_file() and has_suffix(path, IMAGE_SUFFIXES)
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files that hold what `read_image` reads of `file` or `file::dataset`: those of a DICOM folder; a
+    header and the data it names.
+    """
+    file, _ = split_path(path)
+    if file.is_dir():
+        return dicom_files(file)
+    data = detached_data(require_file(file)) if has_suffix(file, (".nhdr", ".mhd")) else None
+    return [file] if data is None else [file, data]
+
+
 def read_image(path: str | Path) -> Image:
-    """Read `file` or `file::dataset` with its values unchanged. InputError where it is missing or damaged."""
+    """Read `file` or `file::dataset` with its values unchanged, but complex ones as their magnitude.
+    InputError where it is missing or damaged.
+    """
     file, key = split_path(path)
+    image = read_any(file, key)
+    if image.array.dtype.kind == "c":
+        log.warning("%s: holds complex numbers; their magnitude is taken", file)
+        return image._replace(array=np.abs(image.array))
+    if image.array.dtype.kind not in "biuf":
+        raise InputError(f"{file}: holds colours ({image.array.dtype}); save it with one grey value a voxel")
+    return image
+
+
+def read_any(file: Path, key: str | None) -> Image:
     if file.is_dir():
         return with_spacing(*read_dicom_series(file))
     require_file(file)
     if has_suffix(file, NIFTI_SUFFIXES):
         return read_nifti(file)
-    if has_suffix(file, (".nrrd",)):
+    if has_suffix(file, NRRD_SUFFIXES):
         return with_spacing(*read_nrrd(file, key))
+    if has_suffix(file, META_SUFFIXES):
+        return with_spacing(*read_meta_image(file))
     if has_suffix(file, RASTER_SUFFIXES):
         return Image(read_raster(file), None, None)
     if has_suffix(file, NUMPY_SUFFIXES):
@@ -69,7 +122,7 @@ def read_image(path: str | Path) -> Image:
             raise InputError(f"{file}: name the dataset inside as {file.name}::dataset")
         return Image(np.asarray(open_hdf5(file).read(key)), None, None)
     raise InputError(
-        f"{file}: unknown file type; use NIfTI, NRRD, a folder of DICOM, PNG, JPEG, NumPy or HDF5"
+        f"{file}: unknown file type; use NIfTI, NRRD, MetaImage, a folder of DICOM, PNG, JPEG, NumPy or HDF5"
     )
 
 
@@ -92,13 +145,52 @@ def read_nifti(path: Path) -> Image:
         ) from error
     if array.size == 0:
         raise InputError(f"{path}: holds no voxels (shape {array.shape}); remove its case")
-    spacing = tuple(float(s) for s in image.header.get_zooms()[: array.ndim])
-    return Image(array, np.asarray(image.affine, np.float64), spacing)
+    affine = nifti_affine(image.header, path)
+    spacing = [*np.linalg.norm(affine[:3, :3], axis=0).tolist(), *[1.0] * array.ndim]
+    return Image(array, affine, tuple(spacing[: array.ndim]))
+
+
+def nifti_affine(header, path: Path) -> np.ndarray:  # noqa: ANN001 - nibabel is imported lazily
+    """Voxels -> RAS, mm (4, 4): the sform, or the qform where the former is empty.
+
+    InputError where neither gives voxels a size. A file that names neither is taken as nibabel takes it.
+    """
+    stated = {"sform": header.get_sform, "qform": header.get_qform}
+    readers = {name: read for name, read in stated.items() if int(header[f"{name}_code"]) > 0}
+    if not readers:
+        log.warning("%s: does not say how it lies in the body; taken as LAS, as nibabel does", path)
+        readers = {"header": header.get_base_affine}
+    affines = {name: affine for name, read in readers.items() if (affine := valid_affine(read)) is not None}
+    if not affines:
+        raise InputError(
+            f"{path}: its header gives voxels no size and place (voxel sizes "
+            f"{', '.join(f'{s:g}' for s in header.get_zooms()[:3])}); set them, in 3D Slicer for instance"
+        )
+    if affines.keys() != readers.keys() and "sform" not in affines:
+        log.warning("%s: its sform is empty; its qform is taken", path)
+    affine = next(iter(affines.values()))
+    unit, in_mm = MM.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
+    if unit != "mm":
+        log.warning("%s: its lengths are in %s; converted to mm", path, unit)
+    return np.diag([in_mm, in_mm, in_mm, 1.0]) @ affine
+
+
+def valid_affine(read: Callable[[], np.ndarray]) -> np.ndarray | None:
+    """What `read` gives, or None where voxels have no volume in it."""
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        affine = np.asarray(read(), np.float64)
+    except HeaderDataError:  # a quaternion that is none
+        return None
+    return affine if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-12 else None
 
 
 def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
-    """(H, W) of a PNG, JPEG, BMP or TIFF with its bit depth kept. Colour becomes grey; a mask must be grey
-    already.
+    """(H, W) of a PNG, JPEG, BMP or TIFF with its bit depth kept. Colour becomes grey; of a mask's palette
+    the numbers are taken.
+
+    InputError where the file is damaged, has several pages, or is a mask of colours or of lossy JPEG.
     """
     import cv2
 
@@ -110,9 +202,17 @@ def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
     array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data and complete else None
     if array is None:
         raise InputError(f"{path}: not a complete image file; copy or download it again, or remove its case")
+    if suffix in (".tif", ".tiff") and (pages := cv2.imcount(str(path), cv2.IMREAD_UNCHANGED)) > 1:
+        raise InputError(f"{path}: holds {pages} pages; save one picture a file, or the stack as NIfTI")
+    if is_mask and data.startswith(b"\xff\xd8"):
+        raise InputError(f"{path}: JPEG changes class numbers; save the mask as PNG, from its source")
     if array.ndim == 2:
         return array
+    if is_mask and (numbers := palette_numbers(path)) is not None:
+        return numbers
     channels = array[..., :3]
+    if array.shape[-1] == 4 and np.ptp(array[..., 3]) > 0:
+        log.warning("%s: partly transparent; its colours are taken as they lie", path)
     if (channels == channels[..., :1]).all():
         return np.ascontiguousarray(channels[..., 0])
     if is_mask:
@@ -122,8 +222,27 @@ def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
     return cv2.cvtColor(np.ascontiguousarray(channels), cv2.COLOR_BGR2GRAY)
 
 
+def palette_numbers(path: Path) -> np.ndarray | None:
+    """(H, W) numbers of a picture with a palette, as VOC stores its classes; None where it has none.
+
+    InputError where the palette is grey but not in order: number and grey level are two classes then.
+    """
+    from PIL import Image as Picture
+
+    with Picture.open(path) as picture:
+        if picture.mode != "P":
+            return None
+        numbers, grey = np.asarray(picture), np.asarray(picture.convert("RGB"))
+    if (grey == grey[..., :1]).all() and (grey[..., 0] != numbers).any():
+        raise InputError(
+            f"{path}: its palette gives other grey levels than its numbers, so its classes are open; save it "
+            "as 8-bit grey without a palette"
+        )
+    return numbers
+
+
 def read_mask(path: str | Path) -> Image:
-    """As `read_image`, but a coloured picture is an InputError: its grey levels are no classes."""
+    """As `read_image`, but what holds no class numbers (colours, JPEG) is an InputError."""
     file, key = split_path(path)
     if key is None and has_suffix(file, RASTER_SUFFIXES):
         return Image(read_raster(require_file(file), is_mask=True), None, None)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.formats import read_nrrd_header
+from medldm.data.formats import nrrd_sizes
 from medldm.data.layouts import SPLITS, folder_pairs, require_cases, require_root
 from medldm.errors import InputError
 
@@ -73,4 +73,4 @@ def pick_series(root: Path, patient: str, depth: int) -> Path:
 
 def depth_of(path: Path) -> int:
     """Number of slices of an NRRD map."""
-    return int(read_nrrd_header(path)["sizes"].split()[-1])
+    return nrrd_sizes(path)[-1]
