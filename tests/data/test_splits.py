@@ -7,6 +7,7 @@ from medldm.data.splits import (
     fraction_split,
     make_splits,
     official_160_40_160,
+    read_splits,
     seed42_350_10,
     write_splits_once,
 )
@@ -36,6 +37,41 @@ def test_full_mnms2_gets_the_named_splits_and_others_a_fraction_split():
     full = make_splits(MNMS2_SUBJECTS, dataset="mnms2", fractions=FRACTIONS, seed=1)
     assert full["default"] == full["seed42_350_10"] and "official_160_40_160" in full
     assert set(make_splits(["a", "b", "c"], dataset="folder", fractions=FRACTIONS, seed=1)) == {"default"}
+
+
+@pytest.mark.parametrize("num_train", [1, 2, 3, 30])
+def test_a_stated_split_without_validation_holds_out_training_subjects(num_train):
+    """As Med-LSDM's train/ and test/, IXI's tables, or a manifest with these two words."""
+    stated = {f"s{i:02d}": "Training" for i in range(num_train)} | {"t1": "test", "t2": "TEST"}
+    splits = make_splits(list(stated), dataset="ixi", fractions=FRACTIONS, seed=5, stated=stated)
+    split = splits["default"]
+    held = {1: 0, 2: 1, 3: 1, 30: 3}[num_train]
+    assert len(split["val"]) == held and split["test"] == ["t1", "t2"]
+    assert sorted(split["train"] + split["val"]) == sorted(stated)[:num_train]
+    assert (
+        split == make_splits(list(stated), dataset="x", fractions=FRACTIONS, seed=5, stated=stated)["default"]
+    )
+    assert ("note" in split) == bool(held)
+    if held:
+        assert f"{held} of {num_train} training subjects" in split["note"]
+    none = make_splits(list(stated), dataset="x", fractions={"val": 0, "test": 0}, seed=5, stated=stated)
+    assert none["default"]["val"] == []
+
+
+@pytest.mark.parametrize("word", ["validation", "Val", " valid "])
+def test_a_stated_validation_is_kept_in_any_spelling(word):
+    stated = {"a": "Train", "b": "train", "c": word}
+    split = make_splits("abc", dataset="x", fractions=FRACTIONS, seed=5, stated=stated)["default"]
+    assert split == {"train": ["a", "b"], "val": ["c"], "test": []}
+    with pytest.raises(InputError, match="split 'fold3' of subject c"):
+        make_splits("abc", dataset="x", fractions=FRACTIONS, seed=5, stated={**stated, "c": "fold3"})
+
+
+def test_a_note_of_a_split_is_no_subject(tmp_path):
+    path = tmp_path / "splits.json"
+    split = make_splits("ab", dataset="x", fractions=FRACTIONS, seed=5, stated={"a": "train", "b": "train"})
+    assert write_splits_once(path, split, "ab") == write_splits_once(path, {}, "ab")
+    assert read_splits(path)["default"]["note"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 101])

@@ -101,6 +101,20 @@ def test_a_selection_by_class_and_number(tmp_path):
         prepared("kermany_normal", raw, tmp_path / "other", "data.select.classes=[COVID]")
 
 
+def test_kermanys_normal_pictures_are_those_of_train_with_validation_of_their_own(tmp_path):
+    for split, count in {"train": 12, "val": 1, "test": 3}.items():
+        for i in range(count):
+            write(tmp_path / "raw" / split / "NORMAL" / f"IM-{i:04d}-0001.png", ramp(255, np.uint8))
+            write(tmp_path / "raw" / split / "PNEUMONIA" / f"person{i}_virus_1.png", ramp(255, np.uint8))
+    index = prepared("kermany_normal", tmp_path / "raw", tmp_path / "out")
+    assert [case["id"] for case in index["cases"]] == [f"train-IM-{i:04d}" for i in range(12)]
+    split = read_splits(tmp_path / "out" / "splits.json")["default"]
+    assert {part: len(names) for part, names in split.items()} == {"train": 10, "val": 1, "test": 1}
+    with pytest.raises(InputError, match="data.select.split=dev: no image is in this part; the data state"):
+        (tmp_path / "raw" / "val").rename(tmp_path / "val")
+        prepared("kermany_normal", tmp_path / "raw", tmp_path / "other", "data.select.split=dev")
+
+
 @pytest.mark.parametrize(("top", "dtype"), [(255, np.uint8), (4095, np.uint16), (65535, np.uint16)])
 def test_bit_depths_arrive_as_the_same_picture(tmp_path, top, dtype):
     write(tmp_path / "a.png", ramp(top, dtype))

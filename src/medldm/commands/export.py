@@ -42,7 +42,7 @@ def task(cfg: Any) -> None:
 
     from medldm.data.readers import load_index, read_images
     from medldm.data.recipe import digest
-    from medldm.data.splits import read_splits
+    from medldm.data.splits import SUBSETS, read_splits
     from medldm.data.transforms import axial_axis
     from medldm.outputs import claim
 
@@ -50,7 +50,7 @@ def task(cfg: Any) -> None:
     index, splits = load_index(root), read_splits(root / "splits.json")
     if cfg.split not in splits:
         raise InputError(f"split={cfg.split}: {root / 'splits.json'} has {', '.join(splits)}")
-    part_of = {subject: part for part, subjects in splits[cfg.split].items() for subject in subjects}
+    part_of = {subject: part for part in SUBSETS for subject in splits[cfg.split].get(part, ())}
     if (index["num_classes"] or 0) > 256:
         raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
     axis = axial_axis(index["orientation"]) if index["spatial_dims"] == 3 else None

@@ -8,7 +8,7 @@ data              mnms2 (M&Ms-2 as published), nih_cxr14, chestxray or class_fol
 data.raw          the raw dataset; data.root: folder to write to
 data.num_workers  processes (0: none beside this one)
 data.image_size   grid of the prepared images; data.spatial_dims: 2 or 3
-data.select.*     classes, max_images: what is prepared at all
+data.select.*     classes, split, max_images: what is prepared at all
 data.preprocess.* resizing, intensity, labels, edges, storage
 
 It can be stopped and started again: finished cases are kept as long as raw files and preprocessing
@@ -27,12 +27,15 @@ def task(cfg: "DictConfig") -> None:
     from omegaconf import OmegaConf
 
     from medldm.data.prepare import prepare_dataset
+    from medldm.data.splits import describe_split, read_splits
 
     raw, root = cfg.data.raw, cfg.data.root
     data = OmegaConf.to_container(cfg.data, resolve=True)
     keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select")
     options = {key: data[key] for key in (*keys, "modalities", "label_dir", "task")}
-    print(prepare_dataset(raw=raw, root=root, **options))
+    prepared = prepare_dataset(raw=raw, root=root, **options)
+    print(describe_split(read_splits(prepared / "splits.json").get("default", {})))
+    print(prepared)
 
 
 def main() -> None:

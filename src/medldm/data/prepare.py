@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from medldm.data.prepare_slices import describe_slices, write_slices
 from medldm.data.prepare_volumes import describe_volume, write_volume
 from medldm.data.readers import load_index
 from medldm.data.recipe import SCHEMA_VERSION, Recipe, make_recipe
-from medldm.data.splits import make_splits, write_splits_once
+from medldm.data.splits import make_splits, subset_of, write_splits_once
 from medldm.errors import InputError
 from medldm.files import replacing, write_json
 
@@ -125,10 +126,15 @@ def select_cases(
     cases: Sequence[Case],
     *,
     classes: Sequence[str] | None = None,
+    split: str | None = None,
     max_images: int | None = None,
     seed: int = 0,
 ) -> list[Case]:
-    """The cases of some labels, and at most `max_images` of these, drawn with `seed` and kept in order."""
+    """The cases of some labels and of one part of the data's own `split`, and at most `max_images` of these,
+    drawn with `seed` and kept in order. A part that is prepared alone is split anew.
+    """
+    if split is not None:
+        cases = part_of(cases, split)
     if classes is not None:
         known = {str(case.attributes.get("label")) for case in cases}
         unknown = [name for name in classes if str(name) not in known]
@@ -146,20 +152,37 @@ def select_cases(
     return [cases[i] for i in sorted(drawn)]
 
 
+def part_of(cases: Sequence[Case], split: str) -> list[Case]:
+    """The cases of one part of the stated split, which is then no split any more; all of data without one."""
+    stated = {str(case.attributes["split"]) for case in cases if "split" in case.attributes}
+    wanted = subset_of(split)
+    kept = [c for c in cases if not stated or subset_of(str(c.attributes.get("split", ""))) == wanted]
+    if wanted is None or not kept:
+        there = ", ".join(sorted(stated)) or "no split"
+        raise InputError(f"data.select.split={split}: no image is in this part; the data state {there}")
+    return [
+        replace(case, attributes={k: v for k, v in case.attributes.items() if k != "split"}) for case in kept
+    ]
+
+
 def stated_splits(cases: Sequence[Case]) -> dict[str, str] | None:
-    """The manifest's split of each subject, or None where it states none."""
+    """The data's own split of each subject, or None where they state none."""
     stated: dict[str, str] = {}
     for case in cases:
         name = case.attributes.get("split")
-        if name is not None and stated.setdefault(case.subject, str(name)) != name:
+        if name is None:
+            continue
+        part = subset_of(str(name)) or str(name)
+        if stated.setdefault(case.subject, part) != part:
             raise InputError(
-                f"manifest.csv: subject {case.subject} is in both {stated[case.subject]} and {name}; keep "
-                "it in one split"
+                f"{case.main_path}: subject {case.subject} is in both {stated[case.subject]} and {part}; "
+                "keep it in one split"
             )
-    missing = {case.subject for case in cases} - stated.keys()
-    if stated and missing:
+    bare = next((case for case in cases if case.subject not in stated), None)
+    if stated and bare:
         raise InputError(
-            f"manifest.csv: subject {sorted(missing)[0]} has no split; fill the column for all, or drop it"
+            f"{bare.main_path}: subject {bare.subject} has no split while others have; state it for all, or "
+            "for none"
         )
     return stated or None
 

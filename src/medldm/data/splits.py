@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,19 @@ from medldm.files import write_json
 
 log = logging.getLogger(__name__)
 SUBSETS = ("train", "val", "test")
-Split = dict[str, list[str]]
+SPELLINGS = {
+    "train": ("train", "training", "tr"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "ts"),
+}
+NOTE = "note"  # of a split: a sentence about how it came about, beside its lists
+Split = dict[str, Any]  # {train, val, test: lists of subjects}, and a note where there is something to say
 MNMS2_SUBJECTS = [f"{i:03d}" for i in range(1, 361)]
+
+
+def subset_of(name: str) -> str | None:
+    """train, val or test by any of its spellings (Train, validation...); None for another word."""
+    return next((key for key, spellings in SPELLINGS.items() if name.strip().lower() in spellings), None)
 
 
 def seed42_350_10(num_val: int = 20) -> Split:
@@ -52,13 +64,30 @@ def fraction_split(subjects: Sequence[str], fractions: Mapping[str, float], seed
 
 
 def stated_split(stated: Mapping[str, str], where: str) -> Split:
-    """The split that a manifest states: {subject: train | val | test}."""
+    """The split that the data state: {subject: train | val | test}."""
     split: Split = {key: [] for key in SUBSETS}
     for subject, name in sorted(stated.items()):
-        if name not in split:
+        subset = subset_of(name)
+        if subset is None:
             raise InputError(f"{where}: split '{name}' of subject {subject} is none of {', '.join(SUBSETS)}")
-        split[name].append(subject)
+        split[subset].append(subject)
     return split
+
+
+def with_validation(split: Split, fraction: float, seed: int) -> Split:
+    """A stated split without validation gets a seeded share of its training subjects, at least one, and a
+    note that says so: without one, nothing tells the best checkpoint from the last. `fraction` 0 leaves it.
+    """
+    train = split["train"]
+    if split["val"] or len(train) < 2 or fraction == 0:
+        return split
+    order = np.random.default_rng(seed).permutation(len(train))
+    held = sorted(train[i] for i in order[: min(max(round(fraction * len(train)), 1), len(train) - 1)])
+    note = (
+        f"Validation: {len(held)} of {len(train)} training subjects, drawn with data.splits.seed={seed}, "
+        "as the data state none."
+    )
+    return {**split, "train": [name for name in train if name not in set(held)], "val": held, NOTE: note}
 
 
 def make_splits(
@@ -74,7 +103,8 @@ def make_splits(
     """
     drawn = fraction_split(subjects, fractions, seed)
     if stated:
-        return {"default": stated_split(stated, "manifest.csv"), "fraction": drawn}
+        default = with_validation(stated_split(stated, "the data's own split"), fractions["val"], seed)
+        return {"default": default, "fraction": drawn}
     if dataset == "mnms2" and sorted(set(subjects)) == MNMS2_SUBJECTS:
         report = seed42_350_10()
         return {
@@ -86,14 +116,21 @@ def make_splits(
     return {"default": drawn}
 
 
+def describe_split(split: Split) -> str:
+    """One line for the screen: sizes, how the split came about, and what an empty part means."""
+    sizes = ", ".join(f"{len(split.get(part, ()))} {part}" for part in SUBSETS)
+    without = "" if split.get("val") else " Without validation best.ckpt will be the last checkpoint."
+    return f"Split by subject: {sizes}.{without} {split.get(NOTE, '')}".strip()
+
+
 def check_splits(splits: Mapping[str, Split], where: str | Path) -> None:
     """InputError where a subject stands in two sets of one split."""
     for name, split in splits.items():
-        if not isinstance(split, Mapping) or not split.keys() <= set(SUBSETS):
+        if not isinstance(split, Mapping) or not split.keys() <= {*SUBSETS, NOTE}:
             raise InputError(f"{where}: split '{name}' must hold the lists train, val and test")
         seen: dict[str, str] = {}
-        for subset, subjects in split.items():
-            for subject in subjects:
+        for subset in SUBSETS:
+            for subject in split.get(subset, ()):
                 if subject in seen:
                     raise InputError(
                         f"{where}: split '{name}' has subject {subject} in both {seen[subject]} and "
@@ -122,7 +159,7 @@ def write_splits_once(path: Path, splits: dict[str, Split], subjects: Sequence[s
         return splits
     kept = read_splits(path)
     for name, split in kept.items():
-        missing = set(subjects) - {subject for subset in split.values() for subject in subset}
+        missing = set(subjects) - {subject for key in SUBSETS for subject in split.get(key, ())}
         if missing:
             log.warning(
                 "%s: split '%s' names %d subjects fewer than there are (%s ...), which stay unused; "
