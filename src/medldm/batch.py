@@ -17,10 +17,12 @@ class Batch(TypedDict, total=False):
     latent: Tensor  # (B, Cz, *S/f) float32, unscaled pre-quantisation latent from `medldm encode`
     mask: Tensor  # (B, 1, *S) int64 class map
     edges: Tensor  # (B, 1, *S) float32 {0, 1}
-    label: Tensor  # (B,) int64 class of `image` (target modality, finding)
-    view: Tensor  # (B,) int64, 0 short axis, 1 long axis
-    phase: Tensor  # (B,) int64, 0 end-diastole, 1 end-systole
-    slice_position: Tensor  # (B,) float32 in [0, 1], place of the slice in its stack
+    label: (
+        Tensor  # (B,) int64 class of `image` (target modality, finding); `attributes.UNKNOWN` if not stated
+    )
+    view: Tensor  # (B,) int64, 0 short axis, 1 long axis, UNKNOWN
+    phase: Tensor  # (B,) int64, 0 end-diastole, 1 end-systole, UNKNOWN
+    slice_position: Tensor  # (B,) float32 in [0, 1], place of the slice in its stack; NaN without a stack
     source: Tensor  # (B, C, *S) translation input on the same grid
     source_label: Tensor  # (B,) int64
     spacing: Tensor  # (B, len(S)) float32, mm
@@ -48,6 +50,15 @@ def check_labels(mask: Tensor, num_classes: int) -> None:
                 f"mask: holds class {wrong}, but the model knows 0 to {num_classes - 1}; "
                 "map it with data.preprocess.labels.mapping"
             )
+
+
+def check_stated(label: Tensor) -> None:
+    """InputError for an unknown class where a model has no null for it. Looks on the host alone."""
+    if label.device.type == "cpu" and label.numel() and int(label.min()) < 0:
+        raise InputError(
+            "label: unknown for an image of the batch, and this model has no null for it; state the label of "
+            "every image in the data, or leave those without one out"
+        )
 
 
 def one_hot(mask: Tensor, num_classes: int) -> Tensor:

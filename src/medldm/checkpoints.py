@@ -17,6 +17,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningModule
 from torch import nn
 
+from medldm.attributes import check_class_names
 from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.diffusion.translation import TranslationConditioner
 from medldm.errors import InputError
@@ -184,6 +185,7 @@ def build_diffusion_module(
         num_views=facts["num_views"] or 0,
         num_phases=facts["num_phases"] or 0,
         num_labels=facts["num_labels"] or 0,
+        **unknowns(facts),
         embedding_dim=make_network.keywords["embedding_channels"],
     )
     network = make_network(
@@ -194,6 +196,16 @@ def build_diffusion_module(
         context_channels=conditioner.context_dim or None,
     )
     return DiffusionModule(first_stage, conditioner, network, map_stage=map_stage, **parts)
+
+
+def unknowns(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a conditioner is told of attributes that nobody stated. Facts of earlier versions say nothing:
+    missing ones were class 0 then, and a slice without a stack stood in the middle of one.
+    """
+    stated = facts.get("unknown_attributes")
+    return (
+        {"unknown_attributes": (), "lone_position": 0.5} if stated is None else {"unknown_attributes": stated}
+    )
 
 
 def check_translator(model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: nn.Module) -> None:
@@ -214,6 +226,7 @@ def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any])
         downsampling=(1,) * facts["spatial_dims"],
         num_labels=facts["num_labels"] or 0,
         num_views=facts["num_views"] or 0,
+        **unknowns(facts),
         embedding_dim=make_network.keywords["embedding_channels"],
     )
     codec = parts.pop("codec")(
@@ -290,6 +303,9 @@ def build_module(
     if first_stage_description["model"].get("reconstructs") == "mask":
         raise InputError("model.first_stage.checkpoint: an autoencoder of maps; give one of images")
     check_modalities(model, facts, first_stage_description)
+    if first_stage_description["model"].get("decoder_sees_map"):
+        what = "model.first_stage.checkpoint: decodes under"
+        check_class_names(first_stage_description["facts"], facts, what, "the dataset")
     module = build(model, facts, stage)
     module.first_stage_description = dict(first_stage_description)
     if map_stage is not None:
@@ -316,6 +332,7 @@ def check_map_stage(description: Mapping[str, Any], facts: Mapping[str, Any]) ->
     if description["facts"]["num_classes"] != facts["num_classes"]:
         theirs, ours = description["facts"]["num_classes"], facts["num_classes"]
         raise InputError(f"{key}: encodes maps of {theirs} classes, but the dataset has {ours}")
+    check_class_names(description["facts"], facts, f"{key}: encodes", "the dataset")
 
 
 def as_first_stage(module: LightningModule, options: Mapping[str, Any]) -> FirstStage:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.attributes import UNKNOWN
 from medldm.networks.features import LPIPS, RandomConvFeatures, build_medicalnet
 from medldm.networks.medicalnet import standardised
 
@@ -40,17 +41,24 @@ def lsgan_generator(fake: Tensor) -> Tensor:
 
 def multiclass_discriminator(real: Tensor, fake: Tensor, label: Tensor) -> Tensor:
     """Cross-entropy of K + 1 classes, logits (B, K + 1, *s) averaged over space: a real sample is of its own
-    class, a fake one of the last, which is no modality's (ALDM's code gave the fake ones class 0, T1's).
+    class, a fake one of the last, which is no modality's (ALDM's code gave the fake ones class 0, T1's). Real
+    samples of unknown class are left out.
     """
     num_classes = real.shape[1] - 1
     logits = (x.flatten(2).mean(2) for x in (real, fake))
     targets = (label, torch.full_like(label, num_classes))
-    return 0.5 * sum(F.cross_entropy(x, y) for x, y in zip(logits, targets, strict=True))
+    return 0.5 * sum(class_loss(x, y) for x, y in zip(logits, targets, strict=True))
 
 
 def multiclass_generator(fake: Tensor, label: Tensor) -> Tensor:
     """The fake sample is to be taken for a real one of its target's class."""
-    return F.cross_entropy(fake.flatten(2).mean(2), label)
+    return class_loss(fake.flatten(2).mean(2), label)
+
+
+def class_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean cross-entropy of the samples (B, K) whose class is known; 0 where none is."""
+    total = F.cross_entropy(logits, label, ignore_index=UNKNOWN, reduction="sum")
+    return total / (label != UNKNOWN).sum().clamp(min=1)
 
 
 # name -> (loss of the discriminator, loss of the generator)

@@ -187,20 +187,6 @@ def test_a_volume_s_map_alone_gives_the_sample_that_it_gives_beside_its_image(
         list(read_images(tmp_path / "maps"))
 
 
-def test_names_of_maps_alone_get_the_numbers_of_the_model(caplog):
-    cases = [{"slices": {"view": [0, 1], "phase": [0, 0], "label": [0, 0]}}]
-    index = {"view_names": ["LA", "SA"], "phase_names": [], "label_values": [], "cases": cases}
-    facts = {"view_names": ["SA", "LA"], "phase_names": ["ED", "ES"], "label_values": []}
-    sample.number_as_trained(index, facts, "maps")
-    assert cases[0]["slices"] == {"view": [1, 0], "phase": [0, 0], "label": [0, 0]}
-    assert "maps: states no phase; all maps count as ED" in caplog.text
-    volumes = {"label_values": ["t2"], "cases": [{"label": 0}, {"label": 0}]}
-    sample.number_as_trained(volumes, {"label_values": ["t1", "t2"]}, "maps")
-    assert [case["label"] for case in volumes["cases"]] == [1, 1]
-    with pytest.raises(InputError, match="has the label 't9', the model knows t1, t2"):
-        sample.number_as_trained({"label_values": ["t9"]}, {"label_values": ["t1", "t2"]}, "maps")
-
-
 def test_maps_alone_in_2d_are_sampled_with_their_contours_for_edges(phantom_raw, diffusion, tmp_path):
     raw = sorted(phantom_raw.rglob("*SA_ED_gt.nii.gz"))[0]
     sizes = ("data.image_size=64", "data.preprocess.edges.source=labels")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -187,6 +189,37 @@ def test_embeddings_differ_by_attribute_and_unknown_is_null():
     unknown["slice_position"] = torch.zeros(1)
     null = conditioner.embed(unknown, torch.ones(1, dtype=torch.bool))
     assert torch.equal(null, sum(e.weight[:1] for e in conditioner.embeddings.values()))
+
+
+def test_unknown_attributes_enter_as_the_null_and_never_as_class_0():
+    conditioner = build(**ATTRIBUTES, drop_all_prob=0.1)
+    data = batch()
+    data |= {"label": torch.tensor([-1, 0, 2]), "slice_position": torch.tensor([math.nan, 0.25, math.nan])}
+    mixed = conditioner.embed(data, None)
+    tables = conditioner.embeddings
+    rows = sum(tables[kind].weight[data[kind] + 1] for kind in ("view", "phase", "label"))
+    position = conditioner.position(torch.tensor([[0.25]]))
+    assert torch.equal(mixed[0], rows[0]) and torch.equal(mixed[2], rows[2])
+    torch.testing.assert_close(mixed[1:2], rows[1:2] + position)
+    null, first = tables["label"].weight[0], tables["label"].weight[1]
+    difference = mixed[0] - conditioner.embed({**data, "label": torch.tensor([0, 0, 2])}, None)[0]
+    torch.testing.assert_close(difference, null - first)
+    everything = {kind: torch.full((1,), -1) for kind in tables} | {
+        "slice_position": torch.tensor([math.nan])
+    }
+    dropped = conditioner.embed({**everything, "label": torch.tensor([2])}, torch.tensor([True]))
+    assert torch.equal(conditioner.embed(everything, None), dropped)
+
+
+def test_a_null_counts_as_trained_where_training_dropped_or_met_the_unknown():
+    assert build(**ATTRIBUTES).null_attributes == ()
+    assert build(**ATTRIBUTES, unknown_attributes=("label", "text")).null_attributes == ("label",)
+    names = ("view", "phase", "label", "slice_position")
+    assert build(**ATTRIBUTES, drop_all_prob=0.1).null_attributes == names == build(**ATTRIBUTES).attributes
+    old = build(**ATTRIBUTES, lone_position=0.5)  # trained when a slice alone stood in the middle
+    assert old.null_attributes == ("slice_position",)
+    places = [{**batch(), "slice_position": torch.full((3,), place)} for place in (math.nan, 0.5)]
+    assert torch.equal(*(old.embed(data, None) for data in places))
 
 
 def test_auto_embeds_what_the_dataset_states():

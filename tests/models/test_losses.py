@@ -29,6 +29,21 @@ def test_adversarial_losses_have_their_closed_forms(kind, discriminator, generat
     torch.testing.assert_close(loss.generator(FAKE), torch.tensor(generator))
 
 
+def test_a_discriminator_of_classes_leaves_unknown_real_samples_out():
+    loss, generator = AdversarialLoss("multiclass"), torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(4, 4, 2, 2, generator=generator) for _ in range(2))
+    label, is_known = torch.tensor([0, -1, 2, -1]), torch.tensor([True, False, True, False])
+    known = loss.generator_loss(fake[is_known], label[is_known])
+    assert torch.equal(loss.generator_loss(fake, label), known)
+    assert torch.equal(known, nn.functional.cross_entropy(fake[is_known].mean((2, 3)), label[is_known]))
+    made = nn.functional.cross_entropy(fake.mean((2, 3)), torch.full((4,), 3))  # all of them are fakes
+    told = nn.functional.cross_entropy(real[is_known].mean((2, 3)), label[is_known])
+    torch.testing.assert_close(loss.discriminator_loss(real, fake, label), 0.5 * (told + made))
+    fake.requires_grad_()
+    loss.generator_loss(fake, torch.full((4,), -1)).backward()
+    assert not fake.grad.any()
+
+
 def test_a_discriminator_that_cannot_tell_pays_ln2():
     zero = torch.zeros(3)
     assert AdversarialLoss("vanilla").discriminator(zero, zero).item() == pytest.approx(math.log(2))

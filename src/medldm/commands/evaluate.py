@@ -88,7 +88,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
         image_shape=shape,
         axial_axis=axis,
         num_slices=min(depth, settings["max_slices"] or depth),
-        segmenter=load_segmenter(cfg.segmenter, shape, device),
+        segmenter=load_segmenter(cfg.segmenter, shape, device, facts),
         regions=settings["regions"],
     ).to(device)
     training, mean_source = read_training(folders["train"], cfg.train_split, pairs)
@@ -122,8 +122,11 @@ def match(folders: Mapping[str, Path | None], settings: Mapping) -> list:
     return make_translation_pairs(*three, others)
 
 
-def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device):  # noqa: ANN001, ANN201
-    """The segmenter of a checkpoint, None without one. InputError where it is of another kind of image."""
+def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device, facts: Mapping):  # noqa: ANN001, ANN201
+    """The segmenter of a checkpoint, None without one. InputError where it is of another kind of image, or
+    numbers other classes than the reference.
+    """
+    from medldm.attributes import check_class_names
     from medldm.checkpoints import load_module
     from medldm.errors import InputError
     from medldm.evaluation.measure import Segmenter
@@ -140,6 +143,7 @@ def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device): 
             f"segmenter={checkpoint}: takes {expected[0]} channels in {expected[1]}D, the images have "
             f"{image_shape[0]} in {len(image_shape) - 1}D"
         )
+    check_class_names(module.facts, facts, f"segmenter={checkpoint}: finds", "the reference")
     return Segmenter(module.to(device).segment, module.class_names)
 
 

@@ -25,6 +25,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from medldm.attributes import TABLES, UNKNOWN, check_class_names, renumber
 from medldm.commands import run_command
 from medldm.errors import InputError
 
@@ -48,11 +49,9 @@ def check_latent(module: Any, key: str) -> None:
         raise InputError(f"{key}: needs a latent diffusion checkpoint; set it to its default")
 
 
-def check_facts(
-    trained: dict, prepared: dict, checkpoint: str, root: str, keys: tuple[str, ...] = SAME_FACTS
-) -> None:
+def check_facts(trained: dict, prepared: dict, checkpoint: str, root: str) -> None:
     """A model fits a dataset only where dimensions, channels and classes are the same."""
-    for key in keys:
+    for key in SAME_FACTS:
         if trained[key] != prepared[key]:
             raise InputError(
                 f"{checkpoint}: trained with {key}={trained[key]}, but {root} has {prepared[key]}; "
@@ -72,15 +71,23 @@ def build_dataset(cfg: Any, module: Any, keys: tuple[str, ...]) -> tuple[Any, An
     data = OmegaConf.to_container(cfg.data, resolve=True) | {"latents": None, "crop_size": None}
     data["pairs"] = "all" if "source" in keys else None
     datamodule = build_datamodule(data, keys=keys, seed=cfg.seed)
-    facts = (*SAME_FACTS, "label_values") if "source" in keys else SAME_FACTS
     prepared = datamodule.facts
-    if prepared.get("has_images") is False:
-        number_as_trained(datamodule.index, module.facts, data["root"])
-        prepared = datamodule.facts
     if prepared.get("has_images") is False and prepared["num_classes"] < (module.facts["num_classes"] or 0):
         prepared |= {"num_classes": module.facts["num_classes"]}  # not all maps show every class
-    check_facts(module.facts, prepared, cfg.checkpoint, data["root"], facts)
-    return datamodule.dataset(cfg.split, edge_level=cfg.edge_level).as_cases(), datamodule
+    check_facts(module.facts, prepared, cfg.checkpoint, data["root"])
+    if "mask" in keys:
+        check_class_names(module.facts, prepared, f"{cfg.checkpoint}: trained on", data["root"])
+    dataset = datamodule.dataset(cfg.split, edge_level=cfg.edge_level).as_cases()
+    number_as_trained(dataset, module.facts, *embedded(module, keys))
+    return dataset, datamodule
+
+
+def embedded(module: Any, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Attributes that a model makes use of, and those of them that may be unknown."""
+    if "source" in keys:
+        return ("label",), ()
+    conditioner = getattr(module, "conditioner", None)
+    return (conditioner.attributes, conditioner.null_attributes) if conditioner else ((), ())
 
 
 def write_interpolations(cfg: Any, module: Any, dataset: Any, folder: Any, positions: list[int]) -> None:
@@ -136,7 +143,7 @@ def task(cfg: Any) -> None:
         return
 
     if datamodule.facts.get("has_images") is False:
-        give_units(dataset.cases, module.facts)
+        give_units(dataset, module.facts)
 
     def size_of(case: int) -> tuple[int, ...]:
         shape = dataset.cases[case].get("shape") or datamodule.facts["image_size"]
@@ -169,37 +176,58 @@ def task(cfg: Any) -> None:
     print(cfg.output)
 
 
-NAMES = {"view": "view_names", "phase": "phase_names", "label": "label_values"}
-
-
-def number_as_trained(index: dict, facts: dict[str, Any], root: str) -> None:
-    """Views, phases and labels of maps alone get the model's numbers for their names. InputError for a name
-    that the model has not; maps that state none count as the first.
+def number_as_trained(
+    dataset: Any, facts: dict[str, Any], kinds: tuple[str, ...], nulls: tuple[str, ...]
+) -> None:
+    """Gives the views, phases and labels of `kinds` the model's numbers for their names. InputError for an
+    image of a name that the model has not, and for one that states none where no null (`nulls`) was trained.
     """
-    for kind, table in NAMES.items():
-        own, known = index.get(table) or [], facts.get(table) or []
-        unknown = [name for name in own if known and name not in known]
-        if unknown:
-            raise InputError(f"{root}: has the {kind} '{unknown[0]}', the model knows {', '.join(known)}")
-        if not own and len(known) > 1:
-            log.warning("%s: states no %s; all maps count as %s", root, kind, known[0])
+    items = dataset.every_item()
+    for kind in kinds:
+        own, known = dataset.names.get(kind) or [], facts.get(TABLES.get(kind)) or []
+        missing = [item for item in items if is_missing(item, kind)]
+        if missing:
+            tell_missing(kind, missing, dataset, kind in nulls)
         if not own or not known:
             continue
-        number = [known.index(name) for name in own]
-        for case in index["cases"]:
-            if "slices" in case:
-                case["slices"][kind] = [number[i] for i in case["slices"][kind]]
-            else:
-                case[kind] = number[case[kind]]
-        index[table] = list(known)
+        dataset.numbering[kind] = renumber(own, known)
+        for item in items:
+            if dataset.number(kind, item) == UNKNOWN and getattr(item, kind) != UNKNOWN:
+                name = own[getattr(item, kind)]
+                raise InputError(
+                    f"{dataset.root}: '{dataset.item_id(item)}' has the {kind} '{name}', the model knows "
+                    f"{', '.join(known)}"
+                )
 
 
-def give_units(cases: list[dict], facts: dict[str, Any]) -> None:
+def is_missing(item: Any, kind: str) -> bool:
+    value = getattr(item, kind)
+    return value != value or value == UNKNOWN  # a place in a stack is NaN
+
+
+def tell_missing(kind: str, items: list[Any], dataset: Any, has_null: bool) -> None:
+    """InputError where what nobody stated would enter as a null that was never trained; else a line."""
+    what = f"{dataset.root}: {len(items)} images ('{dataset.item_id(items[0])}' first) state no {kind}"
+    if not has_null:
+        raise InputError(
+            f"{what}, and the model never saw an unknown one; state it (data=folder: the column {kind} of "
+            "manifest.csv) and prepare again, or train with model.conditioner.drop_all_prob=0.1"
+        )
+    if kind in TABLES:
+        log.warning("%s; they are sampled as unknown", what)
+
+
+def give_units(dataset: Any, facts: dict[str, Any]) -> None:
     """Maps alone tell no intensities: their volumes get those typical of what the model was trained on."""
-    for case in cases:
-        typical = (facts.get("intensity_ranges") or {}).get(case.get("label", 0))
+    ranges = facts.get("intensity_ranges") or {}
+    for item in dataset.every_item():
+        label = dataset.number("label", item) if facts.get("label_values") else 0
+        typical = ranges.get(label)
         if typical is not None:
-            case["intensity_range"] = list(typical)
+            dataset.cases[item.case]["intensity_range"] = list(typical)
+        elif ranges:
+            log.warning("%s: of no known units; written in [0, 1]", dataset.item_id(item))
+            dataset.cases[item.case]["intensity_range"] = [0.0, 1.0]
 
 
 def describe_run(cfg: Any, module: Any, predictor: Any) -> dict[str, Any]:

@@ -238,18 +238,21 @@ def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> lis
     return resumed
 
 
-def initialise(module: Any, path: str) -> None:
+def initialise(module: Any, path: str, facts: dict[str, Any]) -> None:
     """Start from another run's weights (fine-tuning); InputError where they do not fit.
 
     A first stage stays the one that `model.first_stage.checkpoint` names.
     """
+    from medldm.attributes import check_order
     from medldm.checkpoints import load_module
 
     def is_frozen(name: str) -> bool:
         return name.startswith(("first_stage.", "map_stage."))
 
     own = {name: x for name, x in module.state_dict().items() if is_frozen(name)}
-    others = {name: x for name, x in load_module(path).state_dict().items() if not is_frozen(name)}
+    source = load_module(path)
+    check_order(source.facts, facts, f"init_from={path}")
+    others = {name: x for name, x in source.state_dict().items() if not is_frozen(name)}
     try:
         module.load_state_dict(own | others)
     except RuntimeError as error:
@@ -342,6 +345,7 @@ def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from pytorch_lightning import seed_everything
 
+    from medldm.attributes import check_order
     from medldm.callbacks import EXIT_REQUEUE, Interrupted
     from medldm.checkpoints import build_module, describe
     from medldm.data import build_datamodule
@@ -359,10 +363,12 @@ def task(cfg: Any) -> None:
     data = OmegaConf.to_container(cfg.data, resolve=True)
     data["latents"] = find_latents(data, model)
     datamodule = build_datamodule(data, keys=batch_keys(model, data), seed=cfg.seed)
+    if content:
+        check_order(content["medldm"]["facts"], datamodule.facts, f"resume={resume}")
     module = build_module(model, datamodule.facts, *stages)
     module.description = describe(model, datamodule.facts, module)
     if cfg.init_from and not resume:
-        initialise(module, cfg.init_from)
+        initialise(module, cfg.init_from, datamodule.facts)
     if prefers_channels_last(cfg.channels_last):
         use_channels_last(module, datamodule.facts["spatial_dims"])
     for part in module.compiled_parts if cfg.compile else ():

@@ -1,6 +1,7 @@
 """The one Lightning data module: prepared cases of any dataset, in 2D and 3D, split by subject."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from medldm.attributes import TABLES, UNKNOWN
 from medldm.batch import Batch
 from medldm.data.dataset import (
     ARRAY_DTYPES,
@@ -100,6 +102,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.train_fraction, self.train_on, self.synthetic_dir = train_fraction, train_on, synthetic
         self.synthetic: SyntheticImages | None = None
         self.index: dict = {}
+        self.told: set[tuple[str, str]] = set()
         self.subjects: Split = {}
         self.position = {"epoch": 0, "batch": 0}
         self.train_sampler: ResumableSampler | None = None
@@ -125,10 +128,12 @@ class CaseDataModule(pl.LightningDataModule):
     @property
     def facts(self) -> dict:
         """What the model is built from: spatial_dims, image_channels, num_classes (None without masks),
-        num_views, num_phases, num_labels, their names, and image_size.
+        num_views, num_phases, num_labels, their names, and image_size; `unknown_attributes` names those that
+        some training image does not state.
         """
         self.setup()
-        return {name: self.index.get(name) for name in FACTS} | typical_volume(self.index)
+        facts = {name: self.index.get(name) for name in FACTS} | typical_volume(self.index)
+        return facts | {"unknown_attributes": unknown_attributes(self.items("train"))}
 
     @property
     def latent_facts(self) -> dict:
@@ -225,16 +230,35 @@ class CaseDataModule(pl.LightningDataModule):
         self.setup()
         wanted = None if subset == "all" else set(self.part_of(subset))
         views = None if self.views is None else {self.index["view_names"].index(view) for view in self.views}
-        items = [
+        everything = [
             item
             for case, entry in enumerate(self.index["cases"])
             if wanted is None or entry["subject"] in wanted
             for item in case_items(self.index, case)
-            if views is None or item.view in views
         ]
+        items = [item for item in everything if views is None or item.view in views]
+        self.tell_unknown(subset, everything)
         if subset != "train" or self.synthetic is None:
             return items
         return self.synthetic.choose(items, [case["id"] for case in self.index["cases"]], self.train_on)
+
+    def tell_unknown(self, subset: str, items: Sequence[Item]) -> None:
+        """Say once how many images do not state what others of the dataset do."""
+        for kind, table in TABLES.items():
+            num_unknown = sum(getattr(item, kind) == UNKNOWN for item in items)
+            if not self.index.get(table) or not num_unknown or (subset, kind) in self.told:
+                continue
+            self.told.add((subset, kind))
+            is_left_out = kind == "view" and self.views is not None
+            log.warning(
+                "%s: %d of %d images of %s state no %s; they are %s",
+                self.root,
+                num_unknown,
+                len(items),
+                subset,
+                kind,
+                "left out by data.views" if is_left_out else "unknown, of no class",
+            )
 
     def part_of(self, subset: str) -> list[str]:
         """The subjects of a subset; of train the first of a seeded order, so that a larger share holds a
@@ -412,15 +436,17 @@ class CaseLoader(DataLoader):
 
 
 def typical_volume(index: dict) -> dict:
-    """Medians over the prepared volumes: `spacing`, mm, and `intensity_ranges`, [low, high] of each label, in
-    raw units. None where there are no volumes.
+    """Medians over the prepared volumes: `spacing`, mm, and `intensity_ranges`, [low, high] of each label (0
+    where the dataset has none), in raw units. None where there are no volumes.
     """
     cases = [case for case in index["cases"] if "intensity_range" in case]
     if not cases or index["spatial_dims"] != 3:
         return {"spacing": None, "intensity_ranges": None}
     ranges: dict[int, list] = {}
     for case in cases:
-        ranges.setdefault(case.get("label", 0), []).append(case["intensity_range"])
+        label = case.get("label", UNKNOWN) if index.get("label_values") else 0
+        if label != UNKNOWN:
+            ranges.setdefault(label, []).append(case["intensity_range"])
     return {
         "spacing": np.median([case["spacing"] for case in cases], axis=0).tolist(),
         "intensity_ranges": {label: np.median(r, axis=0).tolist() for label, r in ranges.items()},
@@ -440,6 +466,13 @@ def check_edge_level(level: float | str | None, keys: Sequence[str]) -> None:
 
 
 def view_weights(items: Sequence[Item]) -> np.ndarray:
-    """Weight of each item such that every view is drawn equally often."""
-    views = np.array([item.view for item in items])
-    return 1 / np.bincount(views)[views]
+    """Weight of each item such that every view is drawn equally often; the unknown one counts as a view."""
+    _, place, counts = np.unique([item.view for item in items], return_inverse=True, return_counts=True)
+    return 1 / counts[place]
+
+
+def unknown_attributes(items: Sequence[Item]) -> list[str]:
+    """Attributes that some of the items do not state."""
+    unknown = {kind: any(getattr(item, kind) == UNKNOWN for item in items) for kind in TABLES}
+    unknown["slice_position"] = any(math.isnan(item.slice_position) for item in items)
+    return [name for name, is_unknown in unknown.items() if is_unknown]

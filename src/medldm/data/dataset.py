@@ -1,5 +1,6 @@
 """Prepared cases as batches: HDF5 rows read, cropped, flipped, degraded and stacked in the worker."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from medldm.attributes import TABLES, UNKNOWN
 from medldm.batch import Batch
 from medldm.data.edges import EdgeDegrade
 from medldm.data.readers import open_hdf5
@@ -36,7 +38,7 @@ class Item(NamedTuple):
     view: int
     phase: int
     label: int
-    slice_position: float  # 0 first, 1 last of its stack; 0.5 where it stands alone
+    slice_position: float  # 0 first, 1 last of its stack; NaN where it has none
     is_synthetic: bool = False  # a generated image under the case's own map
 
 
@@ -63,12 +65,11 @@ def case_items(index: dict, case: int) -> list[Item]:
     """All items of one case: its slices in 2D, itself in 3D."""
     entry = index["cases"][case]
     if index["spatial_dims"] == 3:
-        return [Item(case, 0, entry.get("view", 0), entry.get("phase", 0), entry.get("label", 0), 0.5)]
+        return [Item(case, 0, *(entry.get(kind, UNKNOWN) for kind in TABLES), math.nan)]
     slices, count = entry["slices"], entry["num_slices"]
-    zeros = [0] * count
-    columns = (slices.get(name, zeros) for name in ("view", "phase", "label", "slice_index", "num_slices"))
+    columns = (slices.get(name, [UNKNOWN] * count) for name in (*TABLES, "slice_index", "num_slices"))
     return [
-        Item(case, row, view, phase, label, place / (depth - 1) if depth > 1 else 0.5)
+        Item(case, row, view, phase, label, place / (depth - 1) if depth > 1 else math.nan)
         for row, (view, phase, label, place, depth) in enumerate(zip(*columns, strict=True))
     ]
 
@@ -107,6 +108,8 @@ class CaseDataset(Dataset):
         has_levels = edge_degradation is not None and "image" not in keys and index.get("num_edge_levels")
         self.stored_keys = (*self.keys, "edges_levels") if has_levels else self.keys
         self.cached: dict[tuple[str, int], Tensor] = {}
+        self.names: dict[str, list[str]] = {kind: index.get(table) or [] for kind, table in TABLES.items()}
+        self.numbering: dict[str, Sequence[int]] = {}  # kind -> the model's number for each of the data's
 
     def __len__(self) -> int:
         return len(self.items)
@@ -158,8 +161,8 @@ class CaseDataset(Dataset):
 
     def collate(self, arrays: Sequence[dict], items: Sequence[Item]) -> Batch:
         batch: Batch = {key: self.stack(key, [a[key] for a in arrays], items) for key in self.keys}
-        for name in ("view", "phase", "label"):
-            batch[name] = torch.tensor([getattr(item, name) for item in items], dtype=torch.int64)
+        for kind in TABLES:
+            batch[kind] = torch.tensor([self.number(kind, item) for item in items], dtype=torch.int64)
         batch["slice_position"] = torch.tensor([item.slice_position for item in items], dtype=torch.float32)
         batch["case_index"] = torch.tensor([item.case for item in items], dtype=torch.int64)
         batch["row"] = torch.tensor([item.row for item in items], dtype=torch.int64)
@@ -171,6 +174,15 @@ class CaseDataset(Dataset):
             batch["spacing"] = torch.tensor([case["spacing"] for case in cases], dtype=torch.float32)
             batch["affine"] = torch.tensor([case["affine"] for case in cases], dtype=torch.float64)
         return batch
+
+    def every_item(self) -> list[Item]:
+        """All that batches may hold, the sources of pairs included."""
+        return self.items
+
+    def number(self, kind: str, item: Item) -> int:
+        """View, phase or label of an item as the model numbers it."""
+        own = getattr(item, kind)
+        return self.numbering[kind][own] if kind in self.numbering and own != UNKNOWN else own
 
     def item_id(self, item: Item) -> str:
         """`<case>_<row>` for a slice, `<case>` for a volume: as in `readers.read_images`."""

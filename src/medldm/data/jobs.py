@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import medldm
+from medldm.attributes import TABLES, UNKNOWN
 from medldm.data.case import Case, split_path
 from medldm.data.recipe import SCHEMA_VERSION, Recipe, digest
 from medldm.errors import InputError
@@ -37,7 +38,7 @@ def make_tables(cases: Sequence[Case], modalities: Sequence[str] | None = None) 
     """`modalities` are the labels in the order that the dataset's config gives them."""
 
     def values(name: str) -> set[str]:
-        return {str(case.attributes[name]) for case in cases if name in case.attributes}
+        return {str(case.attributes[name]) for case in cases if case.attributes.get(name, "") != ""}
 
     return Tables(
         known_order(values("view"), ["SA", "LA"]),
@@ -100,7 +101,25 @@ def make_jobs(
 
 
 def number(value: Any, names: Sequence[str]) -> int:
-    return names.index(str(value)) if str(value) in names else 0
+    """Place of a stated value among the names; UNKNOWN where nothing is stated."""
+    return UNKNOWN if value is None or value == "" else names.index(str(value))
+
+
+def numbers_of(case: Case, tables: Tables) -> dict[str, int]:
+    """View, phase and label of a case as files store them."""
+    names = (tables.views, tables.phases, tables.labels)
+    return {kind: number(case.attributes.get(kind), known) for kind, known in zip(TABLES, names, strict=True)}
+
+
+def check_numbers(path: Path, stored: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
+    """InputError where a file holds other views, phases or labels than its cases state: earlier versions
+    wrote 0 for what nobody stated.
+    """
+    for kind in TABLES:
+        if not np.array_equal(stored[kind], stated[kind]):
+            raise InputError(
+                f"{path}: stores another {kind} than its cases state; run `medldm prepare` again"
+            )
 
 
 def root_attributes(job: Job, fingerprint: str) -> dict:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from medldm.attributes import UNKNOWN
 from medldm.batch import Batch
 from medldm.data.dataset import CaseDataset, Item
 from medldm.data.sampler import Request
@@ -45,6 +46,7 @@ def pair_items(
         by_subject[index["cases"][item.case]["subject"]].append(item)
     names = index["label_values"]
     wanted = None if pair_labels is None else {tuple(names.index(name) for name in p) for p in pair_labels}
+    check_stated(index, items)
     groups = []
     for members in by_subject.values():
         members = sorted(members, key=lambda item: item.label)
@@ -52,6 +54,17 @@ def pair_items(
         pairs = [p for p in pairs if p.source.label != p.target.label]
         groups.append([p for p in pairs if wanted is None or (p.source.label, p.target.label) in wanted])
     return [group for group in groups if group]
+
+
+def check_stated(index: dict, items: Sequence[Item]) -> None:
+    """InputError for an image that could be of any modality: a pair needs to know."""
+    unknown = next((item for item in items if item.label == UNKNOWN), None)
+    if unknown is not None:
+        case = index["cases"][unknown.case]
+        raise InputError(
+            f"{case['file']}: {case['id']} states no label, so it is of no known modality; fill in its label "
+            "(data=folder: the column label of manifest.csv) and prepare again, or take it out"
+        )
 
 
 class PairDataset(CaseDataset):
@@ -71,7 +84,7 @@ class PairDataset(CaseDataset):
         pairs = [self.pick(epoch, i) for epoch, i in drawn]
         arrays = [self.load_pair(pair, epoch, i) for pair, (epoch, i) in zip(pairs, drawn, strict=True)]
         batch = self.collate(arrays, [pair.target for pair in pairs])
-        batch["source_label"] = batch["label"].new_tensor([pair.source.label for pair in pairs])
+        batch["source_label"] = batch["label"].new_tensor([self.number("label", p.source) for p in pairs])
         batch["case_id"] = [self.pair_id(pair) for pair in pairs]
         return batch
 
@@ -116,6 +129,9 @@ class PairDataset(CaseDataset):
         self.cases = [*self.cases, *entries]
         self.items = [item._replace(case=first + i) for i, item in enumerate(self.items)]
         return self
+
+    def every_item(self) -> list[Item]:
+        return [item for group in self.groups for pair in group for item in pair]
 
     def stored(self) -> list[tuple[str, int]]:
         cases = {item.case for group in self.groups for pair in group for item in pair}

@@ -8,8 +8,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from medldm.attributes import TABLES
 from medldm.data.case import Case
-from medldm.data.jobs import PER_SLICE, Job, Tables, check_classes, check_range, entry_of, number
+from medldm.data.jobs import (
+    PER_SLICE,
+    Job,
+    Tables,
+    check_classes,
+    check_numbers,
+    check_range,
+    entry_of,
+    numbers_of,
+)
 from medldm.data.readers import Image, read_image, read_mask
 from medldm.data.recipe import COMPRESSION, Recipe
 from medldm.data.transforms import finite, looks_inverted, to_unit
@@ -111,9 +121,8 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.n
         out["edges"] = np.stack([detect(image, mask) for image, mask in zip(images, maps, strict=True)])
         if detect.levels:
             out["edges_levels"] = np.stack([detect.pyramid(image) for image in images])
-    out["view"] = np.full(count, number(view, tables.views), np.uint8)
-    out["phase"] = np.full(count, number(case.attributes.get("phase", ""), tables.phases), np.uint8)
-    out["label"] = np.full(count, number(case.attributes.get("label", ""), tables.labels), np.int16)
+    for kind, value in numbers_of(case, tables).items():
+        out[kind] = np.full(count, value, np.int16)
     out["slice_index"] = np.arange(count, dtype=np.int16)
     out["num_slices"] = np.full(count, count, np.int16)
     out["spacing"] = np.tile(
@@ -180,6 +189,13 @@ def write_slices(job: Job, file: h5py.File) -> None:
     file.create_dataset("source", data=sources, dtype=h5py.string_dtype())
 
 
+def stated_numbers(job: Job, slice_index: np.ndarray) -> dict[str, np.ndarray]:
+    """View, phase and label of every slice of a file as its acquisitions state them, one after another."""
+    acquisition = np.cumsum(slice_index == 0) - 1
+    stated = [numbers_of(case, job.tables) for case in job.cases]
+    return {kind: np.array([numbers[kind] for numbers in stated])[acquisition] for kind in TABLES}
+
+
 def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
     arrays = {key: file[key][()] for key in file if key != "source"}
     lengths = {key: len(array) for key, array in arrays.items()}
@@ -201,6 +217,7 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
         raise InputError(
             f"{path}: datasets are missing or of unequal length {lengths}; delete it and prepare again"
         )
+    check_numbers(path, arrays, stated_numbers(job, arrays["slice_index"]))
     if "images" in arrays:
         check_range(path, arrays["images"])
     if any(arrays[key].max() > 1 for key in ("edges", "edges_levels") if key in arrays):

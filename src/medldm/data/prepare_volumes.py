@@ -5,8 +5,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from medldm.attributes import TABLES
 from medldm.data.case import Case
-from medldm.data.jobs import Job, check_classes, check_range, entry_of, number
+from medldm.data.jobs import Job, check_classes, check_numbers, check_range, entry_of, numbers_of
 from medldm.data.readers import Image, read_image, read_mask
 from medldm.data.recipe import COMPRESSION, Recipe
 from medldm.data.transforms import finite
@@ -113,9 +114,7 @@ def write_volume(job: Job, file: h5py.File) -> None:
         spacing=volume.spacing,
         box_start=volume.box[0],
         box_end=volume.box[1],
-        view=number(case.attributes.get("view", ""), job.tables.views),
-        phase=number(case.attributes.get("phase", ""), job.tables.phases),
-        label=number(case.attributes.get("label", ""), job.tables.labels),
+        **numbers_of(case, job.tables),
         source=Path(case.main_path).name,
     )
 
@@ -131,8 +130,8 @@ def describe_volume(file: h5py.File, path: Path, job: Job) -> dict:
     entry = entry_of(job, path)
     for key in RECORD:
         entry[key] = np.asarray(file.attrs[key]).tolist()
-    for key in ("view", "phase", "label", "source"):
-        entry[key] = file.attrs[key] if key == "source" else int(file.attrs[key])
+    check_numbers(path, file.attrs, numbers_of(case, job.tables))
+    entry |= {kind: int(file.attrs[kind]) for kind in TABLES} | {"source": file.attrs["source"]}
     entry["shape"] = list(shapes.pop()[1:])
     entry["max_class"] = None if mask is None else check_classes(path, mask, job)
     entry["classes"] = [] if mask is None else np.unique(mask).tolist()

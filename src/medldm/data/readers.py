@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medldm.attributes import TABLES, UNKNOWN, with_unknown
 from medldm.data.case import split_path, stem_of
 from medldm.data.formats import (
     detached_data,
@@ -423,7 +424,7 @@ def load_index(root: str | Path) -> dict:
             f"{root / 'index.json'}: schema version {index.get('schema_version')} is not 1; prepare the "
             "data again"
         )
-    return index
+    return with_unknown(index)
 
 
 def author_slices(num_samples: int) -> dict[str, list[int]]:
@@ -556,7 +557,8 @@ def hdf5_records(
         if ids is None or case["id"] in ids:
             mask = reader.read("mask") if "mask" in reader else None
             image = np.asarray(reader.read("image" if "image" in reader.file else key), np.float32)
-            yield ImageRecord(case["id"], subject, image, attributes, None, mask)
+            stated = {kind: case[kind] for kind in TABLES if kind in case}
+            yield ImageRecord(case["id"], subject, image, known({**attributes, **stated}), None, mask)
         return
     slices = case.get("slices", {})
     per_slice = {
@@ -573,10 +575,15 @@ def hdf5_records(
             record_id,
             subject,
             np.asarray(reader.read_row(key, row), np.float32)[None],
-            {**attributes, **facts, "row": row},
+            known({**attributes, **facts, "row": row}),
             reader.read_row("edges", row)[None] if "edges" in reader else None,
             reader.read_row("mask", row)[None] if "mask" in reader else None,
         )
+
+
+def known(attributes: dict) -> dict:
+    """Without the view, phase or label that nobody stated."""
+    return {k: value for k, value in attributes.items() if not (k in TABLES and value == UNKNOWN)}
 
 
 def to_unit_range(image: Image) -> tuple[np.ndarray, dict]:

@@ -1,6 +1,7 @@
 """From a batch to what the denoiser is conditioned on, with the dropping that guidance needs."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,6 +38,8 @@ class Conditioner(Protocol):
     """
 
     groups: tuple[str, ...]
+    attributes: tuple[str, ...]  # embedded ones, and those of them that may be unknown
+    null_attributes: tuple[str, ...]
     concat_channels: int
     spade_channels: int
     embedding_dim: int
@@ -178,11 +181,12 @@ class SpatialConditioner(nn.Module):
     Groups that drop: "edges", "mask", "attributes". Each sample loses edges with `drop_edges_prob`, the mask
     with `drop_mask_prob`, independently, and everything with `drop_all_prob`. A dropped plane is all zeros,
     which no real one-hot mask is; a dropped attribute contributes its learned null (index 0) or, for the
-    slice position, nothing. An attribute of -1 is unknown and counts as dropped. `use_*` "auto" embeds
-    an attribute where the dataset states it.
+    slice position, nothing. An unknown attribute (-1, and NaN for the slice position) counts as dropped.
+    `use_*` "auto" embeds an attribute where the dataset states it.
 
-    What a dataset decides (`num_*`, `downsampling`, `spatial_dims`, `embedding_dim`) is passed by the model,
-    not by a config.
+    What a dataset decides (`num_*`, `downsampling`, `spatial_dims`, `embedding_dim`, and
+    `unknown_attributes`, those that some training image does not state) is passed by the model, not by a
+    config. `lone_position` is the place of a slice without a stack for models that were trained with one.
     """
 
     def __init__(
@@ -209,6 +213,8 @@ class SpatialConditioner(nn.Module):
         num_labels: int = 0,
         map_latent_channels: int = 0,
         embedding_dim: int = 0,
+        unknown_attributes: Sequence[str] = (),
+        lone_position: float | None = None,
         parity: bool = False,
     ) -> None:
         super().__init__()
@@ -275,7 +281,8 @@ class SpatialConditioner(nn.Module):
             {name: nn.Embedding(count + 1, embedding_dim) for name, count in counts.items()}
         )
         self.position = scalar_mlp(embedding_dim) if use_slice_position else None
-        self.needs_position = use_slice_position is True
+        self.needs_position, self.lone_position = use_slice_position is True, lone_position
+        self.unknown_attributes = tuple(unknown_attributes)
 
         used = {"edges": use_edges, "mask": use_mask, "attributes": uses_attributes}
         self.groups = tuple(name for name, is_used in used.items() if is_used)
@@ -287,6 +294,18 @@ class SpatialConditioner(nn.Module):
                 raise InputError(f"model.conditioner.drop_{key}_prob={prob} but use_{key}=false; set it to 0")
         self.drop_probs = tuple(probs[name] for name in self.groups)
         self.drop_all_prob = drop_all_prob
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What is embedded of view, phase, label and slice_position."""
+        return (*self.embeddings, *(("slice_position",) if self.position is not None else ()))
+
+    @property
+    def null_attributes(self) -> tuple[str, ...]:
+        """Those of `attributes` whose null training has seen: only these may be unknown."""
+        seen = self.attributes if self.drop_all_prob > 0 else self.unknown_attributes
+        seen = (*seen, *(("slice_position",) if self.lone_position is not None else ()))
+        return tuple(name for name in self.attributes if name in seen)
 
     @property
     def batch_keys(self) -> tuple[str, ...]:
@@ -356,8 +375,11 @@ class SpatialConditioner(nn.Module):
             index = require(batch, name).long() + 1
             terms.append(embedding(index if drop is None else index.masked_fill(drop, 0)))
         if self.position is not None and (self.needs_position or "slice_position" in batch):
-            position = require(batch, "slice_position").float()[:, None]
-            terms.append(keep(self.position(position), drop))
+            position = require(batch, "slice_position").float()
+            if self.lone_position is not None:
+                position = position.nan_to_num(self.lone_position)
+            unknown = position.isnan() if drop is None else position.isnan() | drop
+            terms.append(keep(self.position(position.nan_to_num()[:, None]), unknown))
         return sum(terms) if terms else None
 
 
@@ -365,6 +387,8 @@ class NullConditioner(nn.Module):
     """No condition at all; takes and disregards what a model passes to every conditioner."""
 
     groups: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    null_attributes: tuple[str, ...] = ()
     concat_channels = spade_channels = embedding_dim = context_dim = 0
 
     def __init__(self, num_classes: int | None = None, **derived) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.batch import Batch
+from medldm.batch import Batch, check_stated
 from medldm.diffusion.conditioner import Condition, fixed_drop, keep, require
 from medldm.errors import InputError
 
@@ -54,6 +54,8 @@ class TranslationConditioner(nn.Module):
         self.groups = ("latents",) if label == "none" else ("latents", "label")
 
     batch_keys = ("source",)
+    attributes = ("label",)
+    null_attributes = ()  # the translator has none
 
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
@@ -73,6 +75,7 @@ class TranslationConditioner(nn.Module):
     ) -> Condition:
         dropped = {} if drop is None else dict(zip(self.groups, drop.unbind(1), strict=True))
         label, dropped_label = require(batch, "label").long(), dropped.get("label")
+        check_stated(label)
         embedding = context = None
         if self.embedding is not None:
             embedding = keep(self.embedding(label), dropped_label)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medldm.batch import check_stated
 from medldm.networks.layers import conv
 
 LEAK = 0.2
@@ -138,6 +139,7 @@ class MSSPADE(nn.Module):
 
     def forward(self, z: Tensor, label: Tensor) -> Tensor:
         """Latents (B, Cz, *s) of any modality, target classes (B,) in [0, K) -> latents of the targets."""
+        check_stated(label)
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 z = checkpoint(block, z, label, use_reentrant=False)
