@@ -88,17 +88,18 @@ def test_mean_image_comes_from_training_subjects_only(call, folders):
 
 def test_mean_image_leaves_the_judged_subject_out(folders):
     pairs = make_pairs(folders / "samples", folders / "data", None)
-    means = mean_images(pairs, None)
+    means = mean_images(pairs, None, ("view",))
     others = [p.real for p in pairs if p.subject != "001" and p.attributes["view"] == 1]
     assert np.allclose(means[0], np.mean(others, 0), atol=1e-6)
 
 
-def test_partners_are_other_subjects_of_the_same_view_and_phase(folders):
+def test_partners_are_other_subjects_of_the_same_view_and_phase_where_these_are_matched(folders):
     pairs = make_pairs(folders / "samples", folders / "data", None)
-    partners = random_partners(pairs, seed=0)
-    assert partners == random_partners(pairs, seed=0) != random_partners(pairs, seed=1)
+    match = ("view", "phase")
+    partners = random_partners(pairs, 0, match)
+    assert partners == random_partners(pairs, 0, match) != random_partners(pairs, 1, match)
     for pair, i in zip(pairs, partners, strict=True):
-        assert pairs[i].subject != pair.subject and pairs[i].place == pair.place
+        assert pairs[i].subject != pair.subject and pairs[i].place(match) == pair.place(match)
 
 
 def test_reconstruction_is_a_row(call, folders):
@@ -204,3 +205,73 @@ def test_copies_of_training_images_are_counted(call, folders, tmp_path):
     assert results["memorization"]["memorized_share"] == 1
     assert "100.0% of the generated images lie as near" in out
     assert run(call, folders)[0]["memorization"] == {}
+
+
+# ---- every row on the same images, or marked ----
+
+
+def label_slices(folder, labels: dict[str, int], told: list[str]) -> None:
+    """Give the subjects a label and the samples a provenance that says what the model was told."""
+    index = json.loads((folder / "data" / "index.json").read_text())
+    for case in index["cases"]:
+        case["slices"] = {"label": [labels[case["subject"]]] * 8}
+    index["label_values"] = ["healthy", "sick"]
+    (folder / "data" / "index.json").write_text(json.dumps(index))
+    made = {"condition": ["mask", "edges"], "attributes": told, "dropped": []}
+    (folder / "samples" / "provenance.json").write_text(json.dumps(made))
+
+
+LABELS = {"001": 0, "002": 0, "003": 1, "004": 0}
+STAND_INS = ("mean_image", "random_real", "shuffled")
+
+
+@pytest.mark.parametrize("told", [[], ["label"], ["view", "phase", "label"]])
+def test_all_rows_are_on_all_images_whatever_their_labels(call, folders, told):
+    """A subject that is alone with its label has no stand-in of it: the label is then not matched."""
+    label_slices(folders, LABELS, told)
+    results, out = run(call, folders)
+    for row in ("generated", *STAND_INS, "real"):
+        facts = results["cases"]["rows"][row]
+        assert (facts["n"], facts["num_subjects"], facts["same_as_generated"]) == (24, 3, True)
+    for row in STAND_INS:
+        assert results["rows"][row]["ssim"]["n"] == 24
+        assert results["matched_on"][row] == [name for name in told if name != "label"]
+        said = "label is not matched: it would leave 8 of 24 images without one"
+        assert (said in results["row_definitions"][row]) == bool(told)
+    assert out.count("24 (3)") == 5 and "*" not in out
+    with open(folders / "evaluation" / "per_case.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["row_n"] for line in lines} == {"24"} and len(lines) == 5 * 24
+
+
+def test_a_row_on_fewer_images_is_marked_and_compared_on_the_same_ones(call, folders):
+    label_slices(folders, LABELS, [])
+    results, out = run(call, folders, "metrics.match=[label]", "metrics.features=[random_conv]")
+    for row in STAND_INS:
+        facts, beside = results["cases"]["rows"][row], results["generated_beside"][row]
+        assert (facts["n"], facts["num_subjects"], facts["same_as_generated"]) == (16, 2, False)
+        assert facts["without"] == ["003_000", "003_001", "003_002"]
+        assert beside["psnr"]["n"] == results["rows"][row]["psnr"]["n"] == 16
+        gap = beside["psnr"]["mean"] - results["rows"][row]["psnr"]["mean"]
+        assert results["differences"][row]["psnr"]["mean"] == pytest.approx(gap)
+        assert any(f"{row} is on 16 of 24 images (of 2 subjects" in line for line in results["warnings"])
+    assert out.count("16 (2) *") == 3 and "the 16 images (2 subjects) that shuffled is on" in out
+    sets = results["distribution"]
+    assert sets["mean_image"]["frechet_random_conv"]["n_reference"] == 16
+    assert sets["generated"]["frechet_random_conv"]["n_reference"] == 24
+    with open(folders / "evaluation" / "per_case.csv") as file:
+        numbers = {line["row"]: line["row_n"] for line in csv.DictReader(file)}
+    assert numbers == {"generated": "24", "real": "24"} | dict.fromkeys(STAND_INS, "16")
+
+
+def test_a_row_that_cannot_be_made_is_said(call, folders):
+    for name in ("002", "003"):
+        (folders / "samples" / f"{name}.h5").unlink()
+    results, out = run(call, folders)
+    assert list(results["rows"]) == ["generated", "real"]
+    for row in STAND_INS:
+        assert f"note: {row} left out: " in out
+
+
+def test_an_unknown_attribute_to_match_is_named(call, folders):
+    assert "no attribute 'vendor'; choose auto or from" in fail(call, folders, "metrics.match=[vendor]")

@@ -84,7 +84,7 @@ def test_identical_volumes_score_perfectly(call, volumes):
 def test_an_evaluation_of_volumes_holds_none_of_them(volumes):
     pairs = make_pairs(volumes / "samples", volumes / "data", None)
     rows = make_rows(pairs, ("mean_image", "random_real", "shuffled"), training=None, seed=0)
-    assert all(isinstance(image, StoredImage) for images in rows.values() for image in images)
+    assert all(isinstance(image, StoredImage) for images in rows.images.values() for image in images)
     assert all(isinstance(pair.real, StoredImage) and isinstance(pair.mask, StoredImage) for pair in pairs)
 
 
@@ -92,7 +92,7 @@ def test_the_mean_volume_leaves_the_judged_subject_out(volumes):
     pairs = make_pairs(volumes / "samples", volumes / "data", None)
     rows = make_rows(pairs, ("mean_image",), training=None, seed=0)
     others = np.mean([load(pair.real) for pair in pairs[1:]], 0)
-    assert np.allclose(load(rows["mean_image"][0]), others, atol=1e-6)
+    assert np.allclose(load(rows.images["mean_image"][0]), others, atol=1e-6)
 
 
 @pytest.mark.parametrize(("code", "axis"), [("SPL", 0), ("PSL", 1), ("RAS", 2), ("RAI", 2)])
@@ -223,6 +223,14 @@ def test_translations_are_judged_by_pair_and_region(call, translations):
     assert identity["nmse_energy_brain"]["mean"] == pytest.approx((0.25 / 0.75) ** 2)
     assert identity["psnr_tumour"]["mean"] == pytest.approx(-20 * np.log10(0.25))
     assert pair["reconstruction"]["nmse_energy"]["mean"] == pair["regression"]["nmse_energy"]["mean"] == 0
+    assert results["cases"]["rows"]["regression"] == {
+        "n": 3,
+        "num_subjects": 3,
+        "same_as_generated": False,
+        "without": ["s0_t2_to_t1", "s1_t2_to_t1", "s2_t2_to_t1"],
+    }
+    assert results["generated_beside"]["regression"]["nmse_energy"] == generated["nmse_energy"]
+    assert "3 (3) *" in out and "regression is on 3 of 6 images" in out
     back = results["groups"]["pair"]["t2 to t1"]
     assert back["regression"]["psnr"]["n"] == 0
     assert back["identity"]["nmse_energy"]["mean"] == pytest.approx(0.25)

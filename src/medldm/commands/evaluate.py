@@ -16,6 +16,8 @@ keys
                        synthesis_3d: volumes, with 3D-FID, SSIM in 3D and by slice, MS-SSIM between volumes.
                        segmentation: Dice of a trained segmenter on generated and on real images
                        translation: <subject>_<source>_to_<target> on the box, in the brain, in the tumour
+                       metrics.match=[view,phase,label]: what mean_image, random_real and shuffled share with
+                       the image that they stand beside; auto: what the model was told, if all find one
   segmenter=CKPT       a model=segmentation checkpoint: adds Dice to any of them
   spade=DIR regression=DIR  translation: the same pairs without diffusion, and by one-to-one U-Nets
   paths.weights=DIR    where pretrained weights lie (pt_inception-2015-12-05-6726825d.pth for FID and KID)
@@ -28,6 +30,7 @@ import csv
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from medldm.commands import run_command
@@ -64,7 +67,8 @@ def check_baselines(names: Sequence[str]) -> None:
 def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, bootstrap, cfg) -> None:  # noqa: ANN001
     import torch
 
-    from medldm.evaluation.baselines import make_rows
+    from medldm.evaluation.baselines import candidates, choose_match, has_partner, make_rows
+    from medldm.evaluation.conditions import read_conditions
     from medldm.evaluation.diversity import measure_diversity
     from medldm.evaluation.measure import build_tools, measure
     from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, view_names
@@ -72,7 +76,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     from medldm.evaluation.slices import axial_axis, orientation_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = known_facts(folders["reference"])
+    facts, provenance = known_facts(folders["reference"]), read_provenance(folders)
     pairs = match(folders, settings)
     shape = pairs[0].real.shape
     axis = axial_axis(facts, pairs[0].attributes) if len(shape) == 4 else None
@@ -93,15 +97,27 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     ).to(device)
     training, mean_source = read_training(folders["train"], cfg.train_split, pairs)
     tools.train_thumbnails = training.thumbnails if training else {}
-    rows = make_rows(pairs, settings["baselines"], training=training and training.means, seed=cfg.seed)
+    conditions = read_conditions(provenance.get("generated", {}))
+    rows = make_rows(
+        pairs,
+        settings["baselines"],
+        training=training and training.means,
+        seed=cfg.seed,
+        match=candidates(settings["match"], conditions),
+        relax=settings["match"] == "auto",
+    )
     groups = group_members(pairs, facts)
-    measured = measure_with_progress(pairs, rows, tools, measure)
-    alike = {"generated": rows["generated"], "real": [pair.real for pair in pairs]}
-    diversity = measure_diversity(pairs, alike, settings["ms_ssim_pairs"], cfg.seed)
-    results = build_results(pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity)
+    measured = measure_with_progress(pairs, rows.images, tools, measure)
+    alike = {"generated": rows.images["generated"], "real": [pair.real for pair in pairs]}
+    shared = choose_match(conditions.matchable, partial(has_partner, pairs), relax=True).attributes
+    diversity = measure_diversity(pairs, alike, settings["ms_ssim_pairs"], cfg.seed, shared)
+    results = build_results(
+        pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity, rows.matches
+    )
+    results["warnings"] = rows.missing + results["warnings"]
     results |= {"folders": folders, "mean_image": mean_source, "metrics": settings}
     results |= {"dataset": facts.get("dataset"), "panels_by": panel_metric(measured.values["generated"])}
-    results["provenance"] = read_provenance(folders)
+    results["provenance"] = provenance
     write_results(folders["output"], results, case_columns(pairs, measured, groups))
     orientation = orientation_of(facts, pairs[0].attributes)
     write_panels(folders["output"], pairs, measured.values["generated"], cfg.panel_rows, orientation)
@@ -173,7 +189,7 @@ def measure_with_progress(pairs: Sequence, rows: Mapping, tools, measure):  # no
 def read_provenance(folders: Mapping[str, Path | None]) -> dict:
     """provenance.json of the folders that have one, unchanged."""
     found = {}
-    for name in ("generated", "reconstruction"):
+    for name in ("generated", "reconstruction", "spade", "regression"):
         path = folders[name] and folders[name] / "provenance.json"
         if path and path.is_file():
             found[name] = json.loads(path.read_text())
@@ -224,7 +240,7 @@ def show(results: dict) -> None:
     console.print(screen.main_table(results))
     if results["distribution"]:
         console.print(screen.distribution_table(results))
-    for lines in (screen.dice_lines, screen.diversity_lines, screen.translation_lines):
+    for lines in screen.LINES:
         for table in lines(results):
             console.print(screen.text_table(table))
     for table in screen.group_tables(results):

@@ -245,6 +245,7 @@ def describe_run(cfg: Any, module: Any, predictor: Any) -> dict[str, Any]:
         "condition_channels": getattr(getattr(module, "conditioner", None), "spade_channels", None),
         "sampler": describe_sampler(module) if predictor.is_generative else None,
         "condition": list(predictor.keys) if predictor.is_generative else None,
+        "attributes": list(getattr(getattr(module, "conditioner", None), "attributes", ())),
         "dropped": list(cfg.drop),
         "edge_level": cfg.edge_level,
         "seed": cfg.seed,

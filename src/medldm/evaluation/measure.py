@@ -248,7 +248,8 @@ def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[s
 
 class Measured(NamedTuple):
     values: dict[str, dict[str, np.ndarray]]  # row -> metric -> (N,), NaN where there is none
-    features: dict[str, dict[str, Tensor]]  # network -> row or "real" -> (N, D), (N, n, D) of slices
+    features: dict[str, dict[str, Tensor]]  # network -> row or "real" -> (M, D), (M, n, D) of slices
+    present: dict[str, np.ndarray]  # row -> (N,) bool: the M images that it is on
 
 
 class Measuring:
@@ -257,6 +258,7 @@ class Measuring:
     def __init__(self, pairs: list[Pair], rows: Mapping[str, Images], tools: Tools) -> None:
         self.pairs, self.rows, self.tools = pairs, rows, tools
         self.values: dict[str, dict[str, np.ndarray]] = {}
+        self.present: dict[str, np.ndarray] = {}
         self.features: dict[str, dict[str, list[Tensor]]] = {name: {} for name in tools.networks}
 
     def tensor(self, arrays: Sequence[Image]) -> Tensor:
@@ -264,6 +266,7 @@ class Measuring:
         return torch.from_numpy(stacked).float().to(self.tools.device)
 
     def store(self, row: str, index: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        self.present.setdefault(row, np.zeros(len(self.pairs), bool))[index] = True
         for name, value in values.items():
             table = self.values.setdefault(row, {})
             table.setdefault(name, np.full(len(self.pairs), np.nan))[index] = value
@@ -309,12 +312,12 @@ class Measuring:
         self.store("generated_mean_of_k", index, {"diversity_rmse": diversity(samples)})
 
     def result(self) -> Measured:
-        values = {row: self.values[row] for row in ROW_ORDER if row in self.values}
+        values = {row: self.values[row] for row in ROW_ORDER if self.values.get(row)}
         features = {
             name: {row: torch.cat(parts) for row, parts in rows.items()}
             for name, rows in self.features.items()
         }
-        return Measured(values, features)
+        return Measured(values, features, self.present)
 
 
 def diversity(samples: Sequence[Tensor]) -> np.ndarray:
@@ -377,8 +380,10 @@ def distances(
     for network, rows in measured.features.items():
         real = rows["real"][where]
         for row in FEATURE_ROWS:
-            if row in rows and len(rows[row]) == len(rows["real"]):
-                scores = compare_sets(rows[row][where], real, network, kernel, seed)
+            if row in rows:
+                on = measured.present[row]  # a row on some of the images meets the real ones of these alone
+                made, partners = (torch.from_numpy(np.flatnonzero(part)) for part in (keep[on], keep & on))
+                scores = compare_sets(rows[row][made], rows["real"][partners], network, kernel, seed)
                 table.setdefault(row, {}).update(scores)
         halves = compare_sets(real[side], real[~side], network, kernel, seed)
         table.setdefault("real_halves", {}).update(halves)

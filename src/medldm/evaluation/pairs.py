@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from medldm.attributes import UNKNOWN
 from medldm.data.edges import EdgeRecipe
 from medldm.data.readers import ImageRecord, list_image_files, load_index, open_hdf5, read_images
 from medldm.data.splits import read_splits
@@ -42,10 +43,9 @@ class Pair:
     source: Image | None = None  # what a translation started from
     others: dict[str, Image | None] = field(default_factory=dict)  # more rows: the same image by other means
 
-    @property
-    def place(self) -> tuple:
-        """What a stand-in must share: shape, view, phase and label (the modality of a volume)."""
-        return self.real.shape, *(self.attributes.get(name) for name in ("view", "phase", "label"))
+    def place(self, match: Sequence[str]) -> tuple:
+        """What a stand-in must share: the shape and these attributes."""
+        return self.real.shape, *(self.attributes.get(name) for name in match)
 
     def loaded(self) -> "Pair":
         """With its volumes in memory."""
@@ -207,6 +207,8 @@ def view_names(facts: dict) -> list[str]:
 
 def name_of(kind: str, value: object, facts: dict) -> str | None:
     """'SA' for view 0: by the names that the data set gives, else the number."""
+    if value == UNKNOWN:
+        return "unknown"
     if value is None or not str(value).isdigit():
         return None if value is None else str(value)
     names = facts.get("label_values" if kind == "label" else f"{kind}_names") or CARDIAC_NAMES.get(kind, [])

@@ -1,5 +1,6 @@
 """The content of metrics.json and per_case.csv: numbers with n, range, implementation, networks, seeds."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -7,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.evaluation.baselines import DESCRIPTIONS
+from medldm.evaluation.baselines import Match, describe_row
 from medldm.evaluation.measure import Measured, Tools, distances, entry_of
 from medldm.evaluation.pairs import Pair, count_subjects
 from medldm.evaluation.regions import REGIONS
 from medldm.metrics.adherence import definition
 from medldm.metrics.image import DEFINITIONS, is_higher_better
 from medldm.metrics.memorization import memorized_share
-from medldm.metrics.summary import Bootstrap, Table, paired_differences, summarise, summarise_groups
+from medldm.metrics.summary import Bootstrap, Table, paired_differences, select, summarise, summarise_groups
 
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
+NUM_NAMED = 3  # images named in a line
 NEAR = 0.05  # of the real held-out images are as near to a training image as this share says
 UNKNOWN_EDGES = "no conditioning edges are stored with these images"
 FROM_REAL = (
@@ -40,6 +42,46 @@ def jsonable(value: object) -> object:
 
 def table_dict(table: Table) -> dict:
     return {row: {name: item.as_dict() for name, item in metrics.items()} for row, metrics in table.items()}
+
+
+def describe_cases(pairs: Sequence[Pair], measured: Measured) -> dict:
+    """On how many images of how many subjects each row is, and which it lacks. `fingerprint` is that of the
+    names of all images: two evaluations of the same fingerprint are on the same ones.
+    """
+    names = sorted(pair.id for pair in pairs)
+    rows = {}
+    for row in measured.values:
+        present = measured.present[row]
+        rows[row] = {
+            "n": int(present.sum()),
+            "num_subjects": len({pair.subject for pair, is_on in zip(pairs, present, strict=True) if is_on}),
+            "same_as_generated": bool(np.array_equal(present, measured.present["generated"])),
+            "without": [pair.id for pair, is_on in zip(pairs, present, strict=True) if not is_on][:NUM_NAMED],
+        }
+    return {"fingerprint": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16], "rows": rows}
+
+
+def generated_beside(measured: Measured, subjects: Sequence[str], bootstrap: Bootstrap) -> dict[str, Table]:
+    """For every row that is on fewer images than `generated`: the generated ones on the same images."""
+    beside = {}
+    for row in measured.values:
+        keep = measured.present[row]
+        if not np.array_equal(keep, measured.present["generated"]):
+            chosen = select({"generated": measured.values["generated"]}, keep)
+            beside[row] = summarise(chosen, np.asarray(subjects)[keep].tolist(), bootstrap)["generated"]
+    return beside
+
+
+def warn_cases(cases: Mapping) -> list[str]:
+    """One line for every row that is on other images than `generated`."""
+    num = cases["rows"]["generated"]["n"]
+    return [
+        f"{row} is on {facts['n']} of {num} images (of {facts['num_subjects']} subjects; it lacks "
+        f"{', '.join(facts['without'])}{', ...' if num - facts['n'] > NUM_NAMED else ''}): do not compare it "
+        "with rows on all images, but with `generated` on the same ones"
+        for row, facts in cases["rows"].items()
+        if not facts["same_as_generated"]
+    ]
 
 
 def describe_condition(pairs: Sequence[Pair]) -> dict:
@@ -91,17 +133,29 @@ def warn_small(distribution: Mapping[str, dict], networks: Mapping[str, dict]) -
 
 def dice_ratios(measured: Measured, subjects: Sequence[str], bootstrap: Bootstrap) -> dict:
     """Dice on generated images over Dice on the real ones, by class: 1 means that a segmenter trained on real
-    images reads the generated ones as well.
+    images reads the generated ones as well. `generated` and `real` are the means that it divides, over the
+    images where both have the class.
     """
     real, made = measured.values.get("real", {}), measured.values.get("generated", {})
     names = [name for name in made if name.startswith("dice_") and name in real]
-    return {name: bootstrap.ratio(made[name], real[name], subjects).as_dict() for name in names}
+    table = {}
+    for name in names:
+        both = np.isfinite(made[name]) & np.isfinite(real[name])
+        means = {
+            row: float(values[both].mean()) if both.any() else None
+            for row, values in (("generated", made[name]), ("real", real[name]))
+        }
+        table[name] = bootstrap.ratio(made[name], real[name], subjects).as_dict() | means
+    return table
 
 
 def describe_memorization(measured: Measured) -> dict:
     """How many generated images lie suspiciously near to a training image; {} without training images."""
     made, real = (measured.values.get(row, {}).get("nearest_train_rmse") for row in ("generated", "real"))
     if made is None or real is None:
+        return {}
+    made, real = (values[~np.isnan(values)] for values in (made, real))
+    if not len(made) or not len(real):
         return {}
     share = memorized_share(made, real, NEAR)
     return {"memorized_share": share, "quantile": NEAR, "n": len(made), "n_real": len(real)}
@@ -162,6 +216,7 @@ def build_results(
     bootstrap: Bootstrap,
     kernel: Mapping[str, int],
     diversity: Mapping,
+    matches: Mapping[str, Match],
 ) -> dict:
     """Everything that metrics.json says about the numbers; the command adds paths and provenance."""
     subjects = [pair.subject for pair in pairs]
@@ -169,6 +224,7 @@ def build_results(
     everyone = np.ones(len(pairs), bool)
     distribution = distances(measured, subjects, everyone, kernel, bootstrap.seed)
     num_subjects = len(count_subjects(pairs))
+    cases = describe_cases(pairs, measured)
     return {
         "schema_version": 1,
         "n": {
@@ -178,9 +234,13 @@ def build_results(
         },
         "image_shape": list(pairs[0].real.shape),
         "data_range": "images clamped to [-1, 1], mapped to [0, 1]; data range 1",
-        "aggregation": f"mean over images; {bootstrap.level:.0%} percentile bootstrap over subjects, "
+        "aggregation": "mean over images (a subject counts as often as it has images); "
+        f"{bootstrap.level:.0%} percentile bootstrap over {num_subjects} subjects, "
         f"{bootstrap.num_resamples} resamples, seed {bootstrap.seed}",
+        "cases": cases,
+        "matched_on": {row: match.attributes for row, match in matches.items()},
         "rows": table_dict(summarise(measured.values, subjects, bootstrap)),
+        "generated_beside": table_dict(generated_beside(measured, subjects, bootstrap)),
         "distribution": distribution,
         "differences": table_dict(paired_differences(measured.values, subjects, "generated", bootstrap)),
         "groups": {
@@ -191,11 +251,11 @@ def build_results(
         "definitions": definitions(measured),
         "higher_is_better": [name for name in definitions(measured) if is_higher_better(name)],
         "row_definitions": {
-            **{row: DESCRIPTIONS[row] for row in measured.values},
+            **{row: describe_row(row, matches.get(row)) for row in measured.values},
             "real_halves": "half of the real subjects against the other half: what real images score",
         },
         "networks": networks,
-        "warnings": warn_rescaled(pairs) + warn_small(distribution, networks),
+        "warnings": warn_cases(cases) + warn_rescaled(pairs) + warn_small(distribution, networks),
         "condition": describe_condition(pairs),
         "memorization": describe_memorization(measured),
         "dice_ratio": dice_ratios(measured, subjects, bootstrap),
@@ -210,17 +270,17 @@ def build_results(
 def case_columns(
     pairs: Sequence[Pair], measured: Measured, groups: Mapping[str, Sequence[str | None]]
 ) -> tuple[list[str], list[list]]:
-    """Header and lines of per_case.csv: one line an image and row kind."""
+    """Header and lines of per_case.csv: one line an image and row, `row_n` being the images of that row."""
     metrics = list(definitions(measured))
-    header = ["row", "id", "subject", *groups, "slice_index", "num_slices", *metrics]
+    header = ["row", "row_n", "id", "subject", *groups, "slice_index", "num_slices", *metrics]
     lines = []
     for row, values in measured.values.items():
-        for i, pair in enumerate(pairs):
+        num = int(measured.present[row].sum())
+        for i in np.flatnonzero(measured.present[row]):
+            pair = pairs[i]
             numbers = [values[name][i] if name in values else math.nan for name in metrics]
-            if all(math.isnan(number) for number in numbers):
-                continue
             facts = [members[i] for members in groups.values()]
             place = [pair.attributes.get("slice_index"), pair.attributes.get("num_slices")]
             cells = ["" if math.isnan(number) else f"{number:.8g}" for number in numbers]
-            lines.append([row, pair.id, pair.subject, *facts, *place, *cells])
+            lines.append([row, num, pair.id, pair.subject, *facts, *place, *cells])
     return header, lines

@@ -6,7 +6,16 @@ from typing import NamedTuple
 from rich.box import SIMPLE
 from rich.table import Table
 
+STAR = "* on other images than `generated`: see the table of the same images"
 MARKS = {"nearest_train_rmse": "as real"}  # where neither end is the better one
+
+
+class Lines(NamedTuple):
+    """A table as plain text, for the terminal and the page alike."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
 
 
 def number(value: float | str | None) -> str:
@@ -21,13 +30,32 @@ def brief(value: float | str | None) -> str:
     return value if isinstance(value, str) else "-" if value is None else f"{value:#.3g}".rstrip(".")
 
 
-def cell(score: Mapping | None, *, interval: bool = True) -> str:
-    """'0.612 [0.580, 0.640]', with the interval where there is one and it is wanted."""
+def cell(score: Mapping | None, *, interval: bool = True, row_n: int | None = None) -> str:
+    """'0.612 [0.580, 0.640]', with the interval where there is one and it is wanted; with '(n = 12)' where
+    the metric has a value on other than the `row_n` images of its row.
+    """
     if score is None:
         return "-"
     ends = score.get("ci95") if interval else None
     text = brief(score.get("mean"))
-    return f"{text} [{brief(ends[0])}, {brief(ends[1])}]" if ends else text
+    text = f"{text} [{brief(ends[0])}, {brief(ends[1])}]" if ends else text
+    return text + ("" if row_n is None or score["n"] == row_n else f" (n = {score['n']})")
+
+
+def row_facts(results: Mapping, row: str) -> Mapping:
+    """n, num_subjects and same_as_generated of a row; an older metrics.json tells its metrics' n alone."""
+    known = results.get("cases", {}).get("rows", {}).get(row)
+    if known is not None:
+        return known
+    scores = results["rows"][row].values()
+    n, subjects = (max((score[key] for score in scores), default=0) for key in ("n", "num_subjects"))
+    return {"n": n, "num_subjects": subjects, "same_as_generated": n == results["n"]["images"]}
+
+
+def row_sizes(results: Mapping, row: str) -> str:
+    """'65 (4)': images and subjects, with a star where they are others than those of `generated`."""
+    facts = row_facts(results, row)
+    return f"{facts['n']} ({facts['num_subjects']})" + ("" if facts["same_as_generated"] else " *")
 
 
 def metric_names(rows: Mapping[str, Mapping]) -> list[str]:
@@ -41,15 +69,22 @@ def metric_names(rows: Mapping[str, Mapping]) -> list[str]:
 def main_table(results: Mapping) -> Table:
     """A line a metric: the generated images with their interval, then every other row's mean."""
     n, rows = results["n"], results["rows"]
+    others = any(not row_facts(results, row)["same_as_generated"] for row in rows)
     table = Table(
-        title=f"{n['images']} images of {n['subjects']} subjects, 95% interval over subjects", box=SIMPLE
+        title=f"{n['images']} images of {n['subjects']} subjects, 95% interval over subjects",
+        caption=STAR if others else None,
+        box=SIMPLE,
     )
     table.add_column("metric", no_wrap=True)
     for row in rows:
         table.add_column(row.replace("_", " "), justify="right", no_wrap=row == "generated")
+    table.add_row("images (subjects)", *(row_sizes(results, row) for row in rows))
     for name in metric_names(rows):
         mark = "higher" if name in results["higher_is_better"] else MARKS.get(name, "lower")
-        cells = (cell(scores.get(name), interval=row == "generated") for row, scores in rows.items())
+        cells = (
+            cell(scores.get(name), interval=row == "generated", row_n=row_facts(results, row)["n"])
+            for row, scores in rows.items()
+        )
         table.add_row(f"{name} ({mark})", *cells)
     return table
 
@@ -63,24 +98,46 @@ def distribution_table(results: Mapping) -> Table:
         table.add_column(row.replace("_", " "), justify="right")
     for name in dict.fromkeys(name for scores in rows.values() for name in scores):
         scores = [row.get(name) for row in rows.values()]
-        table.add_row(name, *(f"{brief(s['value'])} ({s['n']})" if s else "-" for s in scores))
+        table.add_row(name, *(f"{brief(s['value'])} ({set_sizes(s)})" if s else "-" for s in scores))
     return table
 
 
-class Lines(NamedTuple):
-    """A table as plain text, for the terminal and the page alike."""
+def set_sizes(score: Mapping) -> str:
+    """'65', or '34 against 31' where the sets differ in number."""
+    n, other = score["n"], score["n_reference"]
+    return str(n) if n == other else f"{n} against {other}"
 
-    title: str
-    head: list[str]
-    rows: list[list[str]]
+
+def same_images_lines(results: Mapping) -> Iterator[Lines]:
+    """A row that is on some of the images only, and the generated ones on the same images."""
+    for row, beside in results.get("generated_beside", {}).items():
+        scores, facts = results["rows"][row], row_facts(results, row)
+        names = [name for name in metric_names({row: scores}) if name in beside]
+        lines = [
+            [name, cell(scores[name], row_n=facts["n"]), cell(beside[name], row_n=facts["n"])]
+            for name in names
+        ]
+        title = (
+            f"the {facts['n']} images ({facts['num_subjects']} subjects) that {row.replace('_', ' ')} is on"
+        )
+        yield Lines(title, ["metric", row.replace("_", " "), "generated"], lines)
 
 
 def deviation_cell(score: Mapping | None) -> str:
-    """'27.1 +- 0.8': mean and standard deviation over subjects."""
+    """'27.1 +- 0.8': mean and standard deviation over images."""
     if score is None or score.get("mean") is None:
         return "-"
     spread = score.get("std")
     return brief(score["mean"]) + (f" +- {brief(spread)}" if spread is not None else "")
+
+
+def others_than(score: Mapping | None, n: int) -> str:
+    """' (n = 2)' where a metric has a value on other than `n` images."""
+    return "" if score is None or score["n"] == n else f" (n = {score['n']})"
+
+
+def counted_cell(score: Mapping | None) -> str:
+    return deviation_cell(score) + ("" if score is None or score.get("mean") is None else f" ({score['n']})")
 
 
 def translation_lines(results: Mapping) -> Iterator[Lines]:
@@ -93,16 +150,18 @@ def translation_lines(results: Mapping) -> Iterator[Lines]:
     sources, targets = (list(dict.fromkeys(end[k] for end in ends)) for k in (0, 1))
     for name in (name for name in names if name in ("psnr", "nmse_energy", "ssim_gaussian")):
         scores = {tuple(pair.split(" to ")): rows["generated"].get(name) for pair, rows in pairs.items()}
-        rows = [[s, *(deviation_cell(scores.get((s, t))) for t in targets)] for s in sources]
-        yield Lines(f"{name}, generated: source (line) to target (column)", ["", *targets], rows)
-    rows = [
-        [pair, row.replace("_", " "), str(max(score["n"] for score in scores.values()))]
-        + [deviation_cell(scores.get(name)) for name in names]
-        for pair, table in pairs.items()
-        for row, scores in table.items()
-        if any(score["n"] for score in scores.values())
-    ]
-    yield Lines("mean +- standard deviation over subjects", ["pair", "row", "n", *names], rows)
+        rows = [[s, *(counted_cell(scores.get((s, t))) for t in targets)] for s in sources]
+        yield Lines(f"{name} (n), generated: source (line) to target (column)", ["", *targets], rows)
+    rows = []
+    for pair, table in pairs.items():
+        for row, scores in table.items():
+            n = max(score["n"] for score in scores.values())
+            if n:
+                cells = [
+                    deviation_cell(scores.get(name)) + others_than(scores.get(name), n) for name in names
+                ]
+                rows.append([pair, row.replace("_", " "), str(n), *cells])
+    yield Lines("mean +- standard deviation over volumes", ["pair", "row", "n", *names], rows)
 
 
 def text_table(lines: Lines) -> Table:
@@ -120,20 +179,38 @@ def dice_lines(results: Mapping) -> Iterator[Lines]:
     if not ratios:
         return
     rows = [
-        [name, *(cell(results["rows"][row].get(name)) for row in ("real", "generated")), cell(ratio)]
-        + [str(ratio["n"])]
+        [name, *(dice_mean(results, ratio, row, name) for row in ("real", "generated")), cell(ratio)]
+        + [f"{ratio['n']} ({ratio['num_subjects']})"]
         for name, ratio in ratios.items()
     ]
-    yield Lines("Dice of the segmenter", ["class", "real", "generated", "ratio", "n"], rows)
+    title = "Dice of the segmenter, on images where both real and generated have the class"
+    yield Lines(title, ["class", "real", "generated", "ratio", "n (subjects)"], rows)
+
+
+def dice_mean(results: Mapping, ratio: Mapping, row: str, name: str) -> str:
+    """The mean that the ratio divides; an older metrics.json has the row's alone."""
+    return brief(ratio[row]) if row in ratio else cell(results["rows"][row].get(name))
 
 
 def diversity_lines(results: Mapping) -> Iterator[Lines]:
     """MS-SSIM between images of one set: near the real one's where a generator is as diverse."""
     found = results.get("diversity") or {}
-    rows = [[row, deviation_cell(s), str(s["n_pairs"])] for row, s in found.get("ms_ssim", {}).items()]
+    rows = [
+        [row, deviation_cell(s), str(s["n_pairs"]), str(s.get("num_subjects", "-"))]
+        for row, s in found.get("ms_ssim", {}).items()
+    ]
     if rows:
         title = f"MS-SSIM between images of one set, {found['num_scales']} scales (higher: more alike)"
-        yield Lines(title, ["set", "mean +- deviation over pairs", "pairs"], rows)
+        yield Lines(title, ["set", "mean +- deviation over pairs", "pairs", "subjects"], rows)
+
+
+LINES = (same_images_lines, dice_lines, diversity_lines, translation_lines)
+
+
+def group_size(scores: Mapping[str, Mapping]) -> tuple[int, int]:
+    """Images and subjects of a group: those with a value and those without."""
+    n = max(score["n"] + score["num_excluded"] for score in scores.values())
+    return n, max(score["num_subjects"] for score in scores.values())
 
 
 def group_tables(results: Mapping) -> Iterator[Table]:
@@ -146,9 +223,11 @@ def group_tables(results: Mapping) -> Iterator[Table]:
         table = Table(title=f"generated, by {group.replace('_', ' ')}", box=SIMPLE)
         table.add_column("metric", no_wrap=True)
         for label, rows in tables.items():
-            table.add_column(f"{label} (n = {rows['generated'][names[0]]['n']})", justify="right")
+            n, subjects = group_size(rows["generated"])
+            table.add_column(f"{label} (n = {n} of {subjects} subjects)", justify="right")
         for name in names:
-            table.add_row(name, *(cell(rows["generated"].get(name)) for rows in tables.values()))
+            found = [rows["generated"] for rows in tables.values()]
+            table.add_row(name, *(cell(scores.get(name), row_n=group_size(scores)[0]) for scores in found))
         yield table
 
 
@@ -160,11 +239,13 @@ def notes(results: Mapping) -> Iterator[str]:
             whys.setdefault(facts["missing"], []).append(name)
     yield from (f"{' and '.join(names)} left out: {why}" for why, names in whys.items())
     yield from results["warnings"]
+    if missing := results.get("diversity", {}).get("missing"):
+        yield missing
     if memorization := results["memorization"]:
         share, near = memorization["memorized_share"], memorization["quantile"]
         yield (
             f"{share:.1%} of the generated images lie as near to a training image as the nearest {near:.0%} "
-            "of the real ones"
+            f"of the real ones (n = {memorization['n']} and {memorization['n_real']})"
         )
     if results["condition"]["edges_from_test_image"] is not None:
         yield f"condition: {results['condition']['note']}"

@@ -7,12 +7,15 @@ from typing import NamedTuple
 import numpy as np
 
 from medldm.evaluation.screen import (
+    LINES,
+    MARKS,
+    STAR,
     brief,
-    dice_lines,
-    diversity_lines,
+    group_size,
     metric_names,
     number,
-    translation_lines,
+    row_facts,
+    row_sizes,
 )
 from medldm.reporting.charts import Curve, curve_chart, score_chart
 from medldm.reporting.page import (
@@ -67,14 +70,15 @@ class EvaluationFiles(NamedTuple):
     panels: Mapping[str, bytes]
 
 
-def score_cell(score: Mapping | None) -> str:
-    """Mean with its interval below it."""
+def score_cell(score: Mapping | None, row_n: int | None = None) -> str:
+    """Mean with its interval below it, and n where it is not the `row_n` images of the row."""
     if score is None:
         return "-"
     interval = score.get("ci95")
     spread = f"{brief(interval[0])} to {brief(interval[1])}" if interval else ""
-    excluded = f", {score['num_excluded']} excluded" if score.get("num_excluded") else ""
-    return escape(brief(score.get("mean"))) + element("small", escape(spread + excluded), class_="ci")
+    parts = [spread, "" if row_n is None or score["n"] == row_n else f"n = {score['n']}"]
+    below = ", ".join(filter(None, parts))
+    return escape(brief(score.get("mean"))) + element("small", escape(below), class_="ci")
 
 
 def row_label(row: str) -> str:
@@ -107,11 +111,23 @@ def scores_table(results: Mapping) -> str:
         results["aggregation"],
         results["data_range"],
     )
+    facts += (STAR,) if any(not row_facts(results, row)["same_as_generated"] for row in rows) else ()
     lines = [
-        [row_label(row), *(score_cell(scores.get(name)) for name in names)] for row, scores in rows.items()
+        [
+            row_label(row),
+            escape(row_sizes(results, row)),
+            *(score_cell(scores.get(name), row_facts(results, row)["n"]) for name in names),
+        ]
+        for row, scores in rows.items()
     ]
-    arrows = [f"{name} {UP if name in results['higher_is_better'] else DOWN}" for name in names]
-    return table(["", *arrows], lines, caption=". ".join(facts) + ".", marked=["generated"])
+    arrows = [f"{name} {arrow(name, results)}" for name in names]
+    head = ["", "images (subjects)", *arrows]
+    return table(head, lines, caption=". ".join(facts) + ".", marked=["generated"])
+
+
+def arrow(name: str, results: Mapping) -> str:
+    """Where the better end lies; some metrics have none."""
+    return MARKS.get(name) or (UP if name in results["higher_is_better"] else DOWN)
 
 
 def set_cell(score: Mapping | None) -> str:
@@ -142,23 +158,29 @@ def difference_table(results: Mapping) -> str:
     names = [name for name in metric_names(results["rows"]) if name in results["rows"]["generated"]]
     rows = {row: scores for row, scores in results["differences"].items() if row in BASELINES}
     lines = [
-        [row_label(row), *(score_cell(scores.get(name)) for name in names)] for row, scores in rows.items()
+        [
+            row_label(row),
+            escape(row_sizes(results, row)),
+            *(score_cell(scores.get(name), row_facts(results, row)["n"]) for name in names),
+        ]
+        for row, scores in rows.items()
     ]
-    caption = "Generated minus the other row, image by image: an interval without zero is a real difference."
-    return table(["generated minus", *names], lines, caption=caption)
+    caption = (
+        "Generated minus the other row, image by image, on the images that the other row is on: an interval "
+        "without zero is a real difference."
+    )
+    return table(["generated minus", "images (subjects)", *names], lines, caption=caption)
 
 
 def group_table(group: str, tables: Mapping, results: Mapping) -> str:
     names = metric_names({"generated": results["rows"]["generated"]})
-    lines = [
-        [
-            escape(label),
-            escape(rows["generated"][names[0]]["n"]),
-            *(score_cell(rows["generated"].get(name)) for name in names),
-        ]
-        for label, rows in tables.items()
-    ]
-    return table([group.replace("_", " "), "n", *names], lines)
+    lines = []
+    for label, rows in tables.items():
+        scores = rows["generated"]
+        n, subjects = group_size(scores)
+        cells = (score_cell(scores.get(name), n) for name in names)
+        lines.append([escape(label), escape(f"{n} ({subjects})"), *cells])
+    return table([group.replace("_", " "), "images (subjects)", *names], lines)
 
 
 def evaluation_section(evaluation: EvaluationFiles) -> str:
@@ -167,6 +189,7 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
     rows = {row: scores for row, scores in results["rows"].items() if row != "real"}
     chart = score_chart(rows, names, results["higher_is_better"]) if names else ""
     notes = list(results["warnings"])
+    notes += [why] if (why := (results.get("diversity") or {}).get("missing")) else []
     if results["condition"]["edges_from_test_image"] is not None:
         notes.insert(0, f"Condition: {results['condition']['note']}.")
     groups = [
@@ -176,7 +199,7 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
     ]
     parts = [
         table(lines.head, [[escape(text) for text in row] for row in lines.rows], caption=lines.title)
-        for tables in (dice_lines, diversity_lines, translation_lines)
+        for tables in LINES
         for lines in tables(results)
     ]
     has_sets = results["distribution"] or any("missing" in facts for facts in results["networks"].values())
