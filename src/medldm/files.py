@@ -1,10 +1,22 @@
-"""Files that are whole or absent: written beside their place, synced and renamed."""
+"""Files that are whole or absent (written beside their place, synced and renamed), safe names for them, and
+walks through folders that follow links.
+"""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from medldm.errors import InputError
+
+UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # in no file name of one system or another
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
+LONGEST = 180  # bytes of a name, which leaves room for what commands append to it
 
 
 @contextmanager
@@ -24,6 +36,21 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+@contextmanager
+def leaving_no_empty_folder(path: Path) -> Iterator[None]:
+    """Where the block fails, `path` and the folders above it that were not there before are taken away again,
+    as far as they are empty.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -36,3 +63,57 @@ def sync(path: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def safe_name(name: str) -> str:
+    """`name` where every system takes it for one visible file inside its folder, else a name made of it:
+    other characters for those that part folders or are refused, and a digest in place of what is too long.
+    """
+    safe = UNSAFE.sub("_", unicodedata.normalize("NFC", name))
+    safe = re.sub(r"^[.\s]|[.\s]$", "_", safe) or "_"
+    safe = f"_{safe}" if RESERVED.fullmatch(safe) else safe
+    return safe if len(safe.encode()) <= LONGEST else with_digest(safe, name)
+
+
+def with_digest(safe: str, name: str) -> str:
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    kept = safe.encode()[: LONGEST - len(digest) - 1].decode(errors="ignore")
+    return f"{kept}-{digest}"
+
+
+def safe_names(names: Iterable[str]) -> dict[str, str]:
+    """{name: file name} of different names, different also where a disk ignores case. Those that would be
+    equal there all get a digest, so that a name's file does not depend on their order.
+    """
+    safe = {name: safe_name(name) for name in names}
+    count = Counter(value.casefold() for value in safe.values())
+    return {
+        name: value if count[value.casefold()] == 1 else with_digest(value, name)
+        for name, value in safe.items()
+    }
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is the system's, not the dataset's: `._scan.nii` of a Mac, `.DS_Store`..."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def walk(
+    folder: Path, *, with_hidden: bool = False, above: tuple[str, ...] = ()
+) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, names of what is no folder in it) of a folder and all below it, in order. Links are followed,
+    but those to a folder `above` them. InputError where a folder cannot be read.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            kinds = {entry.name: entry.is_dir() for entry in entries}
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); allow it, or take it away") from error
+    names = sorted(name for name in kinds if with_hidden or not is_hidden(name))
+    yield folder, [name for name in names if not kinds[name]]
+    for name in names:
+        if kinds[name]:
+            yield from walk(folder / name, with_hidden=with_hidden, above=(*above, real))

@@ -12,7 +12,8 @@ data.select.*     classes, split, max_images: what is prepared at all
 data.preprocess.* resizing, intensity, labels, edges, storage
 
 It can be stopped and started again: finished cases are kept as long as raw files and preprocessing
-are the same. A bad file ends the run with one line that names it.
+are the same. A bad file ends the run with one line that names it. The last lines (and `inventory` in
+index.json) say what was found, what was left out and why, and how the subjects were split.
 """
 
 from typing import TYPE_CHECKING
@@ -26,15 +27,18 @@ if TYPE_CHECKING:
 def task(cfg: "DictConfig") -> None:
     from omegaconf import OmegaConf
 
+    from medldm.data.inventory import summary
     from medldm.data.prepare import prepare_dataset
-    from medldm.data.splits import describe_split, read_splits
+    from medldm.data.readers import load_index
+    from medldm.data.splits import read_splits
 
     raw, root = cfg.data.raw, cfg.data.root
     data = OmegaConf.to_container(cfg.data, resolve=True)
     keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select")
     options = {key: data[key] for key in (*keys, "modalities", "label_dir", "task")}
     prepared = prepare_dataset(raw=raw, root=root, **options)
-    print(describe_split(read_splits(prepared / "splits.json").get("default", {})))
+    inventory = load_index(prepared)["inventory"]
+    print("\n".join(summary(inventory, read_splits(prepared / "splits.json"))))
     print(prepared)
 
 

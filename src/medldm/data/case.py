@@ -11,13 +11,18 @@ class Case:
     `paths` maps a key to `file` or, inside HDF5, `file::dataset`. Keys: `image`; `mask`, or binary masks
     `mask:<class>[:name]` that make up a class map, the higher class on top; `foreground`, whose content
     decides the crop; `body`, not zero where the patient is. `attributes` holds what the dataset states: view,
-    phase, label, split, vendor... In 2D all cases of a subject share one prepared file.
+    phase, label, split, vendor, and `visit` where a subject comes several times. In 2D all cases of a subject
+    share one prepared file. `relabel` sends raw labels of a release that numbers its classes otherwise to
+    the numbers that the dataset's recipe maps. `original` has `id` and `subject` where they are no safe file
+    names and were changed.
     """
 
     id: str
     subject: str
     paths: dict[str, str]
     attributes: dict[str, str | int | float] = field(default_factory=dict)
+    relabel: dict[int, int] = field(default_factory=dict)
+    original: dict[str, str] = field(default_factory=dict)
 
     @property
     def has_image(self) -> bool:
@@ -40,6 +45,7 @@ def split_path(path: str | Path) -> tuple[Path, str | None]:
 
 
 def stem_of(path: str | Path) -> str:
-    """File name without its suffix, where `.nii.gz` counts as one suffix."""
+    """File name without its suffix, where `.nii.gz` and `.seg.nrrd` count as one."""
     name = Path(path).name
-    return name[: -len(".nii.gz")] if name.lower().endswith(".nii.gz") else Path(name).stem
+    double = next((suffix for suffix in (".nii.gz", ".seg.nrrd") if name.lower().endswith(suffix)), None)
+    return name[: -len(double)] if double else Path(name).stem

@@ -172,6 +172,12 @@ class CaseDataModule(pl.LightningDataModule):
             raise InputError(
                 f"{self.root}: was prepared without masks; add them, or use a model that needs none"
             )
+        bare = [case["id"] for case in index["cases"] if case.get("max_class", 0) is None]
+        if "mask" in self.keys and bare:
+            raise InputError(
+                f"{self.root}: {len(bare)} cases were prepared without a class map ({bare[0]}...), which "
+                "this model needs; add the maps, or take these cases away, and prepare again"
+            )
         if "edges" in self.keys and not index.get("has_edges", False):
             raise InputError(
                 f"{self.root}: was prepared without edges; prepare with data.preprocess.edges.source=image"

@@ -15,6 +15,7 @@ from medldm.data.case import Case, split_path
 from medldm.data.recipe import SCHEMA_VERSION, Recipe, digest
 from medldm.errors import InputError
 
+ORIGINAL = ("original_id", "original_subject")  # of an index entry whose names were no safe file names
 PER_SLICE = ("view", "phase", "slice_index", "num_slices", "label")
 
 
@@ -81,7 +82,8 @@ class Job:
 
     def fingerprint(self) -> str:
         """Changes when the preprocessing, a raw file or what is known of a case changes."""
-        known = [(case.id, case.attributes) for case in self.cases]
+        known: list = [(case.id, case.attributes) for case in self.cases]
+        known += [case.relabel for case in self.cases if case.relabel]
         return digest([self.recipe.hash, self.raw_files(), known, asdict(self.tables), self.dataset])
 
 
@@ -149,6 +151,7 @@ def entry_of(job: Job, path: Path) -> dict:
     return {
         "id": job.id,
         "subject": job.subject,
+        **{key: job.cases[0].original[key] for key in ORIGINAL if job.cases[0].original},
         "file": f"cases/{job.path.name}",
         "file_size": path.stat().st_size,
         "attributes": common_attributes(job.cases),

@@ -1,15 +1,34 @@
-"""What the 3D datasets' index functions share: listing, pairing by name, modalities of a subject."""
+"""What the datasets' index functions share: walking folders, pairing by name, modalities of a subject."""
 
-import csv
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from medldm.data.case import Case
-from medldm.data.readers import NIFTI_SUFFIXES, has_suffix
+from medldm.data.case import Case, stem_of
+from medldm.data.readers import (
+    IMAGE_SUFFIXES,
+    META_SUFFIXES,
+    NIFTI_SUFFIXES,
+    NRRD_SUFFIXES,
+    has_suffix,
+    is_image,
+)
+from medldm.data.splits import subset_of
+from medldm.data.tables import read_rows
 from medldm.errors import InputError
+from medldm.files import is_hidden, walk
 
 SPLITS = ("train", "val", "test")
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES[::-1], *META_SUFFIXES, *NRRD_SUFFIXES)  # the usual one first
+# A map beside its image: t1_mask, t1_bet_mask (FSL), t1_brain_mask, t1_seg...
+OF_IMAGE = re.compile(r"(.+?)((?:_bet|_brain)?)_(?:mask|seg|label|labels)", re.IGNORECASE)
+MAP_NAME = re.compile(
+    r"(^|[_\W])(masks?|seg|segm|segmentations?|labels?|labelsTr|labelsTs|gt)([_\W]|$)", re.IGNORECASE
+)
+
+
+# ---- folders ----
 
 
 def require_root(root: str | Path, holds: str) -> Path:
@@ -17,6 +36,83 @@ def require_root(root: str | Path, holds: str) -> Path:
     if not root.is_dir():
         raise InputError(f"data.raw={root}: no such folder; give the folder that holds {holds}")
     return root
+
+
+def files_below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files with one of these suffixes at any depth, links followed, hidden ones left out."""
+    found = [folder / name for folder, names in walk(root) for name in names if has_suffix(name, suffixes)]
+    return sorted(path for path in found if path.is_file())
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files with one of these suffixes right inside a folder, hidden ones left out; nothing where it is not
+    there.
+    """
+    names = next(walk(folder))[1] if folder.is_dir() else ()
+    return [folder / name for name in names if has_suffix(name, suffixes) and (folder / name).is_file()]
+
+
+def images_below(
+    root: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, *, with_maps: bool = False
+) -> list[Path]:
+    """Every image file with one of these suffixes and every DICOM folder at any depth; `with_maps` also maps
+    that lie beside their image.
+    """
+    found: list[Path] = []
+    for folder, names in walk(root) if root.is_dir() else ():
+        images = [folder / name for name in names if has_suffix(name, suffixes)]
+        stems = set() if with_maps else {stem_of(path) for path in images}
+        found += [path for path in images if path.is_file() and not is_map_of(stem_of(path), stems)]
+        found += [folder] if is_image(folder) else []
+    return sorted(found)
+
+
+def is_map_of(stem: str, stems: Collection[str]) -> bool:
+    """Whether a file is named after another one of its folder as a map of it."""
+    match = OF_IMAGE.fullmatch(stem)
+    return match is not None and bool({match[1], match[1] + match[2]} & set(stems))
+
+
+def looks_like_map(path: Path) -> bool:
+    return any(map(MAP_NAME.search, (path.parent.name, stem_of(path))))
+
+
+def name_of(path: Path) -> str:
+    """A file's name without its suffix; that of a DICOM folder whole."""
+    return path.name if path.is_dir() else stem_of(path)
+
+
+def volume_files(folder: Path) -> list[Path]:
+    """Volumes right inside a folder; nothing where it is not there."""
+    return files_in(folder, VOLUME_SUFFIXES)
+
+
+def existing(*candidates: Path) -> Path | None:
+    """The first of these `.nii.gz` that is a file, with any other suffix of volumes as good."""
+    for path in candidates:
+        stem = path.name.removesuffix(".gz").removesuffix(".nii")
+        for suffix in VOLUME_SUFFIXES:
+            if (path.parent / (stem + suffix)).is_file():
+                return path.parent / (stem + suffix)
+    return None
+
+
+def map_folder(root: Path, label_dir: str | None) -> Path | None:
+    """The folder of maps that a dataset does not publish: `label_dir`, else `labels/` where it is there."""
+    if label_dir is not None and not Path(label_dir).is_dir():
+        raise InputError(f"data.label_dir={label_dir}: no such folder; give the folder of the class maps")
+    folder = Path(label_dir) if label_dir is not None else root / "labels"
+    return folder if folder.is_dir() else None
+
+
+def split_folders(root: Path) -> dict[str, str]:
+    """{folder below the root: train | val | test} of train/, Validation/, ... in that order."""
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
+    found = {name: subset_of(name) for name in names}
+    return {name: part for part in SPLITS for name, own in found.items() if own == part}
+
+
+# ---- cases ----
 
 
 def require_cases(cases: Sequence[Case], root: Path, expected: str) -> list[Case]:
@@ -29,33 +125,6 @@ def require_cases(cases: Sequence[Case], root: Path, expected: str) -> list[Case
     return list(cases)
 
 
-def map_folder(root: Path, label_dir: str | None) -> Path | None:
-    """The folder of maps that a dataset does not publish: `label_dir`, else `labels/` where it is there."""
-    if label_dir is not None and not Path(label_dir).is_dir():
-        raise InputError(f"data.label_dir={label_dir}: no such folder; give the folder of the class maps")
-    folder = Path(label_dir) if label_dir is not None else root / "labels"
-    return folder if folder.is_dir() else None
-
-
-def nifti_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_file() and has_suffix(p, NIFTI_SUFFIXES))
-
-
-def nifti_below(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.is_file() and has_suffix(p, NIFTI_SUFFIXES))
-
-
-def existing(*candidates: Path) -> Path | None:
-    """The first of these that is a file, with `.nii` as good as `.nii.gz`."""
-    for path in candidates:
-        for name in (path, path.with_name(path.name.removesuffix(".gz"))):
-            if name.is_file():
-                return name
-    return None
-
-
 def folder_pairs(
     root: Path, image_dir: str, label_dir: str, subject_of=lambda stem: stem, skip: tuple[str, ...] = ()
 ) -> list[Case]:  # noqa: ANN001
@@ -63,31 +132,46 @@ def folder_pairs(
     name in `<label_dir>/`. The folders' split is kept.
     """
     cases = []
-    for split in (*SPLITS, None):
-        folder = root / split if split else root
-        for image in nifti_files(folder / image_dir):
+    for name, split in (*split_folders(root).items(), ("", None)):
+        folder = root / name
+        for image in volume_files(folder / image_dir):
             if image.name.startswith(skip):
                 continue
-            label = folder / label_dir / image.name
-            if not label.is_file():
-                raise InputError(f"{label}: missing, though {image} is there; add it, or remove the image")
-            stem = image.name[: -len(".nii.gz")] if image.name.endswith(".nii.gz") else image.stem
+            stem = stem_of(image)
+            label = existing(folder / label_dir / f"{stem}.nii.gz")
+            if label is None:
+                wanted = folder / label_dir / image.name
+                raise InputError(f"{wanted}: missing, though {image} is there; add it, or remove the image")
             attributes = {"split": split} if split else {}
             cases.append(Case(stem, subject_of(stem), {"image": str(image), "mask": str(label)}, attributes))
     return cases
 
 
 def modality_cases(
-    subject: str, images: Mapping[str, Path], others: Mapping[str, Path | None], **attributes: str
+    subject: str,
+    images: Mapping[str, str | Path],
+    others: Mapping[str, Path | None],
+    *,
+    name: str | None = None,
+    relabel: Mapping[int, int] | None = None,
+    **attributes: str,
 ) -> list[Case]:
-    """One case a modality; the first of `images` decides the box of all; `others` are files they share."""
+    """One case a modality, `<name>_<modality>` (default: the subject's name); the first of `images` decides
+    the box of all; `others` are files they share.
+    """
     if not images:
         return []
     shared = {key: str(path) for key, path in others.items() if path is not None}
     shared["foreground"] = str(next(iter(images.values())))
     return [
-        Case(f"{subject}_{name}", subject, {"image": str(path), **shared}, {"label": name, **attributes})
-        for name, path in images.items()
+        Case(
+            f"{name or subject}_{key}",
+            subject,
+            {"image": str(path), **shared},
+            {"label": key, **attributes},
+            relabel=dict(relabel or {}),
+        )
+        for key, path in images.items()
     ]
 
 
@@ -97,13 +181,12 @@ def check_modalities(modalities: Sequence[str], known: Mapping[str, object] | Se
         raise InputError(f"data.modalities={list(modalities)}: choose from {', '.join(known)}, each once")
 
 
+# ---- tables ----
+
+
 def read_table(path: Path, column: str) -> list[dict[str, str]]:
-    """Rows of a CSV file that has this column."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or column not in rows[0]:
-        raise InputError(f"{path}: needs a header line with the column '{column}' and at least one row")
-    return rows
+    """Rows of a table that has this column."""
+    return [row.cells for row in read_rows(path, [column])]
 
 
 def stated_split(root: Path) -> dict[str, str]:
@@ -111,19 +194,25 @@ def stated_split(root: Path) -> dict[str, str]:
     path = root / "splits.csv"
     if not path.is_file():
         return {}
-    rows = read_table(path, "split")
-    if "id" not in rows[0]:
+    rows = read_rows(path, ["split"], known=["id"])
+    if "id" not in rows[0].cells:
         raise InputError(f"{path}: needs the columns id and split")
-    wrong = next((row for row in rows if row["split"] not in SPLITS), None)
+    stated = {row.cells["id"]: subset_of(row.cells["split"]) for row in rows}
+    wrong = next((row.cells for row in rows if stated[row.cells["id"]] is None), None)
     if wrong:
         raise InputError(f"{path}: split '{wrong['split']}' of {wrong['id']} is none of {', '.join(SPLITS)}")
-    return {row["id"]: row["split"] for row in rows}
+    return stated
 
 
-def split_of(subject: str, stated: Mapping[str, str], path: Path) -> dict[str, str]:
-    """The attribute `split` of a subject; InputError where a table is there and does not name it."""
+def split_of(
+    subject: str, stated: Mapping[str, str], path: Path, patient: str | None = None
+) -> dict[str, str]:
+    """The attribute `split` of a subject, or of the `patient` it is a visit of; InputError where a table is
+    there and names neither.
+    """
     if not stated:
         return {}
-    if subject not in stated:
-        raise InputError(f"{path}: does not name subject {subject}; add a line for it")
-    return {"split": stated[subject]}
+    for name in (subject, patient):
+        if name in stated:
+            return {"split": stated[name]}
+    raise InputError(f"{path}: does not name subject {subject}; add a line for it")

@@ -37,18 +37,20 @@ def check_pairs(pairs: str | None, pair_labels: Any, keys: Sequence[str], label_
 def pair_items(
     index: dict, items: Sequence[Item], pair_labels: Sequence[Sequence[str]] | None
 ) -> list[list[Pair]]:
-    """The ordered pairs of every subject that has two images or more, in the order of subjects in the index.
+    """The ordered pairs of every subject that has two images or more, in the order of subjects in the index;
+    of a subject who came several times (attribute `visit`) those of each visit.
 
     `pair_labels` keeps those of (source, target) names. A missing modality leaves out its pairs alone.
     """
-    by_subject: dict[str, list[Item]] = defaultdict(list)
+    by_visit: dict[tuple, list[Item]] = defaultdict(list)
     for item in items:
-        by_subject[index["cases"][item.case]["subject"]].append(item)
+        entry = index["cases"][item.case]
+        by_visit[entry["subject"], visit_of(entry)].append(item)
     names = index["label_values"]
     wanted = None if pair_labels is None else {tuple(names.index(name) for name in p) for p in pair_labels}
     check_stated(index, items)
     groups = []
-    for members in by_subject.values():
+    for members in by_visit.values():
         members = sorted(members, key=lambda item: item.label)
         pairs = [Pair(source, target) for source, target in permutations(members, 2)]
         pairs = [p for p in pairs if p.source.label != p.target.label]
@@ -65,6 +67,11 @@ def check_stated(index: dict, items: Sequence[Item]) -> None:
             f"{case['file']}: {case['id']} states no label, so it is of no known modality; fill in its label "
             "(data=folder: the column label of manifest.csv) and prepare again, or take it out"
         )
+
+
+def visit_of(entry: dict) -> str | None:
+    """Which visit of its subject an index entry is of, where the data tell."""
+    return entry.get("attributes", {}).get("visit")
 
 
 class PairDataset(CaseDataset):
@@ -108,9 +115,13 @@ class PairDataset(CaseDataset):
         return self.augment(arrays, epoch, i)
 
     def pair_id(self, pair: Pair) -> str:
-        subject = self.cases[pair.target.case]["subject"]
-        names = self.label_values
-        return f"{subject}_{names[pair.source.label]}_to_{names[pair.target.label]}"
+        """`<subject>_<source>_to_<target>`; where there are visits, the cases' own name instead of the
+        subject's.
+        """
+        entry, names = self.cases[pair.target.case], self.label_values
+        source, target = names[pair.source.label], names[pair.target.label]
+        name = entry["subject"] if visit_of(entry) is None else entry["id"].removesuffix(f"_{target}")
+        return f"{name}_{source}_to_{target}"
 
     def as_cases(self) -> "PairDataset":
         """Every pair becomes a case of its own, of the pair's name, on the target's grid: what is written of

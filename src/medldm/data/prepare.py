@@ -20,14 +20,17 @@ import h5py
 import numpy as np
 
 from medldm.data.case import Case
+from medldm.data.inventory import same_images, take_inventory
 from medldm.data.jobs import Job, make_jobs, root_attributes
 from medldm.data.prepare_slices import describe_slices, write_slices
 from medldm.data.prepare_volumes import describe_volume, write_volume
 from medldm.data.readers import load_index
 from medldm.data.recipe import SCHEMA_VERSION, Recipe, make_recipe
 from medldm.data.splits import make_splits, subset_of, write_splits_once
+from medldm.data.tables import Note
+from medldm.data.transforms import mapping_override
 from medldm.errors import InputError
-from medldm.files import replacing, write_json
+from medldm.files import leaving_no_empty_folder, replacing, safe_names, write_json
 
 log = logging.getLogger(__name__)
 
@@ -88,29 +91,41 @@ def prepare_dataset(
 
     InputError names the first bad file; finished cases are kept and the next run goes on from them.
     """
-    root = Path(root)
+    root, notes = Path(root), []
     recipe = make_recipe(spatial_dims, image_size, preprocess)
-    found = find_cases(dataset, raw, {"modalities": modalities, "label_dir": label_dir, "task": task})
+    options = {"modalities": modalities, "label_dir": label_dir, "task": task}
+    found = find_cases(dataset, raw, options, notes.append)
     cases = select_cases(found, seed=splits["seed"], **(select or {}))
+    inventory = take_inventory(Path(raw), found, cases, notes)
+    cases = with_safe_names(cases, inventory["notes"].append)
     stated = stated_splits(cases)
     jobs = make_jobs(cases, root, dataset, recipe, modalities)
-    entries = list(run_jobs(jobs, num_workers))
+    with leaving_no_empty_folder(root / "cases"):
+        entries = list(run_jobs(jobs, num_workers))
     subjects = [job.subject for job in jobs]
     drawn = make_splits(subjects, dataset=dataset, fractions=splits, seed=splits["seed"], stated=stated)
-    index = make_index(dataset, recipe, jobs, entries)
+    inventory["notes"] += same_images(entries)
+    index = make_index(dataset, recipe, jobs, entries) | {"inventory": inventory}
     write_splits_once(root / "splits.json", drawn, subjects)
     write_json(root / "index.json", index)
     verify(root)
     return root
 
 
-def find_cases(dataset: str, raw: str | Path, options: Mapping[str, Any]) -> list[Case]:
-    """The cases of a dataset; InputError for an option that it has not."""
+def find_cases(
+    dataset: str, raw: str | Path, options: Mapping[str, Any], note: Note = log.info
+) -> list[Case]:
+    """The cases of a dataset, which tells `note` what is worth a line; InputError for an option that it has
+    not.
+    """
     index = find_index(dataset)
     given = {key: value for key, value in options.items() if value is not None}
-    unknown = given.keys() - inspect.signature(index).parameters.keys()
-    if unknown:
-        raise InputError(f"data.{min(unknown)}: the dataset {dataset} has no such option; set it to null")
+    taken = inspect.signature(index).parameters.keys()
+    if given.keys() - taken:
+        raise InputError(
+            f"data.{min(given.keys() - taken)}: the dataset {dataset} has no such option; set it to null"
+        )
+    given |= {"note": note} if "note" in taken else {}
     return index(raw, **given)
 
 
@@ -150,6 +165,30 @@ def select_cases(
         return list(cases)
     drawn = np.random.default_rng(seed).permutation(len(cases))[:max_images]
     return [cases[i] for i in sorted(drawn)]
+
+
+def with_safe_names(cases: Sequence[Case], note: Note) -> list[Case]:
+    """The cases with ids and subjects that name one file each inside a folder, on any system."""
+    subjects = safe_names(dict.fromkeys(case.subject for case in cases))
+    ids = safe_names(dict.fromkeys(case.id for case in cases))
+    for what, names in (("subjects", subjects), ("cases", ids)):
+        changed = [name for name, safe in names.items() if name != safe]
+        if changed:
+            note(
+                f"{len(changed)} {what} have names that are no safe file names, or differ in case alone, and "
+                f"got others ({changed[0]} -> {names[changed[0]]}); index.json keeps the original"
+            )
+    return [
+        case
+        if (case.id, case.subject) == (ids[case.id], subjects[case.subject])
+        else replace(
+            case,
+            id=ids[case.id],
+            subject=subjects[case.subject],
+            original={"original_id": case.id, "original_subject": case.subject},
+        )
+        for case in cases
+    ]
 
 
 def part_of(cases: Sequence[Case], split: str) -> list[Case]:
@@ -217,19 +256,21 @@ def count_classes(recipe: Recipe, jobs: Sequence[Job], entries: Sequence[dict]) 
     """Number of classes with the background, or None without masks. InputError where the numbering has wide
     gaps.
     """
-    if recipe.labels.names is not None and entries[0]["max_class"] is not None:
-        return len(recipe.labels.names)
-    largest = [entry["max_class"] for entry in entries if entry["max_class"] is not None]
-    if not largest:
+    mapped = [
+        (job, entry) for job, entry in zip(jobs, entries, strict=True) if entry["max_class"] is not None
+    ]
+    if not mapped:
         return None
+    if recipe.labels.names is not None:
+        return len(recipe.labels.names)
+    largest = [entry["max_class"] for _, entry in mapped]
     present = sorted({value for entry in entries for value in entry["classes"]})
     if max(largest) >= 16 and 4 * len(present) < max(largest):
-        job = jobs[int(np.argmax(largest))]
-        mapping = ", ".join(f"{value}: {i}" for i, value in enumerate(present[:4]))
+        case = mapped[int(np.argmax(largest))][0].cases[0]
+        mapping = {value: i for i, value in enumerate(present)}
         raise InputError(
-            f"{job.cases[0].paths['mask']}: class numbers go up to {max(largest)} but only {len(present)} "
-            "occur; "
-            f"number them anew with data.preprocess.labels.mapping='{{{mapping}}}'"
+            f"{case.paths.get('mask', case.main_path)}: class numbers go up to {max(largest)} but only "
+            f"{len(present)} occur; number them anew with {mapping_override(mapping)}"
         )
     return max(max(largest) + 1, 2)
 

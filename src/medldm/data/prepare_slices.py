@@ -22,7 +22,7 @@ from medldm.data.jobs import (
 )
 from medldm.data.readers import Image, read_image, read_mask
 from medldm.data.recipe import COMPRESSION, Recipe
-from medldm.data.transforms import finite, looks_inverted, to_unit
+from medldm.data.transforms import finite, looks_inverted, renumber, to_unit
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.n
     classes = None
     if raw_mask is not None:
         planes, _ = as_slices(raw_mask, recipe.slice_axis, case.paths["mask"])
-        classes = recipe.labels(planes, case.paths["mask"]).astype(np.uint8)
+        classes = recipe.labels(renumber(planes, case.relabel), case.paths["mask"]).astype(np.uint8)
     if recipe.crop_label_margin is not None:
         box = label_box(classes, spacing, recipe.crop_label_margin, case)
         volume, classes = cut(volume, box, low), cut(classes, box, 0)

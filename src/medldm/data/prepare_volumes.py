@@ -10,7 +10,7 @@ from medldm.data.case import Case
 from medldm.data.jobs import Job, check_classes, check_numbers, check_range, entry_of, numbers_of
 from medldm.data.readers import Image, read_image, read_mask
 from medldm.data.recipe import COMPRESSION, Recipe
-from medldm.data.transforms import finite
+from medldm.data.transforms import finite, renumber
 from medldm.errors import InputError
 
 RECORD = (
@@ -69,7 +69,7 @@ def read_classes(case: Case, image: Image, recipe: Recipe) -> np.ndarray:
     if "mask" in case.paths:
         path = case.paths["mask"]
         on_grid = on_grid_of(image, read_volume(path, is_mask=True), path, recipe.mask_grid)
-        return recipe.labels(on_grid, path)
+        return recipe.labels(renumber(on_grid, case.relabel), path)
     merged = np.zeros(image.array.shape, np.uint8)
     parts = [(int(key.split(":")[1]), path) for key, path in case.paths.items() if key.startswith("mask:")]
     for class_number, path in sorted(parts):

@@ -26,6 +26,7 @@ from medldm.data.formats import (
     read_numpy,
 )
 from medldm.errors import InputError
+from medldm.files import walk
 
 log = logging.getLogger(__name__)
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -108,7 +109,7 @@ def read_any(file: Path, key: str | None) -> Image:
         return with_spacing(*read_dicom_series(file))
     require_file(file)
     if has_suffix(file, NIFTI_SUFFIXES):
-        return read_nifti(file)
+        return read_nifti(file) if key is None else nifti_volume(read_nifti(file), key, file)
     if has_suffix(file, NRRD_SUFFIXES):
         return with_spacing(*read_nrrd(file, key))
     if has_suffix(file, META_SUFFIXES):
@@ -125,6 +126,14 @@ def read_any(file: Path, key: str | None) -> Image:
     raise InputError(
         f"{file}: unknown file type; use NIfTI, NRRD, MetaImage, a folder of DICOM, PNG, JPEG, NumPy or HDF5"
     )
+
+
+def nifti_volume(image: Image, key: str, file: Path) -> Image:
+    """Volume number `key` of a 4D file."""
+    array = image.array
+    if array.ndim != 4 or not key.isdigit() or int(key) >= array.shape[3]:
+        raise InputError(f"{file}: has no volume {key} (shape {array.shape}); restore it, or remove its case")
+    return Image(array[..., int(key)], image.affine, image.spacing[:3])
 
 
 def with_spacing(array: np.ndarray, affine: np.ndarray) -> Image:
@@ -525,7 +534,7 @@ def list_image_files(path: Path) -> list[tuple[Path, dict]]:
         return [(path, {"id": stem_of(path)})]
     if (path / "index.json").is_file() or (path / AUTHOR_INDEX).is_file():
         return [(path / case["file"], case) for case in load_index(path)["cases"]]
-    top = sorted(p for p in path.iterdir() if p.is_file())
+    top = [path / name for name in next(walk(path))[1] if (path / name).is_file()]
     known = {stem_of(p) for p in top if has_suffix(p, HDF5_SUFFIXES)}
     files = [
         p
@@ -533,7 +542,8 @@ def list_image_files(path: Path) -> list[tuple[Path, dict]]:
         if has_suffix(p, HDF5_SUFFIXES) or (has_suffix(p, NIFTI_SUFFIXES) and stem_of(p) not in known)
     ]
     if not files:
-        files = sorted(p for p in path.rglob("*") if has_suffix(p, RASTER_SUFFIXES + NIFTI_SUFFIXES))
+        below = (folder / name for folder, names in walk(path) for name in names)
+        files = sorted(p for p in below if has_suffix(p, RASTER_SUFFIXES + NIFTI_SUFFIXES))
     return [(file, {"id": stem_of(file)}) for file in files]
 
 

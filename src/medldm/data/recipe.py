@@ -12,6 +12,7 @@ from medldm.data.transforms import INVERSIONS, Intensity, Labels, Resize
 from medldm.errors import InputError
 
 SCHEMA_VERSION = 1
+BACKGROUND = "background"  # of `foreground_above`: whatever differs from the value that all corners share
 DTYPES = ("float16", "float32")
 COMPRESSION: dict[str, dict] = {
     "none": {},
@@ -50,7 +51,7 @@ class Recipe:
     in_plane_size: int | None
     min_size: tuple[int, ...] | None
     interpolation: str
-    foreground_above: float | None
+    foreground_above: float | str | None
     remove_artifacts: bool
     mask_out: bool
     mask_grid: str
@@ -92,6 +93,9 @@ def make_recipe(
                 f"data.preprocess.{key}={options[key]}: choose from {', '.join(map(str, choices))}"
             )
     check_orientation(options["orientation"])
+    above = options["foreground_above"]
+    if isinstance(above, str) and above != BACKGROUND:
+        raise InputError(f"data.preprocess.foreground_above={above}: give a number, null or {BACKGROUND}")
     margin = options["crop_label_margin"]
     if margin is not None and (margin < 0 or spatial_dims != 2):
         raise InputError(f"data.preprocess.crop_label_margin={margin}: give a share of at least 0, in 2D")

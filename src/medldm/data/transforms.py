@@ -5,7 +5,7 @@ volumes.py.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,23 +240,44 @@ class Labels:
         if self.mapping is not None:
             return self.remap(rounded, values, path)
         known = range(len(self.names)) if self.names is not None else range(2**16)
-        self.reject([v for v in values.tolist() if v not in known], path, f"0..{len(known) - 1}")
+        self.reject(values, known, path, f"0..{len(known) - 1}")
         return rounded.astype(np.uint8 if values.max() < 256 else np.uint16)
 
     def remap(self, mask: np.ndarray, values: np.ndarray, path: str | Path) -> np.ndarray:
-        self.reject([v for v in values.tolist() if v not in self.mapping], path, str(sorted(self.mapping)))
+        self.reject(values, self.mapping, path, str(sorted(self.mapping)))
         out = np.zeros(mask.shape, np.uint8 if max(self.mapping.values()) < 256 else np.uint16)
         for value in values.tolist():
             out[mask == value] = self.mapping[value]
         return out
 
-    def reject(self, unknown: list[int], path: str | Path, known: str) -> None:
+    def reject(self, values: np.ndarray, known: Container[int], path: str | Path, which: str) -> None:
+        """InputError where a mask holds values beyond the known, with an override that takes it: what is
+        unknown becomes the class of its number, where there is one, else background.
+        """
+        unknown = [value for value in values.tolist() if value not in known]
         if unknown:
+            names = self.names or ("background",)
+            new = {value: value if 0 <= value < len(names) else 0 for value in unknown}
+            kept = {} if self.mapping is not None else {v: v for v in values.tolist() if v in known}
+            meaning = ", ".join(f"{value} is {names[number]}" for value, number in list(new.items())[:3])
             raise InputError(
-                f"{path}: the mask holds label {', '.join(map(str, unknown[:5]))}, known are {known}; "
-                "correct the mask, "
-                f"or map it with data.preprocess.labels.mapping='{{{unknown[0]}: 0, ...}}'"
+                f"{path}: the mask holds label {', '.join(map(str, unknown[:5]))}, known are {which}; "
+                f"correct the mask, or map it: {mapping_override(kept | new)} (so {meaning})"
             )
+
+
+def mapping_override(mapping: Mapping[int, int]) -> str:
+    """The override that adds to `data.preprocess.labels.mapping`, as a shell takes it."""
+    pairs = ", ".join(f"{value}: {number}" for value, number in sorted(mapping.items()))
+    return f"+data.preprocess.labels.mapping='{{{pairs}}}'"
+
+
+def renumber(mask: np.ndarray, relabel: Mapping[int, int]) -> np.ndarray:
+    """A mask in another release's numbers; values that `relabel` does not name stay."""
+    out = mask.copy()
+    for value, number in relabel.items():
+        out[mask == value] = number
+    return out
 
 
 LATENTS = ("latent", "source_latent")

@@ -1,5 +1,6 @@
 """The deterministic part of 3D preparation, MONAI's dictionary transforms, and its inverse."""
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from medldm.data.recipe import Recipe
+from medldm.data.recipe import BACKGROUND, Recipe
 from medldm.data.transforms import axial_axis, remove_artifacts, to_unit
 from medldm.errors import InputError
 
+log = logging.getLogger(__name__)
 FOREGROUND = 0.005  # of the intensity range: a voxel above it is no background
 SPLINE = {"linear": "bilinear", "bspline": 3}  # MONAI's name, or SciPy's order
 
@@ -105,20 +107,55 @@ def prepare_volume(
 
 
 def clean(image: np.ndarray, body: np.ndarray | None, affine: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """The image with its least value outside the body, where the recipe asks for it."""
+    """The image with its least value outside the body, where the recipe asks for it, and in a constant
+    background that is to be cropped away.
+    """
     if recipe.mask_out and body is not None:
         image = np.where(body != 0, image, image.min())
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    return remove_artifacts(image, spacing) if recipe.remove_artifacts else image
+    image = remove_artifacts(image, spacing) if recipe.remove_artifacts else image
+    return lower_background(image, recipe) if recipe.crop_foreground else image
+
+
+def background_of(image: np.ndarray) -> float | None:
+    """The value that the eight corners share, as those of skull-stripped or padded volumes do, else None."""
+    corners = image[np.ix_(*[(0, -1)] * 3)]
+    return float(corners[0, 0, 0]) if (corners == corners[0, 0, 0]).all() else None
+
+
+def lower_background(image: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Z-scored images have their background, 0, in the middle of their values: it becomes the least of them,
+    and so -1, with a warning.
+    """
+    background = background_of(image)
+    low, high = recipe.intensity.volume_range(image)
+    if background is None or background <= low + FOREGROUND * (high - low):
+        return image
+    inside = image != background
+    log.warning(
+        "the background %g lies within the values %g to %g, as in z-scored images; it becomes the least",
+        background,
+        image.min(),
+        image.max(),
+    )
+    return np.where(inside, image, image.min())
 
 
 def find_foreground(image: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Where there is something: what is so already (bool), or values above the background."""
+    """Where there is something: what is so already (bool), values above `foreground_above`, or what differs
+    from a constant background.
+    """
     inside = image
     if image.dtype != bool:
         low, high = recipe.intensity.volume_range(image)
+        least, background = FOREGROUND * (high - low), background_of(image)
         threshold = recipe.foreground_above
-        inside = image > (low + FOREGROUND * (high - low) if threshold is None else threshold)
+        if threshold == BACKGROUND:
+            inside = image > 0 if background is None else image != background
+        elif threshold is None and background is not None and background > low + least:
+            inside = np.abs(image - background) > least
+        else:
+            inside = image > (low + least if threshold is None else threshold)
     if not inside.any():
         raise InputError("data.preprocess.crop_foreground: a volume is empty; set it to false, or remove it")
     return inside

@@ -17,7 +17,12 @@ def split_name(name: str, reference: Path, cases: dict[str, dict]) -> tuple[str,
             f"{name}: not named <subject>_<source>_to_<target> of a case of {reference}; "
             "metrics=translation takes what `medldm translate` or a translating `medldm sample` wrote"
         )
-    subject = cases[source_id]["subject"]
+    subject, stated = cases[source_id]["subject"], cases[source_id].get("attributes", {})
+    if "visit" in stated and source_id.endswith(f"_{stated['label']}"):
+        scan = source_id.removesuffix(
+            f"_{stated['label']}"
+        )  # a subject's name would not tell its visits apart
+        return subject, stated["label"], target, f"{scan}_{target}"
     return subject, source_id.removeprefix(f"{subject}_"), target, f"{subject}_{target}"
 
 

@@ -3,26 +3,27 @@
 import re
 from pathlib import Path
 
-from medldm.data.case import Case, stem_of
-from medldm.data.layouts import nifti_below, require_cases, require_root
+from medldm.data.case import Case
+from medldm.data.layouts import VOLUME_SUFFIXES, images_below, name_of, require_cases, require_root
 from medldm.errors import InputError
 
 SUBJECT = re.compile(r"\d{3}_S_\d{4,5}")  # site, S, roster number
 
 
 def index(root: str | Path) -> list[Case]:
-    """Cases of every NIfTI file below the root. The subject is that of the file's or folder's name, such as
-    002_S_0295, so that all visits of a person stay on one side of a split.
+    """Cases of every volume or DICOM folder below the root, but maps beside their image (`_mask`). The
+    subject is that of the file's or folder's name, such as 002_S_0295, so that all visits of a person stay on
+    one side of a split.
     """
     root = require_root(root, "NIfTI files whose names or folders hold the subject, such as 002_S_0295")
     cases = []
-    for path in nifti_below(root):
+    for path in images_below(root, VOLUME_SUFFIXES):
         subject = SUBJECT.search(str(path.relative_to(root)))
         if subject is None:
             raise InputError(
                 f"{path}: neither name nor folder holds a subject such as 002_S_0295; rename it, or use "
                 "data=folder"
             )
-        name = "_".join((*path.relative_to(root).parts[:-1], stem_of(path)))
+        name = "_".join((*path.relative_to(root).parts[:-1], name_of(path)))
         cases.append(Case(name, subject[0], {"image": str(path)}))
     return require_cases(cases, root, "NIfTI files at any depth")

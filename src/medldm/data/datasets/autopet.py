@@ -1,29 +1,41 @@
 """AutoPET (FDG-PET-CT-Lesions, TCIA): whole-body CT with an anatomical label map of 37 classes.
 
 The anatomical map is not part of the publication; `label_dir` names a folder of `<case>.nii.gz` made with a
-segmentation tool (default: `labels/` below the root). Without it the lesion map of the data (SEG) is taken.
+segmentation tool (default: `labels/` below the root). Without it the data's lesion map (SEG,
+labelsTr) is taken.
 """
 
+import logging
 from pathlib import Path
 
-from medldm.data.case import Case
-from medldm.data.layouts import existing, folder_pairs, map_folder, nifti_files, require_cases, require_root
+from medldm.data.case import Case, stem_of
+from medldm.data.layouts import (
+    NIFTI_SUFFIXES,
+    existing,
+    files_below,
+    folder_pairs,
+    map_folder,
+    require_cases,
+    require_root,
+    volume_files,
+)
+from medldm.data.tables import Note
 from medldm.errors import InputError
 
+log = logging.getLogger(__name__)
 
-def index(root: str | Path, label_dir: str | None = None) -> list[Case]:
+
+def index(root: str | Path, label_dir: str | None = None, *, note: Note = log.info) -> list[Case]:
     """Cases of the published `PETCT_<patient>/<study>/{CTres,SEG}.nii.gz` (below `FDG-PET-CT-Lesions/` or
-    not), of nnU-Net's `imagesTr/<case>_0001.nii.gz` (CT) with `_0002` (map), or of Med-LSDM's
+    not), of the challenge's nnU-Net release `imagesTr/<case>_0000.nii.gz` (CT; `_0001` is PET) with
+    `labelsTr/<case>.nii.gz`, of Med-LSDM's `imagesTr/<case>_0001.nii.gz` (CT) with `_0002` (map), or of its
     `{train,test}/ct/` with `label/`.
 
     Subjects are patients: several studies of one, and windows `<patient>_..._<n>`, stay on one side.
     """
     root = require_root(root, "PETCT_<patient>/<study>/CTres.nii.gz, or train/ct/ and test/ct/")
-    cases = (
-        folder_pairs(root, "ct", "label", patient_of)
-        or nnunet(root)
-        or published(root, map_folder(root, label_dir))
-    )
+    maps = map_folder(root, label_dir)
+    cases = folder_pairs(root, "ct", "label", patient_of) or nnunet(root, maps, note) or published(root, maps)
     return require_cases(cases, root, "PETCT_*/*/CTres.nii.gz, or {train,test}/{ct,label}/*.nii.gz")
 
 
@@ -35,21 +47,38 @@ def patient_of(stem: str) -> str:
     return "_".join(parts[:-1]) if len(parts) > 1 and parts[-1].isdigit() else stem
 
 
-def nnunet(root: Path) -> list[Case]:
+def nnunet(root: Path, maps: Path | None, note: Note) -> list[Case]:
+    """Both layouts of `imagesTr/`: with maps `_0002` among the images it is Med-LSDM's, its CT `_0001`."""
+    images = {stem_of(path): path for path in volume_files(root / "imagesTr")}
+    is_medlsdm = any(stem.endswith("_0002") for stem in images)
+    if images and is_medlsdm and (root / "labelsTr").is_dir():
+        raise InputError(
+            f"{root}: has labelsTr/ and maps *_0002 in imagesTr/, so it is open whether _0000 or _0001 is "
+            "the CT; take one of them away"
+        )
+    channel = "_0001" if is_medlsdm else "_0000"
+    if images:
+        note(f"imagesTr/*{channel} is taken for the CT ({'Med-LSDM' if is_medlsdm else 'nnU-Net'}'s naming)")
     cases = []
-    for image in nifti_files(root / "imagesTr"):
-        if image.name.endswith("_0001.nii.gz"):
-            stem = image.name.removesuffix("_0001.nii.gz")
-            label = existing(image.with_name(f"{stem}_0002.nii.gz"))
-            if label is None:
-                raise InputError(f"{image}: has no map {stem}_0002.nii.gz beside it; add it")
-            cases.append(Case(stem, patient_of(stem), {"image": str(image), "mask": str(label)}))
+    for stem, image in images.items():
+        if not stem.endswith(channel):
+            continue
+        name = stem.removesuffix(channel)
+        wanted = image.with_name(f"{name}_0002.nii.gz")
+        if not is_medlsdm:
+            wanted = (maps or root / "labelsTr") / f"{name}.nii.gz"
+        label = existing(wanted)
+        if label is None:
+            raise InputError(f"{wanted}: missing, though {image} is there; add it, or remove the image")
+        cases.append(Case(name, patient_of(name), {"image": str(image), "mask": str(label)}))
     return cases
 
 
 def published(root: Path, maps: Path | None) -> list[Case]:
     cases = []
-    for image in sorted(root.rglob("CTres.nii*")):
+    for image in files_below(root, NIFTI_SUFFIXES):
+        if stem_of(image) != "CTres":
+            continue
         study, patient = image.parent, image.parent.parent
         name = f"{patient.name}_{study.name}"
         wanted = maps / f"{name}.nii.gz" if maps else study / "SEG.nii.gz"

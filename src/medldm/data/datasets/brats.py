@@ -1,38 +1,117 @@
-"""BraTS 2020 and 2021: co-registered, skull-stripped T1, T1ce, T2, FLAIR; tumour map 0, 1, 2, 4."""
+"""BraTS 2018 to 2025 and the Medical Segmentation Decathlon's Task01: co-registered, skull-stripped T1, T1ce,
+T2, FLAIR and a tumour map, numbered as the releases until 2021 number it (1 necrosis, 2 oedema, 4 enhancing).
+"""
 
-from collections.abc import Sequence
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from medldm.data.case import Case
+from medldm.data.case import Case, stem_of
 from medldm.data.layouts import (
+    NIFTI_SUFFIXES,
     check_modalities,
     existing,
+    files_below,
+    files_in,
     modality_cases,
     require_cases,
     require_root,
     split_of,
     stated_split,
 )
+from medldm.data.tables import Note
 
+log = logging.getLogger(__name__)
 MODALITIES = ("t1", "t1ce", "t2", "flair")
+# What releases call them: until 2021, and since 2023.
+NAMES = {
+    "t1": "t1", "t1ce": "t1ce", "t2": "t2", "flair": "flair", "seg": "seg",
+    "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair",
+}  # fmt: skip
+FILE = re.compile(
+    rf"(?P<name>.+)[-_](?P<key>{'|'.join(sorted(NAMES, key=len, reverse=True))})", re.IGNORECASE
+)
+VISIT = re.compile(r"(?P<patient>BraTS-[A-Za-z]+-\d+)-(?P<visit>\d+)")  # BraTS-GLI-00000-001, since 2023
+SINCE_2023 = {0: 0, 1: 1, 2: 2, 3: 4, 4: 5}  # 3 is enhancing tumour there; 4, of 2024, a resection cavity
+TASK01 = {0: 0, 1: 2, 2: 1, 3: 4}  # oedema, not enhancing, enhancing
+TASK01_CHANNELS = {"flair": 0, "t1": 1, "t1ce": 2, "t2": 3}
 
 
-def index(root: str | Path, modalities: Sequence[str] = MODALITIES) -> list[Case]:
-    """Cases of `<subject>/<subject>_{t1,t1ce,t2,flair,seg}.nii[.gz]`, at any depth below the root (the 2020
-    release nests twice, 2018 has HGG/ and LGG/).
+def index(root: str | Path, modalities: Sequence[str] = MODALITIES, *, note: Note = log.info) -> list[Case]:
+    """Cases of `<subject>_{t1,t1ce,t2,flair,seg}.nii[.gz]`, of `BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}`,
+    at any depth below the root, or of the 4D `imagesTr/BRATS_001.nii.gz` with `labelsTr/`.
 
     One case a modality; one that is missing is left out, a subject without any is no subject. The crop of
-    all modalities is that of the first of `modalities` that is there. `splits.csv` (id, split) is kept.
+    all modalities is that of the first of `modalities` that is there. Visits of a patient (the last number
+    since 2023) are one subject. `splits.csv` (id, split) is kept.
     """
     root = require_root(root, "BraTS2021_00000/BraTS2021_00000_t1.nii.gz and so on")
     check_modalities(modalities, MODALITIES)
-    stated, cases = stated_split(root), []
-    for folder in sorted({path.parent for path in root.rglob("*_*.nii*")}):
-        name = folder.name
-        images = {key: existing(folder / f"{name}_{key}.nii.gz") for key in modalities}
-        images = {key: path for key, path in images.items() if path is not None}
-        if images:
-            split = split_of(name, stated, root / "splits.csv")
-            seg = existing(folder / f"{name}_seg.nii.gz")
-            cases += modality_cases(name, images, {"mask": seg}, **split)
+    cases = task01(root, modalities, note) or published(root, modalities, note)
     return require_cases(cases, root, "<subject>/<subject>_{t1,t1ce,t2,flair}.nii.gz")
+
+
+def published(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
+    stated, cases, files = stated_split(root), [], files_below(root, NIFTI_SUFFIXES)
+    scans = scans_of(files)
+    for (folder, name), found in sorted(scans.items()):
+        images = {key: found[key] for key in modalities if key in found}
+        if not images:
+            continue
+        visit = VISIT.fullmatch(name)
+        seg = found.get("seg") or misnamed_map(folder, files, scans, note)
+        subject, details = (visit["patient"], {"visit": visit["visit"]}) if visit else (name, {})
+        details |= split_of(name, stated, root / "splits.csv", subject)
+        relabel = SINCE_2023 if visit and seg else None
+        cases += modality_cases(subject, images, {"mask": seg}, name=name, relabel=relabel, **details)
+    if any(case.relabel for case in cases):
+        note(
+            "class maps named as since BraTS 2023: their label 3 (enhancing tumour) is read as 4, and 4 "
+            "(resection cavity, 2024) as 5, as the releases before number them"
+        )
+    return cases
+
+
+def scans_of(files: Sequence[Path]) -> dict[tuple[Path, str], dict[str, Path]]:
+    """{(folder, name): {modality or seg: file}}; of `.nii` and `.nii.gz` of one name the latter."""
+    scans: dict[tuple[Path, str], dict[str, Path]] = defaultdict(dict)
+    for path in files:
+        match = FILE.fullmatch(stem_of(path))
+        if match:
+            own = scans[path.parent, match["name"]]
+            key = NAMES[match["key"].lower()]
+            own[key] = existing(path.with_name(f"{stem_of(own.get(key, path))}.nii.gz")) or path
+    return scans
+
+
+def misnamed_map(folder: Path, files: Sequence[Path], scans: Mapping, note: Note) -> Path | None:
+    """The one file of a subject's folder that is named like a map and belongs to no scan, such as
+    W39_1998.09.19_Segm.nii of BraTS20_Training_355.
+    """
+    used = {path for found in scans.values() for path in found.values()}
+    odd = [p for p in files if p.parent == folder and p not in used and "seg" in p.name.lower()]
+    is_alone = sum(parent == folder for parent, _ in scans) == 1
+    if len(odd) != 1 or not is_alone:
+        return None
+    note(f"{odd[0].name} is taken for the map of {folder.name}, which has none of the usual name")
+    return odd[0]
+
+
+def task01(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
+    """The Decathlon's volumes of four channels."""
+    cases, stated = [], stated_split(root)
+    for path in files_in(root / "imagesTr", NIFTI_SUFFIXES):
+        name = stem_of(path)
+        if not name.startswith("BRATS_"):
+            continue
+        images = {key: f"{path}::{TASK01_CHANNELS[key]}" for key in modalities}
+        label = existing(root / "labelsTr" / f"{name}.nii.gz")
+        split = split_of(name, stated, root / "splits.csv")
+        cases += modality_cases(name, images, {"mask": label}, relabel=TASK01 if label else None, **split)
+    if cases:
+        note(
+            "Decathlon Task01: its labels 1, 2, 3 are read as 2 (oedema), 1 (necrosis), 4 (enhancing tumour)"
+        )
+    return cases

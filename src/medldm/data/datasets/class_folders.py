@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.readers import RASTER_SUFFIXES, has_suffix
+from medldm.data.layouts import files_below, split_folders
+from medldm.data.readers import RASTER_SUFFIXES
 from medldm.errors import InputError
+from medldm.files import is_hidden
 
-SPLIT_FOLDERS = ("train", "val", "test")
 # How published chest X-rays name their patients: Kermany's NORMAL and PNEUMONIA, NIH.
 PATIENTS = (
     re.compile(r"^((?:NORMAL2-)?IM-\d+)-\d+"),
@@ -28,14 +29,14 @@ def index(root: str | Path) -> list[Case]:
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"data.raw={root}: no such folder; give the folder that holds one folder a class")
-    splits = [name for name in SPLIT_FOLDERS if (root / name).is_dir()]
+    splits = split_folders(root)
     if not splits:
         return folder_cases(root, None)
-    return [case for name in splits for case in folder_cases(root / name, name)]
+    return [case for name, split in splits.items() for case in folder_cases(root / name, split)]
 
 
 def folder_cases(root: Path, split: str | None) -> list[Case]:
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:
         raise InputError(
             f"{root}: holds no class folders; put the pictures into folders named by their class"
@@ -44,7 +45,7 @@ def folder_cases(root: Path, split: str | None) -> list[Case]:
 
 
 def class_cases(folder: Path, split: str | None) -> list[Case]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and has_suffix(p, RASTER_SUFFIXES))
+    files = files_below(folder, RASTER_SUFFIXES)
     if not files:
         raise InputError(f"{folder}: holds no PNG or JPEG pictures; fill the class folder, or remove it")
     prefix = f"{split}-" if split else ""

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.formats import nrrd_sizes
-from medldm.data.layouts import SPLITS, folder_pairs, require_cases, require_root
+from medldm.data.formats import DICOM_SUFFIXES, dicom_files, nrrd_sizes
+from medldm.data.layouts import SPLITS, files_below, folder_pairs, require_cases, require_root
 from medldm.errors import InputError
+from medldm.files import walk
 
 
 def index(root: str | Path) -> list[Case]:
@@ -40,7 +41,9 @@ def converted(root: Path) -> list[Case]:
 
 def published(root: Path) -> list[Case]:
     cases = []
-    for breast in sorted(root.rglob("Segmentation_*_Breast.seg.nrrd")):
+    for breast in files_below(root, ("_Breast.seg.nrrd".lower(),)):
+        if not breast.name.startswith("Segmentation_"):
+            continue
         patient = breast.name.removeprefix("Segmentation_").removesuffix("_Breast.seg.nrrd")
         vessels = breast.with_name(f"Segmentation_{patient}_Dense_and_Vessels.seg.nrrd")
         if not vessels.is_file():
@@ -58,12 +61,12 @@ def pick_series(root: Path, patient: str, depth: int) -> Path:
     """The folder of the first series with as many slices as the map that is neither post-contrast
     (Ph1..4ax, 1st pass...), nor plain T1, nor a segmentation.
     """
-    folder = next((p for p in sorted(root.rglob(patient)) if p.is_dir()), None)
+    folder = next((folder for folder, _ in walk(root) if folder.name == patient), None)
     if folder is None:
         raise InputError(f"{root}: has no folder {patient} with the DICOM series of its map; add it")
-    series = sorted({p.parent for p in folder.rglob("*.dcm")})
+    series = sorted({p.parent for p in files_below(folder, DICOM_SUFFIXES)})
     unwanted = re.compile(r"ph[1-4]ax|t1|segmentation|pass|ph[1-4]/", re.IGNORECASE)
-    fitting = [p for p in series if not unwanted.search(p.name) and len(list(p.glob("*.dcm"))) == depth]
+    fitting = [p for p in series if not unwanted.search(p.name) and len(dicom_files(p)) == depth]
     if not fitting:
         raise InputError(
             f"{folder}: no pre-contrast series of {depth} slices, as its map has; add the series"

@@ -4,6 +4,7 @@ The published contrasts are not registered to each other: as published they serv
 needs the co-registered folder `output/<subject>/{T1w,T2,PD}.nii.gz` that ALDM reads.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,24 @@ from medldm.data.layouts import (
     check_modalities,
     existing,
     modality_cases,
-    nifti_files,
     read_table,
     require_cases,
     require_root,
     split_of,
     stated_split,
+    volume_files,
 )
+from medldm.data.tables import Note
+from medldm.files import is_hidden
 
+log = logging.getLogger(__name__)
 MODALITIES = {"t1": "T1w", "t2": "T2", "pd": "PD"}  # name in `output/`
 NAME = re.compile(r"(IXI\d{3}-[^-]+-\d+)-(T1|T2|PD)\.nii(\.gz)?$")  # IXI002-Guys-0828-T1.nii.gz
 
 
-def index(root: str | Path, modalities: Sequence[str] = tuple(MODALITIES)) -> list[Case]:
+def index(
+    root: str | Path, modalities: Sequence[str] = tuple(MODALITIES), *, note: Note = log.info
+) -> list[Case]:
     """Cases of `output/<subject>/{T1w,T2,PD}.nii.gz` with `train_subs.csv` and `test_subs.csv` (subject_id),
     or of the published `IXI-T1/IXI002-Guys-0828-T1.nii.gz`, `IXI-T2/`, `IXI-PD/`.
 
@@ -34,21 +40,30 @@ def index(root: str | Path, modalities: Sequence[str] = tuple(MODALITIES)) -> li
     """
     root = require_root(root, "output/ (co-registered), or IXI-T1/, IXI-T2/ and IXI-PD/")
     check_modalities(modalities, MODALITIES)
-    cases = registered(root, modalities) if (root / "output").is_dir() else published(root, modalities)
+    is_registered = (root / "output").is_dir()
+    cases = registered(root, modalities, note) if is_registered else published(root, modalities)
     return require_cases(cases, root, "output/<subject>/{T1w,T2,PD}.nii.gz, or IXI-T1/IXI*-T1.nii.gz")
 
 
-def registered(root: Path, modalities: Sequence[str]) -> list[Case]:
-    stated, cases = table_split(root), []
-    for folder in sorted(p for p in (root / "output").iterdir() if p.is_dir()):
-        if stated and folder.name not in stated:
-            continue  # the tables name the complete subjects
+def registered(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
+    stated, cases, unlisted = table_split(root), [], []
+    for folder in sorted(p for p in (root / "output").iterdir() if p.is_dir() and not is_hidden(p.name)):
+        if stated and folder.name not in stated:  # the tables name the complete subjects
+            unlisted.append(folder.name)
+            continue
         images = {key: existing(folder / f"{MODALITIES[key]}.nii.gz") for key in modalities}
         images = {key: path for key, path in images.items() if path is not None}
         split = split_of(folder.name, stated, root)
         found = modality_cases(folder.name, images, {}, **split)
         box = images.get("pd") or next(iter(images.values()), None)
         cases += [Case(c.id, c.subject, {**c.paths, "foreground": str(box)}, c.attributes) for c in found]
+    absent = sorted(stated.keys() - {case.subject for case in cases})
+    for names, what in (
+        (unlisted, "folders are in no table"),
+        (absent, "listed subjects have no images here"),
+    ):
+        if names:
+            note(f"{len(names)} {what} and are left out ({', '.join(names[:3])}...)")
     return cases
 
 
@@ -66,7 +81,7 @@ def table_split(root: Path) -> dict[str, str]:
 def published(root: Path, modalities: Sequence[str]) -> list[Case]:
     stated, cases = stated_split(root), []
     for key in modalities:
-        for path in nifti_files(root / f"IXI-{key.upper()}"):
+        for path in volume_files(root / f"IXI-{key.upper()}"):
             match = NAME.match(path.name)
             if match:
                 subject = match.group(1)

@@ -6,22 +6,22 @@ How the arrays were made is not published; each is scaled by its own least and l
 import re
 from pathlib import Path
 
-from medldm.data.case import Case, stem_of
-from medldm.data.layouts import require_cases, require_root
-from medldm.data.readers import NIFTI_SUFFIXES, NUMPY_SUFFIXES, has_suffix
+from medldm.data.case import Case
+from medldm.data.layouts import VOLUME_SUFFIXES, images_below, name_of, require_cases, require_root
+from medldm.data.readers import NUMPY_SUFFIXES
 
 PATIENT = re.compile(r"LIDC-IDRI-\d{4}")
 
 
 def index(root: str | Path) -> list[Case]:
-    """Cases of every `.npy` (slices first) or NIfTI file below the root. The patient is LIDC-IDRI-0001 and so
-    on where file or folder says so, else each file is one of its own.
+    """Cases of every `.npy` (slices first), volume or DICOM folder below the root. The patient is
+    LIDC-IDRI-0001 and so on where file or folder says so, else each file is one of its own.
     """
     root = require_root(root, "arrays as .npy, at any depth")
     cases = []
-    for path in sorted(p for p in root.rglob("*") if has_suffix(p, NUMPY_SUFFIXES + NIFTI_SUFFIXES)):
+    for path in images_below(root, NUMPY_SUFFIXES + VOLUME_SUFFIXES):
         parts = path.relative_to(root).parts
-        name = "_".join((*parts[:-1], stem_of(path)))
+        name = "_".join((*parts[:-1], name_of(path)))
         patient = PATIENT.search(name)
         cases.append(Case(name, patient[0] if patient else name, {"image": str(path)}))
     return require_cases(cases, root, "*.npy or NIfTI, at any depth")

@@ -2,11 +2,11 @@
 end-systole.
 """
 
-import csv
 import logging
 from pathlib import Path
 
 from medldm.data.case import Case
+from medldm.data.tables import read_rows
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -63,15 +63,7 @@ def read_information(root: Path) -> dict[int, dict]:
     if path is None:
         log.warning("%s: no dataset_information.csv; going on without disease, vendor and scanner", root)
         return {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        dialect = csv.Sniffer().sniff(file.readline(), ",;\t")
-        file.seek(0)
-        rows = [
-            {(k or "").strip().upper(): (v or "").strip() for k, v in row.items() if isinstance(k, str)}
-            for row in csv.DictReader(file, dialect=dialect)
-        ]
-    if rows and "SUBJECT_CODE" not in rows[0]:
-        raise InputError(f"{path}: no column SUBJECT_CODE; restore the published file, or remove it")
+    rows = [row.cells for row in read_rows(path, ["SUBJECT_CODE"], known=COLUMNS)]
     return {
         int(row["SUBJECT_CODE"]): {name: row[column] for column, name in COLUMNS.items() if row.get(column)}
         for row in rows

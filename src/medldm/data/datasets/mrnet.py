@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.layouts import require_cases, require_root
+from medldm.data.layouts import files_in, require_cases, require_root
+from medldm.data.readers import NUMPY_SUFFIXES
+from medldm.data.tables import read_text
 from medldm.errors import InputError
 
 PLANES = ("axial", "coronal", "sagittal")
@@ -25,7 +27,7 @@ def index(root: str | Path, modalities: Sequence[str] = ("sagittal",), task: str
     cases = []
     for folder, split in SPLITS.items():
         labels = read_labels(root / f"{folder}-{task}.csv")
-        for path in sorted((root / folder / modalities[0]).glob("*.npy")):
+        for path in files_in(root / folder / modalities[0], NUMPY_SUFFIXES):
             if labels and path.stem not in labels:
                 raise InputError(
                     f"{root / f'{folder}-{task}.csv'}: does not name exam {path.stem}; add a line"
@@ -40,7 +42,7 @@ def read_labels(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     labels = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split(), 1):
+    for number, line in enumerate(read_text(path).split(), 1):
         exam, _, label = line.partition(",")
         if not exam.isdigit() or label not in ("0", "1"):
             raise InputError(f"{path}: line {number} is no exam,label such as 0000,1; correct it")

@@ -2,11 +2,12 @@
 1024.
 """
 
-import csv
 import logging
 from pathlib import Path
 
 from medldm.data.case import Case
+from medldm.data.layouts import files_in
+from medldm.data.tables import read_rows
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ def index(root: str | Path) -> list[Case]:
         raise InputError(
             f"data.raw={root}: no such folder; give the folder of Data_Entry_2017.csv and images_001/"
         )
-    files = sorted(p for pattern in ("images_*/images/*.png", "images/*.png") for p in root.glob(pattern))
+    folders = [root / "images", *(root.glob("images_*/images"))]
+    files = sorted(path for folder in folders for path in files_in(folder, (".png",)))
     if not files:
         raise InputError(f"{root}: holds no images_001/images/*.png and no images/*.png; unpack an archive")
     rows = read_table(root)
@@ -62,10 +64,9 @@ def read_table(root: Path) -> dict[str, dict[str, str]] | None:
     if path is None:
         log.warning("%s: no Data_Entry_2017.csv; going on without findings and views", root)
         return None
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"Image Index", "Finding Labels", "Patient ID"} <= rows[0].keys():
+    rows = [row.cells for row in read_rows(path, ["Image Index"])]
+    if not {"Finding Labels", "Patient ID"} <= rows[0].keys():
         raise InputError(
             f"{path}: lacks the columns Image Index, Finding Labels, Patient ID; restore the published file"
         )
-    return {row["Image Index"].strip(): {k: (v or "").strip() for k, v in row.items() if k} for row in rows}
+    return {row["Image Index"]: row for row in rows}

@@ -1,13 +1,17 @@
-"""SynthRAD2023 (Thummerer et al., Med Phys 2023): registered MR and CT of one patient, with a body mask."""
+"""SynthRAD2023 and 2025 (Thummerer et al., Med Phys 2023): registered MR and CT of one patient, with a body
+mask.
+"""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from medldm.data.case import Case
+from medldm.data.case import Case, stem_of
 from medldm.data.layouts import (
+    VOLUME_SUFFIXES,
     check_modalities,
     existing,
+    files_below,
     folder_pairs,
     map_folder,
     modality_cases,
@@ -18,15 +22,16 @@ from medldm.data.layouts import (
 )
 from medldm.errors import InputError
 
-MODALITIES = ("mr", "ct")
+MODALITIES = ("mr", "ct", "cbct")
 
 
 def index(root: str | Path, modalities: Sequence[str] = ("mr",), label_dir: str | None = None) -> list[Case]:
-    """Cases of the published `[Task1/][pelvis/]<patient>/{mr,ct,mask}.nii.gz`, with class maps
+    """Cases of the published `[Task1/][pelvis/]<patient>/{mr,ct,mask}.{nii.gz,mha}`, with class maps
     `<patient>_ct_label.nii.gz` in `label_dir` (default: `labels/` below the root), or of Med-LSDM's
     `{train,test}/mr/<patient>_<n>.nii.gz` with `ct/` and `label/`.
 
-    Every one of `modalities` is a case of its own. The body mask goes along for `preprocess.mask_out`.
+    Every one of `modalities` is a case of its own; patients without any of them (the other task's) are left
+    out. The body mask goes along for `preprocess.mask_out`.
     """
     root = require_root(root, "Task1/pelvis/1PA001/mr.nii.gz and so on, or train/mr/ and test/mr/")
     check_modalities(modalities, MODALITIES)
@@ -49,7 +54,8 @@ def windows(root: Path, modalities: Sequence[str]) -> list[Case]:
 
 def published(root: Path, modalities: Sequence[str], maps: Path | None) -> list[Case]:
     stated, cases = stated_split(root), []
-    for folder in sorted({p.parent for p in root.rglob("*.nii*") if p.name.startswith(("mr.", "ct."))}):
+    volumes = files_below(root, VOLUME_SUFFIXES)
+    for folder in sorted({p.parent for p in volumes if stem_of(p) in modalities}):
         name = folder.name
         images = {key: existing(folder / f"{key}.nii.gz") for key in modalities}
         missing = [key for key, path in images.items() if path is None]

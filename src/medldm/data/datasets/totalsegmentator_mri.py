@@ -1,18 +1,18 @@
 """TotalSegmentator MRI (D'Antonoli et al., Radiology 2025): MR of all body parts with one mask an organ."""
 
-import csv
 import re
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
 from medldm.data.layouts import (
-    SPLITS,
     existing,
     folder_pairs,
-    nifti_files,
     require_cases,
     require_root,
+    volume_files,
 )
+from medldm.data.splits import subset_of
+from medldm.data.tables import read_rows
 from medldm.errors import InputError
 
 CLASSES = (
@@ -52,7 +52,7 @@ def published(root: Path) -> list[Case]:
         if not (folder / "segmentations").is_dir():
             raise InputError(f"{folder / 'segmentations'}: missing; restore it, or remove {folder}")
         paths = {"image": str(image)}
-        organs = [(class_of(stem_of(path)), path) for path in nifti_files(folder / "segmentations")]
+        organs = [(class_of(stem_of(path)), path) for path in volume_files(folder / "segmentations")]
         for number, path in organs:
             if number is not None:
                 paths[f"mask:{number}:{stem_of(path)}"] = str(path)
@@ -66,8 +66,6 @@ def meta_split(root: Path) -> dict[str, str]:
     path = root / "meta.csv"
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    rows = list(csv.DictReader(lines, delimiter=";" if ";" in lines[0] else ","))
-    if not rows or not {"image_id", "split"} <= rows[0].keys():
-        return {}
-    return {row["image_id"]: row["split"] for row in rows if row["split"] in SPLITS}
+    rows = [row.cells for row in read_rows(path, ["image_id"], known=["split"])]
+    found = {row["image_id"]: subset_of(row.get("split", "")) for row in rows}
+    return {name: split for name, split in found.items() if split is not None}

@@ -1,0 +1,130 @@
+"""What a raw folder held, what of it was prepared, and what was left out and why."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medldm.data.case import Case, split_path
+from medldm.data.formats import is_dicom_file
+from medldm.data.layouts import looks_like_map
+from medldm.data.readers import IMAGE_SUFFIXES, files_of, has_suffix
+from medldm.data.splits import describe_split
+from medldm.files import is_hidden, walk
+
+NAMED = 200  # names kept of one reason; the count is of all
+SHOWN = 3  # of which the screen shows these
+
+
+def take_inventory(root: Path, found: Sequence[Case], used: Sequence[Case], notes: Sequence[str]) -> dict:
+    """Plain facts for index.json: counts of files, cases and subjects, `left_out` (why, count, names), and
+    `notes` of the dataset. `found` are the cases of the folder, `used` those that are prepared.
+    """
+    files = list(files_below(root))
+    of_used, of_found = raw_files(used), raw_files(found)
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for path, is_hidden_file in files:
+        if os.path.abspath(path) not in of_used:
+            why = reason_of(path, is_hidden_file, of_used, of_found)
+            reasons[why].append(str(path.relative_to(root)))
+    for why, names in lacking(used).items():
+        reasons[why] = names
+    return {
+        "raw": str(root),
+        "files_found": len(files),
+        "files_used": sum(os.path.abspath(path) in of_used for path, _ in files),
+        "files_used_elsewhere": len(of_used - {os.path.abspath(path) for path, _ in files}),
+        "cases": len(used),
+        "subjects": len({case.subject for case in used}),
+        "left_out": [
+            {"why": why, "count": len(names), "names": names[:NAMED]} for why, names in reasons.items()
+        ],
+        "notes": list(notes),
+    }
+
+
+def files_below(root: Path) -> Iterable[tuple[Path, bool]]:
+    """(file, whether it or a folder above it is hidden) of everything below a folder, broken links too."""
+    for folder, names in walk(root, with_hidden=True):
+        hidden_folder = any(map(is_hidden, folder.relative_to(root).parts))
+        for name in names:
+            yield folder / name, hidden_folder or is_hidden(name)
+
+
+def raw_files(cases: Iterable[Case]) -> set[str]:
+    """Absolute paths of every file that cases read."""
+    raw = {path for case in cases for path in case.paths.values()}
+    single = {split_path(path)[0] for path in raw}
+    return {
+        os.path.abspath(file) for path in single for file in (files_of(path) if path.exists() else [path])
+    }
+
+
+def reason_of(path: Path, hidden: bool, of_used: set[str], of_found: set[str]) -> str:
+    """Why no prepared case reads a file."""
+    if hidden:
+        return "hidden files, left out"
+    if not path.exists():
+        return "links that lead nowhere, left out"
+    if os.path.abspath(path) in of_found:
+        return "images left out by data.select"
+    if not (has_suffix(path, IMAGE_SUFFIXES) or is_dicom_file(path)):
+        return "files that are no images, tables among them"
+    if os.path.realpath(path) in of_used:
+        return "links to images that are used already, left out"
+    return (
+        "maps that no image uses, left out"
+        if looks_like_map(path)
+        else "images that are none of the dataset's, left out"
+    )
+
+
+def lacking(cases: Sequence[Case]) -> dict[str, list[str]]:
+    """Subjects without a modality that others have, and those without a map where others have one."""
+    reasons = {}
+    labels: dict[str, set[str]] = defaultdict(set)
+    for case in cases:
+        labels[case.subject].add(str(case.attributes.get("label", "")))
+    if any(len(own) > 1 for own in labels.values()):
+        for label in sorted(set.union(*labels.values()) - {""}):
+            names = [subject for subject, own in labels.items() if label not in own]
+            if names:
+                reasons[f"subjects without {label}"] = names
+    bare = [case.subject for case in cases if not case.has_mask]
+    if bare and len(bare) < len(cases):
+        reasons["subjects without a class map, though others have one"] = list(dict.fromkeys(bare))
+    return reasons
+
+
+def same_images(entries: Sequence[dict]) -> list[str]:
+    """A note on cases of different subjects whose prepared images are equal: one of them is a copy."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for entry in entries:
+        content = entry.get("content") or {}
+        for key in ("image", "images"):
+            if key in content:
+                groups[content[key]].append(entry)
+    copies = [g for g in groups.values() if len({entry["subject"] for entry in g}) > 1]
+    if not copies:
+        return []
+    names = " and ".join(entry["id"] for entry in copies[0][:2])
+    return [
+        f"{sum(map(len, copies))} cases of different subjects have equal images, such as {names}: copies may "
+        "be trained and tested on"
+    ]
+
+
+def summary(inventory: dict[str, Any], splits: dict[str, Any]) -> list[str]:
+    """The lines that `medldm prepare` ends with."""
+    elsewhere = inventory["files_used_elsewhere"]
+    lines = [
+        f"Used {inventory['files_used']} of {inventory['files_found']} files below {inventory['raw']}"
+        + (f" and {elsewhere} elsewhere" if elsewhere else "")
+        + f": {inventory['cases']} cases of {inventory['subjects']} subjects."
+    ]
+    for part in inventory["left_out"]:
+        shown = ", ".join(part["names"][:SHOWN]) + (", ..." if part["count"] > SHOWN else "")
+        lines.append(f"{part['why'].capitalize()}: {part['count']} ({shown})")
+    lines += [f"Note: {note}" for note in inventory["notes"]]
+    return [*lines, describe_split(splits.get("default", {}))]

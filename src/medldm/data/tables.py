@@ -1,0 +1,102 @@
+"""Tables as people keep them: commas, semicolons or tabs; UTF-8, UTF-16 or Windows' cp1252; as pandas and
+spreadsheets write them.
+"""
+
+import codecs
+import csv
+import io
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+Note = Callable[[str], None]  # takes a line that `medldm prepare` prints and keeps in index.json
+DELIMITERS = (",", ";", "\t")
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")  # as pandas writes row numbers
+MISSING = {"", "nan", "<na>", "n/a", "#n/a", "null"}  # a cell that says nothing, in lower case
+
+
+class Row(NamedTuple):
+    line: int  # of the file, counted from 1
+    cells: dict[str, str]  # by column; "" where nothing is said
+
+
+def read_text(path: Path, note: Note = log.info) -> str:
+    """The text of a file in UTF-8, or UTF-16 with its mark, else in cp1252, which `note` is told of.
+    InputError where it is none of them.
+    """
+    data = path.read_bytes()
+    try:
+        if data.startswith(UTF16):
+            return data.decode("utf-16")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        pass  # the last encoding that is tried tells of its failure
+    try:
+        if b"\0" in data:
+            raise ValueError("holds zero bytes")
+        text = data.decode("cp1252")
+    except ValueError as error:
+        raise InputError(f"{path}: not a text in UTF-8 ({error}); save it as 'CSV UTF-8'") from error
+    note(f"{path.name}: not in UTF-8, read as Windows cp1252; save it as 'CSV UTF-8' where names look wrong")
+    return text
+
+
+def read_rows(
+    path: Path, needs: Collection[str], *, known: Collection[str] = (), note: Note = log.info
+) -> list[Row]:
+    """Rows of a table whose header has at least one column of `needs`, without those that are empty.
+
+    Column names lose the blanks around them; those of `needs` and `known` are found in any case. Columns
+    without a name are left out. InputError where the header does not fit, names a column twice, or a row has
+    more cells than it.
+    """
+    text = read_text(path, note)
+    delimiter = find_delimiter(text, {name.lower() for name in needs})
+    if delimiter is None:
+        wanted = " or ".join(f"'{name}'" for name in needs)
+        raise InputError(f"{path}: needs a header line with the column {wanted} and at least one row")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    columns = header_names(next(reader), {name.lower(): name for name in (*needs, *known)})
+    twice = next((name for name, count in Counter(filter(None, columns)).items() if count > 1), None)
+    if twice:
+        raise InputError(f"{path}: has the column '{twice}' twice; rename or remove one of them")
+    rows, has_unnamed = [], False
+    for cells in reader:
+        cells = ["" if cell.strip().lower() in MISSING else cell.strip() for cell in cells]
+        if any(cells[len(columns) :]):
+            raise InputError(
+                f"{path}: line {reader.line_num} has more cells than the header; put a value that holds a "
+                f"'{delimiter}' into double quotes"
+            )
+        named = [(name, cell) for name, cell in zip(columns, cells, strict=False) if name]
+        has_unnamed |= any(cell and not name for name, cell in zip(columns, cells, strict=False))
+        if any(cell for _, cell in named):
+            rows.append(Row(reader.line_num, dict.fromkeys(filter(None, columns), "") | dict(named)))
+    if not rows:
+        raise InputError(f"{path}: has a header line and no row below it; add the rows")
+    if has_unnamed:
+        note(f"{path.name}: a column without a name is left out")
+    return rows
+
+
+def find_delimiter(text: str, needs: Collection[str]) -> str | None:
+    """What parts the header into columns of which one is needed; None where there is no such header."""
+    first = text.lstrip("\r\n").partition("\n")[0]
+    for delimiter in DELIMITERS:
+        cells = next(csv.reader([first], delimiter=delimiter), [])
+        if {cell.strip().lower() for cell in cells} & set(needs):
+            return delimiter
+    return None
+
+
+def header_names(cells: list[str], known: dict[str, str]) -> list[str]:
+    """Column names in their known spelling; "" for one without a name."""
+    names = [cell.strip() for cell in cells]
+    return ["" if UNNAMED.fullmatch(name) else known.get(name.lower(), name) for name in names]
