@@ -285,6 +285,17 @@ def test_missing_or_shortened_case_is_found_before_training(mnms2, tmp_path):
         build(root)
 
 
+def test_a_case_without_a_map_is_found_before_training(mnms2, tmp_path):
+    index = json.loads((mnms2 / "index.json").read_text())
+    index["cases"][1]["max_class"] = None
+    (tmp_path / "cases").symlink_to(mnms2 / "cases")
+    shutil.copy(mnms2 / "splits.json", tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"1 cases were prepared without a class map \(002...\)"):
+        build_datamodule({"root": str(tmp_path), "batch_size": 2}, keys=["image", "mask"], seed=0)
+    assert build_datamodule({"root": str(tmp_path), "batch_size": 2}, keys=["image"], seed=0)
+
+
 def test_overlapping_split_stops_training(mnms2, tmp_path):
     root = Path(shutil.copytree(mnms2, tmp_path / "root"))
     (root / "splits.json").write_text(json.dumps({"default": {"train": ["001"], "val": ["001"], "test": []}}))

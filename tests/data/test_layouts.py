@@ -36,7 +36,7 @@ def inventory_of(dataset: str, raw: Path, **options) -> dict:
     """{why: count} and notes of a raw folder."""
     notes: list[str] = []
     cases = find_cases(dataset, raw, options, notes.append)
-    taken = take_inventory(raw, cases, cases, notes)
+    taken = take_inventory(raw, cases, cases, notes=notes, modalities=options.get("modalities", ()))
     assert summary(taken, {})
     return {part["why"].partition(",")[0]: part["count"] for part in taken["left_out"]} | {"notes": notes}
 
@@ -100,7 +100,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
     )
     touch(raw / "s0/s0_t1_bet.nii.gz", raw / "s9/s9_seg.nii.gz")
     (raw / "copy.nii.gz").symlink_to(raw / "s0/s0_t1.nii.gz")
-    counts = inventory_of("brats", raw)
+    counts = inventory_of("brats", raw, modalities=OLD)
     assert counts == {
         "hidden files": 3,
         "files that are no images": 1,

@@ -164,6 +164,25 @@ def test_the_foreground_file_decides_the_box_of_every_modality():
     assert common[0].image.shape == common[1].image.shape != alone.image.shape
 
 
+@pytest.mark.parametrize("background", [-1.7, 0.0])
+@pytest.mark.parametrize("above", [None, "background"])
+@pytest.mark.parametrize("region", ["volume", "box"])
+def test_z_scored_volumes_are_cropped_and_their_background_stays_background(background, above, region):
+    """Background below all values, or 0 in the midst of them, as programs write it."""
+    brain = np.zeros((40, 40, 40), bool)
+    brain[8:30, 10:34, 6:26] = True
+    values = np.random.default_rng(0).normal(size=brain.shape).clip(-1.6, 3)
+    raw = np.where(brain, values, background).astype(np.float32)
+    intensity = {"mode": "volume_percentile", "percentiles": [0.5, 99.5], "region": region}
+    rule = recipe(
+        [24] * 3, crop_foreground=True, foreground_above=above, intensity=intensity, orientation="RAS"
+    )
+    volume = prepare_volume(raw, brain.astype(np.uint8), np.eye(4), rule)
+    assert volume.mask.sum() == brain.sum() and volume.box == ([7, 10, 4], [31, 34, 28])
+    assert (volume.image[volume.mask == 0] == -1).all()
+    assert volume.image[volume.mask == 1].max() > 0.9 and np.median(volume.image[volume.mask == 1]) > -0.8
+
+
 @pytest.mark.parametrize(
     "intensity",
     [{"mode": "volume_percentile"}, {"mode": "window", "window": [-1000, 1000]}, {"mode": "bit_depth"}],
@@ -205,6 +224,7 @@ def test_an_open_axis_keeps_its_length():
         ([4, 32, 32], {}, "image_size"),
         ([32, 32], {}, "image_size"),
         (None, {"min_size": [32, 32]}, "preprocess.min_size"),
+        (None, {"foreground_above": "zero"}, "foreground_above=zero"),
     ],
 )
 def test_settings_that_make_no_sense_are_input_errors(size, change, message):

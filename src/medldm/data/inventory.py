@@ -17,9 +17,17 @@ NAMED = 200  # names kept of one reason; the count is of all
 SHOWN = 3  # of which the screen shows these
 
 
-def take_inventory(root: Path, found: Sequence[Case], used: Sequence[Case], notes: Sequence[str]) -> dict:
+def take_inventory(
+    root: Path,
+    found: Sequence[Case],
+    used: Sequence[Case],
+    *,
+    notes: Sequence[str] = (),
+    modalities: Sequence[str] = (),
+) -> dict:
     """Plain facts for index.json: counts of files, cases and subjects, `left_out` (why, count, names), and
-    `notes` of the dataset. `found` are the cases of the folder, `used` those that are prepared.
+    `notes` of the dataset. `found` are the cases of the folder, `used` those that are prepared, `modalities`
+    what each subject should have.
     """
     files = list(files_below(root))
     of_used, of_found = raw_files(used), raw_files(found)
@@ -28,7 +36,7 @@ def take_inventory(root: Path, found: Sequence[Case], used: Sequence[Case], note
         if os.path.abspath(path) not in of_used:
             why = reason_of(path, is_hidden_file, of_used, of_found)
             reasons[why].append(str(path.relative_to(root)))
-    for why, names in lacking(used).items():
+    for why, names in lacking(used, modalities).items():
         reasons[why] = names
     return {
         "raw": str(root),
@@ -80,17 +88,16 @@ def reason_of(path: Path, hidden: bool, of_used: set[str], of_found: set[str]) -
     )
 
 
-def lacking(cases: Sequence[Case]) -> dict[str, list[str]]:
-    """Subjects without a modality that others have, and those without a map where others have one."""
+def lacking(cases: Sequence[Case], modalities: Sequence[str]) -> dict[str, list[str]]:
+    """Subjects without one of several modalities, and those without a map where others have one."""
     reasons = {}
     labels: dict[str, set[str]] = defaultdict(set)
     for case in cases:
         labels[case.subject].add(str(case.attributes.get("label", "")))
-    if any(len(own) > 1 for own in labels.values()):
-        for label in sorted(set.union(*labels.values()) - {""}):
-            names = [subject for subject, own in labels.items() if label not in own]
-            if names:
-                reasons[f"subjects without {label}"] = names
+    for label in modalities if len(modalities) > 1 else ():
+        names = [subject for subject, own in labels.items() if label not in own]
+        if names:
+            reasons[f"subjects without {label}"] = names
     bare = [case.subject for case in cases if not case.has_mask]
     if bare and len(bare) < len(cases):
         reasons["subjects without a class map, though others have one"] = list(dict.fromkeys(bare))

@@ -96,7 +96,7 @@ def prepare_dataset(
     options = {"modalities": modalities, "label_dir": label_dir, "task": task}
     found = find_cases(dataset, raw, options, notes.append)
     cases = select_cases(found, seed=splits["seed"], **(select or {}))
-    inventory = take_inventory(Path(raw), found, cases, notes)
+    inventory = take_inventory(Path(raw), found, cases, notes=notes, modalities=modalities or ())
     cases = with_safe_names(cases, inventory["notes"].append)
     stated = stated_splits(cases)
     jobs = make_jobs(cases, root, dataset, recipe, modalities)
