@@ -62,7 +62,7 @@ def check_class_names(
         mapping = ", ".join(f"{raw}: {known.index(own[number])}" for raw, number in earlier.items())
         names = ", ".join(known)
         key = "data.preprocess.labels"
-        mend = f"prepare with '{key}.mapping={{{mapping}}}' '{key}.names=[{names}]'"
+        mend = f"prepare with '+{key}.mapping={{{mapping}}}' '{key}.names=[{names}]'"
     raise InputError(f"{what} the classes {', '.join(known)}, but {root} has {', '.join(own)}; {mend}")
 
 

@@ -10,7 +10,7 @@ from medldm.errors import InputError
 
 class Batch(TypedDict, total=False):
     """One collated batch; `*S` is (H, W) or (D, H, W). Which keys exist depends on the dataset and
-    `data.keys`.
+    on what the model reads.
     """
 
     image: Tensor  # (B, C, *S) float32 in [-1, 1]: always what is generated

@@ -143,7 +143,8 @@ def test_classes_in_another_order_are_refused_with_a_mapping_that_mends_them(roo
     check_class_names(trained, {"label_names": None}, "", "")
     check_class_names(trained, {"label_names": ["background", "class 1", "class 2"]}, "", "")
     with pytest.raises(
-        InputError, match=r"labels.mapping=\{0: 0, 1: 2, 2: 1\}' .*names=\[background, b, a\]"
+        InputError,
+        match=r"'\+data.preprocess.labels.mapping=\{0: 0, 1: 2, 2: 1\}' .*names=\[background, b, a\]",
     ):
         check_class_names(trained, given, "ckpt: trained on", "DATA")
     given["preprocess"] = {"labels": {"mapping": {"0": 0, "7": 1, "9": 2}}}

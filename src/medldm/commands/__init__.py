@@ -27,10 +27,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def user_message(error: BaseException) -> str | None:
+def user_message(error: BaseException, name: str) -> str | None:
     """The line for a user's mistake, or None where the error is a defect of ours."""
     from hydra.errors import HydraException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    from medldm.commands.arguments import explain
 
     chain = list(causes(error))
     for link in chain:
@@ -39,11 +41,14 @@ def user_message(error: BaseException) -> str | None:
             return one_line(str(link).rpartition("InputError: ")[2])
     for link in chain:
         if isinstance(link, MissingMandatoryValue):
-            return f"{one_line(link)}: give it on the command line as key=value"
+            return f"{link.full_key}: not given; write {link.full_key}=... on the command line"
     for link in chain:
         if isinstance(link, TypeError) and "unexpected keyword argument" in str(link):
             return one_line(error)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
+        told = [line for link in chain if (line := explain(link, name, sys.argv[1:]))]
+        if told:
+            return one_line(told[0])
         inner = chain[1] if len(chain) > 1 and isinstance(chain[1], OmegaConfBaseException) else None
         return one_line(error) + (f" ({one_line(inner).split(' full_key')[0]})" if inner else "")
     return None
@@ -57,7 +62,7 @@ def mistakes_in_one_line(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = user_message(error)
+        message = user_message(error, name)
         if message is None or os.environ.get("MEDLDM_TRACEBACK"):
             raise
         print(f"medldm {name}: {message}", file=sys.stderr)
@@ -70,11 +75,18 @@ def run_command(task: Callable, name: str, description: str) -> None:
         print(f"{description.strip()}\n\n`medldm {name} --cfg job` prints every key with its value.")
         return
     import hydra
+    from omegaconf import OmegaConf
+
+    from medldm.commands.arguments import check_dashes, misread_path
 
     def guarded(cfg: Any) -> None:
         with mistakes_in_one_line(name):  # inside Hydra, which would print a line of its own
+            if line := misread_path(OmegaConf.to_container(cfg), sys.argv[1:]):
+                raise InputError(line)
             task(cfg)
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     with mistakes_in_one_line(name):
+        if line := check_dashes(sys.argv[1:]):
+            raise InputError(line)
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(guarded)()

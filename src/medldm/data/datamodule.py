@@ -150,7 +150,7 @@ class CaseDataModule(pl.LightningDataModule):
     def check_request(self, index: dict) -> None:
         for key in self.keys:
             if key not in ARRAY_DTYPES:
-                raise InputError(f"data.keys: '{key}' is none of {', '.join(ARRAY_DTYPES)}")
+                raise InputError(f"keys: '{key}' is none of {', '.join(ARRAY_DTYPES)}")
         if self.cache not in ("none", "ram"):
             raise InputError(f"data.cache={self.cache}: choose none or ram")
         if self.train_on not in TRAIN_ON:

@@ -451,7 +451,8 @@ def scalar_mlp(embedding_dim: int) -> nn.Module:
 def require(batch: Batch, key: str) -> Tensor:
     if key not in batch:
         raise InputError(
-            f"data.keys: the conditioner needs `{key}`; add it, or switch it off in model.conditioner"
+            f"the data has no {key}, which the conditioner uses; give it, or choose a conditioner without it "
+            "(model.conditioner.use_*)"
         )
     return batch[key]
 
