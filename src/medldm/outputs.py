@@ -14,6 +14,7 @@ from torch import Tensor
 
 from medldm.data.dataset import CaseDataset
 from medldm.data.readers import open_hdf5
+from medldm.data.transforms import as_classes
 from medldm.errors import InputError
 from medldm.files import replacing, write_json
 from medldm.plots import middle_slice, save_png
@@ -96,9 +97,10 @@ class SampleFolder:
                 file.create_dataset(
                     f"images_{k}" if k else "images", data=array, chunks=(1, *array.shape[1:])
                 )
-            for key, name, dtype in (("edges", "edges", np.uint8), ("mask", "semantic_maps", np.uint8)):
+            for key, name in (("edges", "edges"), ("mask", "semantic_maps")):
                 if key in batches[0]:
-                    file[name] = torch.cat([b[key][:, 0] for b in batches]).numpy().astype(dtype)
+                    array = torch.cat([b[key][:, 0] for b in batches]).numpy()
+                    file[name] = as_classes(array, f"{self.path(case)}: {key}")
             for name in COPIED:
                 if name in source:
                     file[name] = source.read(name)[rows]
@@ -145,7 +147,7 @@ def write_volumes(
         for k, volume in enumerate(volumes):
             file[f"images_{k}" if k else "images"] = np.asarray(volume, np.float32)
         if mask is not None:
-            file["mask"] = mask.astype(np.uint8 if mask.max() < 256 else np.uint16)
+            file["mask"] = as_classes(mask, f"{root / name}: mask")
         file.attrs["spatial_dims"] = 3
         for key in ("subject", "affine", "original_affine", "original_shape", "intensity_range"):
             if key in record:

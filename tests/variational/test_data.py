@@ -42,7 +42,7 @@ def as_prepared(path, tmp_path, **attributes):
     )
     preprocess = cfg["preprocess"] | {"invert": attributes.pop("invert", "declared")}
     case = Case("a", "a", {"image": str(path)}, attributes)
-    return prepare_slices(case, make_recipe(2, 32, preprocess), make_tables([case]))["images"][0]
+    return prepare_slices(case, make_recipe(2, 32, preprocess), make_tables([case])).arrays["images"][0]
 
 
 def ramp(top, dtype):

@@ -43,7 +43,7 @@ def task(cfg: Any) -> None:
     from medldm.data.readers import load_index, read_images
     from medldm.data.recipe import digest
     from medldm.data.splits import SUBSETS, read_splits
-    from medldm.data.transforms import axial_axis
+    from medldm.data.transforms import axial_axis, exact
     from medldm.outputs import claim
 
     root, output = Path(cfg.root), Path(cfg.output)
@@ -66,7 +66,8 @@ def task(cfg: Any) -> None:
                 if path.is_file():
                     continue
                 if mask is not None:
-                    write_grey(output / "masks" / "all" / part / f"{name}.png", mask.astype(np.uint8))
+                    classes = exact(mask, np.uint8, f"{record.id}: class map")
+                    write_grey(output / "masks" / "all" / part / f"{name}.png", classes)
                 levels = np.rint((np.clip(image, -1, 1) + 1) * 127.5)
                 write_grey(path, levels.astype(np.uint8))
     print(output)

@@ -199,7 +199,8 @@ class CaseDataset(Dataset):
                     f"batch {shape[1:]}; "
                     "set data.crop_size, or data.batch_size=1, or prepare with one data.image_size"
                 )
-        out = empty_batch((len(arrays), *shape), torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype)
+        widest = np.result_type(*(array.dtype for array in arrays))  # of 8-bit and 16-bit maps
+        out = empty_batch((len(arrays), *shape), torch.from_numpy(np.empty(0, widest)).dtype)
         target = out.numpy()
         for i, array in enumerate(arrays):
             target[i] = array

@@ -10,6 +10,7 @@ import numpy as np
 from medldm.attributes import UNKNOWN
 from medldm.batch import Batch
 from medldm.data.dataset import CaseDataset, Item
+from medldm.data.grids import REGISTER, difference_of
 from medldm.data.sampler import Request
 from medldm.errors import InputError
 
@@ -40,7 +41,8 @@ def pair_items(
     """The ordered pairs of every subject that has two images or more, in the order of subjects in the index;
     of a subject who came several times (attribute `visit`) those of each visit.
 
-    `pair_labels` keeps those of (source, target) names. A missing modality leaves out its pairs alone.
+    `pair_labels` keeps those of (source, target) names. A missing modality leaves out its pairs alone. Slices
+    meet the slice of their own place. InputError where two images lie on different grids.
     """
     by_visit: dict[tuple, list[Item]] = defaultdict(list)
     for item in items:
@@ -51,11 +53,55 @@ def pair_items(
     check_stated(index, items)
     groups = []
     for members in by_visit.values():
-        members = sorted(members, key=lambda item: item.label)
-        pairs = [Pair(source, target) for source, target in permutations(members, 2)]
-        pairs = [p for p in pairs if p.source.label != p.target.label]
-        groups.append([p for p in pairs if wanted is None or (p.source.label, p.target.label) in wanted])
-    return [group for group in groups if group]
+        if wanted is not None:
+            members = [item for item in members if any(item.label in labels for labels in wanted)]
+        for place in [members] if index["spatial_dims"] == 3 else places(index, members):
+            place = sorted(place, key=lambda item: item.label)
+            pairs = [Pair(source, target) for source, target in permutations(place, 2)]
+            pairs = [p for p in pairs if p.source.label != p.target.label]
+            groups.append([p for p in pairs if wanted is None or (p.source.label, p.target.label) in wanted])
+    groups = [group for group in groups if group]
+    if index["spatial_dims"] == 3:
+        check_volumes(index, groups)
+    return groups
+
+
+def check_volumes(index: dict, groups: Sequence[Sequence[Pair]]) -> None:
+    """InputError where the voxels of a pair lie at different places."""
+    cases = {tuple(sorted((p.source.case, p.target.case))) for group in groups for p in group}
+    for pair in sorted(cases):
+        source, target = (index["cases"][case] for case in pair)
+        difference = difference_of(source, target)
+        if difference is not None:
+            raise InputError(f"{source['id']} and {target['id']} are no pair: {difference}")
+
+
+def places(index: dict, members: Sequence[Item]) -> list[list[Item]]:
+    """The slices of one subject that show one place: equal in view, phase, grid and number in the stack.
+
+    InputError where a label has a grid to itself while others have another. Folders that were prepared before
+    grids were recorded are taken by view, phase and number alone.
+    """
+    groups: dict[tuple, list[Item]] = defaultdict(list)
+    grids: dict[tuple, dict[int, dict[int, Item]]] = defaultdict(lambda: defaultdict(dict))
+    for item in members:
+        slices = index["cases"][item.case]["slices"]
+        grid = slices["grid"][item.row] if "grid" in slices else 0
+        stack = (item.view, item.phase)
+        groups[(*stack, grid, slices["slice_index"][item.row], slices["num_slices"][item.row])].append(item)
+        grids[stack][grid].setdefault(item.label, item)
+    for by_grid in grids.values():
+        alone = next((items for items in by_grid.values() if len(items) == 1), None)
+        for items in by_grid.values():
+            if alone is not None and items.keys() - alone.keys():
+                first, second = next(iter(alone.values())), next(iter(items.values()))
+                entry = index["cases"][first.case]
+                sources = entry["slices"]["source"]
+                raise InputError(
+                    f"{entry['id']}: {sources[first.row]} and {sources[second.row]} are no pair, they lie on "
+                    f"different grids; {REGISTER}, then prepare again"
+                )
+    return list(groups.values())
 
 
 def check_stated(index: dict, items: Sequence[Item]) -> None:

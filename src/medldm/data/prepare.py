@@ -20,9 +20,10 @@ import h5py
 import numpy as np
 
 from medldm.data.case import Case
+from medldm.data.grids import warn_of_grids
 from medldm.data.inventory import same_images, take_inventory
 from medldm.data.jobs import Job, make_jobs, root_attributes
-from medldm.data.prepare_slices import describe_slices, write_slices
+from medldm.data.prepare_slices import describe_slices, warn_of_planes, write_slices
 from medldm.data.prepare_volumes import describe_volume, write_volume
 from medldm.data.readers import load_index
 from medldm.data.recipe import SCHEMA_VERSION, Recipe, make_recipe
@@ -106,6 +107,9 @@ def prepare_dataset(
     drawn = make_splits(subjects, dataset=dataset, fractions=splits, seed=splits["seed"], stated=stated)
     inventory["notes"] += same_images(entries)
     index = make_index(dataset, recipe, jobs, entries) | {"inventory": inventory}
+    warn_of_planes(entries)
+    if modalities:
+        warn_of_grids(entries)
     write_splits_once(root / "splits.json", drawn, subjects)
     write_json(root / "index.json", index)
     verify(root)

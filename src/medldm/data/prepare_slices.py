@@ -2,14 +2,17 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
 from medldm.attributes import TABLES
 from medldm.data.case import Case
+from medldm.data.edges import EdgeRecipe
+from medldm.data.grids import is_same_grid, on_grid_of
 from medldm.data.jobs import (
     PER_SLICE,
     Job,
@@ -20,54 +23,42 @@ from medldm.data.jobs import (
     entry_of,
     numbers_of,
 )
-from medldm.data.readers import Image, read_image, read_mask
+from medldm.data.planes import Planes, as_volume, cut_planes, find_cut
+from medldm.data.readers import read_image, read_mask
 from medldm.data.recipe import COMPRESSION, Recipe
-from medldm.data.transforms import finite, looks_inverted, renumber, to_unit
+from medldm.data.transforms import exact, finite, looks_inverted, renumber, to_unit, within
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
+TEXTS = ("source", "plane")  # of every slice: its file, and the plane in which it lies
 
 
-def as_slices(image: Image, axis: int, path: str) -> tuple[np.ndarray, tuple[float, float]]:
-    """(N, H, W), and mm per pixel (H, W). A NIfTI plane (X, Y) becomes rows Y and columns X."""
-    if image.affine is None:
-        return image.array[None], image.spacing or (1.0, 1.0)
-    array, spacing = image.array, [s or 1.0 for s in image.spacing]
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array, spacing = array[..., 0], spacing[:-1]
-    if array.ndim not in (2, 3):
-        raise InputError(f"{path}: has {array.ndim} axes {array.shape}; give one volume a file")
-    if array.ndim == 2:
-        array, spacing = array[..., None], [*spacing, 1.0]
-    planes = np.moveaxis(array, axis, 2).transpose(2, 1, 0)
-    in_plane = [s for i, s in enumerate(spacing) if i != axis]
-    return planes, (in_plane[1], in_plane[0])
+class Part(NamedTuple):
+    """One acquisition as the datasets of schema v1, and the grid of its slices before resizing."""
+
+    arrays: dict[str, np.ndarray]
+    plane: str
+    shape: tuple[int, ...]
+    affine: np.ndarray  # (slice, row, column) -> RAS, mm; -> pixels of a picture
 
 
-def read_pair(case: Case) -> tuple[Image, Image | None]:
-    """Image and mask of a case on one grid; InputError where their shapes differ. A mask alone comes with an
-    empty image.
+def read_slices(case: Case, recipe: Recipe) -> tuple[Planes, np.ndarray | None]:
+    """Slices of a case and their classes (N, H, W), those of the map brought to the grid of the image. A map
+    alone comes with an empty image.
     """
+    path = case.main_path
+    image = as_volume((read_image if case.has_image else read_mask)(path), path)
+    cut = find_cut(image, recipe, path)
+    planes, classes = cut_planes(image, cut), None
+    if "mask" in case.paths:
+        mask_path = case.paths["mask"]
+        mask = as_volume(read_mask(mask_path), mask_path) if case.has_image else image
+        on_grid = on_grid_of(image, mask, mask_path, recipe.mask_grid)
+        lying = cut_planes(image._replace(array=on_grid), cut).array
+        classes = recipe.labels(renumber(lying, case.relabel), mask_path)
     if not case.has_image:
-        mask = read_mask(case.paths["mask"])
-        return mask._replace(array=np.zeros(mask.array.shape, np.float32)), mask
-    image = read_image(case.paths["image"])
-    if "mask" not in case.paths:
-        return image, None
-    mask = read_mask(case.paths["mask"])
-    if mask.array.shape != image.array.shape:
-        raise InputError(
-            f"{case.paths['mask']}: mask of shape {mask.array.shape} for an image of shape "
-            f"{image.array.shape}; "
-            "resample one onto the other's grid"
-        )
-    if mask.affine is not None and image.affine is not None:
-        apart = np.abs(mask.affine - image.affine)[:3, 3].max()
-        if apart > max(image.spacing[:3]):
-            log.warning(
-                "%s: lies %.1f mm away from its image, whose grid is taken", case.paths["mask"], apart
-            )
-    return image, mask
+        planes = planes._replace(array=np.zeros(planes.array.shape, np.float32))
+    return planes, classes
 
 
 def is_inverted(case: Case, volume: np.ndarray, rule: str) -> bool:
@@ -83,23 +74,20 @@ def is_inverted(case: Case, volume: np.ndarray, rule: str) -> bool:
     return inverted
 
 
-def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.ndarray]:
-    """All slices of one acquisition as the datasets of schema v1."""
-    raw, raw_mask = read_pair(case)
-    volume, spacing = as_slices(raw, recipe.slice_axis, case.main_path)
-    volume = finite(volume, case.main_path)
+def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> Part:
+    """All slices of one acquisition."""
+    planes, classes = read_slices(case, recipe)
+    spacing = planes.spacing
+    volume = finite(planes.array, case.main_path)
     size, count = recipe.image_size, len(volume)
-    view = str(case.attributes.get("view", ""))
     low, high = recipe.intensity.volume_range(volume)
     if is_inverted(case, volume, recipe.invert):
         volume = (low + high) - volume
-    classes = None
-    if raw_mask is not None:
-        planes, _ = as_slices(raw_mask, recipe.slice_axis, case.paths["mask"])
-        classes = recipe.labels(renumber(planes, case.relabel), case.paths["mask"]).astype(np.uint8)
+    affine = np.eye(4) if planes.affine is None else planes.affine
     if recipe.crop_label_margin is not None:
         box = label_box(classes, spacing, recipe.crop_label_margin, case)
         volume, classes = cut(volume, box, low), cut(classes, box, 0)
+        affine = affine @ shift(0, *(start for start, _ in box))
     images, ranges = [], []
     for plane in volume:
         resized = recipe.resize.image(plane, spacing, size, fill=low)
@@ -111,26 +99,40 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> dict[str, np.n
     if classes is not None:
         out["semantic_maps"] = np.stack([recipe.resize.label(plane, spacing, size) for plane in classes])
     if recipe.edges is not None:
-        detect = recipe.edges.for_view(view)
-        if not case.has_image and detect.source != "labels":
-            raise InputError(
-                f"{case.main_path}: a map without an image has no edges to detect; set "
-                "data.preprocess.edges.source=labels for its contours, or data.preprocess.edges=null"
-            )
-        maps = out.get("semantic_maps", [None] * count)
-        out["edges"] = np.stack([detect(image, mask) for image, mask in zip(images, maps, strict=True)])
-        if detect.levels:
-            out["edges_levels"] = np.stack([detect.pyramid(image) for image in images])
-    for kind, value in numbers_of(case, tables).items():
-        out[kind] = np.full(count, value, np.int16)
-    out["slice_index"] = np.arange(count, dtype=np.int16)
-    out["num_slices"] = np.full(count, count, np.int16)
+        out |= edge_maps(case, recipe.edges, images, out.get("semantic_maps"))
+    out |= slice_numbers(case, tables, count)
     out["spacing"] = np.tile(
         np.float32(recipe.resize.spacing_after(volume.shape[1:], spacing, size)), (count, 1)
     )
     out["orig_shape"] = np.tile(np.int32(volume.shape[1:]), (count, 1))
     out["intensity_range"] = np.float32(ranges)
+    return Part(out, planes.plane, volume.shape, affine)
+
+
+def edge_maps(
+    case: Case, recipe: EdgeRecipe, images: Sequence[np.ndarray], maps: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Edges of every slice, and the rougher ones where the recipe has levels."""
+    detect = recipe.for_view(str(case.attributes.get("view", "")))
+    if not case.has_image and detect.source != "labels":
+        raise InputError(
+            f"{case.main_path}: a map without an image has no edges to detect; set "
+            "data.preprocess.edges.source=labels for its contours, or data.preprocess.edges=null"
+        )
+    masks = [None] * len(images) if maps is None else maps
+    out = {"edges": np.stack([detect(image, mask) for image, mask in zip(images, masks, strict=True)])}
+    if detect.levels:
+        out["edges_levels"] = np.stack([detect.pyramid(image) for image in images])
     return out
+
+
+def slice_numbers(case: Case, tables: Tables, count: int) -> dict[str, np.ndarray]:
+    """View, phase and label of every slice, and its place in the stack."""
+    facts = {**numbers_of(case, tables), "slice_index": np.arange(count), "num_slices": count}
+    return {
+        key: exact(np.broadcast_to(value, count), np.int16, f"{case.main_path}: {key}")
+        for key, value in facts.items()
+    }
 
 
 Box = tuple[tuple[int, int], tuple[int, int]]  # (start, stop) of rows and columns; may reach beyond the slice
@@ -169,11 +171,33 @@ def cut(x: np.ndarray, box: Box, fill: float) -> np.ndarray:
     return out
 
 
+def shift(*offset: float) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, 3] = offset
+    return matrix
+
+
+def number_grids(parts: Sequence[Part]) -> list[int]:
+    """The same number for acquisitions whose slices lie on one grid: only they can be pairs."""
+    numbers: list[int] = []
+    for part in parts:
+        same = (
+            number
+            for number, other in zip(numbers, parts, strict=False)
+            if (part.plane == "picture") == (other.plane == "picture")
+            and is_same_grid(part.shape, part.affine, other.shape, other.affine)
+        )
+        numbers.append(next(same, max(numbers, default=-1) + 1))
+    return numbers
+
+
 def write_slices(job: Job, file: h5py.File) -> None:
     parts = [prepare_slices(case, job.recipe, job.tables) for case in job.cases]
-    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    arrays = {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays}
+    counts = [part.shape[0] for part in parts]
+    arrays["grid"] = exact(np.repeat(number_grids(parts), counts), np.int16, f"{job.id}: grids")
     if "images" in arrays:
-        arrays["images"] = arrays["images"].astype(job.recipe.dtype)
+        arrays["images"] = within(arrays["images"], job.recipe.dtype, job.id)
     for key, array in arrays.items():
         layout = (
             {"chunks": (1, *array.shape[1:]), **COMPRESSION[job.recipe.compression]}
@@ -183,10 +207,9 @@ def write_slices(job: Job, file: h5py.File) -> None:
         file.create_dataset(key, data=array, **layout)
     if "edges_levels" in file:
         file["edges_levels"].attrs["parameters"] = json.dumps(list(map(dict, job.recipe.edges.levels)))
-    sources = [
-        Path(case.main_path).name for case, part in zip(job.cases, parts, strict=True) for _ in part["view"]
-    ]
-    file.create_dataset("source", data=sources, dtype=h5py.string_dtype())
+    texts = {"source": [Path(case.main_path).name for case in job.cases], "plane": [p.plane for p in parts]}
+    for key, values in texts.items():
+        file.create_dataset(key, data=np.repeat(values, counts).tolist(), dtype=h5py.string_dtype())
 
 
 def stated_numbers(job: Job, slice_index: np.ndarray) -> dict[str, np.ndarray]:
@@ -197,7 +220,7 @@ def stated_numbers(job: Job, slice_index: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
-    arrays = {key: file[key][()] for key in file if key != "source"}
+    arrays = {key: file[key][()] for key in file if key not in TEXTS}
     lengths = {key: len(array) for key, array in arrays.items()}
     needed = {
         "slice_index",
@@ -208,6 +231,7 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
         "spacing",
         "orig_shape",
         "intensity_range",
+        "grid",
     }
     needed |= {"images"} if job.cases[0].has_image else set()
     needed |= {"semantic_maps"} if "mask" in job.cases[0].paths else set()
@@ -231,10 +255,19 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
     entry["num_slices"] = lengths["slice_index"]
     entry["shape"] = list(job.recipe.image_size)
     entry["spacing"] = [float(s) for s in arrays["spacing"][0]]
-    entry["slices"] = {key: arrays[key].tolist() for key in PER_SLICE}
+    entry["slices"] = {key: arrays[key].tolist() for key in (*PER_SLICE, "grid")}
     entry["slices"]["source"] = file["source"].asstr()[()].tolist()
+    entry["planes"] = sorted(set(file["plane"].asstr()[()].tolist()))
     entry["max_class"] = (
         check_classes(path, arrays["semantic_maps"], job) if "semantic_maps" in arrays else None
     )
     entry["classes"] = np.unique(arrays["semantic_maps"]).tolist() if "semantic_maps" in arrays else []
     return entry
+
+
+def warn_of_planes(cases: Sequence[Mapping[str, Any]]) -> None:
+    """One line where a folder mixes planes, such as axial and oblique slices."""
+    planes = {plane: case["id"] for case in cases for plane in case.get("planes", ())}
+    if len(planes) > 1:
+        found = ", ".join(f"{plane} ({example})" for plane, example in sorted(planes.items()))
+        log.warning("slices lie in different planes: %s, for instance", found)

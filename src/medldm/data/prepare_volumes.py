@@ -7,10 +7,11 @@ import numpy as np
 
 from medldm.attributes import TABLES
 from medldm.data.case import Case
+from medldm.data.grids import REGISTER, on_grid_of
 from medldm.data.jobs import Job, check_classes, check_numbers, check_range, entry_of, numbers_of
 from medldm.data.readers import Image, read_image, read_mask
 from medldm.data.recipe import COMPRESSION, Recipe
-from medldm.data.transforms import finite, renumber
+from medldm.data.transforms import finite, renumber, within
 from medldm.errors import InputError
 
 RECORD = (
@@ -33,35 +34,6 @@ def read_volume(path: str, *, is_mask: bool = False) -> Image:
     return Image(image.array.reshape(shape[:3]), image.affine, image.spacing[:3])
 
 
-def on_grid_of(image: Image, other: Image, path: str, rule: str) -> np.ndarray:
-    """The class map `other` on the grid of `image`. InputError where they differ and `rule` is `same`;
-    `resample` takes the nearest voxel in scanner coordinates, `trust` the voxels as they lie.
-    """
-    shape, apart = image.array.shape, distance(image, other)
-    if other.array.shape == shape and (apart < 0.5 * min(image.spacing) or rule == "trust"):
-        return other.array
-    if rule == "resample":
-        from scipy import ndimage
-
-        matrix = np.linalg.solve(other.affine, image.affine)
-        return ndimage.affine_transform(
-            other.array, matrix[:3, :3], matrix[:3, 3], shape, order=0, mode="grid-constant"
-        )
-    difference = (
-        f"{apart:.1f} mm apart" if other.array.shape == shape else f"its shape is {other.array.shape}"
-    )
-    raise InputError(
-        f"{path}: lies on another grid than its image of shape {shape} ({difference}); set "
-        "data.preprocess.mask_grid=resample to bring it there, or =trust to take its voxels as they lie"
-    )
-
-
-def distance(image: Image, other: Image) -> float:
-    """The largest distance in mm between the corners of the image's grid under both affines."""
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in image.array.shape], (1,), indexing="ij"), -1)
-    return float(np.linalg.norm(corners.reshape(-1, 4) @ (image.affine - other.affine).T, axis=1).max())
-
-
 def read_classes(case: Case, image: Image, recipe: Recipe) -> np.ndarray:
     """The class map of a case on the grid of its image: one file, or binary masks merged in the order of
     their classes.
@@ -70,8 +42,8 @@ def read_classes(case: Case, image: Image, recipe: Recipe) -> np.ndarray:
         path = case.paths["mask"]
         on_grid = on_grid_of(image, read_volume(path, is_mask=True), path, recipe.mask_grid)
         return recipe.labels(renumber(on_grid, case.relabel), path)
-    merged = np.zeros(image.array.shape, np.uint8)
     parts = [(int(key.split(":")[1]), path) for key, path in case.paths.items() if key.startswith("mask:")]
+    merged = np.zeros(image.array.shape, np.uint8 if max(parts)[0] < 256 else np.uint16)
     for class_number, path in sorted(parts):
         inside = on_grid_of(image, read_volume(path, is_mask=True), path, recipe.mask_grid) > 0
         merged[inside] = class_number
@@ -92,7 +64,7 @@ def prepare_case(case: Case, recipe: Recipe):  # noqa: ANN201 - Volume, of a mod
     wanted = {"foreground": recipe.crop_foreground, "body": recipe.mask_out}
     for key in (key for key, is_used in wanted.items() if is_used and key in case.paths):
         other = image if case.paths[key] == path else read_volume(case.paths[key])
-        others[key] = finite(on_grid_of(image, other, case.paths[key], "same"), case.paths[key])
+        others[key] = finite(on_grid_of(image, other, case.paths[key], "same", REGISTER), case.paths[key])
     if not case.has_image and recipe.crop_foreground:
         others.setdefault("foreground", mask > 0)
     try:
@@ -106,7 +78,7 @@ def write_volume(job: Job, file: h5py.File) -> None:
     volume = prepare_case(case, recipe)
     layout = COMPRESSION[recipe.compression]
     if case.has_image:
-        file.create_dataset("image", data=volume.image.astype(recipe.dtype), **layout)
+        file.create_dataset("image", data=within(volume.image, recipe.dtype, case.main_path), **layout)
     if volume.mask is not None:
         file.create_dataset("mask", data=volume.mask, **layout)
     file.attrs.update(

@@ -19,10 +19,12 @@ COMPRESSION: dict[str, dict] = {
     "lzf": {"compression": "lzf", "shuffle": True},
     "gzip": {"compression": "gzip", "compression_opts": 4, "shuffle": True},
 }
+BEFORE = {"slice_orientation": "stored"}  # what folders were prepared with that do not say it
 CHOICES: dict[str, tuple] = {
     "dtype": DTYPES,
     "compression": tuple(COMPRESSION),
     "slice_axis": (0, 1, 2),
+    "slice_orientation": ("body", "stored"),
     "invert": INVERSIONS,
     "interpolation": ("linear", "bspline"),
     "mask_grid": ("same", "resample", "trust"),
@@ -42,6 +44,7 @@ class Recipe:
     dtype: str
     compression: str
     slice_axis: int
+    slice_orientation: str
     crop_label_margin: float | None
     orientation: str
     spacing: tuple[float, ...] | None
@@ -166,7 +169,7 @@ def check_orientation(code: str) -> None:
 
 def recipe_of(index: Mapping[str, Any]) -> Recipe:
     """The recipe that a prepared folder was made with, from its index: to prepare one more file alike."""
-    preprocess = dict(index["preprocess"])
+    preprocess = {**BEFORE, **index["preprocess"]}
     missing = {field.name for field in fields(Recipe)} - preprocess.keys()
     if missing:
         raise InputError(

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 RESIZE_MODES = ("stretch", "pad_square", "spacing_crop")
 INTENSITY_MODES = ("volume_percentile", "slice_minmax", "window", "bit_depth")
 BIT_DEPTHS = (8, 10, 12, 14, 16)
+NUM_CLASSES = 2**16  # that a stored map can number
 INVERSIONS = ("declared", "auto", "none")
 
 
@@ -201,20 +202,53 @@ def remove_artifacts(
     return np.where(labels == largest, x, x.min())
 
 
+def exact(x: np.ndarray, dtype: type | str, what: str) -> np.ndarray:
+    """`x` as `dtype`, every value kept. InputError that names `what` where one would change."""
+    x = np.asarray(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        cast = x.astype(dtype)
+    if not np.array_equal(cast, x):
+        limits = np.iinfo(dtype) if np.issubdtype(dtype, np.integer) else np.finfo(dtype)
+        raise InputError(
+            f"{what}: values from {x.min():g} to {x.max():g} do not fit {np.dtype(dtype)} "
+            f"({limits.min:g} to {limits.max:g})"
+        )
+    return cast
+
+
+def within(x: np.ndarray, dtype: type | str, what: str) -> np.ndarray:
+    """`x` rounded to the floating `dtype`. InputError that names `what` where values leave its range."""
+    limit = float(np.finfo(dtype).max)
+    if x.size and float(np.abs(x).max()) > limit:
+        raise InputError(f"{what}: values up to {np.abs(x).max():g} do not fit {np.dtype(dtype)} ({limit:g})")
+    return x.astype(dtype)
+
+
+def as_classes(x: np.ndarray, what: str) -> np.ndarray:
+    """Class numbers in the smallest of uint8 and uint16 that holds them. InputError where neither does."""
+    return exact(x, np.uint8 if x.size == 0 or x.max() < 256 else np.uint16, what)
+
+
 def axial_axis(orientation: str) -> int:
     """Which axis of a volume in this orientation runs along the body."""
     return next(i for i, letter in enumerate(orientation) if letter in "SI")
 
 
 def finite(x: np.ndarray, path: str | Path) -> np.ndarray:
-    """float32 with NaN and infinity replaced by the least finite value, and a warning that counts them."""
-    x = np.asarray(x, np.float32)
+    """float32 with NaN, infinity and what float32 cannot hold replaced by the least finite value, and a
+    warning that counts them.
+    """
+    with np.errstate(over="ignore"):  # counted below
+        x = np.asarray(x, np.float32)
     good = np.isfinite(x)
     if good.all():
         return x
     if not good.any():
         raise InputError(f"{path}: holds no finite value; remove its case")
-    log.warning("%s: %d values are not finite; they become %g", path, x.size - int(good.sum()), x[good].min())
+    log.warning(
+        "%s: %d values are not finite in float32; they become %g",
+        *(path, x.size - int(good.sum()), x[good].min()),
+    )
     return np.where(good, x, x[good].min())
 
 
@@ -225,23 +259,35 @@ class Labels:
     names: tuple[str, ...] | None = None
     mapping: Mapping[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        for value in (self.mapping or {}).values():
+            if value not in range(NUM_CLASSES):
+                raise InputError(
+                    f"data.preprocess.labels.mapping: {value} is no class; give whole numbers from 0 to "
+                    f"{NUM_CLASSES - 1}"
+                )
+
     def __call__(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
-        """Raw labels -> uint8 or uint16 classes; InputError on a value that is negative, fractional or
-        unknown.
+        """Raw labels -> uint8 or uint16 classes; InputError on a value that is negative, fractional, not
+        finite or unknown.
         """
-        rounded = np.rint(mask)
         if not np.issubdtype(mask.dtype, np.integer):
-            fraction = np.abs(mask - rounded).max()
-            if not fraction <= 1e-3:
+            if not np.isfinite(mask).all():
+                raise InputError(
+                    f"{path}: the mask holds {np.size(mask) - int(np.isfinite(mask).sum())} values that are "
+                    "no numbers (NaN); write the background's class there"
+                )
+            if np.abs(mask - np.rint(mask)).max() > 1e-3:
                 raise InputError(
                     f"{path}: a mask must hold whole class numbers; resample it by nearest neighbour"
                 )
+        rounded = np.rint(mask)
         values = np.unique(rounded).astype(np.int64)
         if self.mapping is not None:
             return self.remap(rounded, values, path)
-        known = range(len(self.names)) if self.names is not None else range(2**16)
+        known = range(len(self.names)) if self.names is not None else range(NUM_CLASSES)
         self.reject(values, known, path, f"0..{len(known) - 1}")
-        return rounded.astype(np.uint8 if values.max() < 256 else np.uint16)
+        return as_classes(rounded, path)
 
     def remap(self, mask: np.ndarray, values: np.ndarray, path: str | Path) -> np.ndarray:
         self.reject(values, self.mapping, path, str(sorted(self.mapping)))
