@@ -89,6 +89,15 @@ def test_a_link_to_a_folder_above_ends_and_one_that_leads_nowhere_is_counted(tmp
 # ---- what is left out ----
 
 
+def test_a_file_in_the_place_of_the_raw_folder_is_told_apart_from_none(tmp_path):
+    touch(tmp_path / "manifest.csv")
+    for dataset in LINKS:
+        with pytest.raises(InputError, match="is a file; give the folder that holds"):
+            find_cases(dataset, tmp_path / "manifest.csv", {})
+        with pytest.raises(InputError, match="no such folder; give the folder that holds"):
+            find_cases(dataset, tmp_path / "nowhere", {})
+
+
 def test_what_is_left_out_is_counted_and_named(tmp_path):
     raw = tmp_path / "raw"
     for i in range(3):
@@ -186,6 +195,14 @@ def test_brats_since_2023_is_read_with_its_visits_on_one_side(tmp_path):
         {entries[item.case]["id"].rpartition("_")[0] for pair in group for item in pair} for group in groups
     ]
     assert len(groups) == 3 and all(len(visits) == 1 for visits in ids)
+    from medldm.data.pairs import PairDataset
+    from medldm.evaluation.translation import split_name
+
+    names = [PairDataset(tmp_path, index, groups, keys=["source"]).pair_id(group[0]) for group in groups]
+    assert names[1] == "BraTS-GLI-00000-001_t1_to_t2"
+    assert split_name(names[1], tmp_path, {entry["id"]: entry for entry in entries}) == (
+        "BraTS-GLI-00000", "t1", "t2", "BraTS-GLI-00000-001_t2"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("raw", "expected"), [([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [0, 2])])

@@ -94,6 +94,7 @@ def write_interpolations(cfg: Any, module: Any, dataset: Any, folder: Any, posit
     """Volumes between neighbouring cases: <output>/interpolation/<a>_to_<b>.{h5,gif}."""
     from rich.progress import track
 
+    from medldm.files import safe_name
     from medldm.sampling import Request, interpolate
 
     count = cfg.interpolate.count
@@ -104,7 +105,7 @@ def write_interpolations(cfg: Any, module: Any, dataset: Any, folder: Any, posit
     for pair in track(list(zip(positions, positions[1:], strict=False)), "interpolating", transient=True):
         batch = dataset.__getitems__([(0, p) for p in pair])
         images = interpolate(module, batch, shares, time=cfg.interpolate.time, request=request)
-        folder.write_series(f"interpolation/{'_to_'.join(batch['case_id'])}", images, shares)
+        folder.write_series(f"interpolation/{safe_name('_to_'.join(batch['case_id']))}", images, shares)
 
 
 def write_trajectory(module: Any, recorder: Any, folder: Any, done: Any, name: str) -> None:

@@ -132,7 +132,7 @@ def task(cfg: Any) -> None:
     from medldm.checkpoints import sha256
     from medldm.data.case import stem_of
     from medldm.data.volumes import restore_volume
-    from medldm.files import write_json
+    from medldm.files import safe_name, write_json
     from medldm.outputs import write_nifti
 
     if cfg.units not in UNITS:
@@ -143,7 +143,7 @@ def task(cfg: Any) -> None:
     targets = choose_targets(known, str(cfg.source_modality), given)
     labels = [known.index(name) for name in targets]
     volume = prepare_source(str(cfg.source), module.facts)
-    names = [f"{stem_of(cfg.source)}_{cfg.source_modality}_to_{name}" for name in targets]
+    names = [safe_name(f"{stem_of(cfg.source)}_{cfg.source_modality}_to_{name}") for name in targets]
     x = torch.from_numpy(volume.image).float()[None]
     images = translate(module, x, labels, known.index(cfg.source_modality), names, cfg)
     output = Path(cfg.output)

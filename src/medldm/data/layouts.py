@@ -34,7 +34,8 @@ MAP_NAME = re.compile(
 def require_root(root: str | Path, holds: str) -> Path:
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"data.raw={root}: no such folder; give the folder that holds {holds}")
+        what = "is a file" if root.is_file() else "no such folder"
+        raise InputError(f"data.raw={root}: {what}; give the folder that holds {holds}")
     return root
 
 

@@ -13,6 +13,7 @@ from medldm.data.dataset import CaseDataset, Item
 from medldm.data.grids import REGISTER, difference_of
 from medldm.data.sampler import Request
 from medldm.errors import InputError
+from medldm.files import safe_name
 
 PAIRINGS = (None, "random", "all")
 OF_SOURCE = {"source": "image", "source_latent": "latent"}  # key of a batch -> what is read of the source
@@ -167,7 +168,7 @@ class PairDataset(CaseDataset):
         entry, names = self.cases[pair.target.case], self.label_values
         source, target = names[pair.source.label], names[pair.target.label]
         name = entry["subject"] if visit_of(entry) is None else entry["id"].removesuffix(f"_{target}")
-        return f"{name}_{source}_to_{target}"
+        return safe_name(f"{name}_{source}_to_{target}")
 
     def as_cases(self) -> "PairDataset":
         """Every pair becomes a case of its own, of the pair's name, on the target's grid: what is written of

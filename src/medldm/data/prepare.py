@@ -155,12 +155,12 @@ def select_cases(
     if split is not None:
         cases = part_of(cases, split)
     if classes is not None:
-        known = {str(case.attributes.get("label")) for case in cases}
+        known = {str(case.attributes["label"]) for case in cases if "label" in case.attributes}
         unknown = [name for name in classes if str(name) not in known]
         if unknown:
             raise InputError(
                 f"data.select.classes: no image has the label {unknown[0]}; "
-                f"there are {', '.join(sorted(known))}"
+                f"there are {', '.join(sorted(known)) or 'none'}"
             )
         cases = [case for case in cases if str(case.attributes.get("label")) in map(str, classes)]
     if max_images is not None and max_images < 1:
@@ -180,7 +180,8 @@ def with_safe_names(cases: Sequence[Case], note: Note) -> list[Case]:
         if changed:
             note(
                 f"{len(changed)} {what} have names that are no safe file names, or differ in case alone, and "
-                f"got others ({changed[0]} -> {names[changed[0]]}); index.json keeps the original"
+                f"got others ({shorten(changed[0])} -> {shorten(names[changed[0]])}); index.json keeps the "
+                "original"
             )
     return [
         case
@@ -193,6 +194,10 @@ def with_safe_names(cases: Sequence[Case], note: Note) -> list[Case]:
         )
         for case in cases
     ]
+
+
+def shorten(name: str, length: int = 60) -> str:
+    return name if len(name) <= length else f"{name[: length // 2]}...{name[-length // 2 :]}"
 
 
 def part_of(cases: Sequence[Case], split: str) -> list[Case]:

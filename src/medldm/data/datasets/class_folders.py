@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.layouts import files_below, split_folders
+from medldm.data.layouts import files_below, require_root, split_folders
 from medldm.data.readers import RASTER_SUFFIXES
 from medldm.errors import InputError
 from medldm.files import is_hidden
@@ -26,9 +26,7 @@ def index(root: str | Path) -> list[Case]:
     A file name that tells the patient gives the subject (within a split folder: Kermany counts anew in each),
     any other picture is a subject of its own. InputError where there are no class folders, or an empty one.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(f"data.raw={root}: no such folder; give the folder that holds one folder a class")
+    root = require_root(root, "one folder a class")
     splits = split_folders(root)
     if not splits:
         return folder_cases(root, None)

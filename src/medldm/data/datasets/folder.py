@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, split_path
-from medldm.data.layouts import check_modalities, images_below, modality_cases, name_of
+from medldm.data.layouts import check_modalities, images_below, modality_cases, name_of, require_root
 from medldm.data.readers import is_image
 from medldm.data.tables import Note, Row, read_rows
 from medldm.errors import InputError
@@ -58,11 +58,7 @@ def index(root: str | Path, modalities: Sequence[str] | None = None, *, note: No
     Paths in the manifest are relative to the root. Without a subject each file is one. InputError names a
     missing file, an image without its mask, and two images that would get the same name.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(
-            f"data.raw={root}: no such folder; give the folder that holds images/ or manifest.csv"
-        )
+    root = require_root(root, "images/ or manifest.csv")
     manifest = root / "manifest.csv"
     if manifest.is_file():
         cases = of_modalities(manifest_cases(manifest, note), modalities, manifest)
@@ -120,10 +116,11 @@ def manifest_cases(path: Path, note: Note) -> list[Case]:
     others = [name for name in columns if name not in KNOWN]
     if others:
         note(f"{path.name}: kept as attributes without further meaning: {', '.join(others)}")
-    for name in STATED:
+    without = {"subject": "and count as a subject each"} | dict.fromkeys(STATED, "which stays unknown")
+    for name, meaning in without.items():
         missing = sum(not row.cells[name] for row in rows) if name in columns else 0
         if missing and name != "split":
-            note(f"{path.name}: {missing} of {len(rows)} rows state no {name}, which stays unknown")
+            note(f"{path.name}: {missing} of {len(rows)} rows state no {name}, {meaning}")
     return [manifest_case(path, row) for row in rows]
 
 

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from medldm.data.case import Case
+from medldm.data.layouts import require_root
 from medldm.data.tables import read_rows
 from medldm.errors import InputError
 
@@ -20,12 +21,7 @@ def index(root: str | Path) -> list[Case]:
 
     `dataset_information.csv` may be absent. InputError names the first missing file.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(
-            f"data.raw={root}: no such folder; give the folder that holds M&Ms-2's dataset/001, "
-            "dataset/002..."
-        )
+    root = require_root(root, "M&Ms-2's dataset/001, dataset/002...")
     folder = root / "dataset" if (root / "dataset").is_dir() else root
     subjects = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
     if not subjects:

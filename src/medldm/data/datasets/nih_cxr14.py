@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.layouts import files_in
+from medldm.data.layouts import files_in, require_root
 from medldm.data.tables import read_rows
 from medldm.errors import InputError
 
@@ -21,11 +21,7 @@ def index(root: str | Path) -> list[Case]:
     the table `label` is the finding (several of them: "Several Findings", all in `findings`) and `view` AP or
     PA. Archives may be missing: what is not there is left out.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(
-            f"data.raw={root}: no such folder; give the folder of Data_Entry_2017.csv and images_001/"
-        )
+    root = require_root(root, "Data_Entry_2017.csv and images_001/")
     folders = [root / "images", *(root.glob("images_*/images"))]
     files = sorted(path for folder in folders for path in files_in(folder, (".png",)))
     if not files:
