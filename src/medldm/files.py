@@ -117,3 +117,22 @@ def walk(
     for name in names:
         if kinds[name]:
             yield from walk(folder / name, with_hidden=with_hidden, above=(*above, real))
+
+
+@contextmanager
+def nothing_empty(folder: Path) -> Iterator[None]:
+    """After a failure before anything was written, `folder` is as it was before: no empty folder is left, and
+    none that holds a provenance.json alone.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    provenance = folder / "provenance.json"
+    is_new = not provenance.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and folder.is_dir() and not set(folder.iterdir()) - {provenance}:
+            provenance.unlink(missing_ok=True)
+        for path in made:  # the innermost first
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise

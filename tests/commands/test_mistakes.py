@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from medldm.commands import encode, mistakes_in_one_line, sample, train
+from medldm.files import nothing_empty
 from tests.helpers import compose_config
 from tests.training import LDM, VQVAE, train_config
 
@@ -184,3 +185,22 @@ def test_mistakes_on_the_command_line(arguments, words, tmp_path):
     assert finished.returncode == 2 and len(lines) == 1, finished.stderr
     assert all(word in lines[0] for word in words)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_before_anything_was_written_leaves_no_empty_folder(told_by_sample, tmp_path):
+    output = tmp_path / "deep" / "out"
+    assert "interpolate.count=1" in told_by_sample("interpolate.count=1", output=output)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_what_stood_in_a_folder_before_a_failure_stays(tmp_path):
+    begun, empty = tmp_path / "begun", tmp_path / "empty"
+    for folder in (begun, empty):
+        folder.mkdir()
+        with pytest.raises(KeyError), nothing_empty(folder):
+            (folder / "provenance.json").write_text("{}")
+            if folder == begun:
+                (folder / "a.h5").write_text("")
+            raise KeyError
+    assert sorted(path.name for path in begun.iterdir()) == ["a.h5", "provenance.json"]
+    assert list(empty.iterdir()) == []

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,25 @@ def mistakes_in_one_line(name: str) -> Iterator[None]:
             raise
         print(f"medldm {name}: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def clean_after_failure(key: str) -> Callable:
+    """Decorates `task(cfg)`: a failure before anything was written leaves no empty folder of that key."""
+
+    def decorate(task: Callable) -> Callable:
+        @wraps(task)
+        def guarded(cfg: Any) -> None:
+            from omegaconf import OmegaConf
+
+            from medldm.files import nothing_empty
+
+            folder = OmegaConf.select(cfg, key, throw_on_missing=False)
+            with nothing_empty(Path(str(folder))) if folder else nullcontext():
+                task(cfg)
+
+        return guarded
+
+    return decorate
 
 
 def run_command(task: Callable, name: str, description: str) -> None:

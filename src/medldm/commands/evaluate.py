@@ -33,12 +33,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from medldm.commands import run_command
+from medldm.commands import clean_after_failure, run_command
 
 log = logging.getLogger(__name__)
 PANEL_ORDER = ("nmse_var", "dice_mean", "psnr")  # by which best, median and worst are chosen
 
 
+@clean_after_failure("output")
 def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
     from omegaconf import OmegaConf
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medldm.commands import run_command
+from medldm.commands import clean_after_failure, run_command
 from medldm.errors import InputError
 
 
@@ -36,6 +36,7 @@ def write_grey(path: Path, array: Any) -> None:
         Image.fromarray(array).save(aside, format="PNG")
 
 
+@clean_after_failure("output")
 def task(cfg: Any) -> None:
     import numpy as np
     from rich.progress import track

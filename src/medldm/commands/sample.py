@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from medldm.attributes import TABLES, UNKNOWN, check_class_names, renumber
-from medldm.commands import run_command
+from medldm.commands import clean_after_failure, run_command
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def write_trajectory(module: Any, recorder: Any, folder: Any, done: Any, name: s
     folder.write_gif(f"trajectory/{name}", recorder.decoded(module, done.batches[-1]))
 
 
+@clean_after_failure("output")
 def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from rich.progress import Progress

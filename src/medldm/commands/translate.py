@@ -19,7 +19,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from medldm.commands import run_command
+from medldm.commands import clean_after_failure, run_command
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ def load_translator(cfg: Any) -> Any:
     return module.to(pick_device(cfg.device))
 
 
+@clean_after_failure("output")
 def task(cfg: Any) -> None:
     import torch
 
