@@ -100,7 +100,7 @@ find_python() {  # the interpreter that the jobs use, checked before anything is
 submit() {
   local stage=$1 kind=$2 after=$3 command=$4 dependency='' before id
   shift 4
-  is_in "$stage" ${STAGES:-${stages[*]}} || return 0
+  is_in "$stage" "${stages[@]}" && is_in "$stage" ${STAGES:-${stages[*]}} || return 0
   for before in $after; do dependency+=${job_ids[$before]:+:${job_ids[$before]}}; done
   local -n options=${kind}_options
   overrides_of "$stage"

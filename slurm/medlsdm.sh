@@ -5,6 +5,7 @@
 #   RAW      the dataset as published          ROOT  the prepared dataset (made)     RUNS  trainings, samples, evaluation
 #   DATA     autopet, synthrad, duke, totalsegmentator_mri or folder (your own volumes; default)
 #   DECODER  plain (default) or spade: a first stage whose decoder sees the map (not totalsegmentator_mri)
+#   SEGMENTER  yes: also a segmenter of the real volumes, and its Dice on the samples (stages segmenter, dice)
 #   GPU      rtx3090 (24 GB, default), a6000 (48 GB) or cpu: sbatch options
 #   STAGES   the stages to submit, e.g. "ldm sample evaluate report"; those left out count as done
 #   GRES     default gpu:1                 SBATCH_OPTIONS  added to every sbatch      DRY_RUN=1  prints and submits nothing
@@ -14,9 +15,14 @@
 # shellcheck source-path=SCRIPTDIR disable=SC2034,SC2154
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 stages=(prepare vqgan encode ldm reconstruction sample evaluate report)
+case ${SEGMENTER:-no} in
+  yes) stages+=(segmenter dice) ;;
+  no) ;;
+  *) fail "SEGMENTER=$SEGMENTER: choose from yes, no" ;;
+esac
 train_stages=(vqgan ldm)
-data_stages=(prepare vqgan encode ldm reconstruction sample)
-debug_stages=(vqgan ldm)
+data_stages=(prepare vqgan encode ldm reconstruction sample segmenter)
+debug_stages=(vqgan ldm segmenter)
 
 read_arguments "$@"
 choose_preset
@@ -57,6 +63,13 @@ submit sample gpu "ldm" sample checkpoint="$denoiser" "${dataset[@]}" split=test
 submit evaluate gpu "reconstruction sample" evaluate generated="$(quoted "$RUNS/samples")" \
   reference="$(quoted "$ROOT")" reconstruction="$(quoted "$RUNS/reconstruction")" train="$(quoted "$ROOT")" \
   output="$(quoted "$RUNS/evaluation")" metrics=synthesis_3d
+segmentation=folder_segmentation
+[ "$prefix" != duke ] || segmentation=duke_segmentation
+submit segmenter train "prepare" train experiment=medlsdm/"$segmentation" "${dataset[@]}" \
+  run_dir="$(quoted "$RUNS/segmenter")" resume=auto "${loading[@]}"
+submit dice gpu "segmenter sample" evaluate metrics=segmentation generated="$(quoted "$RUNS/samples")" \
+  reference="$(quoted "$ROOT")" segmenter="$(quoted "$RUNS/segmenter/checkpoints/best.ckpt")" \
+  output="$(quoted "$RUNS/dice")"
 submit report cpu "evaluate" report run="[$(quoted "$RUNS/vqgan"),$(quoted "$RUNS/ldm")]" \
   evaluation="$(quoted "$RUNS/evaluation")"
 

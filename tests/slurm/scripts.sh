@@ -53,6 +53,15 @@ check "medlsdm: an override reaches its stage alone" eval 'lsdm_line vqgan | gre
 check "medlsdm: samples wait for the diffusion alone" eval 'lsdm_line sample | grep -qF "afterok:ID_ldm "'
 DATA=duke DECODER=spade lsdm
 check "medlsdm: the SPADE decoder" eval 'lsdm_line vqgan | grep -qF "experiment=medlsdm/duke_vqgan_spade "'
+DATA=duke lsdm
+check "medlsdm: no segmenter unless asked for" eval '! grep -qE -- "--job-name=medlsdm-(segmenter|dice) " "$work/dry"'
+DATA=duke SEGMENTER=yes lsdm segmenter:trainer.max_epochs=3 data.cache=ram seed=7
+check "medlsdm: the segmenter trains on real volumes" eval 'lsdm_line segmenter | grep -qF "experiment=medlsdm/duke_segmentation " && lsdm_line segmenter | grep -qF "afterok:ID_prepare "'
+check "medlsdm: its own overrides and those of the data reach it, those of both trainings do not" eval 'lsdm_line segmenter | grep -qF "max_epochs=3 " && lsdm_line segmenter | grep -qF "data.cache=ram " && ! lsdm_line segmenter | grep -qF "seed=7 "'
+check "medlsdm: its Dice waits for it and the samples" eval 'lsdm_line dice | grep -qE "afterok:ID_(segmenter:ID_sample|sample:ID_segmenter) " && lsdm_line dice | grep -qF "metrics=segmentation " && lsdm_line dice | grep -qF "segmenter=$work/runs/segmenter/checkpoints/best.ckpt "'
+DATA=autopet SEGMENTER=yes STAGES="segmenter dice" lsdm
+check "medlsdm: other data take the experiment of folders, alone" eval 'lsdm_line segmenter | grep -qF "experiment=medlsdm/folder_segmentation data=autopet " && [ "$(grep -c -- --job-name= "$work/dry")" = 2 ] && ! lsdm_line dice | grep -qF sample,'
+SEGMENTER=maybe check "medlsdm: another word for the segmenter is refused" lsdm_refuses "SEGMENTER=maybe: choose from"
 DATA=mnms2 check "medlsdm: another dataset is refused" lsdm_refuses "DATA=mnms2: choose from"
 DECODER=odd check "medlsdm: another decoder is refused" lsdm_refuses "DECODER=odd: choose from"
 

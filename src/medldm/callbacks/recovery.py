@@ -1,6 +1,9 @@
 """What makes a run restartable: checkpoints, their place in the loop, signals and random states."""
 
 import logging
+import math
+import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from medldm.errors import InputError
+from medldm.files import replacing
 
 log = logging.getLogger(__name__)
 EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
@@ -29,6 +33,8 @@ class CountUpdates(Callback):
 class Checkpoints(Checkpoint):
     """`best.ckpt` by a validation metric; `last.ckpt` every so many updates and at every epoch's end.
 
+    With `keep_best` above 1 as many of the best validations stay, as `step_<n>_<value>.ckpt`; `best.ckpt` is
+    another name of the best of them, which takes no room where the file system has hard links.
     A model with a number that is not finite is never written: the last good checkpoint stays.
     """
 
@@ -40,21 +46,39 @@ class Checkpoints(Checkpoint):
         mode: str = "min",
         every_n_steps: int = 1000,
         every_epoch: bool = True,
+        keep_best: int = 1,
     ) -> None:
+        if keep_best < 1:
+            raise InputError(f"callbacks.checkpoints.keep_best={keep_best}: give 1 or more")
         if mode not in ("min", "max"):
             raise InputError(f"callbacks.checkpoints.mode={mode} is none of min, max")
         self.folder, self.monitor, self.every_n_steps = Path(folder), monitor, every_n_steps
         self.every_epoch = every_epoch
         self.sign = 1.0 if mode == "min" else -1.0
         self.best: float | None = None
+        self.keep_best = keep_best
+        self.kept: list[tuple[float, str]] = []  # value and file, the best first; empty where one is kept
         self.last_saved = -1
         self.is_epoch_end = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best} | ({"kept": self.kept} if self.keep_best > 1 else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
+        self.kept = [(value, name) for value, name in state.get("kept", ())]
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """After a restart the folder holds what the list says: files of later steps are made again."""
+        self.kept = [(value, name) for value, name in self.kept if (self.folder / name).is_file()]
+        if self.keep_best > 1 and trainer.is_global_zero:
+            self.remove_others()
+
+    def remove_others(self) -> None:
+        names = {name for _, name in self.kept}
+        for path in self.folder.glob("step_*.ckpt"):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
 
     def save(self, trainer: Trainer, module: LightningModule, name: str) -> None:
         check_finite(module, trainer.global_step)
@@ -91,14 +115,42 @@ class Checkpoints(Checkpoint):
                 f"callbacks.checkpoints.monitor={self.monitor}: not logged; choose one of "
                 f"{', '.join(k for k in trainer.callback_metrics if k.startswith('val/'))}"
             )
-        value = float(value)
-        if self.best is None or self.sign * value < self.sign * self.best:
-            self.best = value
-            self.save(trainer, module, "best.ckpt")
+        self.keep(trainer, module, float(value))
+
+    def keep(self, trainer: Trainer, module: LightningModule, value: float) -> None:
+        """Save the model if it is among the best. A value that is not a number never is."""
+        if math.isnan(value):
+            log.warning("%s is not a number at step %d: not kept as best", self.monitor, trainer.global_step)
+            return
+        is_best = self.best is None or self.sign * value < self.sign * self.best
+        self.best = value if is_best else self.best
+        if self.keep_best == 1:
+            if is_best:
+                self.save(trainer, module, "best.ckpt")
+            return
+        name = f"step_{trainer.global_step:07d}_{value:.6g}.ckpt"
+        ranked = sorted([*self.kept, (value, name)], key=lambda entry: self.sign * entry[0])
+        self.kept = ranked[: self.keep_best]
+        if (value, name) not in self.kept:
+            return
+        self.save(trainer, module, name)
+        if trainer.is_global_zero:
+            if is_best:
+                link(self.folder / name, self.folder / "best.ckpt")
+            self.remove_others()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.best is None:  # no validation ran
             self.save(trainer, module, "best.ckpt")
+
+
+def link(path: Path, other: Path) -> None:
+    """`other` becomes another name of `path`, or a copy where there are no hard links."""
+    with replacing(other) as aside:
+        try:
+            os.link(path, aside)
+        except OSError:
+            shutil.copyfile(path, aside)
 
 
 def leave_epoch(loops: dict[str, Any], *, is_whole: bool) -> None:
