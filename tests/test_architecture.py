@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "checkpoints": {"models", "diffusion", "networks"},
     "callbacks": {"models", "plots"},
     "runs": set(),
+    "knobs": set(),
     "inference": {"data"},
     "sampling": {"inference", "models", "diffusion", "networks", "data"},
     "outputs": {"data", "callbacks", "plots"},

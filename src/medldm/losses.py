@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.attributes import UNKNOWN
+from medldm.errors import InputError
 from medldm.networks.features import LPIPS, RandomConvFeatures, build_medicalnet
 from medldm.networks.medicalnet import standardised
 
@@ -100,7 +101,9 @@ class PerceptualLoss(nn.Module):
     def __init__(self, network: str = "lpips_vgg", *, weights_dir: str | None = None) -> None:
         super().__init__()
         if network not in PERCEPTUAL_NETWORKS:
-            raise ValueError(f"perceptual network '{network}' is none of {', '.join(PERCEPTUAL_NETWORKS)}")
+            raise InputError(
+                f"model.perceptual.network: '{network}' is none of {', '.join(PERCEPTUAL_NETWORKS)}"
+            )
         self.network, self.weights_dir = network, weights_dir
         self.spatial_dims = 3 if network.startswith("medicalnet") else 2
         self._built: list[nn.Module] = []  # a list, so that nn.Module does not register it
@@ -152,7 +155,7 @@ class AdversarialLoss:
         feature_matching_weight: float = 0.0,
     ) -> None:
         if kind not in ADVERSARIAL_LOSSES:
-            raise ValueError(f"adversarial loss '{kind}' is none of {', '.join(ADVERSARIAL_LOSSES)}")
+            raise InputError(f"model.adversarial.kind: '{kind}' is none of {', '.join(ADVERSARIAL_LOSSES)}")
         self.discriminator, self.generator = ADVERSARIAL_LOSSES[kind]
         self.uses_label = kind == "multiclass"
         self.weight, self.start, self.ramp, self.adaptive = weight, start, ramp, adaptive

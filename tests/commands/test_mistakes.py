@@ -136,6 +136,34 @@ def test_a_sampler_option_that_does_not_exist(told_by_sample, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("sampler.guidance_scale=2", "drop=[edges,mask,attributes]"), "sampler.guidance_scale=2"),
+        (("sampler.guidance_rescale=0.5",), "sampler.guidance_rescale=0.5"),
+        (("windows.overlap=0.25",), "windows.overlap"),
+        (("interpolate.time=0.7",), "interpolate.time"),
+        (("interpolate.count=3", "num_samples=2"), "num_samples"),
+        (("interpolate.count=3",), "max_slices"),
+    ],
+)
+def test_a_setting_that_sampling_would_not_use(told_by_sample, tmp_path, overrides, key):
+    assert key in told_by_sample(*overrides)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("override", ["num_samples=2", "drop=[edges]", "sampler.num_steps=3"])
+def test_a_setting_of_samples_where_images_are_reconstructed(told_by_sample, first_stage, override):
+    assert override.split("=")[0] in told_by_sample(override, checkpoint=first_stage)
+
+
+def test_guidance_of_a_model_without_a_null_is_told_before_training(told_by_train, first_stage):
+    stage = f"model.first_stage.checkpoint={first_stage}"
+    line = told_by_train(LDM, stage, "model/conditioner=none", "model.sampler.guidance_scale=2")
+    assert "sampler.guidance_scale=2" in line and "no condition" in line
+    assert told_by_train(VQVAE, "model.perceptual=null", "model.perceptual_weight=1").count("perceptual") > 1
+
+
 def test_a_split_that_does_not_exist(told_by_sample, tmp_path):
     assert "split" in told_by_sample("split=tset")
     assert not (tmp_path / "out").exists()

@@ -214,6 +214,35 @@ def test_stored_edge_levels_serve_where_no_image_is_read(raw_mnms2, tmp_path):
     assert build(root, edge_degrade=only).dataset("train", augment=True).stored_keys == KEYS
 
 
+def test_a_batch_s_edges_are_detected_by_the_recipe_of_their_view(mnms2):
+    """A view whose detector finds nothing gets nothing when its edges are detected again."""
+    only = {"redetect_prob": 1.0, "full_drop_prob": 0.0, "contours_only_prob": 0.0, "level": [0.1, 0.1]}
+    module = build(mnms2, edge_degrade=only | {"num_strokes": 0.0})
+    module.setup()
+    recipe = {**module.index["preprocess"]["edges"], "per_view": {"LA": {"dark_threshold": 255}}}
+    module.index["preprocess"] = {**module.index["preprocess"], "edges": recipe}
+    dataset = module.dataset("train", augment=True)
+    for seed in range(8):  # detected again at one time in ten
+        dataset.seed = seed
+        batch = dataset.__getitems__([(0, i) for i in range(len(dataset))])
+        for i, name in enumerate(module.index["view_names"][v] for v in batch["view"].tolist()):
+            draw = np.random.default_rng((seed, 0, i))
+            draw.uniform(0.1, 0.1)
+            is_again = [draw.random() for _ in range(3)][-1] < 0.1
+            if is_again:
+                assert bool(batch["edges"][i].any()) == (name == "SA"), (seed, i, name)
+
+
+def test_edges_cannot_be_detected_again_where_no_image_and_no_level_is_read(mnms2, caplog):
+    module = build(mnms2, keys=("edges", "mask"), edge_degrade={"level": [0, 1]})
+    with pytest.raises(InputError, match="data.edge_degrade.*edges.levels.*redetect_prob=0"):
+        module.dataset("train", augment=True)
+    module.dataset("test", edge_level=0.5)
+    assert "none are detected again" in caplog.text
+    without = {"level": [0, 1], "redetect_prob": 0.0}
+    build(mnms2, keys=("edges", "mask"), edge_degrade=without).dataset("train", augment=True)
+
+
 def test_compact_batches_expand_once(mnms2):
     compact = build(mnms2).dataset("train").__getitems__([(0, 0), (0, 1)])
     assert compact["image"].dtype == torch.float16 and compact["mask"].dtype == torch.uint8

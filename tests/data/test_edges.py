@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -139,3 +141,26 @@ def test_degrade_can_leave_contours_or_nothing(slices):
         record.edges[0], 1.0, generator, mask=record.mask[0]
     )
     assert not nothing.any() and np.array_equal(contours, label_contours(record.mask[0]))
+
+
+REDETECTED = EdgeDegrade(redetect_prob=1, full_drop_prob=0, contours_only_prob=0)
+
+
+def test_edges_are_detected_again_as_they_were_prepared(slices):
+    """With the detector of their view, and with the contours where those were taken too."""
+    record = slices[5]
+    image, mask = record.image[0], record.mask[0]
+    recipe = EdgeRecipe(per_view={"LA": {"dark_threshold": 255}})
+    plain, long_axis = (EdgeDegrade(recipe=recipe).for_view(view) for view in (None, "LA"))
+    draw = np.random.default_rng
+    assert plain.redetect(image, 0.2, draw(0)).any() and not long_axis.redetect(image, 0.2, draw(0)).any()
+    both = EdgeDegrade(recipe=EdgeRecipe(source="both")).redetect(image, 0.2, draw(0), mask)
+    assert np.array_equal(both, plain.redetect(image, 0.2, draw(0)) | label_contours(mask))
+
+
+def test_contours_are_not_replaced_by_the_edges_of_the_image(slices):
+    record = slices[5]
+    degrade = replace(REDETECTED, recipe=EdgeRecipe(source="labels"))
+    edges = label_contours(record.mask[0])
+    with_image = degrade(edges, 0.01, np.random.default_rng(0), record.image[0], record.mask[0])
+    assert np.array_equal(with_image, degrade(edges, 0.01, np.random.default_rng(0)))

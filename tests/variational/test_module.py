@@ -99,6 +99,36 @@ def test_extra_losses_stay_outside_the_reported_bound():
     assert a["loss"].item() == pytest.approx((b["loss"] + a["mse"] + a["gradient"]).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("experiment", ["chestxray", "chestxray_conv", "chestxray_cpu"])
+@pytest.mark.parametrize("extra", ["mse", "gradient"])
+def test_extra_losses_move_the_decoder(experiment, extra):
+    """Under every likelihood: a grey level rounded to 1 of 256 has no gradient."""
+    module = randomised(build(experiment, f"model.{extra}_weight=1"))
+    x, t = images(), torch.full((4,), 0.5, dtype=torch.float64)
+    losses = module.bound_losses(
+        x, module.condition({"image": x, "label": torch.zeros(4).long()}), t, drawer(4)
+    )
+    grads = torch.autograd.grad(losses[extra], list(module.codec.parameters()), allow_unused=True)
+    assert sum(g.abs().sum() for g in grads if g is not None) > 1e-3
+    if "soft" not in str(getattr(module.likelihood, "target", "")):
+        assert losses["mse"].item() == pytest.approx(
+            ((module.likelihood.expected(decoded(module, x)) - module.likelihood.observe(x)) / 2)
+            .square()
+            .mean()
+            .item(),
+            rel=1e-5,
+        )
+
+
+def decoded(module, x):
+    """What `bound_losses` decodes from the noise of `drawer(4)`."""
+    draw, condition = drawer(4), module.condition({"image": x, "label": torch.zeros(4).long()})
+    f = module.encode(module.likelihood.observe(x), condition)
+    draw(tuple(f.shape[1:]))
+    noise = draw(tuple(f.shape[1:]))
+    return module.decode(module.objective.decoder_input(module.schedule, f, noise), condition)
+
+
 def test_the_seed_preset_has_the_published_sizes():
     codec = MLPCodec(2, image_channels=1, image_size=(256, 256), condition_channels=64)
     encoder = sum(num_parameters(m) for m in (codec.encoder_in, codec.encoder, codec.encoder_out))

@@ -31,6 +31,7 @@ from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 SAME_FACTS = ("spatial_dims", "image_channels", "num_classes")
+WINDOW_OVERLAP, INTERPOLATION_TIME = 0.5, 0.5  # as in configs/sample.yaml
 SEED_STRIDE = 1_000_003  # between the samples of a condition
 
 
@@ -42,6 +43,35 @@ def windows_of(cfg: Any, module: Any) -> Any:
         return None
     check_latent(module, "windows.size")
     return Windows.of_image(tuple(cfg.windows.size), module.first_stage.downsampling, cfg.windows.overlap)
+
+
+def check_request(cfg: Any, predictor: Any) -> None:
+    """InputError for a setting that this request would not use."""
+    sampler = [f"sampler.{key}" for key, value in cfg.sampler.items() if value is not None]
+    changed = {"num_samples": cfg.num_samples != 1, "drop": cfg.drop, "trajectory": cfg.trajectory}
+    options = [key for key, is_set in changed.items() if is_set]
+    if not predictor.is_generative and [*options, *sampler]:
+        key = [*options, *sampler][0]
+        raise InputError(f"{key}: this checkpoint (or stage) draws no samples; leave it out")
+    if cfg.interpolate.count and (options or cfg.max_slices is not None):
+        key = [*options, "max_slices"][0]
+        raise InputError(f"{key}: has no effect on interpolations; leave it out, or interpolate.count=0")
+    if not cfg.interpolate.count and cfg.interpolate.time != INTERPOLATION_TIME:
+        raise InputError("interpolate.time: has no effect without interpolate.count; set that to 2 or more")
+    if cfg.windows.size is None and cfg.windows.overlap != WINDOW_OVERLAP:
+        raise InputError("windows.overlap: has no effect without windows.size; give that too")
+
+
+def choose_sampler(cfg: Any, module: Any) -> None:
+    """The checkpoint's sampler with the user's changes; InputError where it or `drop` cannot work."""
+    from omegaconf import OmegaConf
+
+    from medldm.diffusion.conditioner import check_drop
+    from medldm.diffusion.sampler import check_guidance, override_sampler
+
+    module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
+    check_drop(module.conditioner, tuple(cfg.drop))
+    check_guidance(module.sampler, module.conditioner, tuple(cfg.drop))
 
 
 def check_latent(module: Any, key: str) -> None:
@@ -114,20 +144,18 @@ def write_trajectory(module: Any, recorder: Any, folder: Any, done: Any, name: s
 
 @clean_after_failure("output")
 def task(cfg: Any) -> None:
-    from omegaconf import OmegaConf
     from rich.progress import Progress
 
     from medldm.checkpoints import load_module
-    from medldm.diffusion.sampler import override_sampler
     from medldm.inference import items_by_case, pick_device
     from medldm.outputs import SampleFolder
     from medldm.sampling import Recorder, Request, predictor_of, sample_cases, spread
 
     module = load_module(cfg.checkpoint, weights=cfg.weights).to(pick_device(cfg.device))
     predictor = predictor_of(module, stage=cfg.stage, tile=cfg.tile)
+    check_request(cfg, predictor)
     if predictor.is_generative:
-        module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
-        module.conditioner.drop_groups(1, tuple(cfg.drop))  # names an unknown one before anything is written
+        choose_sampler(cfg, module)
     windows, keys = windows_of(cfg, module), predictor.keys
     for key, is_set in (("trajectory", cfg.trajectory), ("interpolate.count", cfg.interpolate.count)):
         if is_set:

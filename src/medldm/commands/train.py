@@ -297,6 +297,30 @@ def find_latents(data: dict[str, Any], model: dict[str, Any]) -> str | None:
     return found
 
 
+def check_knobs(cfg: Any, model: dict[str, Any], module: Any, spatial_dims: int) -> None:
+    """InputError for a setting that nothing would read, before anything is written."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from medldm.diffusion.sampler import check_guidance
+    from medldm.knobs import refuse_idle, typed_keys
+
+    typed = typed_keys(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
+    options = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("data", "callbacks")}
+    conditioner = getattr(module, "conditioner", None)
+    groups = () if conditioner is None else conditioner.groups
+    refuse_idle(model, spatial_dims, groups, options=options, typed=typed)
+    if conditioner is not None:
+        check_guidance(module.sampler, conditioner)
+    start, updates = (model.get("adversarial") or {}).get("start", 0), cfg.trainer.max_steps
+    if 0 < updates <= start:
+        log.warning(
+            "model.adversarial.start=%d is not reached in trainer.max_steps=%d: no discriminator trains",
+            start,
+            updates,
+        )
+
+
 def check_monitor(monitor: str, module: Any) -> None:
     if monitor not in module.validation_metrics:
         raise InputError(
@@ -373,6 +397,7 @@ def task(cfg: Any) -> None:
         use_channels_last(module, datamodule.facts["spatial_dims"])
     for part in module.compiled_parts if cfg.compile else ():
         part.compile()
+    check_knobs(cfg, model, module, datamodule.facts["spatial_dims"])
     check_monitor(cfg.callbacks.checkpoints.monitor, module)
     module.setup("fit")  # finds out whether its weights are there, before the run folder is
     trainer = build_trainer(cfg, module, run_dir, resumed_step)

@@ -108,7 +108,7 @@ def load_translator(cfg: Any) -> Any:
     from omegaconf import OmegaConf
 
     from medldm.checkpoints import load_module
-    from medldm.diffusion.sampler import override_sampler
+    from medldm.diffusion.sampler import check_guidance, override_sampler
     from medldm.inference import pick_device
 
     module = load_module(cfg.checkpoint, weights=cfg.weights)
@@ -119,9 +119,13 @@ def load_translator(cfg: Any) -> Any:
     if cfg.fast and not (is_translator or has_translator):
         raise InputError("fast=true: the checkpoint has no MS-SPADE; set fast=false")
     sampler = OmegaConf.to_container(cfg.sampler)
+    is_given = any(value is not None for value in sampler.values())
+    if cfg.fast and is_given:
+        raise InputError("sampler: has no effect with fast=true, which leaves out the diffusion; drop one")
     if hasattr(module, "sample"):
         module.sampler = override_sampler(module.sampler, sampler)
-    elif any(value is not None for value in sampler.values()):
+        check_guidance(module.sampler, module.conditioner)
+    elif is_given:
         raise InputError("sampler: the checkpoint has no diffusion; give one of an ldm experiment")
     return module.to(pick_device(cfg.device))
 

@@ -339,14 +339,29 @@ class CaseDataModule(pl.LightningDataModule):
         ramp_epochs = settings.pop("ramp_epochs", 0)
         stored = self.index.get("preprocess", {}).get("edges") or {}
         try:
-            degrade = EdgeDegrade(recipe=EdgeRecipe(**{**stored, "source": "image"}), **settings)
+            degrade = EdgeDegrade(recipe=EdgeRecipe(**stored), **settings)
         except TypeError as error:
             raise InputError(f"data.edge_degrade: {error}; see EdgeDegrade for its keys") from error
+        if edge_level != CONTOURS:
+            self.check_redetection(degrade, is_training=edge_level is None)
         if edge_level == CONTOURS:
             return EdgeDegradation(replace(degrade, contours_only_prob=1, full_drop_prob=0), (1.0, 1.0))
         if edge_level is not None:
             return EdgeDegradation(degrade, (edge_level, edge_level))
         return EdgeDegradation(degrade, levels, ramp_epochs)
+
+    def check_redetection(self, degrade: EdgeDegrade, *, is_training: bool) -> None:
+        """A detector has nothing to run on where neither images nor rougher edges are read."""
+        has_source = "image" in self.keys or self.index.get("num_edge_levels")
+        if has_source or not degrade.redetect_prob or degrade.recipe.source == "labels":
+            return
+        what = f"{self.root}: holds no rougher edges and no image is read, so none are detected again"
+        if is_training:
+            raise InputError(
+                f"data.edge_degrade: {what}; prepare with 'data.preprocess.edges.levels=[{{blur: 1}}]', or "
+                "do without by +data.edge_degrade.redetect_prob=0"
+            )
+        log.warning("edge_level: %s; all other degradations are", what)
 
     # ---- loaders ----
 

@@ -52,12 +52,15 @@ class EdgeDegradation:
     levels: tuple[float, float] = (0.0, 1.0)
     ramp_epochs: int = 0
 
-    def __call__(self, item: dict, epoch: int, generator: np.random.Generator) -> dict:
+    def __call__(
+        self, item: dict, epoch: int, generator: np.random.Generator, view: str | None = None
+    ) -> dict:
         ramp = min(1.0, (epoch + 1) / self.ramp_epochs) if self.ramp_epochs else 1.0
         low, high = self.levels
         level = float(generator.uniform(low, max(low, high * ramp)))
         image, mask = (item[key][0] if key in item else None for key in ("image", "mask"))
-        edges = self.degrade(item["edges"][0], level, generator, image, mask, item.get("edges_levels"))
+        degrade = self.degrade.for_view(view)
+        edges = degrade(item["edges"][0], level, generator, image, mask, item.get("edges_levels"))
         return {**item, "edges": edges[None], "edge_level": level}
 
 
@@ -97,7 +100,7 @@ class CaseDataset(Dataset):
     ) -> None:
         self.root, self.items, self.keys, self.seed = root, list(items), tuple(keys), seed
         self.cases, self.spatial_dims = index["cases"], index["spatial_dims"]
-        self.orientation = index.get("orientation")
+        self.orientation, self.view_names = index.get("orientation"), index.get("view_names") or []
         self.transforms, self.edge_degradation, self.latents_dir = (
             tuple(transforms),
             edge_degradation,
@@ -156,8 +159,12 @@ class CaseDataset(Dataset):
             for transform in self.transforms:
                 arrays = transform(arrays, generator)
             if self.edge_degradation is not None:
-                arrays = self.edge_degradation(arrays, epoch, generator)
+                arrays = self.edge_degradation(arrays, epoch, generator, self.view_name(i))
         return arrays
+
+    def view_name(self, i: int) -> str | None:
+        view = self.items[i].view
+        return self.view_names[view] if 0 <= view < len(self.view_names) else None
 
     def collate(self, arrays: Sequence[dict], items: Sequence[Item]) -> Batch:
         batch: Batch = {key: self.stack(key, [a[key] for a in arrays], items) for key in self.keys}

@@ -186,9 +186,9 @@ class EdgeDegrade:
         if generator.random() < level * self.contours_only_prob and mask is not None:  # (g)
             return label_contours(mask)
         edges = np.ascontiguousarray(edges, np.uint8)
-        if generator.random() < level * self.redetect_prob:
+        if generator.random() < level * self.redetect_prob and self.recipe.source != "labels":
             if image is not None:
-                edges = self.redetect(image, level, generator)
+                edges = self.redetect(image, level, generator, mask)
             elif stored is not None:
                 coarsest = 1 + round(level * (len(stored) - 1))
                 edges = stored[generator.integers(coarsest)].copy()
@@ -197,13 +197,19 @@ class EdgeDegrade:
         edges = self.erase(edges, level, generator)
         return self.scribble(edges, level, generator)
 
-    def redetect(self, image: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (a)
+    def for_view(self, view: str | None) -> "EdgeDegrade":
+        """The same with the detector of this view."""
+        return replace(self, recipe=self.recipe.for_view(view))
+
+    def redetect(  # (a)
+        self, image: np.ndarray, level: float, generator: np.random.Generator, mask: np.ndarray | None = None
+    ) -> np.ndarray:
         blur = 3 * level * generator.random()
         sigma = self.recipe.sigma + level * generator.uniform(0.2 - 0.38, 0.6 - 0.38)
         min_length = round(60 * level * generator.random() * min(image.shape) / 256)
         changes = {"sigma": float(np.clip(sigma, 0, 0.99)), "min_length": min_length}
         blur = max(self.recipe.blur, blur if blur > 0.3 else 0.0)
-        return detect_edges(image, replace(self.recipe, blur=blur, **changes))
+        return replace(self.recipe, blur=blur, **changes)(image, mask)
 
     def drop(self, edges: np.ndarray, level: float, generator: np.random.Generator) -> np.ndarray:  # (b)
         count, components, stats, _ = cv2.connectedComponentsWithStats(edges, connectivity=EIGHT)

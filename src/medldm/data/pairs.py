@@ -30,6 +30,8 @@ def check_pairs(pairs: str | None, pair_labels: Any, keys: Sequence[str], label_
         raise InputError(f"data.pairs={pairs}: choose null, random or all")
     if pairs is None and OF_SOURCE.keys() & set(keys):
         raise InputError("data.pairs=null: this model translates one image into another; set it to random")
+    if pair_labels is not None and not OF_SOURCE.keys() & set(keys):
+        raise InputError("data.pair_labels: this model translates nothing; set it to null")
     for pair in pair_labels or ():
         if isinstance(pair, str) or len(pair) != 2 or not set(pair) <= set(label_values):
             known = ", ".join(label_values)

@@ -34,12 +34,14 @@ class Conditioner(Protocol):
 
     `groups` names what can be dropped separately. `drop` is (B, len(groups)) bool, True where a sample loses
     that group, or None to keep all. The null of guidance is `drop` all True: the very thing that training
-    dropped to.
+    dropped to, where `trains_null`. `dropped_groups` are those that training drops at all.
     """
 
     groups: tuple[str, ...]
     attributes: tuple[str, ...]  # embedded ones, and those of them that may be unknown
     null_attributes: tuple[str, ...]
+    dropped_groups: tuple[str, ...]
+    trains_null: bool
     concat_channels: int
     spade_channels: int
     embedding_dim: int
@@ -308,6 +310,16 @@ class SpatialConditioner(nn.Module):
         return tuple(name for name in self.attributes if name in seen)
 
     @property
+    def dropped_groups(self) -> tuple[str, ...]:
+        pairs = zip(self.groups, self.drop_probs, strict=True)
+        return tuple(name for name, prob in pairs if prob or self.drop_all_prob)
+
+    @property
+    def trains_null(self) -> bool:
+        """Whether training ever drops all groups of a sample at once: together, or each by itself."""
+        return bool(self.groups) and (self.drop_all_prob > 0 or min(self.drop_probs) > 0)
+
+    @property
     def batch_keys(self) -> tuple[str, ...]:
         """Arrays of a batch that conditions are made of."""
         used = {"mask": self.use_mask, "edges": self.use_edges}
@@ -389,6 +401,8 @@ class NullConditioner(nn.Module):
     groups: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
     null_attributes: tuple[str, ...] = ()
+    dropped_groups: tuple[str, ...] = ()
+    trains_null = False
     concat_channels = spade_channels = embedding_dim = context_dim = 0
 
     def __init__(self, num_classes: int | None = None, **derived) -> None:
@@ -428,6 +442,18 @@ def fixed_drop(
     for name in names:
         drop[:, groups.index(name)] = True
     return drop
+
+
+def check_drop(conditioner: Conditioner, names: tuple[str, ...]) -> None:
+    """InputError for a condition that the model has not, or that training never withheld: what stands in its
+    place was never learned.
+    """
+    conditioner.drop_groups(1, names)
+    unseen = [name for name in names if name not in conditioner.dropped_groups]
+    if unseen:
+        raise InputError(
+            f"drop=[{unseen[0]}]: training never withheld it; train with model.conditioner.drop_all_prob=0.1"
+        )
 
 
 def build_encoder(

@@ -52,9 +52,13 @@ class Bernoulli(nn.Module):
         terms = F.binary_cross_entropy_with_logits(output.float(), grey(x), reduction="none")
         return terms.flatten(1).sum(1)
 
-    def mean(self, output: Tensor) -> Tensor:
-        """The expected image in [-1, 1]."""
+    def expected(self, output: Tensor) -> Tensor:
+        """The mean of an observed image, with gradients."""
         return 2 * torch.sigmoid(output.float()) - 1
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The image to show, in [-1, 1]."""
+        return self.expected(output)
 
     def entropy_floor(self, x: Tensor) -> Tensor:
         """(B,) nats that no decoder can go below on an image as it came, in the mean over observations."""
@@ -127,6 +131,10 @@ class DiscretizedGaussian(nn.Module):
     def level_of_value(self, x: Tensor) -> Tensor:
         """The inverse of `value` on observed images."""
         return ((x.float() + 1) * self.num_levels / 2 - 0.5).round().long().clamp(0, self.num_levels - 1)
+
+    def expected(self, output: Tensor) -> Tensor:
+        """The mean of an observed image, with gradients: not rounded to a level."""
+        return output.float()
 
     def mean(self, output: Tensor) -> Tensor:
         """The most likely level as an image whose extremes are -1 and 1."""

@@ -263,16 +263,20 @@ def rescale_to(reference: Tensor, x: Tensor, strength: float) -> Tensor:
     return x * (1 + strength * (ratio - 1))
 
 
+def check_clamp(limit: float, percentile: float | None) -> None:
+    if limit <= 0 or (percentile is not None and not 0 < percentile <= 1):
+        raise InputError(
+            f"sampler: clamp={limit} must be positive and clamp_percentile={percentile} in (0, 1]"
+        )
+
+
 def clamped(denoise: Denoise, *, limit: float, percentile: float | None = None) -> Denoise:
     """Clip x0_hat to [-limit, limit], in normalised latent units (unit-variance latents reach well beyond 1).
 
     `percentile` in (0, 1) makes it dynamic: a sample whose |x0_hat| exceeds `limit` at that percentile is
     clipped there and scaled back to `limit`. Section 2.3, Saharia et al. 2022.
     """
-    if limit <= 0 or (percentile is not None and not 0 < percentile <= 1):
-        raise InputError(
-            f"sampler: clamp={limit} must be positive and clamp_percentile={percentile} in (0, 1]"
-        )
+    check_clamp(limit, percentile)
 
     def denoise_clamped(z_t: Tensor, t: Tensor) -> Tensor:
         x0_hat = denoise(z_t, t)

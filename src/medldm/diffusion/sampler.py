@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from medldm.diffusion.objective import Denoise, clamped
+from medldm.diffusion.conditioner import Conditioner
+from medldm.diffusion.objective import Denoise, check_clamp, clamped
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32, gamma_to_alpha_sigma
 from medldm.errors import InputError
 
@@ -76,8 +77,9 @@ class Sampler:
     (equal steps in gamma). `clean_last_step` ends by returning the last x0_hat; without it the result is z at
     the first grid point (or t = 0), noise included and not divided by alpha: parity with CompVis.
     `guidance_scale` (1 is off; null + scale (conditional - null)) and `guidance_rescale` are read by whoever
-    builds the guided denoiser. `clamp` clips x0_hat to +-clamp in normalised latent units, dynamically with
-    `clamp_percentile`.
+    builds the guided denoiser; a null that training never saw is refused (`check_guidance`) unless
+    `untrained_null`, for parity with Med-LSDM. `clamp` clips x0_hat to +-clamp in normalised latent units,
+    dynamically with `clamp_percentile`.
     """
 
     num_steps: int
@@ -87,6 +89,7 @@ class Sampler:
     guidance_rescale: float = 0.0
     clamp: float | None = None
     clamp_percentile: float | None = None
+    untrained_null: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -96,6 +99,15 @@ class Sampler:
         if self.clamp is None and self.clamp_percentile is not None:
             raise InputError(
                 "sampler.clamp_percentile has no effect without sampler.clamp; set sampler.clamp too"
+            )
+        if self.clamp is not None:
+            check_clamp(self.clamp, self.clamp_percentile)
+        if not 0 <= self.guidance_rescale <= 1:
+            raise InputError(f"sampler.guidance_rescale={self.guidance_rescale} must lie in [0, 1]")
+        if self.guidance_rescale and self.guidance_scale in (0, 1):
+            raise InputError(
+                f"sampler.guidance_rescale={self.guidance_rescale} has no effect with "
+                f"sampler.guidance_scale={self.guidance_scale}; set sampler.guidance_rescale=0"
             )
 
     def coefficients(self, gamma: Tensor) -> Coefficients:
@@ -256,6 +268,25 @@ class DPMSolverSampler(Sampler):
 def check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
         raise InputError(f"sampler.eta={eta} must lie in [0, 1]")
+
+
+def check_guidance(sampler: Sampler, conditioner: Conditioner, drop: tuple[str, ...] = ()) -> None:
+    """InputError where `guidance_scale` would do nothing, or set the model against a null that it never saw.
+
+    `drop` are the conditions that are withheld from the sample.
+    """
+    if sampler.guidance_scale == 1:
+        return
+    key = f"sampler.guidance_scale={sampler.guidance_scale:g}"
+    if not conditioner.groups:
+        raise InputError(f"{key}: the model has no condition to guide by; set sampler.guidance_scale=1")
+    if sampler.guidance_scale and set(conditioner.groups) == set(drop):
+        raise InputError(f"{key}: drop leaves no condition to guide by; set sampler.guidance_scale=1")
+    if not (conditioner.trains_null or sampler.untrained_null):
+        raise InputError(
+            f"{key}: training never dropped all conditions at once, so there is no null to guide from; set "
+            "sampler.guidance_scale=1, or train with model.conditioner.drop_all_prob=0.1"
+        )
 
 
 SAMPLERS = {"ancestral": AncestralSampler, "ddim": DDIMSampler, "dpm_solver": DPMSolverSampler}

@@ -57,6 +57,14 @@ class TranslationConditioner(nn.Module):
     attributes = ("label",)
     null_attributes = ()  # the translator has none
 
+    @property
+    def dropped_groups(self) -> tuple[str, ...]:
+        return self.groups if self.drop_all_prob else ()
+
+    @property
+    def trains_null(self) -> bool:
+        return self.drop_all_prob > 0
+
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:

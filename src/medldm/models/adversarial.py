@@ -7,6 +7,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from medldm.errors import InputError
 from medldm.losses import AdversarialLoss, adaptive_weight, feature_matching, random_slices
 from medldm.models.common import build_optimizer, rank_part, step_generator, warmup_cosine
 
@@ -46,7 +47,7 @@ class AdversarialModule(LightningModule):
     ) -> None:
         super().__init__()
         if bool(discriminators) != (adversarial is not None):
-            raise ValueError(
+            raise InputError(
                 "model.discriminators and model.adversarial belong together: give both or neither"
             )
         self.automatic_optimization = False

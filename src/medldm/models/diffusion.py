@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from medldm.batch import one_hot
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
-from medldm.diffusion.sampler import Sampler
+from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.diffusion.windows import Windows, windowed
 from medldm.models.common import (
@@ -163,6 +163,7 @@ class DiffusionModule(LightningModule):
         x0_hat.
         """
         sampler = sampler or self.sampler
+        check_guidance(sampler, self.conditioner, drop)
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
         condition = self.condition(batch, drop)
         null = condition if sampler.guidance_scale == 1 else self.condition(batch, None)
@@ -214,6 +215,7 @@ class DiffusionModule(LightningModule):
         from there: time 0 would give the mixture itself, time 1 forget it. Ho et al. 2020, section 4.
         """
         sampler = sampler or self.sampler
+        check_guidance(sampler, self.conditioner)
         z = self.latents(batch)
         shape = tuple(z.shape[2:])
         noise = case_noise(["+".join(names)], z.shape[1:], seed).to(z)

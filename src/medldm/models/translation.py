@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from medldm.diffusion.latent import FirstStage
+from medldm.errors import InputError
 from medldm.losses import PerceptualLoss
 from medldm.metrics.image import psnr, ssim
 from medldm.models.adversarial import AdversarialModule, GeneratorStep
@@ -74,7 +75,7 @@ class ImageTranslation:
         perceptual: PerceptualLoss | None = None,
     ) -> None:
         if perceptual_weight and perceptual is None:
-            raise ValueError(f"model.objective.perceptual_weight={perceptual_weight} needs a perceptual loss")
+            raise InputError(f"model.objective.perceptual_weight={perceptual_weight} needs a perceptual loss")
         self.pixel_weight, self.identity_weight = pixel_weight, identity_weight
         self.quantizer_weight, self.cycle_weight = quantizer_weight, cycle_weight
         self.perceptual_weight = perceptual_weight
@@ -133,7 +134,7 @@ class TranslationModule(AdversarialModule):
         """`optimisation`: what `AdversarialModule` takes."""
         super().__init__(**optimisation)
         if objective.trains_autoencoder and first_stage.requantize:
-            raise ValueError(
+            raise InputError(
                 "model.first_stage.requantize=true: image-space translation decodes latents as they are; "
                 "set it to false"
             )

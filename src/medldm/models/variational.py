@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medldm.batch import spatial_shape
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.objective import guided, network_time
-from medldm.diffusion.sampler import Sampler
+from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.diffusion.variational import Bound, VariationalObjective, bits, gradient_difference
 from medldm.metrics.image import psnr, ssim
@@ -148,10 +148,12 @@ class VariationalModule(LightningModule):
         losses["entropy_floor"] = bits(self.likelihood.entropy_floor(x).mean(), num_dims)
         losses["recon_gap"] = losses["bpd_recon"] - losses["entropy_floor"]
         losses["rms_latent"] = f.detach().float().square().mean().sqrt()
-        return losses | self.extra_losses(losses["loss"], self.likelihood.mean(output), x_seen)
+        return losses | self.extra_losses(losses["loss"], self.likelihood.expected(output), x_seen)
 
     def extra_losses(self, loss: Tensor, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """The seed's MSE and gradient difference on [0, 1], and the loss with them."""
+        """The seed's MSE and gradient difference on [0, 1] between what a decoder expects and the image as it
+        was observed, and the loss with them.
+        """
         if not (self.mse_weight or self.gradient_weight):
             return {}
         x_hat, x = (x_hat + 1) / 2, (x.float() + 1) / 2
@@ -274,6 +276,7 @@ class VariationalModule(LightningModule):
     ) -> Tensor:
         """Images (B, C, *S) in [-1, 1] for the labels of a batch; `names` and `seed` decide the noise."""
         sampler = sampler or self.sampler
+        check_guidance(sampler, self.conditioner, drop)
         condition, null = self.condition(batch, drop), self.condition(batch, None)
         noise = case_noise(names, (self.codec.latent_channels, *latent_shape), seed).to(self.device)
         denoise = guided(

@@ -1,0 +1,201 @@
+"""Settings that would change nothing beside the others: refused before training, each in one line.
+
+An object checks its own arguments; here stands what only the whole of a config tells.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from medldm.errors import InputError
+
+
+class Idle(NamedTuple):
+    """A key without effect. Presets hold it at `neutral`; `ANY`: whatever they hold, only typing it errs."""
+
+    key: str
+    neutral: Any
+    reason: str  # with the mend
+
+
+ANY = object()
+
+
+def refuse_idle(
+    model: Mapping[str, Any],
+    spatial_dims: int,
+    groups: Sequence[str] = (),
+    *,
+    options: Mapping[str, Any] | None = None,
+    typed: Sequence[str] = (),
+) -> None:
+    """InputError for the first setting of `model` (the resolved config) that nothing reads.
+
+    `groups` are the conditions that the built model has, `options` the other sections of the config by name
+    (`data`, `callbacks`), `typed` the keys given on the command line.
+    """
+    config = {"model": model, **(options or {})}
+    rules = [*RULES.get(model["kind"], lambda *_: ())(model, spatial_dims, groups), *of_options(config)]
+    for key, neutral, reason in rules:
+        value = look_up(config, key)
+        names_it = any(name == key or name.startswith(f"{key}.") for name in typed)
+        if value is not None and (names_it or neutral is not ANY) and value != neutral:
+            raise InputError(f"{key}={value} has no effect: {reason}")
+
+
+def look_up(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key, None where any part of it is absent."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def typed_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys of Hydra's overrides: `+a.b=1` and `++a.b=1` name a.b; what `~` deletes is not named."""
+    return [text.lstrip("+").partition("=")[0] for text in overrides if not text.startswith("~")]
+
+
+def of_options(config: Mapping[str, Any]) -> Iterator[Idle]:
+    """The sections beside the model's."""
+    if not look_up(config, "data.flip_axes"):
+        yield Idle("data.flip_prob", ANY, "data.flip_axes names no axis to mirror")
+    if look_up(config, "data.num_workers") == 0:
+        yield Idle("data.worker_context", ANY, "data.num_workers=0 starts no worker")
+    if config["model"]["kind"] not in ("diffusion", "variational", "translation"):
+        yield Idle(
+            "callbacks.ema",
+            ANY,
+            "this model keeps no moving average; leave it out (in a chain: STAGE:key=value)",
+        )
+    if look_up(config, "model.objective.pixel_weight") is not None:
+        yield Idle("callbacks.ema", ANY, "a translator trained with its autoencoder keeps no moving average")
+
+
+def of_autoencoder(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
+    yield from of_perceptual(model, spatial_dims, "model")
+    yield from of_adversarial(model, spatial_dims, model)
+    if (model.get("adversarial") or {}).get("kind") == "multiclass":
+        raise InputError("model.adversarial.kind=multiclass: an autoencoder has no classes; set it to hinge")
+    net = "model.autoencoder"
+    if not model.get("decoder_sees_map"):
+        for name in ("spade_kernel", "spade_hidden_channels"):
+            yield Idle(f"{net}.{name}", ANY, "the decoder sees no map; set model.decoder_sees_map=true")
+    parts = model["autoencoder"]
+    if "attn" not in parts.get("mid", ()) and not parts.get("attention_levels"):
+        yield Idle(f"{net}.num_heads", ANY, "no attention; put attn into model.autoencoder.mid")
+    if parts.get("shortcut") == "none":
+        yield Idle(f"{net}.dropout", 0.0, "blocks without a shortcut have one convolution and no dropout")
+    quantizer = parts.get("quantizer", {})
+    if quantizer.get("ema_decay") is not None:
+        mend = "moving averages set the codebook; set model.autoencoder.quantizer.ema_decay=null"
+        yield Idle(f"{net}.quantizer.codebook_weight", 1.0, mend)
+    if quantizer.get("legacy_beta"):
+        mend = "legacy_beta puts commitment_weight in its place; set commitment_weight"
+        yield Idle(f"{net}.quantizer.codebook_weight", 1.0, mend)
+
+
+def of_perceptual(part: Mapping[str, Any], spatial_dims: int, prefix: str) -> Iterator[Idle]:
+    """Of a loss's `perceptual` and its weight."""
+    perceptual, weight = part.get("perceptual"), part.get("perceptual_weight")
+    if perceptual is None:
+        mend = f"{prefix}.perceptual is null; set {prefix}.perceptual_weight=0"
+        yield Idle(f"{prefix}.perceptual_weight", 0, mend)
+    elif not weight:
+        mend = f"{prefix}.perceptual_weight is 0; set it above 0 too"
+        yield Idle(f"{prefix}.perceptual", ANY, mend)
+    elif perceptual["network"].startswith("medicalnet") and spatial_dims == 2:
+        raise InputError(
+            f"{prefix}.perceptual.network={perceptual['network']}: sees volumes alone; choose lpips_vgg"
+        )
+
+
+def of_adversarial(model: Mapping[str, Any], spatial_dims: int, losses: Mapping[str, Any]) -> Iterator[Idle]:
+    """Of discriminators, and of the random slice that the 2D ones and LPIPS see of a volume."""
+    discriminators = [part for part in (model.get("discriminators") or {}).values() if part]
+    perceptual = losses.get("perceptual") if losses.get("perceptual_weight") else None
+    sees_slices = any(part.get("spatial_dims") == 2 for part in discriminators)
+    sees_slices |= perceptual is not None and not perceptual["network"].startswith("medicalnet")
+    if spatial_dims == 2 or not sees_slices:
+        yield Idle("model.slice_axes", [0], "nothing sees single slices of a volume; leave it out")
+    adversarial = model.get("adversarial") or {}
+    if not adversarial.get("weight"):
+        yield Idle("model.adversarial.adaptive", ANY, "model.adversarial.weight is 0; set it above 0 too")
+
+
+def of_translation(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
+    objective = model["objective"]
+    if "perceptual_weight" in objective:
+        yield from of_perceptual(objective, spatial_dims, "model.objective")
+    yield from of_adversarial(model, spatial_dims, objective)
+
+
+def of_diffusion(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
+    yield from of_conditioner(model["conditioner"], groups)
+    yield from of_network(model)
+    yield from of_schedule(model)
+    if model["first_stage"].get("checkpoint", "") is None:
+        for name in ("latent", "requantize", "normalisation"):
+            mend = "images themselves are diffused; choose model/first_stage=pixel"
+            yield Idle(f"model.first_stage.{name}", None, mend)
+
+
+def of_conditioner(conditioner: Mapping[str, Any], groups: Sequence[str]) -> Iterator[Idle]:
+    key = "model.conditioner"
+    if "encoder" in conditioner:
+        if conditioner["encoder"] in (None, "area"):
+            mend = f"{key}.encoder={conditioner['encoder'] or 'null'} decides the channels; choose another"
+            yield Idle(f"{key}.out_channels", ANY, mend)
+        if conditioner.get("spade") in (None, "planes", "map_latent", "area"):
+            mend = f"{key}.spade={conditioner.get('spade') or 'null'} decides the channels; choose an encoder"
+            yield Idle(f"{key}.spade_out_channels", ANY, mend)
+    if not groups:
+        yield Idle(f"{key}.drop_all_prob", ANY, "the dataset states none of the model's conditions")
+
+
+def of_network(model: Mapping[str, Any]) -> Iterator[Idle]:
+    network, conditioner = model["network"], model["conditioner"]
+    network = network.get("unet", network)
+    key = "model.network.unet" if "unet" in model["network"] else "model.network"
+    if not conditioner.get("spade"):
+        yield Idle(f"{key}.spade_kernel", ANY, "nothing gives the network a map; set model.conditioner.spade")
+    if network.get("head_channels") is not None:
+        yield Idle(f"{key}.num_heads", None, f"{key}.head_channels decides it; set that to null")
+    if network.get("skips", "level") != "level":
+        yield Idle(f"{key}.up_channels", None, f"skips={network['skips']} mirrors the way down")
+        yield Idle(f"{key}.num_mid_units", ANY, f"skips={network['skips']} has two units in the middle")
+
+
+def of_schedule(model: Mapping[str, Any]) -> Iterator[Idle]:
+    if not model["objective"]["_target_"].endswith("DenoisingObjective"):
+        return
+    if model["schedule"]["_target_"].endswith("learned_scalar_schedule"):
+        raise InputError(
+            "model/schedule=learned_scalar: a denoising objective leaves its end points where they start, so "
+            "that nothing learns; choose model/schedule=fixed_linear or learned_nnet"
+        )
+    mend = "a denoising objective trains the interior, for the variance; choose model/objective=variational"
+    yield Idle("model.schedule.interior", "variance", mend)
+    yield Idle("model.schedule.endpoints", ANY, mend)
+
+
+def of_variational(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
+    yield from of_conditioner(model["conditioner"], groups)
+    yield from of_network(model)
+    if not model.get("gradient_weight"):
+        for name, neutral in (("gradient_power", 1.0), ("gradient_is_signed", False)):
+            yield Idle(f"model.{name}", neutral, "model.gradient_weight is 0; set it above 0 too")
+    if model["codec"]["_target_"].endswith("PixelCodec"):
+        for name in ("mse_weight", "gradient_weight"):
+            yield Idle(f"model.{name}", 0.0, "a pixel codec reconstructs nothing; choose model/codec=conv")
+    if model.get("cosine_steps") is None:
+        yield Idle("model.cosine_final", ANY, "model.cosine_steps is null; give it the length of the cosine")
+    if not groups:
+        yield Idle("model.codec.film", ANY, "no condition enters the codec; choose model/conditioner=label")
+
+
+RULES = {
+    "autoencoder": of_autoencoder,
+    "translation": of_translation,
+    "diffusion": of_diffusion,
+    "variational": of_variational,
+}
