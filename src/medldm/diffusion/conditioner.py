@@ -311,13 +311,17 @@ class SpatialConditioner(nn.Module):
 
     @property
     def dropped_groups(self) -> tuple[str, ...]:
+        """Groups that training drops, each at some time: attributes also by being unknown."""
+        has_null = self.attributes == self.null_attributes
         pairs = zip(self.groups, self.drop_probs, strict=True)
-        return tuple(name for name, prob in pairs if prob or self.drop_all_prob)
+        return tuple(
+            name for name, prob in pairs if prob or self.drop_all_prob or (name == "attributes" and has_null)
+        )
 
     @property
     def trains_null(self) -> bool:
         """Whether training ever drops all groups of a sample at once: together, or each by itself."""
-        return bool(self.groups) and (self.drop_all_prob > 0 or min(self.drop_probs) > 0)
+        return bool(self.groups) and self.dropped_groups == self.groups
 
     @property
     def batch_keys(self) -> tuple[str, ...]:
