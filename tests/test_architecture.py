@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "medldm"
-LEAVES = {"attributes", "errors", "batch", "files"}
+LEAVES = {"attributes", "errors", "batch", "files", "fingerprints"}
 # package or module -> what of medldm it may import, beside itself and the leaves
 MAY_IMPORT = {
     "attributes": set(),
     "errors": set(),
     "batch": set(),
     "files": set(),
+    "fingerprints": set(),
     "networks": set(),
     "data": set(),
     "metrics": {"networks"},

@@ -4,7 +4,6 @@ Under the key "medldm" a checkpoint holds plain data: the stage, the resolved mo
 and, for a second stage, the first stage's own description. It loads under `weights_only=True`, strictly.
 """
 
-import hashlib
 import pickle
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +21,7 @@ from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.diffusion.translation import TranslationConditioner
 from medldm.errors import InputError
 from medldm.files import replacing
+from medldm.fingerprints import file_sha256 as sha256
 from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.diffusion import DiffusionModule
 from medldm.models.segmentation import RegressionModule, SegmentationModule
@@ -55,11 +55,6 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not isinstance(content, Mapping) or "medldm" not in content:
         raise InputError(f"{path}: not a medldm checkpoint; give one that `medldm train` wrote")
     return content
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def latents_name(path: str | Path) -> str:

@@ -16,6 +16,7 @@ are the same. A bad file ends the run with one line that names it. The last line
 index.json) say what was found, what was left out and why, and how the subjects were split.
 """
 
+import shlex
 from typing import TYPE_CHECKING
 
 from medldm.commands import run_command
@@ -36,10 +37,19 @@ def task(cfg: "DictConfig") -> None:
     data = OmegaConf.to_container(cfg.data, resolve=True)
     keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select")
     options = {key: data[key] for key in (*keys, "modalities", "label_dir", "task")}
-    prepared = prepare_dataset(raw=raw, root=root, **options)
+    prepared = prepare_dataset(raw=raw, root=root, command=command_line(), **options)
     inventory = load_index(prepared)["inventory"]
     print("\n".join(summary(inventory, read_splits(prepared / "splits.json"))))
     print(prepared)
+
+
+def command_line() -> str | None:
+    """What was typed, to be told again; None outside the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return None
+    return shlex.join(["medldm", "prepare", *HydraConfig.get().overrides.task])
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import medldm
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.data.case import Case, split_path
-from medldm.data.recipe import SCHEMA_VERSION, Recipe, digest
+from medldm.data.recipe import SCHEMA_VERSION, Recipe
 from medldm.errors import InputError
+from medldm.fingerprints import array_digest, content_of, digest
 
 ORIGINAL = ("original_id", "original_subject")  # of an index entry whose names were no safe file names
 PER_SLICE = ("view", "phase", "slice_index", "num_slices", "label")
@@ -59,37 +60,61 @@ class Job:
     dataset: str
     recipe: Recipe
     tables: Tables
+    command: str  # that prepares the dataset: what to run again
+    earlier: dict | None = None  # the index's entry of an earlier preparation
 
     def raw_files(self) -> list[dict]:
-        """Path, size and time of every raw file. InputError names one that is missing."""
+        """Every raw file: its `key` in the case, the `dataset` inside it or None, path, size, times and
+        sha256. InputError names one that is missing.
+        """
         files = []
         for case in self.cases:
-            for raw in case.paths.values():
-                path = split_path(raw)[0]
-                if path.is_dir():  # a DICOM series
-                    states = [file.stat() for file in path.glob("*.dcm")]
-                    size, newest = (
-                        sum(s.st_size for s in states),
-                        max((s.st_mtime_ns for s in states), default=0),
-                    )
-                    files.append({"path": str(path), "size": size, "mtime_ns": newest})
-                    continue
-                if not path.is_file():
+            for key, raw in case.paths.items():
+                path, dataset = split_path(raw)
+                if not path.exists():
                     raise InputError(f"{path}: no such file; restore it, or remove its case from the dataset")
-                state = path.stat()
-                files.append({"path": str(path), "size": state.st_size, "mtime_ns": state.st_mtime_ns})
+                files.append({"key": key, "dataset": dataset, **content_of(path)})
         return files
 
     def fingerprint(self) -> str:
-        """Changes when the preprocessing, a raw file or what is known of a case changes."""
+        """Changes when the preprocessing, a raw file's name or content, or what is known of a case changes;
+        not with the folder that the raw files lie in.
+        """
         known: list = [(case.id, case.attributes) for case in self.cases]
         known += [case.relabel for case in self.cases if case.relabel]
-        return digest([self.recipe.hash, self.raw_files(), known, asdict(self.tables), self.dataset])
+        return digest(
+            [self.recipe.hash, identities(self.raw_files()), known, asdict(self.tables), self.dataset]
+        )
+
+    def reason_to_renew(self) -> str:
+        """Why the file that stands is not what this job makes of its raw files."""
+        if self.earlier is None or not all("sha256" in file for file in self.earlier["raw"]):
+            return "an older medldm or a run that was stopped did not record what they were made from"
+        if self.earlier["preprocess_hash"] != self.recipe.hash:
+            return "the preprocessing, or a library that does it, has changed"
+        if identities(self.earlier["raw"]) != identities(self.raw_files()):
+            return "raw files have changed"
+        if self.earlier.get("fingerprint") != self.fingerprint():
+            return "what is known of them (labels, views, attributes) has changed"
+        return "their files were damaged or replaced"
+
+
+def identities(files: Sequence[dict]) -> list[list]:
+    """What a raw file is, wherever it lies: key, file name, dataset inside it, and content."""
+    return [[file["key"], Path(file["path"]).name, file["dataset"], file["sha256"]] for file in files]
 
 
 def make_jobs(
-    cases: Sequence[Case], root: Path, dataset: str, recipe: Recipe, modalities: Sequence[str] | None = None
+    cases: Sequence[Case],
+    root: Path,
+    dataset: str,
+    recipe: Recipe,
+    modalities: Sequence[str] | None = None,
+    *,
+    command: str,
+    earlier: Mapping[str, dict],
 ) -> list[Job]:
+    """`command` makes them; `earlier` are the index entries of an earlier preparation by id."""
     tables = make_tables(cases, modalities)
     groups: dict[tuple[str, str], list[Case]] = defaultdict(list)
     for case in cases:
@@ -97,9 +122,12 @@ def make_jobs(
             case
         )
     return [
-        Job(name, subject, tuple(members), root / "cases" / f"{name}.h5", dataset, recipe, tables)
+        Job(
+            name, subject, tuple(members), root / "cases" / f"{name}.h5", dataset, recipe, tables,
+            command, earlier.get(name),
+        )
         for (name, subject), members in sorted(groups.items())
-    ]
+    ]  # fmt: skip
 
 
 def number(value: Any, names: Sequence[str]) -> int:
@@ -147,7 +175,8 @@ def common_attributes(cases: Sequence[Case]) -> dict:
     }
 
 
-def entry_of(job: Job, path: Path) -> dict:
+def entry_of(job: Job, path: Path, arrays: Mapping[str, np.ndarray | None]) -> dict:
+    """The part of an index entry that 2D and 3D share; `content` are the digests of what is stored."""
     return {
         "id": job.id,
         "subject": job.subject,
@@ -156,6 +185,9 @@ def entry_of(job: Job, path: Path) -> dict:
         "file_size": path.stat().st_size,
         "attributes": common_attributes(job.cases),
         "raw": job.raw_files(),
+        "preprocess_hash": job.recipe.hash,
+        "fingerprint": job.fingerprint(),
+        "content": {key: array_digest(array) for key, array in arrays.items() if array is not None},
     }
 
 

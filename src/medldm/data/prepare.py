@@ -7,13 +7,15 @@ second run keeps what was made from the same raw files with the same preprocessi
 
 import importlib
 import inspect
+import json
 import logging
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import h5py
@@ -25,31 +27,53 @@ from medldm.data.inventory import same_images, take_inventory
 from medldm.data.jobs import Job, make_jobs, root_attributes
 from medldm.data.prepare_slices import describe_slices, warn_of_planes, write_slices
 from medldm.data.prepare_volumes import describe_volume, write_volume
-from medldm.data.readers import load_index
+from medldm.data.readers import UNFINISHED, load_index
 from medldm.data.recipe import SCHEMA_VERSION, Recipe, make_recipe
 from medldm.data.splits import make_splits, subset_of, write_splits_once
 from medldm.data.tables import Note
 from medldm.data.transforms import mapping_override
 from medldm.errors import InputError
 from medldm.files import leaving_no_empty_folder, replacing, safe_names, write_json
+from medldm.fingerprints import recall
 
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job) -> dict:
-    """Write the job's file unless it stands already, verify it, and return its entry of the index."""
+class Prepared(NamedTuple):
+    """A file that stands: its entry of the index, and why it took the place of an earlier one, if it did."""
+
+    entry: dict
+    renewed_because: str | None
+
+
+def run_job(job: Job) -> Prepared:
+    """Write the job's file unless it stands already, and verify it. Before an earlier file is replaced the
+    index beside it is marked as unfinished: it no longer says what lies there.
+    """
+    reason = None
+    recall(job.earlier["raw"] if job.earlier else ())
     fingerprint = job.fingerprint()
     if job.path.is_file():
         try:
-            return describe(job.path, job, fingerprint)
-        except InputError:
-            log.debug("%s: stale or damaged, made anew", job.path)
+            return Prepared(describe(job.path, job, fingerprint), None)
+        except InputError as error:
+            log.debug("%s: made anew (%s)", job.path, error)
+            reason = job.reason_to_renew()
     with replacing(job.path) as temporary:
         with h5py.File(temporary, "w") as file:
             file.attrs.update(root_attributes(job, fingerprint))
             (write_slices if job.recipe.spatial_dims == 2 else write_volume)(job, file)
-        describe(temporary, job, fingerprint)
-    return describe(job.path, job, fingerprint)
+        entry = describe(temporary, job, fingerprint)
+        if reason is not None:
+            mark_unfinished(job.path.parents[1], job.command)
+    return Prepared(entry, reason)
+
+
+def mark_unfinished(root: Path, command: str) -> None:
+    """The index of `root` is refused by everything that reads it until `command` has run to its end."""
+    path = root / "index.json"
+    if path.is_file() and UNFINISHED not in (index := json.loads(path.read_text())):
+        write_json(path, index | {UNFINISHED: command})
 
 
 def describe(path: Path, job: Job, fingerprint: str) -> dict:
@@ -86,9 +110,11 @@ def prepare_dataset(
     modalities: Sequence[str] | None = None,
     label_dir: str | Path | None = None,
     task: str | None = None,
+    command: str | None = None,
 ) -> Path:
     """Prepare every case under `raw` into `root`; returns `root`. `splits` holds seed, val and test
-    (fractions); `modalities`, `label_dir` and `task` go to datasets that have them.
+    (fractions); `modalities`, `label_dir` and `task` go to datasets that have them. `command` is what a
+    message tells to run again where this run is stopped halfway.
 
     InputError names the first bad file; finished cases are kept and the next run goes on from them.
     """
@@ -100,13 +126,17 @@ def prepare_dataset(
     inventory = take_inventory(Path(raw), found, cases, notes=notes, modalities=modalities or ())
     cases = with_safe_names(cases, inventory["notes"].append)
     stated = stated_splits(cases)
-    jobs = make_jobs(cases, root, dataset, recipe, modalities)
+    command = command or f"medldm prepare data.raw={raw} data.root={root}"
+    jobs = make_jobs(cases, root, dataset, recipe, modalities, command=command, earlier=earlier_entries(root))
     with leaving_no_empty_folder(root / "cases"):
-        entries = list(run_jobs(jobs, num_workers))
+        prepared = list(run_jobs(jobs, num_workers))
+    say_what_was_renewed(jobs, prepared)
+    entries = [one.entry for one in prepared]
     subjects = [job.subject for job in jobs]
     drawn = make_splits(subjects, dataset=dataset, fractions=splits, seed=splits["seed"], stated=stated)
     inventory["notes"] += same_images(entries)
-    index = make_index(dataset, recipe, jobs, entries) | {"inventory": inventory}
+    index = make_index(dataset, recipe, jobs, entries)
+    index |= {"raw": str(Path(raw).resolve()), "inventory": inventory}
     warn_of_planes(entries)
     if modalities:
         warn_of_grids(entries)
@@ -114,6 +144,29 @@ def prepare_dataset(
     write_json(root / "index.json", index)
     verify(root)
     return root
+
+
+def earlier_entries(root: Path) -> dict[str, dict]:
+    """id -> entry of the index that an earlier preparation left, finished or not; {} where it says too little
+    to tell what has changed since.
+    """
+    path = root / "index.json"
+    if not path.is_file():
+        return {}
+    try:
+        cases = json.loads(path.read_text())["cases"]
+        return {case["id"]: case for case in cases if {"raw", "preprocess_hash"} <= case.keys()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        log.warning("%s: not a readable index; every case is checked anew", path)
+        return {}
+
+
+def say_what_was_renewed(jobs: Sequence[Job], prepared: Sequence[Prepared]) -> None:
+    """One line a reason."""
+    reasons = Counter(one.renewed_because for one in prepared if one.renewed_because)
+    for reason, count in reasons.items():
+        first = next(job.id for job, one in zip(jobs, prepared, strict=True) if one.renewed_because == reason)
+        log.warning("%d of %d cases made anew (%s, ...): %s", count, len(jobs), first, reason)
 
 
 def find_cases(
@@ -235,8 +288,8 @@ def stated_splits(cases: Sequence[Case]) -> dict[str, str] | None:
     return stated or None
 
 
-def run_jobs(jobs: Sequence[Job], num_workers: int) -> Iterator[dict]:
-    """Entries in the order of the jobs, under a progress bar. The first failure cancels the rest."""
+def run_jobs(jobs: Sequence[Job], num_workers: int) -> Iterator[Prepared]:
+    """In the order of the jobs, under a progress bar. The first failure cancels the rest."""
     from rich.progress import track
 
     if num_workers < 1:

@@ -251,7 +251,8 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
         raise InputError(
             f"{path}: images, maps and edges have shapes {sorted(shapes)}; delete it and prepare again"
         )
-    entry = entry_of(job, path)
+    stored = {"image": "images", "mask": "semantic_maps", "edges": "edges", "edges_levels": "edges_levels"}
+    entry = entry_of(job, path, {key: arrays.get(name) for key, name in stored.items()})
     entry["num_slices"] = lengths["slice_index"]
     entry["shape"] = list(job.recipe.image_size)
     entry["spacing"] = [float(s) for s in arrays["spacing"][0]]

@@ -99,7 +99,7 @@ def describe_volume(file: h5py.File, path: Path, job: Job) -> dict:
     shapes = {array.shape for array in (image, mask) if array is not None}
     if (case.has_image, case.has_mask) != (image is not None, mask is not None) or len(shapes) != 1:
         raise InputError(f"{path}: image and mask do not match; delete it and prepare again")
-    entry = entry_of(job, path)
+    entry = entry_of(job, path, {"image": image, "mask": mask})
     for key in RECORD:
         entry[key] = np.asarray(file.attrs[key]).tolist()
     check_numbers(path, file.attrs, numbers_of(case, job.tables))

@@ -40,6 +40,7 @@ IMAGE_SUFFIXES = (
 )
 MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a NIfTI header, beside mm
 AUTHOR_INDEX = "dataset_index_mapping.json"
+UNFINISHED = "unfinished"  # key of an index whose cases are being replaced: the command that does it
 # Names that the 2D schema and the rest of the program use for the same thing.
 DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
 
@@ -428,6 +429,11 @@ def load_index(root: str | Path) -> dict:
     if not (root / "index.json").is_file() and (root / AUTHOR_INDEX).is_file():
         return load_author_index(root)
     index = read_json(root / "index.json", mend)
+    if UNFINISHED in index:
+        raise InputError(
+            f"{root / 'index.json'}: preparation did not finish, old and new cases are mixed; run "
+            f"`{index[UNFINISHED]}` again"
+        )
     if index.get("schema_version") != 1:
         raise InputError(
             f"{root / 'index.json'}: schema version {index.get('schema_version')} is not 1; prepare the "

@@ -1,6 +1,5 @@
 """What decides how a raw file is prepared: a recipe made of plain config values, and its hash."""
 
-import hashlib
 import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from medldm.data.edges import EdgeRecipe
 from medldm.data.transforms import INVERSIONS, Intensity, Labels, Resize
 from medldm.errors import InputError
+from medldm.fingerprints import digest
 
 SCHEMA_VERSION = 1
 BACKGROUND = "background"  # of `foreground_above`: whatever differs from the value that all corners share
@@ -68,15 +68,11 @@ class Recipe:
         libraries = (
             ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "nibabel", "monai", "torch")
         )
-        versions = {name: importlib.import_module(name).__version__ for name in libraries}
+        versions = {name: importlib.import_module(name).__version__ for name in ("medldm", *libraries)}
         content = {"schema": SCHEMA_VERSION, "recipe": self.as_dict(), "libraries": versions}
         if self.min_size is not None:  # files made before this key had its effect are made anew
             content["padded to min_size"] = True
         return digest(content)
-
-
-def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_recipe(
