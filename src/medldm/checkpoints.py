@@ -57,16 +57,20 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return content
 
 
-def latents_name(path: str | Path) -> str:
-    """The cache of the encoder in a checkpoint: a translator that leaves its autoencoder alone shares the
-    autoencoder's.
+def encoder_sha256(description: Mapping[str, Any], sha256: str) -> str:
+    """Of the checkpoint that the encoder of a stage came with: a translator that leaves its autoencoder alone
+    has the autoencoder's. `sha256` is that of the stage's own file.
     """
-    description = read_checkpoint(path)["medldm"]
     is_shared = (
         description["stage"] == "translation"
         and not get_class(description["model"]["objective"]["_target_"]).trains_autoencoder
     )
-    return (description["first_stage"]["sha256"] if is_shared else sha256(path))[:12]
+    return description["first_stage"]["sha256"] if is_shared else sha256
+
+
+def latents_name(path: str | Path) -> str:
+    """The cache of the encoder in a checkpoint."""
+    return encoder_sha256(read_checkpoint(path)["medldm"], sha256(path))[:12]
 
 
 def describe(model: Mapping[str, Any], facts: Mapping[str, Any], module: LightningModule) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 The checkpoint is of an autoencoder, or of a translator that holds one.
 Writes DATA/latents/<first 12 digits of the autoencoder's sha256>/<case>.h5 with the latents before
-quantisation (float16), and latents.json when all are there. Run it again to continue. tile=96 encodes
+quantisation (float16), and latents.json when all are there. Run it again to continue, or to renew those
+whose images were prepared anew. tile=96 encodes
 volumes in tiles, with the same result in less memory. Then: medldm train experiment=.../ldm
 data.latents=auto.
 """
@@ -44,13 +45,59 @@ def encode_case(
     return latents.astype(np.float16)
 
 
+def reason_to_encode(path: Path, image: str | None) -> str | None:
+    """Why the latents of a case must be made, None where those that stand are of this image; `image` is its
+    digest, None where an older medldm prepared it: then whatever stands is taken.
+    """
+    import h5py
+
+    if not path.is_file():
+        return "not there yet"
+    try:
+        with h5py.File(path, "r") as file:
+            stated = file.attrs.get("image_digest")
+    except OSError:
+        return "damaged"
+    if image is None or stated == image:
+        return None
+    return "of images as prepared before" if stated else "of unknown images (an older medldm made them)"
+
+
+def pending_cases(dataset: Any, cases: dict[int, list[int]], folder: Path) -> dict[int, list[int]]:
+    """The cases whose latents are missing or of other images. What is renewed is told, and latents.json is
+    taken away before the first file changes: it speaks of a whole cache.
+    """
+    from collections import Counter
+
+    from medldm.data.dataset import content_of
+
+    entries = {case: dataset.cases[case] for case in cases}
+    if not all(content_of(entry) for entry in entries.values()):
+        log.warning(
+            "%s: prepared by an older medldm, which did not record what the cases hold; latents are kept by "
+            "the cases' names",
+            dataset.root,
+        )
+    paths = {case: folder / f"{entry['id']}.h5" for case, entry in entries.items()}
+    images = {case: content_of(entry).get("image") for case, entry in entries.items()}
+    why = {case: reason_to_encode(path, images[case]) for case, path in paths.items()}
+    reasons = Counter(reason for case, reason in why.items() if reason and paths[case].is_file())
+    for reason, count in reasons.items():
+        log.warning("%s: %d of %d renewed, %s", folder, count, len(cases), reason)
+    pending = {case: positions for case, positions in cases.items() if why[case]}
+    if pending:
+        (folder / "latents.json").unlink(missing_ok=True)
+    return pending
+
+
 def task(cfg: Any) -> None:
     import h5py
     from omegaconf import OmegaConf
     from rich.progress import track
 
-    from medldm.checkpoints import latents_name, load_module, sha256
+    from medldm.checkpoints import encoder_sha256, load_module, read_checkpoint, sha256
     from medldm.data import build_datamodule
+    from medldm.data.dataset import content_of
     from medldm.files import replacing, write_json
     from medldm.inference import items_by_case, pick_device
 
@@ -68,19 +115,26 @@ def task(cfg: Any) -> None:
     }
     datamodule = build_datamodule(data, keys=("image",), seed=cfg.seed)
     dataset = datamodule.dataset("all")
-    folder = Path(data["root"]) / "latents" / latents_name(checkpoint)
+    file_sha256 = sha256(checkpoint)
+    encoder = encoder_sha256(read_checkpoint(checkpoint)["medldm"], file_sha256)
+    folder = Path(data["root"]) / "latents" / encoder[:12]
     device = pick_device(cfg.device)
     module.to(device)
     cases = items_by_case(dataset.items)
-    for case, positions in track(cases.items(), "encoding", total=len(cases)):
-        path = folder / f"{dataset.cases[case]['id']}.h5"
-        if path.is_file():
-            continue
+    images = {case: content_of(dataset.cases[case]).get("image") for case in cases}
+    pending = pending_cases(dataset, cases, folder)
+    for case, positions in track(pending.items(), "encoding", total=len(pending)):
         latents = encode_case(module, dataset, positions, data["batch_size"], device, cfg.tile)
+        path = folder / f"{dataset.cases[case]['id']}.h5"
         with replacing(path) as aside, h5py.File(aside, "w") as file:
             file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
-    facts = {"checkpoint": checkpoint, "checkpoint_sha256": sha256(checkpoint), "num_cases": len(cases)}
-    facts |= {"latent": "prequant", "dtype": "float16", "downsampling": list(module.autoencoder.downsampling)}
+            file.attrs["encoder_sha256"] = encoder
+            if images[case] is not None:
+                file.attrs["image_digest"] = images[case]
+    facts = {"checkpoint": checkpoint, "checkpoint_sha256": file_sha256, "encoder_sha256": encoder}
+    facts |= {"num_cases": len(cases), "latent": "prequant", "dtype": "float16"}
+    facts |= {"downsampling": list(module.autoencoder.downsampling)}
+    facts |= {"cases": {dataset.cases[case]["id"]: image for case, image in images.items()}}
     write_json(folder / "latents.json", facts)
     print(folder)
 

@@ -282,19 +282,44 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def find_latents(data: dict[str, Any], model: dict[str, Any]) -> str | None:
-    """Name of the latent cache; `auto`: what `medldm encode` made with this encoder, if anything."""
-    from medldm.checkpoints import latents_name
+def encoder_of(model: dict[str, Any], resumed: dict[str, Any] | None) -> str | None:
+    """sha256 of the encoder that makes the latents: that of a resumed checkpoint's own first stage, whatever
+    has become of the file that it came from, else of `model.first_stage.checkpoint`.
+    """
+    from medldm.checkpoints import encoder_sha256, read_checkpoint, sha256
+
+    if resumed is not None:
+        return encoder_sha256(resumed, resumed["sha256"])
+    checkpoint = model.get("first_stage", {}).get("checkpoint")
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return None
+    return encoder_sha256(read_checkpoint(checkpoint)["medldm"], sha256(checkpoint))
+
+
+def find_latents(data: dict[str, Any], model: dict[str, Any], resumed: dict[str, Any] | None) -> str | None:
+    """Name of the latent cache; `auto`: what `medldm encode` made with this encoder, if anything. InputError
+    where the cache is of another encoder, or encoding has not finished.
+    """
+    from medldm.data.latents import encode_command
+    from medldm.data.readers import read_json
 
     name = data.get("latents")
     checkpoint = model.get("first_stage", {}).get("checkpoint")
-    if name != "auto" or checkpoint is None:
-        return name if checkpoint is not None else None
-    found = latents_name(checkpoint) if Path(checkpoint).is_file() else ""
-    if not found or not (Path(data["root"]) / "latents" / found / "latents.json").is_file():
+    if name is None or checkpoint is None:
+        return None
+    encoder = encoder_of(model, resumed)
+    folder = Path(data["root"]) / "latents" / (encoder[:12] if name == "auto" and encoder else name)
+    mend = f"run `{encode_command(checkpoint, data['root'], data.get('spatial_dims'))}` to its end"
+    if name == "auto" and not folder.is_dir():
         log.warning("data.latents=auto: no cache of %s; encoding every batch", checkpoint)
         return None
-    return found
+    facts = read_json(folder / "latents.json", f"{mend}, or set data.latents=null")
+    made_with = facts.get("encoder_sha256") or folder.name  # an older medldm says it in the name alone
+    if encoder is not None and made_with[:12] != encoder[:12]:
+        raise InputError(
+            f"data.latents={name}: made with another autoencoder than {checkpoint}; set data.latents=auto"
+        )
+    return folder.name
 
 
 def check_knobs(cfg: Any, model: dict[str, Any], module: Any, spatial_dims: int) -> None:
@@ -385,7 +410,7 @@ def task(cfg: Any) -> None:
     resumed_step = content["global_step"] if content else None
     stages = require_stages(model, content)
     data = OmegaConf.to_container(cfg.data, resolve=True)
-    data["latents"] = find_latents(data, model)
+    data["latents"] = find_latents(data, model, stages[0])
     datamodule = build_datamodule(data, keys=batch_keys(model, data), seed=cfg.seed)
     if content:
         check_order(content["medldm"]["facts"], datamodule.facts, f"resume={resume}")

@@ -25,6 +25,7 @@ from medldm.data.dataset import (
     single_threaded,
 )
 from medldm.data.edges import EdgeDegrade, EdgeRecipe
+from medldm.data.latents import check_latents
 from medldm.data.pairs import OF_SOURCE, PairDataset, check_pairs, pair_items
 from medldm.data.readers import load_index, read_json
 from medldm.data.sampler import ResumableSampler
@@ -187,7 +188,7 @@ class CaseDataModule(pl.LightningDataModule):
         if any("latent" in key for key in self.keys) != (self.latents is not None):
             raise InputError("data.latents: name a latent cache exactly where the model trains on latents")
         if self.latents is not None:
-            self.latent_facts  # noqa: B018 - raises where the cache is absent
+            check_latents(self.latents_dir, self.latent_facts, index)
             if self.flip_axes:
                 raise InputError("data.latents: cached latents cannot be flipped; set data.flip_axes=[]")
         self.check_views(index)

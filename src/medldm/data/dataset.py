@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.batch import Batch
 from medldm.data.edges import EdgeDegrade
-from medldm.data.readers import open_hdf5
+from medldm.data.readers import HDF5Reader, open_hdf5
 from medldm.data.sampler import Request
 from medldm.data.synthetic import SyntheticImages
 from medldm.errors import InputError
@@ -77,6 +77,11 @@ def case_items(index: dict, case: int) -> list[Item]:
     ]
 
 
+def content_of(entry: dict) -> dict[str, str]:
+    """Digests of a case's arrays from its entry of the index; {} where an older medldm prepared it."""
+    return entry.get("content") or {}
+
+
 class CaseDataset(Dataset):
     """`dataset.__getitems__([(epoch, item), ...])` is a whole batch in the stored dtypes (half floats and
     bytes, a quarter of the traffic between processes and to the device), which `expand` turns into a `Batch`;
@@ -133,6 +138,21 @@ class CaseDataset(Dataset):
             return self.latents_dir / f"{self.cases[case]['id']}.h5"
         return self.root / self.cases[case]["file"]
 
+    def reader(self, key: str, case: int) -> HDF5Reader:
+        """The open file of an array. InputError where it is not the one that the index speaks of: prepared
+        anew since, or latents of another image.
+        """
+        reader, entry = open_hdf5(self.path(key, case)), self.cases[case]
+        if key == "latent":
+            stated, expected = reader.made_from.get("image_digest"), content_of(entry).get("image")
+            mend = "run `medldm encode` again"
+        else:
+            stated, expected = reader.made_from.get("fingerprint"), entry.get("fingerprint")
+            mend = "run `medldm prepare` to its end, then start again"
+        if None not in (stated, expected) and stated != expected:
+            raise InputError(f"{reader.path}: was made from other data than index.json says; {mend}")
+        return reader
+
     def read(self, key: str, item: Item) -> np.ndarray:
         """(C, *S) in the stored dtype; C counts the levels of `edges_levels`."""
         if key == "image" and item.is_synthetic:
@@ -142,7 +162,7 @@ class CaseDataset(Dataset):
             if self.spatial_dims == 3 and key != "latent":
                 return rows
             return rows[item.row] if key in HAS_CHANNELS else rows[item.row][None]
-        reader = open_hdf5(self.path(key, item.case))
+        reader = self.reader(key, item.case)
         if key == "latent":
             return reader.read_row("latents", item.row)
         if self.spatial_dims == 3:
@@ -218,7 +238,7 @@ class CaseDataset(Dataset):
         from rich.progress import track
 
         for key, case in track(self.stored(), description="Reading into memory", transient=True):
-            reader = open_hdf5(self.path(key, case))
+            reader = self.reader(key, case)
             rows = torch.from_numpy(np.ascontiguousarray(reader.read("latents" if key == "latent" else key)))
             self.cached[key, case] = rows.share_memory_() if share else rows
 

@@ -41,6 +41,8 @@ IMAGE_SUFFIXES = (
 MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a NIfTI header, beside mm
 AUTHOR_INDEX = "dataset_index_mapping.json"
 UNFINISHED = "unfinished"  # key of an index whose cases are being replaced: the command that does it
+# Attributes that say what a file was made from: a prepared case of raw files and recipe, latents of an image.
+MADE_FROM = ("fingerprint", "image_digest")
 # Names that the 2D schema and the rest of the program use for the same thing.
 DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
 
@@ -279,6 +281,7 @@ class HDF5Reader:
             ) from error
         self.descriptor = os.open(self.path, os.O_RDONLY)
         self.identity = file_identity(self.path)
+        self.made_from = {key: self.file.attrs[key] for key in MADE_FROM if key in self.file.attrs}
         self.offsets: dict[str, np.ndarray | None] = {}
         self.datasets: dict[str, h5py.Dataset] = {}
         self.maps: dict[str, np.ndarray] = {}
