@@ -4,7 +4,7 @@
 #
 # Overrides after the script's name, in the order of the command line, after the chain's own and so winning over them:
 #   STAGE:key=value   that stage alone               vqvae:trainer.max_steps=10   sample:sampler.num_steps=20
-#   data.key=value    every stage that has data      data.image_size=128
+#   data.key=value    every stage that has data      data.image_size=128   data.split also the evaluation (train_split)
 #   debug=tiny        every stage that knows debug
 #   key=value         both trainings                 trainer.precision=bf16-mixed   seed=1
 
@@ -60,6 +60,9 @@ overrides_of() {  # overrides_of STAGE: fills `own` with the user's overrides of
       continue
     fi
     case $argument in
+      data.split=* | ++data.split=*)  # evaluation has no data: its training subjects are of the same split
+        [ "$stage" != evaluate ] || own+=("train_split=${argument#*=}")
+        is_in "$stage" "${data_stages[@]}" || continue ;;
       data.* | +data.* | ++data.*) is_in "$stage" "${data_stages[@]}" || continue ;;
       debug=*) is_in "$stage" "${debug_stages[@]}" || continue ;;
       *) is_in "$stage" "${train_stages[@]}" || continue ;;

@@ -73,13 +73,21 @@ def latents_name(path: str | Path) -> str:
     return encoder_sha256(read_checkpoint(path)["medldm"], sha256(path))[:12]
 
 
-def describe(model: Mapping[str, Any], facts: Mapping[str, Any], module: LightningModule) -> dict[str, Any]:
-    """Plain data from which `load_module` rebuilds the module."""
+def describe(
+    model: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    module: LightningModule,
+    data: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Plain data from which `load_module` rebuilds the module, and `data`, the record of what it was trained
+    on (medldm.held_out).
+    """
     description = {
         "format": FORMAT,
         "stage": model["kind"],
         "model": dict(model),
         "facts": dict(facts),
+        "data": data,
     }
     for stage in ("first_stage", "map_stage"):
         if getattr(module, f"{stage}_description", None):

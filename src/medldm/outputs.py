@@ -3,6 +3,9 @@ provenance.json.
 """
 
 import json
+import logging
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,28 +16,42 @@ import torch
 from torch import Tensor
 
 from medldm.data.dataset import CaseDataset
-from medldm.data.readers import open_hdf5
 from medldm.data.transforms import as_classes
 from medldm.errors import InputError
 from medldm.files import replacing, write_json
+from medldm.fingerprints import digest
 from medldm.plots import middle_slice, save_png
 
+log = logging.getLogger(__name__)
 COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
 
 
+# Of a provenance, what does not decide the images: where inputs lay (a moved dataset is the same one), and
+# what is known of the whole dataset.
+REMARKS = ("checkpoint", "data_root", "training_subjects", "unrecorded_stages")
+NAMES = {"cases": "set of cases", "checkpoint_sha256": "checkpoint"}  # of settings, in messages
+
+
+def settings_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a provenance decides the images, as JSON would read it back."""
+    return {key: value for key, value in json.loads(json.dumps(provenance)).items() if key not in REMARKS}
+
+
 def claim(root: Path, provenance: Mapping[str, Any]) -> None:
-    """Write provenance.json. InputError where the folder was begun with other settings."""
+    """Write provenance.json. InputError where the folder was begun with other settings; what an older medldm
+    did not record counts as equal.
+    """
     path = root / "provenance.json"
-    settings = json.loads(json.dumps(provenance))
+    settings = settings_of(provenance)
     if path.is_file():
         earlier = json.loads(path.read_text())
-        changed = sorted(key for key in settings if earlier.get(key) != settings[key])
+        changed = sorted(key for key in settings.keys() & earlier.keys() if earlier[key] != settings[key])
         if changed:
             raise InputError(
-                f"output={root}: holds images of another {changed[0]} ({earlier.get(changed[0])}); "
-                "give another folder, or delete it"
+                f"output={root}: holds images of another {NAMES.get(changed[0], changed[0])} "
+                f"({earlier[changed[0]]}); give another folder, or delete it"
             )
-    write_json(path, settings)
+    write_json(path, json.loads(json.dumps(provenance)))
 
 
 class SampleFolder:
@@ -46,13 +63,60 @@ class SampleFolder:
         self, root: Path, dataset: CaseDataset, provenance: dict[str, Any], *, png: bool = True
     ) -> None:
         self.root, self.dataset, self.png = root, dataset, png
+        self.settings = digest(settings_of(provenance))
         claim(root, provenance)
 
     def path(self, case: int) -> Path:
         return self.root / f"{self.dataset.cases[case]['id']}.h5"
 
-    def has(self, case: int) -> bool:
-        return self.path(case).is_file()
+    def made_from(self, case: int) -> dict[str, str]:
+        """Attributes of a case's file: its conditions, where they are known, and the run's settings."""
+        conditions = self.dataset.made_from(case)
+        known = {} if conditions is None else {"made_from": json.dumps(conditions)}
+        return known | {"settings_digest": self.settings}
+
+    def reason_to_write(self, case: int) -> str | None:
+        """Why the images of a case must be made, None where those that stand are of this case and run."""
+        path = self.path(case)
+        if not path.is_file():
+            return "not there yet"
+        expected = self.made_from(case)
+        try:
+            with h5py.File(path, "r") as file:
+                stated = {key: file.attrs.get(key) for key in expected}
+        except OSError:
+            return "damaged"
+        if stated == expected or "made_from" not in expected:
+            return None
+        if stated["made_from"] is None:
+            return "of unknown conditions (an older medldm made them)"
+        return (
+            "of other settings"
+            if stated["made_from"] == expected["made_from"]
+            else "of cases as prepared before"
+        )
+
+    def pending(self, cases: Sequence[int]) -> list[int]:
+        """The cases that are to be made; what stands and is made anew is told, by reason."""
+        why = {case: self.reason_to_write(case) for case in cases}
+        known = [self.dataset.made_from(case) is not None for case in cases]
+        stand = [case for case in cases if self.path(case).is_file()]
+        if stand and not all(known):
+            log.warning(
+                "%s: the data were prepared by an older medldm, which did not record what the cases hold; "
+                "images are kept by the cases' names",
+                self.root,
+            )
+        for reason, count in Counter(why[case] for case in stand if why[case]).items():
+            log.warning("%s: %d of %d cases made anew, %s", self.root, count, len(cases), reason)
+        return [case for case in cases if why[case]]
+
+    def remove_pictures(self, case: int) -> None:
+        """Those of an earlier preparation, which may have had more slices."""
+        name = re.compile(re.escape(self.dataset.cases[case]["id"]) + r"(_\d+)?\.png")
+        for path in (self.root / "png").glob("*.png"):
+            if name.fullmatch(path.name):
+                path.unlink()
 
     def write(
         self,
@@ -64,6 +128,8 @@ class SampleFolder:
         """`samples`: one (N, C, *S) in [-1, 1] per sample, in the order of `positions`; `batches` hold the
         conditions.
         """
+        if self.path(case).is_file():
+            self.remove_pictures(case)
         if self.dataset.spatial_dims == 2:
             self.write_slices(case, positions, samples, batches)
         else:
@@ -90,7 +156,7 @@ class SampleFolder:
         batches: Sequence[dict[str, Any]],
     ) -> None:
         rows = [self.dataset.items[p].row for p in positions]
-        source = open_hdf5(self.dataset.path("image", case))
+        source = self.dataset.reader("image", case)
         with replacing(self.path(case)) as aside, h5py.File(aside, "w") as file:
             for k, images in enumerate(samples):
                 array = images[:, 0].numpy()
@@ -107,6 +173,7 @@ class SampleFolder:
             file["row"] = np.asarray(rows, np.int32)
             for name, value in source.attributes.items():
                 file.attrs[name] = value
+            file.attrs.update(self.made_from(case))
         for row, image in zip(rows, samples[0] if self.png else (), strict=False):
             name = f"{self.dataset.cases[case]['id']}_{row:03d}.png"
             save_png(self.root / "png" / name, to_uint8(image).expand(3, -1, -1))
@@ -115,7 +182,7 @@ class SampleFolder:
         entry = self.dataset.cases[case]
         mask = batches[0]["mask"][0].numpy() if batches and "mask" in batches[0] else None
         volumes = [sample[0].numpy() for sample in samples]
-        facts = {key: entry[key] for key in COPIED if key in entry}
+        facts = {key: entry[key] for key in COPIED if key in entry} | self.made_from(case)
         write_volumes(self.root, entry["id"], volumes, entry, mask=mask, attributes=facts)
         if self.png:
             middle = to_uint8(middle_slice(samples[0], self.dataset.orientation)[0])

@@ -6,6 +6,7 @@ import shutil
 import h5py
 import pytest
 
+from medldm.data import readers
 from medldm.data.datamodule import CaseDataModule
 from medldm.data.readers import load_index
 from medldm.errors import InputError
@@ -121,6 +122,8 @@ def test_an_incomplete_cache_is_refused(copied):
 
 def without_fingerprints(root):
     """As an older medldm left it."""
+    while readers.HANDLES.readers:
+        readers.HANDLES.readers.popitem()[1].close()
     index = json.loads((root / "index.json").read_text())
     for case in index["cases"]:
         for key in ("content", "fingerprint", "preprocess_hash"):

@@ -30,6 +30,10 @@ check "a plain override reaches both trainings" reaches " seed=7 " vqvae ldm
 check "STAGE: reaches one training" reaches " trainer.max_steps=10 " vqvae
 check "STAGE: reaches sample" reaches " sampler.num_steps=20 " sample
 check "data.* reaches every stage with data" reaches " data.cache=ram " prepare vqvae encode ldm reconstruction sample
+dry data.split=official_160_40_160
+check "data.split reaches every stage with data" reaches " data.split=official_160_40_160 " prepare vqvae encode ldm reconstruction sample
+check "and the evaluation as train_split" reaches " train_split=official_160_40_160 " evaluate
+dry seed=7 data.cache=ram debug=tiny
 check "debug reaches the stages that know it" reaches " debug=tiny " vqvae ldm
 check "a path with a space is quoted for Hydra" reaches "data.raw=\\'$work/my\\ raw\\'" prepare
 check "a misspelt stage is refused in one line" is_refused "no stage 'vqva'" vqva:seed=1

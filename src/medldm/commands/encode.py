@@ -99,6 +99,7 @@ def task(cfg: Any) -> None:
     from medldm.data import build_datamodule
     from medldm.data.dataset import content_of
     from medldm.files import replacing, write_json
+    from medldm.held_out import check_held_out, seen_subjects
     from medldm.inference import items_by_case, pick_device
 
     checkpoint = str(cfg.checkpoint)
@@ -115,8 +116,10 @@ def task(cfg: Any) -> None:
     }
     datamodule = build_datamodule(data, keys=("image",), seed=cfg.seed)
     dataset = datamodule.dataset("all")
-    file_sha256 = sha256(checkpoint)
-    encoder = encoder_sha256(read_checkpoint(checkpoint)["medldm"], file_sha256)
+    description, file_sha256 = read_checkpoint(checkpoint)["medldm"], sha256(checkpoint)
+    seen = seen_subjects(description, datamodule.index)
+    check_held_out(seen, datamodule.subjects["test"], checkpoint, "test", allow=True, key="checkpoint")
+    encoder = encoder_sha256(description, file_sha256)
     folder = Path(data["root"]) / "latents" / encoder[:12]
     device = pick_device(cfg.device)
     module.to(device)

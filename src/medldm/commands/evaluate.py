@@ -27,7 +27,6 @@ example
 """
 
 import csv
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -72,6 +71,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     from medldm.evaluation.conditions import read_conditions
     from medldm.evaluation.diversity import measure_diversity
     from medldm.evaluation.measure import build_tools, measure
+    from medldm.evaluation.origins import describe_inputs, for_report, read_provenance
     from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, view_names
     from medldm.evaluation.results import build_results, case_columns
     from medldm.evaluation.slices import axial_axis, orientation_of
@@ -79,6 +79,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts, provenance = known_facts(folders["reference"]), read_provenance(folders)
     pairs = match(folders, settings)
+    origins = check_origins(folders, provenance, pairs, facts, cfg)
     shape = pairs[0].real.shape
     axis = axial_axis(facts, pairs[0].attributes) if len(shape) == 4 else None
     depth = 0 if axis is None else min(pair.real.shape[axis + 1] for pair in pairs)
@@ -96,7 +97,8 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
         segmenter=load_segmenter(cfg.segmenter, shape, device, facts),
         regions=settings["regions"],
     ).to(device)
-    training, mean_source = read_training(folders["train"], cfg.train_split, pairs)
+    split = cfg.train_split or provenance.get("generated", {}).get("data_split", "default")
+    training, mean_source = read_training(folders["train"], split, pairs)
     tools.train_thumbnails = training.thumbnails if training else {}
     conditions = read_conditions(provenance.get("generated", {}))
     rows = make_rows(
@@ -118,13 +120,40 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     results["warnings"] = rows.missing + results["warnings"]
     results |= {"folders": folders, "mean_image": mean_source, "metrics": settings}
     results |= {"dataset": facts.get("dataset"), "panels_by": panel_metric(measured.values["generated"])}
-    results["provenance"] = provenance
+    results["warnings"] = [*results["warnings"], *origins]
+    results |= {"provenance": for_report(provenance), "inputs": describe_inputs(folders, facts)}
     write_results(folders["output"], results, case_columns(pairs, measured, groups))
     orientation = orientation_of(facts, pairs[0].attributes)
     write_panels(folders["output"], pairs, measured.values["generated"], cfg.panel_rows, orientation)
     show(results)
     print(folders["output"] / "metrics.json")
     print(folders["output"] / "per_case.csv")
+
+
+def check_origins(
+    folders: Mapping[str, Path | None],
+    provenance: Mapping,
+    pairs: Sequence,
+    index: Mapping,
+    cfg,  # noqa: ANN001
+) -> list[str]:
+    """What must be said of where the judged images come from. InputError where they are of cases as they were
+    prepared before, or of subjects that are held out in name only.
+    """
+    from medldm.checkpoints import read_checkpoint
+    from medldm.evaluation.origins import check_cases, check_subjects
+    from medldm.held_out import seen_subjects
+
+    segmenter = None
+    if cfg.segmenter is not None and index:
+        segmenter = seen_subjects(read_checkpoint(cfg.segmenter)["medldm"], index)
+    subjects = {pair.subject for pair in pairs}
+    lines = [*check_subjects(provenance, segmenter, subjects, bool(cfg.allow_training_subjects))]
+    lines += check_cases(folders, provenance, index)
+    made_with = provenance.get("generated", {}).get("data_split")
+    if folders["train"] is not None and cfg.train_split not in (None, made_with) and made_with is not None:
+        lines.append(f"train_split={cfg.train_split}: the images were sampled under data.split={made_with}")
+    return lines
 
 
 def match(folders: Mapping[str, Path | None], settings: Mapping) -> list:
@@ -187,16 +216,6 @@ def measure_with_progress(pairs: Sequence, rows: Mapping, tools, measure):  # no
         return measure(pairs, rows, tools, lambda count: progress.advance(task, count))
 
 
-def read_provenance(folders: Mapping[str, Path | None]) -> dict:
-    """provenance.json of the folders that have one, unchanged."""
-    found = {}
-    for name in ("generated", "reconstruction", "spade", "regression"):
-        path = folders[name] and folders[name] / "provenance.json"
-        if path and path.is_file():
-            found[name] = json.loads(path.read_text())
-    return found
-
-
 def write_results(output: Path, results: dict, table: tuple[list[str], list[list]]) -> None:
     from medldm.evaluation.results import jsonable
     from medldm.files import replacing, write_json
@@ -218,6 +237,8 @@ def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int, 
     from medldm.files import replacing
     from medldm.metrics.image import is_higher_better
 
+    for path in (output / "panels").glob("*.png"):
+        path.unlink()  # of an earlier evaluation
     if num_rows < 1:
         return
     name = panel_metric(values)

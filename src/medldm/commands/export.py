@@ -6,15 +6,20 @@ Writes DIR/images/<split>/<case>_<slice>.png, [-1, 1] as 0 to 255, and where the
 DIR/masks/all/<split>/<case>_<slice>.png with the class numbers: the two folders that segmentation-guided
 diffusion (Konz et al. 2024) trains on. Slices of volumes are axial ones, numbered from the first of the
 prepared array; `medldm evaluate generated=DIR/images/test reference=DATA` puts pictures of these names
-together again. Keys: root, output, split (a name in splits.json). Run it again to continue.
+together again. Keys: root, output, split (a name in splits.json). Run it again to continue, or to write
+anew what was prepared anew.
 """
 
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from medldm.commands import clean_after_failure, run_command
 from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def planes_of(record: Any, axis: int | None) -> Iterator[tuple[str, Any, Any]]:
@@ -36,15 +41,43 @@ def write_grey(path: Path, array: Any) -> None:
         Image.fromarray(array).save(aside, format="PNG")
 
 
+def remove_stale(output: Path, cases: dict[str, dict[str, str]]) -> None:
+    """Take away the slices of cases that were prepared anew or left out since they were written. Only then
+    does provenance.json speak of the new ones, so that a run that is stopped leaves no old slice.
+    """
+    from medldm.data.readers import read_json
+    from medldm.files import write_json
+
+    path = output / "provenance.json"
+    if not path.is_file():
+        return
+    earlier = read_json(path, "delete the folder").get("cases")
+    if earlier is None:
+        log.warning("%s: an older medldm did not record what the cases hold; slices are kept by name", output)
+        return
+    stale = {name for name, content in earlier.items() if cases.get(name) != content}
+    if not stale:
+        return
+    log.warning(
+        "%s: %d of %d cases changed since they were written; made anew", output, len(stale), len(earlier)
+    )
+    for picture in output.glob("*/**/*.png"):
+        if re.sub(r"_\d+$", "", picture.stem) in stale:
+            picture.unlink()
+    known = read_json(path, "delete the folder")
+    write_json(path, known | {"cases": cases})
+
+
 @clean_after_failure("output")
 def task(cfg: Any) -> None:
     import numpy as np
     from rich.progress import track
 
+    from medldm.data.dataset import content_of
     from medldm.data.readers import load_index, read_images
-    from medldm.data.recipe import digest
     from medldm.data.splits import SUBSETS, read_splits
     from medldm.data.transforms import axial_axis, exact
+    from medldm.fingerprints import digest
     from medldm.outputs import claim
 
     root, output = Path(cfg.root), Path(cfg.output)
@@ -55,8 +88,14 @@ def task(cfg: Any) -> None:
     if (index["num_classes"] or 0) > 256:
         raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
     axis = axial_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
-    about = {"data_root": str(root.resolve()), "preprocess_hash": index.get("preprocess_hash")}
-    claim(output, {**about, "split": cfg.split, "subjects": digest(part_of)})
+    about = {"data_root": str(root.resolve()), "split": cfg.split, "subjects": digest(part_of)}
+    contents = {case["id"]: content_of(case) for case in index["cases"]}
+    if all(contents.values()):
+        remove_stale(output, contents)
+        about["cases"] = contents
+    else:  # of an older medldm: the recipe is all that is known
+        about["preprocess_hash"] = index.get("preprocess_hash")
+    claim(output, about)
     for case in track(index["cases"], description="Writing slices"):
         part = part_of.get(case["subject"])
         if part is None:

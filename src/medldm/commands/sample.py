@@ -8,6 +8,8 @@ stage=spade leaves out the diffusion, stage=autoencoder writes the targets' reco
 With a stage-one checkpoint it writes that autoencoder's reconstructions instead: the ceiling of stage two;
 with a regression checkpoint the predictions of every pair (data.pair_labels=[[t1,t2]]) as
 <subject>_<source>_to_<target>.
+A split that holds subjects which the checkpoint, or a stage inside it, was trained on is refused unless
+allow_training_subjects=true.
 Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop,
 edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed.
 Volumes larger than those of training: windows.size=[32,256,256] (voxels; null: a whole axis) denoises in
@@ -166,7 +168,9 @@ def task(cfg: Any) -> None:
     cases = list(items_by_case(dataset.items).items())[: cfg.limit]
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {cfg.data.root} is in it; see its splits.json")
-    folder = SampleFolder(Path(cfg.output), dataset, describe_run(cfg, module, predictor), png=cfg.png)
+    about = describe_run(cfg, module, predictor) | describe_data(cfg, dataset)
+    about |= check_subjects(cfg, datamodule, {dataset.cases[case]["subject"] for case, _ in cases})
+    folder = SampleFolder(Path(cfg.output), dataset, about, png=cfg.png)
     if cfg.interpolate.count:
         write_interpolations(cfg, module, dataset, folder, [positions[0] for _, positions in cases])
         print(cfg.output)
@@ -187,7 +191,8 @@ def task(cfg: Any) -> None:
     with Progress() as progress:
         total = len(seeds) * sum(len(positions) for _, positions in jobs)
         bar = progress.add_task("sampling" if predictor.is_generative else "predicting", total=total)
-        pending = [job for job in jobs if not folder.has(job[0])]
+        missing = set(folder.pending([case for case, _ in jobs]))
+        pending = [job for job in jobs if job[0] in missing]
         progress.advance(bar, total - len(seeds) * sum(len(positions) for _, positions in pending))
         # A recorder looks at one case at a time.
         for part in [[job] for job in pending] if recorder else [pending]:
@@ -279,14 +284,44 @@ def describe_run(cfg: Any, module: Any, predictor: Any) -> dict[str, Any]:
         "dropped": list(cfg.drop),
         "edge_level": cfg.edge_level,
         "seed": cfg.seed,
-        "data_root": str(Path(cfg.data.root).resolve()),
-        "split": cfg.split,
         "num_samples": cfg.num_samples,
         "max_slices": cfg.max_slices,
         "windows": [*cfg.windows.size, cfg.windows.overlap] if cfg.windows.size else None,
         "interpolate": [cfg.interpolate.count, cfg.interpolate.time] if cfg.interpolate.count else None,
         "torch": torch.__version__,
     }
+
+
+def describe_data(cfg: Any, dataset: Any) -> dict[str, Any]:
+    """The part of provenance.json that is about the conditions; each case's file knows its own."""
+    from omegaconf import OmegaConf
+
+    from medldm.fingerprints import digest
+
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    names = sorted({dataset.cases[item.case]["id"] for item in dataset.items})
+    return {
+        "data_root": str(Path(cfg.data.root).resolve()),
+        "data_split": data["split"],
+        "split": cfg.split,
+        "cases": f"{len(names)}, digest {digest(names)}",
+        "views": data["views"],
+        "edge_degrade": data["edge_degrade"] if cfg.edge_level is not None else None,
+    }
+
+
+def check_subjects(cfg: Any, datamodule: Any, subjects: set[str]) -> dict[str, Any]:
+    """What provenance.json says of subjects that the checkpoint was trained on: those of the whole folder, so
+    that whoever uses the images can tell. InputError where a held-out part has one of them.
+    """
+    from medldm.checkpoints import read_checkpoint
+    from medldm.held_out import check_held_out, seen_subjects
+
+    seen = seen_subjects(read_checkpoint(cfg.checkpoint)["medldm"], datamodule.index)
+    if cfg.split in ("val", "test"):
+        allow = bool(cfg.allow_training_subjects)
+        check_held_out(seen, subjects, cfg.checkpoint, cfg.split, allow=allow, key="checkpoint")
+    return {"training_subjects": sorted(seen.all), "unrecorded_stages": seen.unrecorded}
 
 
 def describe_decoder(module: Any) -> str | None:

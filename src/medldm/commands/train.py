@@ -238,13 +238,15 @@ def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> lis
     return resumed
 
 
-def initialise(module: Any, path: str, facts: dict[str, Any]) -> None:
-    """Start from another run's weights (fine-tuning); InputError where they do not fit.
+def initialise(module: Any, path: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Start from another run's weights (fine-tuning) and return what is kept of their origin; InputError
+    where they do not fit.
 
     A first stage stays the one that `model.first_stage.checkpoint` names.
     """
     from medldm.attributes import check_order
-    from medldm.checkpoints import load_module
+    from medldm.checkpoints import load_module, read_checkpoint
+    from medldm.held_out import origin_of
 
     def is_frozen(name: str) -> bool:
         return name.startswith(("first_stage.", "map_stage."))
@@ -259,6 +261,68 @@ def initialise(module: Any, path: str, facts: dict[str, Any]) -> None:
         first = next(line.strip() for line in str(error).splitlines()[1:])
         raise InputError(f"init_from={path}: not the same model: {first}") from error
     log.info("starting from the weights of %s", path)
+    return origin_of(read_checkpoint(path)["medldm"])
+
+
+def check_resumed_data(path: Path, content: dict[str, Any], record: dict[str, Any] | None) -> None:
+    """InputError where a run would go on with other subjects or images than it was begun with."""
+    from medldm.held_out import changed_data
+
+    earlier = content["medldm"].get("data")
+    if record is None:
+        return
+    if earlier is None:
+        log.warning(
+            "resume=%s: an older medldm did not record its data; whether they are still the same is unknown",
+            path,
+        )
+        return
+    changed = changed_data(earlier, record)
+    if changed is not None:
+        raise InputError(
+            f"resume={path}: other data than the run's: {changed}; give those, or start anew from its "
+            f"weights with init_from={path} and another run_dir"
+        )
+
+
+def check_stages(cfg: Any, description: dict[str, Any], datamodule: Any) -> None:
+    """InputError where a stage below, or the model that a fine-tuning starts from, was trained on subjects of
+    this split's test part; a warning where it was on those of the validation part.
+    """
+    from medldm.held_out import EARLIER, check_held_out, seen_subjects
+
+    for stage in (stage for stage in EARLIER if description.get(stage)):
+        key = stage if stage == "init_from" else f"model.{stage}.checkpoint"
+        path = cfg.init_from if stage == "init_from" else cfg.model[stage].checkpoint
+        seen = seen_subjects(description[stage], datamodule.index)
+        for subset in ("test", "val"):
+            allow = bool(cfg.allow_training_subjects) or subset == "val"
+            check_held_out(seen, datamodule.subjects[subset], path, subset, allow=allow, key=key)
+            seen = seen._replace(unrecorded=[])  # said once
+
+
+def make_module(
+    cfg: Any, model: dict[str, Any], datamodule: Any, resume: Path | None, content: dict[str, Any] | None
+) -> Any:
+    """The module with its description, after checking that its data are those of a resumed run and held-out
+    subjects are unseen.
+    """
+    from medldm.attributes import check_order
+    from medldm.checkpoints import build_module, describe
+
+    record = getattr(datamodule, "record", None)  # None for data that are made on the fly
+    if content is not None:
+        check_order(content["medldm"]["facts"], datamodule.facts, f"resume={resume}")
+        check_resumed_data(resume, content, record)
+    module = build_module(model, datamodule.facts, *require_stages(model, content))
+    module.description = describe(model, datamodule.facts, module, record)
+    if content is not None and content["medldm"].get("init_from"):
+        module.description["init_from"] = content["medldm"]["init_from"]
+    elif cfg.init_from and not resume:
+        module.description["init_from"] = initialise(module, cfg.init_from, datamodule.facts)
+    if record is not None:
+        check_stages(cfg, module.description, datamodule)
+    return module
 
 
 def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
@@ -290,7 +354,7 @@ def encoder_of(model: dict[str, Any], resumed: dict[str, Any] | None) -> str | N
 
     if resumed is not None:
         return encoder_sha256(resumed, resumed["sha256"])
-    checkpoint = model.get("first_stage", {}).get("checkpoint")
+    checkpoint = model["first_stage"]["checkpoint"]
     if checkpoint is None or not Path(checkpoint).is_file():
         return None
     return encoder_sha256(read_checkpoint(checkpoint)["medldm"], sha256(checkpoint))
@@ -394,9 +458,7 @@ def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from pytorch_lightning import seed_everything
 
-    from medldm.attributes import check_order
     from medldm.callbacks import EXIT_REQUEUE, Interrupted
-    from medldm.checkpoints import build_module, describe
     from medldm.data import build_datamodule
     from medldm.files import replacing
     from medldm.runs import log_to
@@ -408,16 +470,11 @@ def task(cfg: Any) -> None:
     run_dir, resume = find_run_dir(cfg)
     content = checked_resume(resume, model) if resume else None
     resumed_step = content["global_step"] if content else None
-    stages = require_stages(model, content)
+    first_stage, _ = require_stages(model, content)
     data = OmegaConf.to_container(cfg.data, resolve=True)
-    data["latents"] = find_latents(data, model, stages[0])
+    data["latents"] = find_latents(data, model, first_stage)
     datamodule = build_datamodule(data, keys=batch_keys(model, data), seed=cfg.seed)
-    if content:
-        check_order(content["medldm"]["facts"], datamodule.facts, f"resume={resume}")
-    module = build_module(model, datamodule.facts, *stages)
-    module.description = describe(model, datamodule.facts, module)
-    if cfg.init_from and not resume:
-        initialise(module, cfg.init_from, datamodule.facts)
+    module = make_module(cfg, model, datamodule, resume, content)
     if prefers_channels_last(cfg.channels_last):
         use_channels_last(module, datamodule.facts["spatial_dims"])
     for part in module.compiled_parts if cfg.compile else ():

@@ -12,7 +12,7 @@ undone; voxels that are not finite become the least finite value, with a warning
 units: an MR contrast has no units of its own. `unit` writes [0, 1], the target's lower and upper percentile
 of preparation; `training` the median range of that modality in the training data; `source` the source's.
 Keys: targets (null: every other modality), fast, units, sampler.*, weights (ema or raw), seed, device.
-Also writes provenance.json. Prints the files.
+Also writes provenance.json, with an entry for every image of the folder. Prints the files.
 """
 
 import logging
@@ -136,8 +136,10 @@ def task(cfg: Any) -> None:
 
     from medldm.checkpoints import sha256
     from medldm.data.case import stem_of
+    from medldm.data.readers import read_json
     from medldm.data.volumes import restore_volume
     from medldm.files import safe_name, write_json
+    from medldm.fingerprints import content_of
     from medldm.outputs import write_nifti
 
     if cfg.units not in UNITS:
@@ -151,6 +153,7 @@ def task(cfg: Any) -> None:
     names = [safe_name(f"{stem_of(cfg.source)}_{cfg.source_modality}_to_{name}") for name in targets]
     x = torch.from_numpy(volume.image).float()[None]
     images = translate(module, x, labels, known.index(cfg.source_modality), names, cfg)
+    warn_if_trained_on(str(cfg.source), cfg.checkpoint)
     output = Path(cfg.output)
     for name, label, image in zip(names, labels, images.numpy(), strict=True):
         limits = range_in(cfg.units, module.facts, label, volume.intensity_range)
@@ -158,22 +161,38 @@ def task(cfg: Any) -> None:
         path = output / f"{name}.nii.gz"
         write_nifti(path, *restore_volume(image, record))
         print(path)
-    write_json(
-        output / "provenance.json",
-        {
-            "checkpoint": str(cfg.checkpoint),
-            "checkpoint_sha256": sha256(cfg.checkpoint),
-            "source": str(Path(cfg.source).resolve()),
-            "source_modality": str(cfg.source_modality),
-            "targets": targets,
-            "fast": bool(cfg.fast),
-            "units": cfg.units,
-            "weights": cfg.weights,
-            "sampler": None if cfg.fast or not hasattr(module, "sample") else str(module.sampler),
-            "seed": cfg.seed,
-            "torch": torch.__version__,
-        },
-    )
+    about = {
+        "checkpoint": str(cfg.checkpoint),
+        "checkpoint_sha256": sha256(cfg.checkpoint),
+        "source": str(Path(cfg.source).resolve()),
+        "source_sha256": content_of(Path(cfg.source))["sha256"],
+        "source_modality": str(cfg.source_modality),
+        "targets": targets,
+        "fast": bool(cfg.fast),
+        "units": cfg.units,
+        "weights": cfg.weights,
+        "sampler": None if cfg.fast or not hasattr(module, "sample") else str(module.sampler),
+        "seed": cfg.seed,
+        "torch": torch.__version__,
+    }
+    path = output / "provenance.json"
+    others = read_json(path, "delete it").get("images", {}) if path.is_file() else {}
+    write_json(path, about | {"images": others | {f"{name}.nii.gz": about for name in names}})
+
+
+def warn_if_trained_on(source: str, checkpoint: str) -> None:
+    """A translation of a training image says little about new ones."""
+    from medldm.checkpoints import read_checkpoint
+    from medldm.fingerprints import content_of
+    from medldm.held_out import stages_of
+
+    identity = content_of(Path(source))["sha256"][:16]
+    for stage, record in stages_of(read_checkpoint(checkpoint)["medldm"]):
+        images = (record or {}).get("images") or {}
+        subject = next((name for name, known in images.items() if identity in known), None)
+        if subject is not None:
+            log.warning("%s: the %s of %s was trained on it (subject %s)", source, stage, checkpoint, subject)
+            return
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from medldm.data.edges import EdgeDegrade, EdgeRecipe
 from medldm.data.latents import check_latents
 from medldm.data.pairs import OF_SOURCE, PairDataset, check_pairs, pair_items
 from medldm.data.readers import load_index, read_json
+from medldm.data.record import training_record
 from medldm.data.sampler import ResumableSampler
 from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
 from medldm.data.synthetic import TRAIN_ON, SyntheticImages
@@ -135,6 +136,11 @@ class CaseDataModule(pl.LightningDataModule):
         self.setup()
         facts = {name: self.index.get(name) for name in FACTS} | typical_volume(self.index)
         return facts | {"unknown_attributes": unknown_attributes(self.items("train"))}
+
+    @property
+    def record(self) -> dict:
+        """What a checkpoint keeps of these data: see `medldm.held_out`."""
+        return training_record(self)
 
     @property
     def latent_facts(self) -> dict:
@@ -247,7 +253,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.tell_unknown(subset, everything)
         if subset != "train" or self.synthetic is None:
             return items
-        return self.synthetic.choose(items, [case["id"] for case in self.index["cases"]], self.train_on)
+        return self.synthetic.choose(items, self.index["cases"], self.train_on)
 
     def tell_unknown(self, subset: str, items: Sequence[Item]) -> None:
         """Say once how many images do not state what others of the dataset do."""

@@ -19,6 +19,7 @@ from medldm.data.readers import HDF5Reader, open_hdf5
 from medldm.data.sampler import Request
 from medldm.data.synthetic import SyntheticImages
 from medldm.errors import InputError
+from medldm.fingerprints import digest
 
 ARRAY_DTYPES = {
     "image": torch.float32,
@@ -29,6 +30,10 @@ ARRAY_DTYPES = {
     "source_latent": torch.float32,
 }
 HAS_CHANNELS = ("latent", "edges_levels")  # of a slice: rows of several channels
+CASE_FACTS = (  # of an index entry: what a sample depends on beside arrays
+    "view", "phase", "label", "slice_index", "num_slices", "source_label", "target_label", "spacing",
+    "affine", "original_affine", "original_shape", "intensity_range",
+)  # fmt: skip
 Transform = Callable[[dict, np.random.Generator], dict]
 
 
@@ -138,16 +143,31 @@ class CaseDataset(Dataset):
             return self.latents_dir / f"{self.cases[case]['id']}.h5"
         return self.root / self.cases[case]["file"]
 
+    def made_from(self, case: int) -> dict[str, str] | None:
+        """Digests of the arrays that items of a case are read from, by key, and of the facts beside them;
+        None where an older medldm prepared the case.
+        """
+        entry = self.cases[case]
+        content = content_of(entry)
+        if not content:
+            return None
+        arrays = {key: content[key] for key in self.stored_keys if key in content}
+        if "source_content" in entry:
+            arrays["source"] = entry["source_content"].get("image", "")
+        slices = entry.get("slices", {})
+        facts = [[entry.get(name), slices.get(name)] for name in CASE_FACTS]
+        return arrays | {"facts": digest(facts)}
+
     def reader(self, key: str, case: int) -> HDF5Reader:
         """The open file of an array. InputError where it is not the one that the index speaks of: prepared
         anew since, or latents of another image.
         """
         reader, entry = open_hdf5(self.path(key, case)), self.cases[case]
         if key == "latent":
-            stated, expected = reader.made_from.get("image_digest"), content_of(entry).get("image")
+            stated, expected = reader.stamps.get("image_digest"), content_of(entry).get("image")
             mend = "run `medldm encode` again"
         else:
-            stated, expected = reader.made_from.get("fingerprint"), entry.get("fingerprint")
+            stated, expected = reader.stamps.get("fingerprint"), entry.get("fingerprint")
             mend = "run `medldm prepare` to its end, then start again"
         if None not in (stated, expected) and stated != expected:
             raise InputError(f"{reader.path}: was made from other data than index.json says; {mend}")
@@ -156,7 +176,7 @@ class CaseDataset(Dataset):
     def read(self, key: str, item: Item) -> np.ndarray:
         """(C, *S) in the stored dtype; C counts the levels of `edges_levels`."""
         if key == "image" and item.is_synthetic:
-            return self.synthetic.read(self.cases[item.case]["id"], item.row)
+            return self.synthetic.read(self.cases[item.case], item.row)
         if (key, item.case) in self.cached:
             rows = self.cached[key, item.case].numpy()
             if self.spatial_dims == 3 and key != "latent":

@@ -9,7 +9,7 @@ import numpy as np
 
 from medldm.attributes import UNKNOWN
 from medldm.batch import Batch
-from medldm.data.dataset import CaseDataset, Item
+from medldm.data.dataset import CaseDataset, Item, content_of
 from medldm.data.grids import REGISTER, difference_of
 from medldm.data.sampler import Request
 from medldm.errors import InputError
@@ -183,6 +183,7 @@ class PairDataset(CaseDataset):
                 "id": self.pair_id(pair),
                 "source_label": names[pair.source.label],
                 "target_label": names[pair.target.label],
+                "source_content": content_of(self.cases[pair.source.case]),
             }
             for pair, *_ in self.groups
         ]

@@ -27,7 +27,7 @@ from medldm.data.inventory import same_images, take_inventory
 from medldm.data.jobs import Job, make_jobs, root_attributes
 from medldm.data.prepare_slices import describe_slices, warn_of_planes, write_slices
 from medldm.data.prepare_volumes import describe_volume, write_volume
-from medldm.data.readers import UNFINISHED, load_index
+from medldm.data.readers import UNFINISHED, load_index, read_json
 from medldm.data.recipe import SCHEMA_VERSION, Recipe, make_recipe
 from medldm.data.splits import make_splits, subset_of, write_splits_once
 from medldm.data.tables import Note
@@ -72,7 +72,8 @@ def run_job(job: Job) -> Prepared:
 def mark_unfinished(root: Path, command: str) -> None:
     """The index of `root` is refused by everything that reads it until `command` has run to its end."""
     path = root / "index.json"
-    if path.is_file() and UNFINISHED not in (index := json.loads(path.read_text())):
+    index = read_json(path, "prepare again") if path.is_file() else {}
+    if index and UNFINISHED not in index:
         write_json(path, index | {UNFINISHED: command})
 
 
@@ -157,7 +158,8 @@ def earlier_entries(root: Path) -> dict[str, dict]:
         cases = json.loads(path.read_text())["cases"]
         return {case["id"]: case for case in cases if {"raw", "preprocess_hash"} <= case.keys()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        log.warning("%s: not a readable index; every case is checked anew", path)
+        log.warning("%s: not a readable index, taken away; every case is checked anew", path)
+        path.unlink()
         return {}
 
 

@@ -42,7 +42,7 @@ MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a 
 AUTHOR_INDEX = "dataset_index_mapping.json"
 UNFINISHED = "unfinished"  # key of an index whose cases are being replaced: the command that does it
 # Attributes that say what a file was made from: a prepared case of raw files and recipe, latents of an image.
-MADE_FROM = ("fingerprint", "image_digest")
+STAMPS = ("fingerprint", "image_digest")
 # Names that the 2D schema and the rest of the program use for the same thing.
 DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
 
@@ -281,7 +281,7 @@ class HDF5Reader:
             ) from error
         self.descriptor = os.open(self.path, os.O_RDONLY)
         self.identity = file_identity(self.path)
-        self.made_from = {key: self.file.attrs[key] for key in MADE_FROM if key in self.file.attrs}
+        self.stamps = {key: self.file.attrs[key] for key in STAMPS if key in self.file.attrs}
         self.offsets: dict[str, np.ndarray | None] = {}
         self.datasets: dict[str, h5py.Dataset] = {}
         self.maps: dict[str, np.ndarray] = {}
@@ -412,6 +412,11 @@ HANDLES = HandleCache()
 def open_hdf5(path: str | Path) -> HDF5Reader:
     """The reader of a file, shared within this process and opened on first use."""
     return HANDLES.get(path)
+
+
+def made_from(path: str | Path) -> dict[str, str]:
+    """Digests of the arrays of a case that a sample was made from, by key; {} where the file states none."""
+    return json.loads(open_hdf5(path).attributes.get("made_from", "{}"))
 
 
 def read_json(path: Path, mend: str) -> dict:

@@ -1,0 +1,43 @@
+"""What a checkpoint keeps of the data that it is trained on; `medldm.held_out` reads it."""
+
+from typing import TYPE_CHECKING, Any
+
+from medldm.data.dataset import content_of
+from medldm.data.pairs import OF_SOURCE
+from medldm.data.splits import SUBSETS
+from medldm.fingerprints import digest
+from medldm.held_out import by_subject, image_identities
+
+if TYPE_CHECKING:
+    from medldm.data.datamodule import CaseDataModule
+
+
+def training_record(module: "CaseDataModule") -> dict[str, Any]:
+    """Plain data: dataset, split, subjects and what their files hold."""
+    module.setup()
+    subjects = {subset: list(module.part_of(subset)) for subset in SUBSETS}
+    entries = by_subject(module.index)
+    used = {s: entries[s] for s in (*subjects["train"], *subjects["val"])}
+    images = {s: sorted(image_identities(used[s])) for s in subjects["train"]}
+    return {
+        "dataset": module.index["dataset"],
+        "raw": module.index.get("raw"),
+        "root": str(module.root.resolve()),
+        "split": module.split,
+        "split_digest": digest(subjects),
+        "subjects": subjects,
+        "images": images if any(images.values()) else None,
+        "content": content_digest(module, [entry for group in used.values() for entry in group]),
+        "views": None if module.views is None else list(module.views),
+        "train_on": module.train_on,
+        "synthetic": None if module.synthetic is None else module.synthetic.provenance,
+    }
+
+
+def content_digest(module: "CaseDataModule", entries: list[dict]) -> str | None:
+    """Of the arrays that the model reads; a latent stands for its image. None where they are not known."""
+    images = dict.fromkeys(("latent", *OF_SOURCE), "image")
+    keys = sorted({images.get(key, key) for key in module.keys})
+    if not all(content_of(entry) for entry in entries):
+        return None
+    return digest({entry["id"]: [content_of(entry).get(key) for key in keys] for entry in entries})

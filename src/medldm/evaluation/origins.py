@@ -1,0 +1,126 @@
+"""Where judged images come from: of these very cases as they are prepared now, and of unseen subjects?"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from medldm.data.dataset import content_of
+from medldm.data.readers import made_from
+from medldm.errors import InputError
+from medldm.fingerprints import digest
+from medldm.held_out import Seen
+
+HELD_OUT = ("val", "test")
+ARRAYS = ("image", "mask", "edges", "source")
+
+
+def read_provenance(folders: Mapping[str, Path | None]) -> dict[str, dict]:
+    """provenance.json of the folders of images that have one."""
+    found = {}
+    for name in ("generated", "reconstruction", "spade", "regression"):
+        path = folders.get(name) and folders[name] / "provenance.json"
+        if path and path.is_file():
+            found[name] = json.loads(path.read_text())
+    return found
+
+
+def for_report(provenance: Mapping[str, dict]) -> dict[str, dict]:
+    """Without the long list of subjects, which may be all of a dataset."""
+    return {
+        name: facts | {"training_subjects": len(facts["training_subjects"])}
+        if isinstance(facts.get("training_subjects"), list)
+        else facts
+        for name, facts in provenance.items()
+    }
+
+
+def check_subjects(
+    provenance: Mapping[str, dict], segmenter: Seen | None, subjects: Collection[str], allow: bool
+) -> Iterator[str]:
+    """A line for every folder whose model, and one for the segmenter, if it was trained on judged subjects or
+    does not know. InputError where the images were sampled as held-out ones, unless `allow`.
+    """
+    judged = set(subjects)
+    is_held_out = provenance.get("generated", {}).get("split") in HELD_OUT
+    for name, facts in provenance.items():
+        if "checkpoint_sha256" not in facts:
+            continue
+        trained, unrecorded = facts.get("training_subjects"), facts.get("unrecorded_stages")
+        what = f"{name}: the checkpoint of its images"
+        yield from seen_line(what, judged, set(trained or ()), is_held_out and not allow)
+        if trained is None or unrecorded:
+            yield f"{what} does not say which subjects it was trained on (an older medldm wrote it)"
+    if segmenter is not None:
+        yield from seen_line("segmenter", judged, segmenter.all, is_held_out and not allow)
+        if segmenter.unrecorded:
+            yield "segmenter: does not say which subjects it was trained on (an older medldm wrote it)"
+
+
+def seen_line(what: str, judged: set[str], trained: set[str], is_refused: bool) -> Iterator[str]:
+    both = sorted(judged & trained)
+    if not both:
+        return
+    line = f"{what} was trained on {len(both)} of the {len(judged)} judged subjects ({both[0]}, ...)"
+    if is_refused:
+        raise InputError(
+            f"{line}, which were sampled as held-out ones; sample with the data.split of the training, or "
+            "set allow_training_subjects=true"
+        )
+    yield line
+
+
+def check_cases(
+    folders: Mapping[str, Path | None], provenance: Mapping[str, dict], index: Mapping[str, Any]
+) -> Iterator[str]:
+    """A line for every folder whose images were made from other preparations of their cases than the index
+    speaks of. InputError where it is the very data that they were made from.
+    """
+    cases = {case["id"]: case for case in index.get("cases", ())}
+    for name in provenance:
+        stale = [
+            path.stem
+            for path in sorted(folders[name].glob("*.h5"))
+            if is_changed(made_from(path), expected_content(path.stem, cases))
+        ]
+        if not stale:
+            continue
+        line = f"{name}: {len(stale)} cases ({stale[0]}, ...) were prepared otherwise when they were sampled"
+        if provenance[name].get("data_root") == str(folders["reference"].resolve()):
+            raise InputError(f"{folders[name]}: {line}; run `medldm sample` into this folder again")
+        yield line
+
+
+def expected_content(case_id: str, cases: Mapping[str, dict]) -> dict[str, str]:
+    """Digests of a case's arrays; of a translation those of its target, and of its source."""
+    source_id, is_pair, target = case_id.rpartition("_to_")
+    if case_id in cases or not is_pair or source_id not in cases:
+        return content_of(cases.get(case_id, {}))
+    source = cases[source_id]
+    content = content_of(cases.get(f"{source['subject']}_{target}", {}))
+    return content and content | {"source": content_of(source).get("image")}
+
+
+def is_changed(stated: Mapping[str, str], expected: Mapping[str, str | None]) -> bool:
+    return any(
+        None not in (stated.get(key), expected.get(key)) and stated[key] != expected[key] for key in ARRAYS
+    )
+
+
+def describe_inputs(folders: Mapping[str, Path | None], index: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests by which a report knows whether what was judged has changed since."""
+    cases = {case["id"]: content_of(case) for case in index.get("cases", ())}
+    return {
+        "reference": digest(cases) if cases and all(cases.values()) else None,
+        "preprocess_hash": index.get("preprocess_hash"),
+        "generated": images_digest(folders["generated"]),
+    }
+
+
+def images_digest(folder: Path) -> str | None:
+    """Of the files of a folder by name, size and time; None where there is no such folder."""
+    if not folder.is_dir():
+        return None
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    states = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    return digest([(name, state.st_size, state.st_mtime_ns) for name, state in states])
