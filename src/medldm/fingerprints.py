@@ -8,7 +8,7 @@ which no program can set back, is one of them.
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,8 @@ def array_digest(array: np.ndarray) -> str:
     return described.hexdigest()[:16]
 
 
-def state_of(path: Path) -> dict[str, Any]:
-    """Path, size and times of a file, or of all files of a folder (a DICOM series) together."""
-    files = files_of(path)
+def state_of(path: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Path, and size and times of its files together."""
     states = [file.stat() for file in files]
     return {
         "path": str(path),
@@ -49,25 +48,22 @@ def state_of(path: Path) -> dict[str, Any]:
     }
 
 
-def files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def content_of(path: Path) -> dict[str, Any]:
-    """`state_of`, with the `sha256` of the content (of a folder: of its files' names and contents) and the
-    time at which it was read.
+def content_of(path: Path, files: Sequence[Path] | None = None) -> dict[str, Any]:
+    """State and `sha256` of a file, or of the several `files` that an image lies in (a DICOM series, a header
+    with its data: then of their names and contents), and the time at which they were read.
     """
-    state = state_of(path)
+    files = [path] if files is None else list(files)
+    state = state_of(path, files)
     key = tuple(state[name] for name in STATE)
     if key not in KNOWN:
         now = time.time_ns()
-        KNOWN[key] = (file_sha256(path) if path.is_file() else folder_sha256(path), now)
+        KNOWN[key] = (file_sha256(path) if files == [path] else files_sha256(files), now)
     sha256, read_ns = KNOWN[key]
     return state | {"sha256": sha256, "read_ns": read_ns}
 
 
-def folder_sha256(path: Path) -> str:
-    parts = [(str(file.relative_to(path)), file_sha256(file)) for file in files_of(path)]
+def files_sha256(files: Sequence[Path]) -> str:
+    parts = [(file.name, file_sha256(file)) for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from medldm import fingerprints
+from medldm.data.readers import files_of
 from medldm.fingerprints import array_digest, content_of, recall
 
 
@@ -43,15 +44,21 @@ def test_an_unchanged_file_is_read_once_and_a_young_one_again(tmp_path, monkeypa
         assert len(reads) == count
 
 
-def test_a_folder_of_files_is_known_by_all_of_them(tmp_path):
+@pytest.mark.parametrize("names", [("a.dcm", "b.dcm"), ("scan.nhdr", "scan.raw"), ("scan.mhd", "scan.raw")])
+def test_an_image_of_several_files_is_known_by_all_of_them(tmp_path, names):
+    def content(folder):
+        path = folder if names[0] == "a.dcm" else folder / names[0]
+        return content_of(path, files_of(path))["sha256"]
+
     series = tmp_path / "series"
     series.mkdir()
-    for name in ("a.dcm", "b"):
-        (series / name).write_bytes(name.encode())
+    header = "data file: scan.raw\nElementDataFile = scan.raw\n"
+    for name in names:
+        (series / name).write_text(header)
     moved = shutil.copytree(series, tmp_path / "elsewhere")
-    assert content_of(series)["sha256"] == content_of(moved)["sha256"]
-    (moved / "b").write_bytes(b"c")
-    assert content_of(series)["sha256"] != content_of(moved)["sha256"]
+    assert content(series) == content(moved)
+    (moved / names[1]).write_bytes(b"other voxels")
+    assert content(series) != content(moved)
 
 
 def test_arrays_differ_by_value_shape_and_type():

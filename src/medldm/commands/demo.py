@@ -5,7 +5,8 @@
 
 Everything a real study does, on synthetic cardiac subjects in the M&Ms-2 layout; the numbers are of held-out
 subjects.
-Run it again to continue where it stopped. Ends with the paths of the page of pictures and of metrics.json.
+Run it again to continue where it stopped; other settings need another output. Ends with the paths of the
+page of pictures and of metrics.json.
 """
 
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 from medldm.commands import CONFIG_DIR, run_command
 
 log = logging.getLogger(__name__)
+SETTINGS = ("num_subjects", "image_size", "seed", "vqvae", "ldm", "sample")  # of a folder, which is made once
 
 
 def run(command: str, *overrides: str) -> None:
@@ -106,10 +108,14 @@ def stages(cfg: Any, folder: Path) -> list[tuple[str, str, list[str]]]:
 def task(cfg: Any) -> None:
     import time
 
+    from omegaconf import OmegaConf
     from rich.console import Console
+
+    from medldm.outputs import claim
 
     console, start = Console(), time.monotonic()
     folder = Path(cfg.output).resolve()
+    claim(folder, {key: OmegaConf.to_container(cfg)[key] for key in SETTINGS})
     steps = stages(cfg, folder)
     for number, (what, command, overrides) in enumerate(steps, 1):
         console.rule(f"[bold]{number}/{len(steps)}[/] {what} [dim]{time.monotonic() - start:.0f} s[/]")

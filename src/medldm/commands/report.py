@@ -17,6 +17,7 @@ examples
 
 import csv
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 from medldm.commands import run_command
 from medldm.errors import InputError
 
+log = logging.getLogger(__name__)
 MAX_WIDTH = 1600  # px; wider pictures are scaled down
 
 
@@ -38,10 +40,22 @@ def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
     runs = [read_run(folder) for folder in folders]
     evaluation_dir = find_evaluation(cfg.evaluation, folders)
     evaluation = read_evaluation(evaluation_dir) if evaluation_dir else None
+    if evaluation is not None:
+        add_changes(evaluation, folders)
     output = Path(cfg.output) if cfg.output else (evaluation_dir or folders[-1]) / "report.html"
     with replacing(output) as temporary:
         temporary.write_text(compose(runs, evaluation), encoding="utf-8")
     print(output)
+
+
+def add_changes(evaluation, runs: Sequence[Path]) -> None:  # noqa: ANN001
+    """What changed since the evaluation becomes a note of the page, and is said here."""
+    from medldm.evaluation.origins import changes_since
+
+    lines = list(changes_since(evaluation.results, [str(run) for run in runs]))
+    evaluation.results["warnings"] = [*evaluation.results.get("warnings", ()), *lines]
+    for line in lines:
+        log.warning("%s", line)
 
 
 def compose(runs: Sequence, evaluation) -> str:  # noqa: ANN001

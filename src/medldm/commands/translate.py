@@ -136,7 +136,7 @@ def task(cfg: Any) -> None:
 
     from medldm.checkpoints import sha256
     from medldm.data.case import stem_of
-    from medldm.data.readers import read_json
+    from medldm.data.readers import files_of, read_json
     from medldm.data.volumes import restore_volume
     from medldm.files import safe_name, write_json
     from medldm.fingerprints import content_of
@@ -165,7 +165,7 @@ def task(cfg: Any) -> None:
         "checkpoint": str(cfg.checkpoint),
         "checkpoint_sha256": sha256(cfg.checkpoint),
         "source": str(Path(cfg.source).resolve()),
-        "source_sha256": content_of(Path(cfg.source))["sha256"],
+        "source_sha256": content_of(Path(cfg.source), files_of(cfg.source))["sha256"],
         "source_modality": str(cfg.source_modality),
         "targets": targets,
         "fast": bool(cfg.fast),
@@ -183,10 +183,11 @@ def task(cfg: Any) -> None:
 def warn_if_trained_on(source: str, checkpoint: str) -> None:
     """A translation of a training image says little about new ones."""
     from medldm.checkpoints import read_checkpoint
+    from medldm.data.readers import files_of
     from medldm.fingerprints import content_of
     from medldm.held_out import stages_of
 
-    identity = content_of(Path(source))["sha256"][:16]
+    identity = content_of(Path(source), files_of(source))["sha256"][:16]
     for stage, record in stages_of(read_checkpoint(checkpoint)["medldm"]):
         images = (record or {}).get("images") or {}
         subject = next((name for name, known in images.items() if identity in known), None)

@@ -12,6 +12,7 @@ import numpy as np
 import medldm
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.data.case import Case, split_path
+from medldm.data.readers import files_of
 from medldm.data.recipe import SCHEMA_VERSION, Recipe
 from medldm.errors import InputError
 from medldm.fingerprints import array_digest, content_of, digest
@@ -73,7 +74,7 @@ class Job:
                 path, dataset = split_path(raw)
                 if not path.exists():
                     raise InputError(f"{path}: no such file; restore it, or remove its case from the dataset")
-                files.append({"key": key, "dataset": dataset, **content_of(path)})
+                files.append({"key": key, "dataset": dataset, **content_of(path, files_of(raw))})
         return files
 
     def fingerprint(self) -> str:

@@ -169,4 +169,11 @@ def write_splits_once(path: Path, splits: dict[str, Split], subjects: Sequence[s
                 len(missing),
                 sorted(missing)[0],
             )
+        elif name in splits and any(set(split.get(k, ())) != set(splits[name][k]) for k in SUBSETS):
+            log.warning(
+                "%s: split '%s' stays as it was written; data.splits or the dataset itself would now make "
+                "another; delete the file to draw it again",
+                path,
+                name,
+            )
     return kept

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from medldm.data.dataset import content_of
-from medldm.data.readers import made_from
+from medldm.data.readers import made_from, open_hdf5
 from medldm.errors import InputError
-from medldm.fingerprints import digest
+from medldm.fingerprints import digest, file_sha256
 from medldm.held_out import Seen
 
 HELD_OUT = ("val", "test")
@@ -118,9 +118,32 @@ def describe_inputs(folders: Mapping[str, Path | None], index: Mapping[str, Any]
 
 
 def images_digest(folder: Path) -> str | None:
-    """Of the files of a folder by name, size and time; None where there is no such folder."""
+    """Of the files of a folder by name and size, and of what those of `medldm sample` say they were made from
+    and how; None where there is no such folder.
+    """
     if not folder.is_dir():
         return None
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    states = [(str(path.relative_to(folder)), path.stat()) for path in files]
-    return digest([(name, state.st_size, state.st_mtime_ns) for name, state in states])
+    content = []
+    for path in (path for path in sorted(folder.rglob("*")) if path.is_file()):
+        stated = open_hdf5(path).attributes if path.suffix == ".h5" else {}
+        name = str(path.relative_to(folder))
+        content.append(
+            [name, path.stat().st_size, *(stated.get(key) for key in ("made_from", "settings_digest"))]
+        )
+    return digest(content)
+
+
+def changes_since(results: Mapping[str, Any], runs: Collection[str]) -> Iterator[str]:
+    """A line where images were made anew, or a checkpoint of these run folders was trained on, since an
+    evaluation, whose metrics.json is `results`.
+    """
+    judged = (results.get("inputs") or {}).get("generated")
+    folder = (results.get("folders") or {}).get("generated")
+    now = images_digest(Path(folder)) if judged and folder else None
+    if now is not None and now != judged:
+        yield f"{folder}: changed since these numbers were measured; run `medldm evaluate` again"
+    made = (results.get("provenance") or {}).get("generated") or {}
+    path = Path(made.get("checkpoint", ""))
+    is_ours = any(path.resolve().is_relative_to(Path(run).resolve()) for run in runs)
+    if path.is_file() and is_ours and file_sha256(path) != made.get("checkpoint_sha256"):
+        yield f"{path}: trained on since the judged images were sampled; sample and evaluate again"
