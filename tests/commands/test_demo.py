@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from medldm.commands import demo
+from medldm.errors import InputError
 from tests.helpers import compose_config
 
 SHORT = (
@@ -25,6 +28,9 @@ def test_demo_runs_every_stage_and_can_be_run_again(tmp_path, monkeypatch, capsy
         demo.task(cfg)
         page, metrics = tmp_path / "demo" / "report.html", tmp_path / "demo" / "evaluation" / "metrics.json"
         assert capsys.readouterr().out.split()[-2:] == [str(metrics), str(page)]
+    cfg.num_subjects = 7
+    with pytest.raises(InputError, match="of another num_subjects"):
+        demo.task(cfg)
     rows = json.loads(metrics.read_text())["rows"]
     assert {"generated", "reconstruction", "mean_image"} <= set(rows)  # one test subject has no partner
     assert "data:image/png" in page.read_text()

@@ -52,6 +52,21 @@ def test_every_other_modality_is_made_on_the_grid_of_the_source(translator, sour
     assert np.abs(made["t2"].get_fdata() - made["flair"].get_fdata()).max() > 1e-3
 
 
+def test_every_image_of_a_folder_has_its_provenance_and_a_training_image_is_told(
+    translator, prepared_modalities, tmp_path, caplog
+):
+    index, splits = (json.loads((prepared_modalities / f"{n}.json").read_text()) for n in ("index", "splits"))
+    paths = {case["id"]: case["raw"][0]["path"] for case in index["cases"]}
+    trained, unseen = (splits["default"][part][0] for part in ("train", "test"))
+    run(translator, paths[f"{unseen}_t1"], tmp_path, "targets=[t2]")
+    assert not caplog.messages
+    run(translator, paths[f"{trained}_t1"], tmp_path, "targets=[flair]")
+    assert f"was trained on it (subject {trained})" in caplog.text
+    images = json.loads((tmp_path / "provenance.json").read_text())["images"]
+    assert images.keys() == {path.name for path in tmp_path.glob("*.nii.gz")}
+    assert {facts["source"] for facts in images.values()} == {paths[f"{s}_t1"] for s in (trained, unseen)}
+
+
 def test_another_orientation_gives_the_same_voxels_turned_back(translator, source, tmp_path):
     raw = nibabel.load(source)
     codes = nibabel.orientations.axcodes2ornt(("P", "S", "L"))

@@ -156,7 +156,9 @@ def test_stage_two_on_latents_opens_no_image(mnms2, tmp_path, monkeypatch):
         with h5py.File(folder / f"{case['id']}.h5", "w") as file:
             rows = np.arange(case["num_slices"], dtype=np.float16).reshape(-1, 1, 1, 1)
             file["latents"] = np.broadcast_to(rows, (case["num_slices"], 3, 8, 8))
-    (folder / "latents.json").write_text(json.dumps({"checkpoint_sha256": "x", "shape": [3, 8, 8]}))
+    images = {case["id"]: case["content"]["image"] for case in index["cases"]}
+    facts = {"checkpoint_sha256": "x", "shape": [3, 8, 8], "cases": images}
+    (folder / "latents.json").write_text(json.dumps(facts))
     module = build(root, keys=("latent", "mask"), latents="vq")
     batch = next(iter(module.train_dataloader()))
     assert batch["latent"].shape == (3, 3, 8, 8) and batch["latent"].dtype == torch.float32

@@ -90,6 +90,17 @@ def test_splits_are_written_once(tmp_path):
     assert first == again == json.loads(path.read_text())
 
 
+def test_a_split_that_is_kept_although_others_would_be_drawn_is_told(tmp_path, caplog):
+    path, subjects = tmp_path / "splits.json", [f"s{i}" for i in range(20)]
+    drawn = make_splits(subjects, dataset="x", fractions=FRACTIONS, seed=1)
+    write_splits_once(path, drawn, subjects)
+    write_splits_once(path, drawn, subjects)
+    assert not caplog.messages
+    more = make_splits(subjects, dataset="x", fractions={"val": 0.3, "test": 0.1}, seed=1)
+    assert write_splits_once(path, more, subjects) == drawn
+    assert "split 'default' stays as it was written" in caplog.text and "delete the file" in caplog.text
+
+
 def test_overlapping_split_is_an_input_error(tmp_path):
     path = tmp_path / "splits.json"
     path.write_text(json.dumps({"default": {"train": ["a", "b"], "val": ["b"], "test": []}}))

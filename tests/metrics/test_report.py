@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from medldm.commands import evaluate, report
+from medldm.evaluation.origins import changes_since, images_digest
 from medldm.evaluation.screen import brief
+from medldm.fingerprints import file_sha256
 from medldm.reporting.charts import Curve, curve_chart, smooth
 from medldm.reporting.edge_levels import short_names
 from medldm.reporting.page import element, table
@@ -50,6 +52,22 @@ def test_the_page_holds_numbers_pictures_and_curves_and_loads_nothing(call, fold
     assert text.count("<svg") == 1 + 2  # scores, loss, perplexity
     assert "pt_inception-2015-12-05-6726825d.pth" in text and "very test image" not in text
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "@import" not in text
+
+
+def test_a_page_says_what_changed_since_its_evaluation(tmp_path, run_dir):
+    samples, checkpoint = tmp_path / "samples", run_dir / "checkpoints" / "best.ckpt"
+    for path in (samples / "p0.png", checkpoint):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"one")
+    made = {"checkpoint": str(checkpoint), "checkpoint_sha256": file_sha256(checkpoint)}
+    results = {"inputs": {"generated": images_digest(samples)}, "folders": {"generated": str(samples)}}
+    results |= {"provenance": {"generated": made}}
+    assert not list(changes_since(results, [str(run_dir)])) and not list(changes_since({}, [str(run_dir)]))
+    (samples / "p0.png").write_bytes(b"other")
+    checkpoint.write_bytes(b"two")
+    changed, trained = changes_since(results, [str(run_dir)])
+    assert "changed since these numbers" in changed and "trained on since" in trained
+    assert len(list(changes_since(results, [str(tmp_path / "other run")]))) == 1
 
 
 def test_a_run_without_an_evaluation_has_a_page(call, run_dir):

@@ -33,14 +33,14 @@ def test_a_begun_folder_is_continued_wherever_the_data_lie(copied):
 
 def test_samples_of_older_maps_are_made_anew_and_not_judged(copied, caplog):
     first = begin(copied)
-    draw(copied / "raw", 2, turned=True, key="masks")
+    draw(copied / "raw", 0, turned=True, key="masks")
     run_prepare(copied / "raw", copied / "data")
-    with pytest.raises(InputError, match=r"1 cases \(p2, ...\) were prepared otherwise .*medldm sample"):
+    with pytest.raises(InputError, match=r"1 cases \(p0, ...\) were prepared otherwise .*medldm sample"):
         run_evaluate(copied / "out", copied / "data", copied / "evaluation")
     elsewhere = shutil.copytree(copied / "data", copied / "elsewhere")
     results = run_evaluate(copied / "out", elsewhere, copied / "evaluation")
     assert any("prepared otherwise" in line for line in results["warnings"])
-    with pytest.raises(InputError, match=r"p2\.h5: made under another map"):
+    with pytest.raises(InputError, match=r"p0\.h5: made under another map"):
         CaseDataModule(
             copied / "data",
             batch_size=1,
@@ -48,7 +48,7 @@ def test_samples_of_older_maps_are_made_anew_and_not_judged(copied, caplog):
             train_on="synthetic",
             synthetic=copied / "out",
         ).items("train")
-    assert renewed(first, begin(copied)) == ["p2"]
+    assert renewed(first, begin(copied)) == ["p0"]
     assert "1 of 5 cases made anew, of cases as prepared before" in caplog.text
     results = run_evaluate(copied / "out", copied / "data", copied / "evaluation")
     assert not any("prepared otherwise" in line for line in results["warnings"])

@@ -20,7 +20,9 @@ def check_latents(folder: Path, facts: dict, index: dict) -> None:
     """`facts` is the folder's latents.json. InputError where the cache lacks cases of the index, or was made
     from other images than those that the index speaks of.
     """
-    mend = f"run `{encode_command(facts.get('checkpoint'), folder.parents[1], index['spatial_dims'])}`"
+    mend = (
+        f"run `{encode_command(facts.get('checkpoint', 'CKPT'), folder.parents[1], index['spatial_dims'])}`"
+    )
     images = {case["id"]: content_of(case).get("image") for case in index["cases"]}
     cached = facts.get("cases")
     if cached is None and any(images.values()):
