@@ -1,6 +1,7 @@
 """medldm translate, and medldm sample on translation models."""
 
 import json
+import re
 
 import h5py
 import nibabel
@@ -10,7 +11,10 @@ import torch
 
 from medldm.commands import sample, translate
 from medldm.commands.train import shrink
+from medldm.data.recipe import make_recipe
 from medldm.errors import InputError
+from tests.data.conftest import settings
+from tests.data.test_volumes import affine_of
 from tests.helpers import compose_config
 from tests.training import run_training
 
@@ -88,6 +92,30 @@ def test_a_source_of_other_voxels_is_resampled_and_put_back(translator, source, 
     image = run(translator, path, tmp_path / "out", "targets=[t2]")["t2"]
     assert image.shape == fine.shape and "resampled to those of training" in caplog.text
     np.testing.assert_allclose(image.affine, affine)
+
+
+@pytest.mark.parametrize(
+    ("code", "spacing", "angle", "shape", "said"),
+    [
+        ("RAS", (1, 1, 4), 0.0, (6, 28, 24), None),  # as in training
+        ("LPI", (1, 1, 4), 0.3, (6, 28, 24), None),  # turned and oblique, the same voxels
+        ("RAS", (4, 1, 1), 0.0, (7, 28, 21), "voxels of 1 x 1 x 4 mm; resampled .* 4 x 1 x 1 mm .axes SPL"),
+        ("SRA", (1, 4, 1), 0.3, (7, 28, 21), "resampled"),  # the same source with its axes in another order
+        ("RAS", (1, 1, 3.6), 0.0, (7, 28, 24), "3.6 x 1 x 1 mm, in training 4 x 1 x 1 mm .*as they are"),
+    ],
+)
+def test_voxel_sizes_are_compared_along_the_body(tmp_path, caplog, code, spacing, angle, shape, said):
+    """A model of axial slices 4 mm apart; the same head with its 4 mm along another axis is resampled."""
+    preprocess = settings(divisible_by=1)["preprocess"]
+    facts = {"preprocess": make_recipe(3, None, preprocess).as_dict(), "spacing": [4.0, 1.0, 1.0]}
+    axes = [("RL", "AP", "SI").index(next(p for p in ("RL", "AP", "SI") if c in p)) for c in code]
+    size = np.array([(24, 28, 24)[axis] for axis in axes]) / spacing
+    affine = affine_of(code, spacing, angle)
+    path = save(np.random.default_rng(0).random(np.rint(size).astype(int)), affine, tmp_path / "a.nii.gz")
+    volume = translate.prepare_source(str(path), facts)
+    assert volume.image.shape[1:] == shape
+    assert bool(re.search(said, caplog.text)) if said else not caplog.text
+    assert volume.spacing == pytest.approx((3.6 if said and "3.6" in said else 4, 1, 1))
 
 
 def test_targets_of_one_batch_are_those_of_single_ones(ldm, source, tmp_path):

@@ -7,8 +7,9 @@
 
 The source is prepared as the training data were (orientation, crop, percentiles); all targets are made in
 one batch, and each is written as <source file>_<source>_to_<target>.nii.gz on the source's own grid, with its
-affine. A source of another voxel size is resampled, an axis that does not divide is padded, and both are
-undone; voxels that are not finite become the least finite value, with a warning.
+affine. A source whose voxels differ by a fifth along an axis of the body is resampled, an axis that does not
+divide is padded, and both are undone; voxels that are not finite become the least finite value. What was done
+is said.
 units: an MR contrast has no units of its own. `unit` writes [0, 1], the target's lower and upper percentile
 of preparation; `training` the median range of that modality in the training data; `source` the source's.
 Keys: targets (null: every other modality), fast, units, sampler.*, weights (ema or raw), seed, device.
@@ -25,6 +26,7 @@ from medldm.errors import InputError
 log = logging.getLogger(__name__)
 UNITS = ("unit", "training", "source")
 SPACING_TOLERANCE = 0.2  # relative: beyond it the source is resampled to the voxels of training
+SPACING_NOTED = 0.02  # beyond it the difference is said
 
 
 def choose_targets(known: list[str] | None, source: str, targets: list[str] | None) -> list[str]:
@@ -58,11 +60,27 @@ def prepare_source(path: str, facts: dict[str, Any]) -> Any:
 
     recipe = recipe_of(facts)
     if recipe.spacing is None and recipe.in_plane_size is None and facts["spacing"]:
-        raw, trained = sorted(read_volume(path).spacing), sorted(facts["spacing"])
-        if np.abs(np.divide(raw, trained) - 1).max() > SPACING_TOLERANCE:
-            log.warning("%s: voxels of %s mm; resampled to those of training, %s mm", path, raw, trained)
-            recipe = dataclasses.replace(recipe, spacing=tuple(facts["spacing"]))
+        raw, trained = spacing_along(read_volume(path).affine, recipe.orientation), facts["spacing"]
+        apart = float(np.abs(np.divide(raw, trained) - 1).max())
+        about = (path, millimetres(raw), millimetres(trained), recipe.orientation)
+        if apart > SPACING_TOLERANCE:
+            log.warning("%s: voxels of %s mm; resampled to those of training, %s mm (axes %s)", *about)
+            recipe = dataclasses.replace(recipe, spacing=tuple(trained))
+        elif apart > SPACING_NOTED:
+            log.warning("%s: voxels of %s mm, in training %s mm (axes %s); taken as they are", *about)
     return prepare_case(Case("source", "source", {"image": path}), recipe)
+
+
+def spacing_along(affine: Any, orientation: str) -> list[float]:
+    """mm of a voxel along the body's axes, in the order of the prepared array, such as S, P and L."""
+    from medldm.data.grids import edges_of
+    from medldm.data.volumes import axis_order
+
+    return edges_of(affine)[axis_order(affine, orientation)].tolist()
+
+
+def millimetres(spacing: Any) -> str:
+    return " x ".join(f"{s:.3g}" for s in spacing)
 
 
 def padded(x: Any, multiples: tuple[int, ...]) -> Any:
