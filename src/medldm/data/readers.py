@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,11 +146,17 @@ def with_spacing(array: np.ndarray, affine: np.ndarray) -> Image:
 def read_nifti(path: Path) -> Image:
     import nibabel
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.imageglobals import logger
     from nibabel.spatialimages import HeaderDataError
 
+    if has_suffix(path, (".gz",)) and not is_gzip(path):
+        raise InputError(f"{path}: ends in .gz but is not compressed; rename it to '{str(path)[:-3]}'")
+    logger.setLevel(logging.CRITICAL)  # what it mends by itself in a header is looked at below
     try:
         image = nibabel.load(path)
         array = np.asanyarray(image.dataobj)
+        with image.file_map["image"].get_prepare_fileobj("rb") as file:
+            voxel_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -158,27 +164,39 @@ def read_nifti(path: Path) -> Image:
         ) from error
     if array.size == 0:
         raise InputError(f"{path}: holds no voxels (shape {array.shape}); remove its case")
-    affine = nifti_affine(image.header, path)
+    affine = nifti_affine(image.header, voxel_sizes[: array.ndim], path)
     spacing = [*np.linalg.norm(affine[:3, :3], axis=0).tolist(), *[1.0] * array.ndim]
     return Image(array, affine, tuple(spacing[: array.ndim]))
 
 
-def nifti_affine(header, path: Path) -> np.ndarray:  # noqa: ANN001 - nibabel is imported lazily
-    """Voxels -> RAS, mm (4, 4): the sform, or the qform where the former is empty.
+def is_gzip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) in (b"\x1f\x8b", b"")  # an empty file is cut, which reading it says
 
-    InputError where neither gives voxels a size. A file that names neither is taken as nibabel takes it.
+
+def nifti_affine(header, voxel_sizes: Sequence[float], path: Path) -> np.ndarray:  # noqa: ANN001
+    """Voxels -> RAS, mm (4, 4): the sform, or the qform where the former is empty. A file that names neither
+    is taken as nibabel takes it, with a warning.
+
+    InputError where voxels get no size: `voxel_sizes` are those of the file, of which nibabel turns 0 into 1.
     """
     stated = {"sform": header.get_sform, "qform": header.get_qform}
     readers = {name: read for name, read in stated.items() if int(header[f"{name}_code"]) > 0}
     if not readers:
-        log.warning("%s: does not say how it lies in the body; taken as LAS, as nibabel does", path)
         readers = {"header": header.get_base_affine}
-    affines = {name: affine for name, read in readers.items() if (affine := valid_affine(read)) is not None}
+    affines = {
+        name: affine
+        for name, read in readers.items()
+        if (name == "sform" or np.all(voxel_sizes)) and (affine := valid_affine(read)) is not None
+    }
     if not affines:
+        sizes = " x ".join(f"{size:g}" for size in voxel_sizes)
         raise InputError(
-            f"{path}: its header gives voxels no size and place (voxel sizes "
-            f"{', '.join(f'{s:g}' for s in header.get_zooms()[:3])}); set them, in 3D Slicer for instance"
+            f"{path}: its header gives voxels no size and place ({' and '.join(readers)} of no use, voxel "
+            f"sizes {sizes}); set both, in 3D Slicer for instance, or remove its case"
         )
+    if "header" in affines:
+        log.warning("%s: does not say how it lies in the body; taken as LAS, as nibabel does", path)
     if affines.keys() != readers.keys() and "sform" not in affines:
         log.warning("%s: its sform is empty; its qform is taken", path)
     affine = next(iter(affines.values()))
@@ -219,10 +237,10 @@ def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
         raise InputError(f"{path}: holds {pages} pages; save one picture a file, or the stack as NIfTI")
     if is_mask and data.startswith(b"\xff\xd8"):
         raise InputError(f"{path}: JPEG changes class numbers; save the mask as PNG, from its source")
+    if is_mask and data[:2] in (b"\x89P", b"BM") and (numbers := palette_numbers(path)) is not None:
+        return numbers
     if array.ndim == 2:
         return array
-    if is_mask and (numbers := palette_numbers(path)) is not None:
-        return numbers
     channels = array[..., :3]
     if array.shape[-1] == 4 and np.ptp(array[..., 3]) > 0:
         log.warning("%s: partly transparent; its colours are taken as they lie", path)
