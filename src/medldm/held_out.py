@@ -3,8 +3,9 @@ them.
 
 A record says what one training saw: `dataset`, `raw` (folder), `split` (name), `subjects` {train, val, test},
 `images` {training subject: identities of its raw image files}, `content` (digest of the training and
-validation arrays). It lies under "data" in a checkpoint's description; first stages and the model that a
-fine-tuning started from bring theirs along. Checkpoints of an older medldm have none.
+validation arrays), `generator` (subjects that the model behind its synthetic images saw). It lies under
+"data" in a checkpoint's description; first stages and the model that a fine-tuning started from bring theirs
+along. Checkpoints of an older medldm have none.
 """
 
 import logging
@@ -68,7 +69,8 @@ def trained_subjects(record: Mapping[str, Any], index: Mapping[str, Any]) -> set
     """The subjects of `index` that a training saw. Published datasets, and the same raw folder, know them by
     name; elsewhere names say nothing, and a subject is known by its raw images.
     """
-    trained, images = set(record["subjects"]["train"]), record.get("images") or {}
+    trained = {*record["subjects"]["train"], *record.get("generator", ())}
+    images = record.get("images") or {}
     is_same_dataset = record["dataset"] == index["dataset"]
     is_named = is_same_dataset and (
         index["dataset"] not in OWN_NAMES or record.get("raw") == index.get("raw")

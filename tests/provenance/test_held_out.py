@@ -6,7 +6,10 @@ import shutil
 import pytest
 import torch
 
+from medldm.commands import train
+from medldm.data.datamodule import CaseDataModule
 from medldm.errors import InputError
+from medldm.fingerprints import file_sha256
 from medldm.held_out import changed_data, seen_subjects, stages_of
 from tests.provenance.conftest import (
     NUM_SUBJECTS,
@@ -137,6 +140,45 @@ def test_checkpoints_without_a_record_are_taken_with_a_word(copied, caplog):
     options = (VQVAE, "data=folder", "data.batch_size=2", "resume=auto", "trainer.max_steps=3")
     run_training(copied / "data", copied / "vq", *options)
     assert "did not record its data" in caplog.text
+
+
+def test_synthetic_images_bring_along_what_their_model_was_trained_on(copied):
+    out, root = copied / "out", copied / "data"
+    run_sample(ldm(copied), root, out, "split=all")
+    first = swapped(root)
+    synthetic = {"train_on": "both", "synthetic": out, "batch_size": 2, "keys": ("image",)}
+    record = CaseDataModule(root, **synthetic).record
+    assert first in record["generator"] and record["synthetic"]
+    options = (VQVAE, "data=folder", "data.train_on=both", f"data.synthetic={out}", "data.split=other")
+    with pytest.raises(InputError, match=f"data.synthetic=.* its generator was trained on subject {first}"):
+        run_training(root, copied / "run", *options)
+
+
+def test_a_resumed_run_keeps_its_first_stage_and_says_so(copied, caplog):
+    content = {"first_stage": {"sha256": file_sha256(checkpoint_of(copied))}}
+    model = {"first_stage": {"checkpoint": str(checkpoint_of(copied))}, "map_stage": None}
+    train.warn_of_other_stages(model, content)
+    assert not caplog.messages
+    checkpoint_of(copied).write_bytes(b"trained on")
+    train.warn_of_other_stages(model, content)
+    assert "not the file that the run was begun with" in caplog.text
+
+
+def test_a_cache_of_another_autoencoder_is_refused(copied):
+    name = next((copied / "data/latents").iterdir()).name
+    model = {"first_stage": {"checkpoint": str(ldm(copied))}}  # any other checkpoint
+    data = {"root": str(copied / "data"), "latents": name, "spatial_dims": 2}
+    with pytest.raises(InputError, match="made with another autoencoder than"):
+        train.find_latents(data, model, None)
+    assert train.find_latents(data | {"latents": "auto"}, model, None) is None
+    model = {"first_stage": {"checkpoint": str(checkpoint_of(copied))}}
+    assert train.find_latents(data | {"latents": "auto"}, model, None) == name
+    resumed = {"stage": "autoencoder", "sha256": file_sha256(checkpoint_of(copied))}
+    checkpoint_of(copied).write_bytes(b"trained on")
+    assert train.find_latents(data | {"latents": "auto"}, model, resumed) == name
+    (copied / f"data/latents/{name}/latents.json").unlink()
+    with pytest.raises(InputError, match="medldm encode .* to its end"):
+        train.find_latents(data | {"latents": "auto"}, model, resumed)
 
 
 def test_changes_of_a_resumed_run_are_named():

@@ -264,6 +264,21 @@ def initialise(module: Any, path: str, facts: dict[str, Any]) -> dict[str, Any]:
     return origin_of(read_checkpoint(path)["medldm"])
 
 
+def warn_of_other_stages(model: dict[str, Any], description: dict[str, Any]) -> None:
+    """A resumed run keeps the stages that it was begun with, whatever lies at their paths now."""
+    from medldm.checkpoints import sha256
+
+    for stage in ("first_stage", "map_stage"):
+        path, kept = (model.get(stage) or {}).get("checkpoint"), description.get(stage)
+        if path and kept and Path(path).is_file() and sha256(path) != kept.get("sha256"):
+            log.warning(
+                "model.%s.checkpoint=%s: not the file that the run was begun with, whose weights it keeps; "
+                "start a new run to use this one",
+                stage,
+                path,
+            )
+
+
 def check_resumed_data(path: Path, content: dict[str, Any], record: dict[str, Any] | None) -> None:
     """InputError where a run would go on with other subjects or images than it was begun with."""
     from medldm.held_out import changed_data
@@ -286,11 +301,16 @@ def check_resumed_data(path: Path, content: dict[str, Any], record: dict[str, An
 
 
 def check_stages(cfg: Any, description: dict[str, Any], datamodule: Any) -> None:
-    """InputError where a stage below, or the model that a fine-tuning starts from, was trained on subjects of
-    this split's test part; a warning where it was on those of the validation part.
+    """InputError where a stage below, the model that a fine-tuning starts from, or the one that made the
+    synthetic images was trained on subjects of this split's test part; a warning where it was on those of the
+    validation part.
     """
     from medldm.held_out import EARLIER, check_held_out, seen_subjects
 
+    if datamodule.synthetic is not None:
+        seen = datamodule.synthetic.seen
+        path, allow = datamodule.synthetic_dir, bool(cfg.allow_training_subjects)
+        check_held_out(seen, datamodule.subjects["test"], path, "test", allow=allow, key="data.synthetic")
     for stage in (stage for stage in EARLIER if description.get(stage)):
         key = stage if stage == "init_from" else f"model.{stage}.checkpoint"
         path = cfg.init_from if stage == "init_from" else cfg.model[stage].checkpoint
@@ -314,6 +334,7 @@ def make_module(
     if content is not None:
         check_order(content["medldm"]["facts"], datamodule.facts, f"resume={resume}")
         check_resumed_data(resume, content, record)
+        warn_of_other_stages(model, content["medldm"])
     module = build_module(model, datamodule.facts, *require_stages(model, content))
     module.description = describe(model, datamodule.facts, module, record)
     if content is not None and content["medldm"].get("init_from"):
@@ -346,18 +367,16 @@ def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def encoder_of(model: dict[str, Any], resumed: dict[str, Any] | None) -> str | None:
-    """sha256 of the encoder that makes the latents: that of a resumed checkpoint's own first stage, whatever
-    has become of the file that it came from, else of `model.first_stage.checkpoint`.
+def cache_of(model: dict[str, Any], resumed: dict[str, Any] | None) -> str | None:
+    """Name of the cache of the encoder that makes the latents: that of a resumed checkpoint's own first
+    stage, whatever has become of the file that it came from, else of `model.first_stage.checkpoint`.
     """
-    from medldm.checkpoints import encoder_sha256, read_checkpoint, sha256
+    from medldm.checkpoints import encoder_sha256, latents_name
 
     if resumed is not None:
-        return encoder_sha256(resumed, resumed["sha256"])
-    checkpoint = model["first_stage"]["checkpoint"]
-    if checkpoint is None or not Path(checkpoint).is_file():
-        return None
-    return encoder_sha256(read_checkpoint(checkpoint)["medldm"], sha256(checkpoint))
+        return encoder_sha256(resumed, resumed["sha256"])[:12]
+    checkpoint = Path(model["first_stage"]["checkpoint"])
+    return latents_name(checkpoint) if checkpoint.is_file() else None
 
 
 def find_latents(data: dict[str, Any], model: dict[str, Any], resumed: dict[str, Any] | None) -> str | None:
@@ -371,15 +390,15 @@ def find_latents(data: dict[str, Any], model: dict[str, Any], resumed: dict[str,
     checkpoint = model.get("first_stage", {}).get("checkpoint")
     if name is None or checkpoint is None:
         return None
-    encoder = encoder_of(model, resumed)
-    folder = Path(data["root"]) / "latents" / (encoder[:12] if name == "auto" and encoder else name)
+    expected = cache_of(model, resumed)
+    folder = Path(data["root"]) / "latents" / (expected if name == "auto" and expected else name)
     mend = f"run `{encode_command(checkpoint, data['root'], data.get('spatial_dims'))}` to its end"
     if name == "auto" and not folder.is_dir():
         log.warning("data.latents=auto: no cache of %s; encoding every batch", checkpoint)
         return None
     facts = read_json(folder / "latents.json", f"{mend}, or set data.latents=null")
     made_with = facts.get("encoder_sha256") or folder.name  # an older medldm says it in the name alone
-    if encoder is not None and made_with[:12] != encoder[:12]:
+    if expected is not None and made_with[:12] != expected:
         raise InputError(
             f"data.latents={name}: made with another autoencoder than {checkpoint}; set data.latents=auto"
         )

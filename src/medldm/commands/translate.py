@@ -171,7 +171,7 @@ def task(cfg: Any) -> None:
     names = [safe_name(f"{stem_of(cfg.source)}_{cfg.source_modality}_to_{name}") for name in targets]
     x = torch.from_numpy(volume.image).float()[None]
     images = translate(module, x, labels, known.index(cfg.source_modality), names, cfg)
-    warn_if_trained_on(str(cfg.source), cfg.checkpoint)
+    seen = trained_on(str(cfg.source), cfg.checkpoint)
     output = Path(cfg.output)
     for name, label, image in zip(names, labels, images.numpy(), strict=True):
         limits = range_in(cfg.units, module.facts, label, volume.intensity_range)
@@ -192,26 +192,35 @@ def task(cfg: Any) -> None:
         "sampler": None if cfg.fast or not hasattr(module, "sample") else str(module.sampler),
         "seed": cfg.seed,
         "torch": torch.__version__,
+        **seen,
     }
     path = output / "provenance.json"
     others = read_json(path, "delete it").get("images", {}) if path.is_file() else {}
     write_json(path, about | {"images": others | {f"{name}.nii.gz": about for name in names}})
 
 
-def warn_if_trained_on(source: str, checkpoint: str) -> None:
-    """A translation of a training image says little about new ones."""
+def trained_on(source: str, checkpoint: str) -> dict[str, list[str]]:
+    """The subject whose image the source is, if a stage of the checkpoint was trained on it, and the stages
+    that do not say: a translation of a training image says little about new ones.
+    """
     from medldm.checkpoints import read_checkpoint
     from medldm.data.readers import files_of
     from medldm.fingerprints import content_of
     from medldm.held_out import stages_of
 
     identity = content_of(Path(source), files_of(source))["sha256"][:16]
+    subjects, unrecorded = set(), []
     for stage, record in stages_of(read_checkpoint(checkpoint)["medldm"]):
-        images = (record or {}).get("images") or {}
-        subject = next((name for name, known in images.items() if identity in known), None)
-        if subject is not None:
-            log.warning("%s: the %s of %s was trained on it (subject %s)", source, stage, checkpoint, subject)
-            return
+        if record is None:
+            unrecorded.append(stage)
+            continue
+        found = [name for name, known in (record["images"] or {}).items() if identity in known]
+        if found and not subjects:
+            log.warning(
+                "%s: the %s of %s was trained on it (subject %s)", source, stage, checkpoint, found[0]
+            )
+        subjects |= set(found)
+    return {"training_subjects": sorted(subjects), "unrecorded_stages": unrecorded}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ def training_record(module: "CaseDataModule") -> dict[str, Any]:
         "views": None if module.views is None else list(module.views),
         "train_on": module.train_on,
         "synthetic": None if module.synthetic is None else module.synthetic.provenance,
+        "generator": [] if module.synthetic is None else sorted(module.synthetic.seen.all),
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from medldm.data.readers import made_from, open_hdf5, read_json
 from medldm.errors import InputError
 from medldm.fingerprints import digest
+from medldm.held_out import Seen
 
 if TYPE_CHECKING:
     from medldm.data.dataset import Item
@@ -35,6 +36,13 @@ class SyntheticImages:
     def provenance(self) -> str:
         """Digest of what decided the images."""
         return digest({key: self.facts.get(key) for key in ("checkpoint_sha256", "sampler", "seed", "split")})
+
+    @property
+    def seen(self) -> Seen:
+        """The subjects of this dataset that the model which made the images was trained on."""
+        trained = self.facts.get("training_subjects")
+        unrecorded = self.facts.get("unrecorded_stages", []) if trained is not None else ["generator"]
+        return Seen({"generator": set(trained or ())}, unrecorded)
 
     def rows_of(self, case: dict) -> list[int]:
         """The rows of a prepared case (its index entry) that were generated, in the file's order; of a volume

@@ -46,10 +46,14 @@ def check_subjects(
     for name, facts in provenance.items():
         if "checkpoint_sha256" not in facts:
             continue
-        trained, unrecorded = facts.get("training_subjects"), facts.get("unrecorded_stages")
+        each = (
+            list(facts["images"].values()) if "images" in facts else [facts]
+        )  # of translate: an entry a file
+        unrecorded = any(one.get("unrecorded_stages") or "training_subjects" not in one for one in each)
+        trained = {subject for one in each for subject in one.get("training_subjects", ())}
         what = f"{name}: the checkpoint of its images"
-        yield from seen_line(what, judged, set(trained or ()), is_held_out and not allow)
-        if trained is None or unrecorded:
+        yield from seen_line(what, judged, trained, is_held_out and not allow)
+        if unrecorded:
             yield f"{what} does not say which subjects it was trained on (an older medldm wrote it)"
     if segmenter is not None:
         yield from seen_line("segmenter", judged, segmenter.all, is_held_out and not allow)
