@@ -1,7 +1,9 @@
 """One acquisition before preparation: where image and mask lie, whose they are, what is known."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Case:
     def has_mask(self) -> bool:
         return any(key == "mask" or key.startswith("mask:") for key in self.paths)
 
+    @property
+    def numbering(self) -> str:
+        """What a message about the map has to add where its labels are read as others."""
+        changes = [f"{raw} as {number}" for raw, number in self.relabel.items() if raw != number]
+        return f" (its labels {', '.join(changes)})" if changes else ""
+
 
 def split_path(path: str | Path) -> tuple[Path, str | None]:
     """`file::dataset` -> (file, dataset); the second is None for a plain file."""
@@ -49,3 +57,8 @@ def stem_of(path: str | Path) -> str:
     name = Path(path).name
     double = next((suffix for suffix in (".nii.gz", ".seg.nrrd") if name.lower().endswith(suffix)), None)
     return name[: -len(double)] if double else Path(name).stem
+
+
+def visit_of(entry: Mapping[str, Any]) -> str | None:
+    """Which visit of its subject an index entry is of, where the data tell."""
+    return entry.get("attributes", {}).get("visit")

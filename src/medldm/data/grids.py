@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from medldm.data.case import visit_of
 from medldm.data.readers import Image
 from medldm.errors import InputError
 
@@ -177,12 +178,12 @@ def difference_of(source: Mapping[str, Any], target: Mapping[str, Any]) -> str |
 
 def warn_of_grids(cases: Sequence[Mapping[str, Any]]) -> None:
     """One line where subjects have images of different labels on different grids."""
-    members: dict[str, list] = defaultdict(list)
+    members: dict[tuple, list] = defaultdict(list)
     for entry in cases:
-        members[entry["subject"]].append(entry)
+        members[entry["subject"], visit_of(entry)].append(entry)
     apart = [
         subject
-        for subject, entries in members.items()
+        for (subject, _), entries in members.items()
         if any(
             a.get("label") != b.get("label") and difference_of(a, b) is not None
             for a, b in combinations(entries, 2)

@@ -9,6 +9,7 @@ import numpy as np
 
 from medldm.attributes import UNKNOWN
 from medldm.batch import Batch
+from medldm.data.case import visit_of
 from medldm.data.dataset import CaseDataset, Item, content_of
 from medldm.data.grids import REGISTER, difference_of
 from medldm.data.sampler import Request
@@ -116,11 +117,6 @@ def check_stated(index: dict, items: Sequence[Item]) -> None:
             f"{case['file']}: {case['id']} states no label, so it is of no known modality; fill in its label "
             "(data=folder: the column label of manifest.csv) and prepare again, or take it out"
         )
-
-
-def visit_of(entry: dict) -> str | None:
-    """Which visit of its subject an index entry is of, where the data tell."""
-    return entry.get("attributes", {}).get("visit")
 
 
 class PairDataset(CaseDataset):

@@ -55,7 +55,7 @@ def read_slices(case: Case, recipe: Recipe) -> tuple[Planes, np.ndarray | None]:
         mask = as_volume(read_mask(mask_path), mask_path) if case.has_image else image
         on_grid = on_grid_of(image, mask, mask_path, recipe.mask_grid)
         lying = cut_planes(image._replace(array=on_grid), cut).array
-        classes = recipe.labels(renumber(lying, case.relabel), mask_path)
+        classes = recipe.labels(renumber(lying, case.relabel), mask_path + case.numbering)
     if not case.has_image:
         planes = planes._replace(array=np.zeros(planes.array.shape, np.float32))
     return planes, classes

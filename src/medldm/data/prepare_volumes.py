@@ -41,7 +41,7 @@ def read_classes(case: Case, image: Image, recipe: Recipe) -> np.ndarray:
     if "mask" in case.paths:
         path = case.paths["mask"]
         on_grid = on_grid_of(image, read_volume(path, is_mask=True), path, recipe.mask_grid)
-        return recipe.labels(renumber(on_grid, case.relabel), path)
+        return recipe.labels(renumber(on_grid, case.relabel), path + case.numbering)
     parts = [(int(key.split(":")[1]), path) for key, path in case.paths.items() if key.startswith("mask:")]
     merged = np.zeros(image.array.shape, np.uint8 if max(parts)[0] < 256 else np.uint16)
     for class_number, path in sorted(parts):
