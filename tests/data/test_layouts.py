@@ -14,7 +14,6 @@ from medldm.commands import prepare
 from medldm.data.case import Case
 from medldm.data.datasets import adni, autopet, brats, class_folders, folder, mrnet, nih_cxr14, synthrad
 from medldm.data.inventory import same_images, summary, take_inventory
-from medldm.data.pairs import pair_items
 from medldm.data.prepare import find_cases, stated_splits, with_safe_names
 from medldm.data.recipe import make_recipe
 from medldm.data.transforms import Labels, mapping_override
@@ -142,11 +141,15 @@ def test_the_index_and_the_last_lines_say_what_was_left_out(tmp_path, capsys):
 
 
 def test_copies_under_two_subjects_are_told():
-    entries = [
-        {"id": n, "subject": n, "content": {"images": d}} for n, d in (("a", "1"), ("b", "1"), ("c", "2"))
-    ]
-    assert "a and b" in same_images(entries)[0]
-    assert same_images([{"id": "a", "subject": "a"}, {"id": "b", "subject": "b"}]) == []
+    def entry(subject: str, raw: str, prepared: str) -> dict:
+        files = [{"key": "image", "sha256": raw}, {"key": "mask", "sha256": "m"}]
+        return {"subject": subject, "raw": files, "content": {"image": prepared, "mask": "m"}}
+
+    apart = [entry("a", "1", "x"), entry("a", "1", "x"), entry("b", "2", "y")]
+    assert same_images(apart) == [] and same_images([{"subject": "a", "raw": [{"path": "a.png"}]}]) == []
+    for copy in (entry("c", "1", "z"), entry("c", "3", "x")):
+        (note,) = same_images([*apart, copy])
+        assert note.startswith("2 subjects share an image with another, such as a and c")
 
 
 @pytest.mark.parametrize(
@@ -182,27 +185,6 @@ def test_brats_since_2023_is_read_with_its_visits_on_one_side(tmp_path):
     ]  # fmt: skip
     assert {case.subject for case in cases} == {"BraTS-GLI-00000", "BraTS-MET-00002"}
     assert cases[1].paths["image"].endswith("-000-t2w.nii.gz") and "label 3" in notes[0]
-    entries = [
-        {"id": c.id, "subject": c.subject, "attributes": c.attributes, "view": 0, "phase": 0,
-         "label": ["t1", "t2"].index(c.attributes["label"])}
-        for c in cases
-    ]  # fmt: skip
-    index = {"cases": entries, "label_values": ["t1", "t2"], "spatial_dims": 3}
-    from medldm.data.dataset import case_items
-
-    groups = pair_items(index, [item for i in range(len(cases)) for item in case_items(index, i)], None)
-    ids = [
-        {entries[item.case]["id"].rpartition("_")[0] for pair in group for item in pair} for group in groups
-    ]
-    assert len(groups) == 3 and all(len(visits) == 1 for visits in ids)
-    from medldm.data.pairs import PairDataset
-    from medldm.evaluation.translation import split_name
-
-    names = [PairDataset(tmp_path, index, groups, keys=["source"]).pair_id(group[0]) for group in groups]
-    assert names[1] == "BraTS-GLI-00000-001_t1_to_t2"
-    assert split_name(names[1], tmp_path, {entry["id"]: entry for entry in entries}) == (
-        "BraTS-GLI-00000", "t1", "t2", "BraTS-GLI-00000-001_t2"
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("raw", "expected"), [([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [0, 2])])

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from medldm.data import build_datamodule
-from medldm.data.jobs import make_tables
+from medldm.data.case import Case
+from medldm.data.dataset import case_items
+from medldm.data.jobs import make_jobs, make_tables
+from medldm.data.pairs import PairDataset, pair_items
+from medldm.data.recipe import make_recipe
 from medldm.errors import InputError
+from medldm.evaluation.translation import split_name
+from tests.data.conftest import settings
 
 MODALITIES = ["t1", "t1ce", "t2", "flair"]
 KEYS = ("image", "source", "mask")
@@ -183,3 +189,39 @@ def test_modalities_are_numbered_in_the_order_of_the_config():
 def test_wrong_pairs_are_input_errors(brains, settings, message):
     with pytest.raises(InputError, match=message):
         build(brains, **settings)
+
+
+def test_visits_of_a_subject_make_pairs_of_their_own_and_names_that_lead_back(tmp_path):
+    names = [f"BraTS-GLI-00000-{visit}_{label}" for visit in ("000", "001") for label in ("t1", "t2")]
+    cases = [
+        {
+            "id": name, "subject": "BraTS-GLI-00000", "label": i % 2, "affine": np.eye(4).tolist(),
+            "shape": [6, 6, 6], "spacing": [1, 1, 1], "file": f"{name}.h5",
+            "attributes": {"visit": name[16:19], "label": name[-2:]},
+        }
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    index = {"spatial_dims": 3, "label_values": ["t1", "t2"], "cases": cases}
+    groups = pair_items(index, [item for i in range(4) for item in case_items(index, i)], None)
+    visits = [
+        {cases[item.case]["attributes"]["visit"] for pair in group for item in pair} for group in groups
+    ]
+    assert visits == [{"000"}, {"001"}]
+    pairs = PairDataset(tmp_path, index, groups, keys=["source"])
+    name = pairs.pair_id(groups[1][0])
+    assert name == "BraTS-GLI-00000-001_t1_to_t2"
+    parts = split_name(name, tmp_path, {case["id"]: case for case in cases})
+    assert parts == ("BraTS-GLI-00000", "t1", "t2", "BraTS-GLI-00000-001_t2")
+
+
+def test_slices_of_two_visits_are_two_files(tmp_path):
+    cases = [
+        Case(f"{n}{k}", "p0", {"image": f"{n}{k}.png"}, {"visit": str(k), "label": n})
+        for n in "ab"
+        for k in (1, 2)
+    ]
+    jobs = make_jobs(cases, tmp_path, "folder", make_recipe(2, 32, settings()["preprocess"]))
+    assert [(job.id, job.subject, len(job.cases)) for job in jobs] == [("p0_1", "p0", 2), ("p0_2", "p0", 2)]
+    plain = [Case(c.id, c.subject, c.paths, {"label": c.attributes["label"]}) for c in cases]
+    (job,) = make_jobs(plain, tmp_path, "folder", make_recipe(2, 32, settings()["preprocess"]))
+    assert job.id == "p0"

@@ -105,20 +105,18 @@ def lacking(cases: Sequence[Case], modalities: Sequence[str]) -> dict[str, list[
 
 
 def same_images(entries: Sequence[dict]) -> list[str]:
-    """A note on cases of different subjects whose prepared images are equal: one of them is a copy."""
-    groups: dict[str, list[dict]] = defaultdict(list)
+    """A note on subjects who share an image, as a raw file or as it was prepared: one of them is a copy."""
+    owners: dict[str, dict[str, None]] = defaultdict(dict)
     for entry in entries:
-        content = entry.get("content") or {}
-        for key in ("image", "images"):
-            if key in content:
-                groups[content[key]].append(entry)
-    copies = [g for g in groups.values() if len({entry["subject"] for entry in g}) > 1]
+        raw = (file.get("sha256") for file in entry["raw"] if file.get("key") == "image")
+        for digest in {(entry.get("content") or {}).get("image"), *raw} - {None}:
+            owners[digest][entry["subject"]] = None
+    copies = [list(subjects) for subjects in owners.values() if len(subjects) > 1]
     if not copies:
         return []
-    names = " and ".join(entry["id"] for entry in copies[0][:2])
     return [
-        f"{sum(map(len, copies))} cases of different subjects have equal images, such as {names}: copies may "
-        "be trained and tested on"
+        f"{len(set().union(*copies))} subjects share an image with another, such as {copies[0][0]} and "
+        f"{copies[0][1]}: copies may be trained and tested on; remove them, or give both one subject"
     ]
 
 

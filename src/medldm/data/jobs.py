@@ -15,9 +15,9 @@ from medldm.data.case import Case, split_path
 from medldm.data.readers import files_of
 from medldm.data.recipe import SCHEMA_VERSION, Recipe
 from medldm.errors import InputError
+from medldm.files import safe_name
 from medldm.fingerprints import array_digest, content_of, digest
 
-ORIGINAL = ("original_id", "original_subject")  # of an index entry whose names were no safe file names
 PER_SLICE = ("view", "phase", "slice_index", "num_slices", "label")
 
 
@@ -119,9 +119,7 @@ def make_jobs(
     tables = make_tables(cases, modalities)
     groups: dict[tuple[str, str], list[Case]] = defaultdict(list)
     for case in cases:
-        groups[(case.subject, case.subject) if recipe.spatial_dims == 2 else (case.id, case.subject)].append(
-            case
-        )
+        groups[file_of(case, recipe.spatial_dims), case.subject].append(case)
     return [
         Job(
             name, subject, tuple(members), root / "cases" / f"{name}.h5", dataset, recipe, tables,
@@ -129,6 +127,16 @@ def make_jobs(
         )
         for (name, subject), members in sorted(groups.items())
     ]  # fmt: skip
+
+
+def file_of(case: Case, spatial_dims: int) -> str:
+    """Name of the file that a case is stored in: in 3D one of its own, in 2D that of its subject, or of the
+    subject's visit.
+    """
+    if spatial_dims == 3:
+        return case.id
+    visit = case.attributes.get("visit")
+    return case.subject if visit is None else safe_name(f"{case.subject}_{visit}")
 
 
 def number(value: Any, names: Sequence[str]) -> int:
@@ -176,12 +184,18 @@ def common_attributes(cases: Sequence[Case]) -> dict:
     }
 
 
+def original_names(job: Job) -> dict[str, str]:
+    """`original_subject`, and of a volume `original_id`, where they were no safe file names."""
+    names = job.cases[0].original
+    return names if job.recipe.spatial_dims == 3 else {k: v for k, v in names.items() if k != "original_id"}
+
+
 def entry_of(job: Job, path: Path, arrays: Mapping[str, np.ndarray | None]) -> dict:
     """The part of an index entry that 2D and 3D share; `content` are the digests of what is stored."""
     return {
         "id": job.id,
         "subject": job.subject,
-        **{key: job.cases[0].original[key] for key in ORIGINAL if job.cases[0].original},
+        **original_names(job),
         "file": f"cases/{job.path.name}",
         "file_size": path.stat().st_size,
         "attributes": common_attributes(job.cases),
