@@ -36,21 +36,6 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-@contextmanager
-def leaving_no_empty_folder(path: Path) -> Iterator[None]:
-    """Where the block fails, `path` and the folders above it that were not there before are taken away again,
-    as far as they are empty.
-    """
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        raise
-
-
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -33,7 +33,7 @@ from medldm.data.splits import make_splits, subset_of, write_splits_once
 from medldm.data.tables import Note
 from medldm.data.transforms import mapping_override
 from medldm.errors import InputError
-from medldm.files import leaving_no_empty_folder, replacing, safe_names, write_json
+from medldm.files import nothing_empty, replacing, safe_names, write_json
 from medldm.fingerprints import recall
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def prepare_dataset(
     stated = stated_splits(cases)
     command = command or f"medldm prepare data.raw={raw} data.root={root}"
     jobs = make_jobs(cases, root, dataset, recipe, modalities, command=command, earlier=earlier_entries(root))
-    with leaving_no_empty_folder(root / "cases"):
+    with nothing_empty(root / "cases"):
         prepared = list(run_jobs(jobs, num_workers))
     say_what_was_renewed(jobs, prepared)
     entries = [one.entry for one in prepared]
