@@ -220,8 +220,9 @@ def test_slices_of_two_visits_are_two_files(tmp_path):
         for n in "ab"
         for k in (1, 2)
     ]
-    jobs = make_jobs(cases, tmp_path, "folder", make_recipe(2, 32, settings()["preprocess"]))
+    new = {"command": "", "earlier": {}}
+    jobs = make_jobs(cases, tmp_path, "folder", make_recipe(2, 32, settings()["preprocess"]), **new)
     assert [(job.id, job.subject, len(job.cases)) for job in jobs] == [("p0_1", "p0", 2), ("p0_2", "p0", 2)]
     plain = [Case(c.id, c.subject, c.paths, {"label": c.attributes["label"]}) for c in cases]
-    (job,) = make_jobs(plain, tmp_path, "folder", make_recipe(2, 32, settings()["preprocess"]))
+    (job,) = make_jobs(plain, tmp_path, "folder", make_recipe(2, 32, settings()["preprocess"]), **new)
     assert job.id == "p0"
