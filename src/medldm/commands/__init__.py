@@ -33,7 +33,7 @@ def user_message(error: BaseException, name: str) -> str | None:
     from hydra.errors import HydraException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    from medldm.commands.arguments import explain
+    from medldm.overrides import explain
 
     chain = list(causes(error))
     for link in chain:
@@ -47,7 +47,7 @@ def user_message(error: BaseException, name: str) -> str | None:
         if isinstance(link, TypeError) and "unexpected keyword argument" in str(link):
             return one_line(error)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        told = [line for link in chain if (line := explain(link, name, sys.argv[1:]))]
+        told = [line for link in chain if (line := explain(link, name, sys.argv[1:], CONFIG_DIR))]
         if told:
             return one_line(told[0])
         inner = chain[1] if len(chain) > 1 and isinstance(chain[1], OmegaConfBaseException) else None
@@ -97,7 +97,7 @@ def run_command(task: Callable, name: str, description: str) -> None:
     import hydra
     from omegaconf import OmegaConf
 
-    from medldm.commands.arguments import check_dashes, misread_path
+    from medldm.overrides import check_dashes, misread_path
 
     def guarded(cfg: Any) -> None:
         with mistakes_in_one_line(name):  # inside Hydra, which would print a line of its own

@@ -27,7 +27,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from medldm.attributes import TABLES, UNKNOWN, check_class_names, renumber
+from medldm.attributes import TABLES, check_class_names, renumber
 from medldm.commands import clean_after_failure, run_command
 from medldm.errors import InputError
 
@@ -218,26 +218,24 @@ def number_as_trained(
     image of a name that the model has not, and for one that states none where no null (`nulls`) was trained.
     """
     items = dataset.every_item()
+    if dataset.num_findings and "label" in kinds and not facts.get("multi_label"):
+        raise InputError(f"{dataset.root}: has several labels an image, the model was trained with one each")
     for kind in kinds:
         own, known = dataset.names.get(kind) or [], facts.get(TABLES.get(kind)) or []
-        missing = [item for item in items if is_missing(item, kind)]
+        missing = [item for item in items if not item.stated(kind)]
         if missing:
             tell_missing(kind, missing, dataset, kind in nulls)
         if not own or not known:
             continue
-        dataset.numbering[kind] = renumber(own, known)
         for item in items:
-            if dataset.number(kind, item) == UNKNOWN and getattr(item, kind) != UNKNOWN:
-                name = own[getattr(item, kind)]
-                raise InputError(
-                    f"{dataset.root}: '{dataset.item_id(item)}' has the {kind} '{name}', the model knows "
-                    f"{', '.join(known)}"
-                )
-
-
-def is_missing(item: Any, kind: str) -> bool:
-    value = getattr(item, kind)
-    return value != value or value == UNKNOWN  # a place in a stack is NaN
+            for number in item.stated(kind):
+                if own[number] not in known:
+                    raise InputError(
+                        f"{dataset.root}: '{dataset.item_id(item)}' has the {kind} '{own[number]}', the "
+                        f"model knows {', '.join(known)}"
+                    )
+        dataset.numbering[kind] = renumber(own, known)
+    dataset.num_findings = dataset.num_findings and len(facts.get("label_values") or ())
 
 
 def tell_missing(kind: str, items: list[Any], dataset: Any, has_null: bool) -> None:

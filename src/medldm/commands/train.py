@@ -146,6 +146,7 @@ def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None
         options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
     callbacks = [CountUpdates(), *([EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else [])]
+    check_volumes(cfg.callbacks.pictures, module)
     callbacks += [Pictures(run_dir / "samples", **cfg.callbacks.pictures)] if cfg.callbacks.pictures else []
     callbacks += [LearningRateMonitor("step"), RandomState(), checkpoints, StopOnSignal(checkpoints)]
     if options["enable_progress_bar"]:
@@ -163,6 +164,13 @@ def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None
         options, callbacks=callbacks, logger=loggers, plugins=plugins, default_root_dir=str(run_dir),
         use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=True,
     )  # fmt: skip
+
+
+def check_volumes(pictures: Any, module: Any) -> None:
+    if pictures and pictures.volumes_every_n_validations and module.description["facts"]["spatial_dims"] != 3:
+        raise InputError(
+            "callbacks.pictures.volumes_every_n_validations: the images are no volumes; set it to null"
+        )
 
 
 def quieten() -> None:

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from medldm.commands import user_message
-from medldm.commands.arguments import check_dashes, explain, misread_path
+from medldm.overrides import check_dashes, explain, misread_path
 from tests.helpers import CONFIG_DIR, compose_config
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "medldm"
@@ -98,7 +98,7 @@ def test_dashes_numbers_for_folders_and_missing_keys_are_told():
     line = "data.root=1e3: is read as the float 1000.0; write data.root=./1e3"
     assert misread_path(cfg, ["data.root=1e3"]) == line
     assert misread_path(OmegaConf.to_container(compose_config("prepare", "data.root=./7")), []) is None
-    assert explain(ValueError("another"), "prepare", []) is None
+    assert explain(ValueError("another"), "prepare", [], CONFIG_DIR) is None
     with pytest.raises(Exception) as caught:  # noqa: PT011
         compose_config("prepare").data.root  # noqa: B018
     assert user_message(caught.value, "prepare") == (
