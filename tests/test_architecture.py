@@ -33,9 +33,10 @@ MAY_IMPORT = {
     "evaluation": {"data", "metrics", "networks"},
     "reporting": {"evaluation", "data"},
     "cli": set(),
+    "overrides": set(),
     "__main__": {"cli"},
 }
-HYDRA = {"cli", "commands", "checkpoints"}
+HYDRA = {"cli", "commands", "checkpoints", "overrides"}
 # data.swirl is a data module too: points that are made on the fly
 LIGHTNING = {"models", "data.datamodule", "data.swirl", "callbacks", "checkpoints", "commands"}
 

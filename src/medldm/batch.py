@@ -20,6 +20,7 @@ class Batch(TypedDict, total=False):
     label: (
         Tensor  # (B,) int64 class of `image` (target modality, finding); `attributes.UNKNOWN` if not stated
     )
+    labels: Tensor  # (B, K) float32, 1 for each class that `image` has, where several may hold at once
     view: Tensor  # (B,) int64, 0 short axis, 1 long axis, UNKNOWN
     phase: Tensor  # (B,) int64, 0 end-diastole, 1 end-systole, UNKNOWN
     slice_position: Tensor  # (B,) float32 in [0, 1], place of the slice in its stack; NaN without a stack

@@ -11,6 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 from medldm.errors import InputError
 
@@ -121,3 +125,13 @@ def nothing_empty(folder: Path) -> Iterator[None]:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
         raise
+
+
+def write_nifti(path: Path, array: "np.ndarray", affine: "np.ndarray") -> None:
+    """(X, Y, Z) or (X, Y, Z, N) as a compressed NIfTI file."""
+    import gzip
+
+    import nibabel
+
+    with replacing(path) as aside:
+        aside.write_bytes(gzip.compress(nibabel.Nifti1Image(array, affine).to_bytes(), compresslevel=3))

@@ -18,9 +18,9 @@ from torch import Tensor
 from medldm.data.dataset import CaseDataset
 from medldm.data.transforms import as_classes
 from medldm.errors import InputError
-from medldm.files import replacing, write_json
+from medldm.files import replacing, write_json, write_nifti
 from medldm.fingerprints import digest
-from medldm.plots import middle_slice, save_png
+from medldm.plots import middle_slice, save_gif, save_png, to_uint8
 
 log = logging.getLogger(__name__)
 COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
@@ -221,29 +221,3 @@ def write_volumes(
                 file.attrs[key] = record[key]
         file.attrs.update(attributes or {})
     return root / f"{name}.h5"
-
-
-def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 200) -> None:
-    """(H, W) uint8 frames; the last one stays longer."""
-    from PIL import Image
-
-    pictures = [Image.fromarray(frame) for frame in frames]
-    times = [milliseconds] * (len(frames) - 1) + [5 * milliseconds]
-    with replacing(path) as aside:
-        pictures[0].save(
-            aside, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0
-        )
-
-
-def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
-    import gzip
-
-    import nibabel
-
-    with replacing(path) as aside:
-        aside.write_bytes(gzip.compress(nibabel.Nifti1Image(array, affine).to_bytes(), compresslevel=3))
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """(1, H, W) in [-1, 1] -> 0..255, rounded."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -81,27 +81,25 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
     return found[0] if found else same_end[0] if len(same_end) == 1 else None
 
 
-def config_keys(name: str, arguments: Sequence[str]) -> list[str]:
+def config_keys(name: str, arguments: Sequence[str], config_dir: Path) -> list[str]:
     """The keys of a command's config under the groups that a command line chooses."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    from medldm.commands import CONFIG_DIR
-
     chosen = [word for word in arguments if re.fullmatch(r"[+\w/@]+=[\w/]+", word) and "." not in word]
-    groups = [word for word in chosen if (CONFIG_DIR / word.partition("=")[0].lstrip("+")).is_dir()]
+    groups = [word for word in chosen if (config_dir / word.partition("=")[0].lstrip("+")).is_dir()]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
             return list(known_keys(compose(name, overrides=groups)))
     except HydraException:
         return []
 
 
-def tell_unknown(key: str, name: str, arguments: Sequence[str]) -> str:
+def tell_unknown(key: str, name: str, arguments: Sequence[str], config_dir: Path) -> str:
     """What to write in the place of a key that the command has not."""
-    known = config_keys(name, arguments)
+    known = config_keys(name, arguments, config_dir)
     if key in known:  # a mapping, which Hydra extends only where it is told to
         word = next((word for word in arguments if word.startswith(f"{key}=")), f"{key}=...")
         return f"{key}: adds what is not there yet; write {shlex.quote('+' + word)}"
@@ -109,7 +107,7 @@ def tell_unknown(key: str, name: str, arguments: Sequence[str]) -> str:
     return f"no key {key}; " + (f"did you mean {meant}? " if meant else "") + SUFFICES.format(name=name)
 
 
-def explain(error: BaseException, name: str, arguments: Sequence[str]) -> str | None:
+def explain(error: BaseException, name: str, arguments: Sequence[str], config_dir: Path) -> str | None:
     """The line for what Hydra says of a command line, or None where it says it well enough itself."""
     text = str(error)
     unread = getattr(error, "override", None)
@@ -121,19 +119,17 @@ def explain(error: BaseException, name: str, arguments: Sequence[str]) -> str | 
         key, _, value = found[1].partition("=")
         return f"'{found[1]}': write {shell_word(key, value)} for one text, or '{key}=[{value}]' for a list"
     if found := re.search(r"Could not override '(\S+?)'", text):
-        return tell_unknown(found[1], name, arguments)
+        return tell_unknown(found[1], name, arguments, config_dir)
     if found := re.search(r"Could not find '(\S+?)'\n", text):
-        return tell_no_choice(found[1], arguments)
+        return tell_no_choice(found[1], arguments, config_dir)
     return None
 
 
-def tell_no_choice(path: str, arguments: Sequence[str]) -> str | None:
+def tell_no_choice(path: str, arguments: Sequence[str], config_dir: Path) -> str | None:
     """What a group offers in the place of `path`, a file that it has not; None where it is no group."""
-    from medldm.commands import CONFIG_DIR
-
     words = (word.lstrip("+") for word in arguments if "=" in word)
     group = next((word.partition("=")[0] for word in words if word.replace("=", "/", 1) == path), None)
-    folder = CONFIG_DIR / (group or path.rpartition("/")[0])
+    folder = config_dir / (group or path.rpartition("/")[0])
     known = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.rglob("*.yaml"))]
     if group is None or not known:
         return None

@@ -1,6 +1,7 @@
 """Pictures as (3, H, W) uint8 tensors; callbacks and commands write them."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +63,28 @@ def points_figure(data: Tensor, samples: Tensor) -> Tensor:
     return rendered(figure)
 
 
-def middle_slice(x: Tensor, orientation: str | None = None) -> Tensor:
-    """The middle axial slice of volumes (B, C, D, H, W), front up and the patient's left to the right,
-    whatever the axes of `orientation` (none: SPL); 2D images stay.
+def axial_slices(x: Tensor, orientation: str | None = None) -> Tensor:
+    """Volumes (B, C, D, H, W) -> (B, C, S, H', W'): axial slices from the feet up, front up and the patient's
+    left to the right, whatever the axes of `orientation` (none: SPL).
     """
-    if x.ndim == 4:
-        return x
     pairs, code = ("SI", "PA", "LR"), orientation or "SPL"
     places = [next(i for i, letter in enumerate(code) if letter in pair) for pair in pairs]
     x = x.permute(0, 1, *(2 + i for i in places))
-    x = x.flip([2 + k for k, i in enumerate(places) if code[i] != pairs[k][0]])
+    return x.flip([2 + k for k, i in enumerate(places) if code[i] != pairs[k][0]])
+
+
+def middle_slice(x: Tensor, orientation: str | None = None) -> Tensor:
+    """The middle one of a volume's `axial_slices`; 2D images stay."""
+    if x.ndim == 4:
+        return x
+    x = axial_slices(x, orientation)
     return x[:, :, x.shape[2] // 2]
+
+
+def sweep(rows: Sequence[Tensor], orientation: str | None = None) -> list[np.ndarray]:
+    """The first volume of each row (B, C, D, H, W) in [-1, 1], side by side: a (H, W) uint8 frame a slice."""
+    slices = [axial_slices(row[:1, :1].float().cpu(), orientation)[0, 0] for row in rows]
+    return list(to_uint8(torch.cat(slices, dim=2)).numpy())
 
 
 def grid(rows: list[Tensor], orientation: str | None = None) -> Tensor:
@@ -91,3 +103,20 @@ def save_png(path: Path, picture: Tensor) -> None:
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     with replacing(path) as aside:
         image.save(aside, format="PNG")
+
+
+def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 200) -> None:
+    """(H, W) uint8 frames; the last one stays longer."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+    times = [milliseconds] * (len(frames) - 1) + [5 * milliseconds]
+    with replacing(path) as aside:
+        pictures[0].save(
+            aside, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0
+        )
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Values in [-1, 1] -> 0..255, rounded."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

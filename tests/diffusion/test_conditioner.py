@@ -211,6 +211,21 @@ def test_unknown_attributes_enter_as_the_null_and_never_as_class_0():
     assert torch.equal(conditioner.embed(everything, None), dropped)
 
 
+def test_several_labels_enter_as_the_sum_of_their_embeddings():
+    conditioner = build(use_label=True, num_labels=3, embedding_dim=16)
+    labels = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
+    null, *rows = conditioner.embeddings["label"].weight
+    got = conditioner.embed({"labels": labels}, None)
+    torch.testing.assert_close(
+        got, torch.stack([rows[0] + rows[2], rows[1], null, rows[0] + rows[1] + rows[2]])
+    )
+    single = conditioner.embed({"label": torch.tensor([1])}, None)
+    assert torch.equal(got[1:2], single) and torch.equal(got[2], null)
+    drop = torch.tensor([True, False, True, False])
+    dropped = conditioner.embed({"labels": labels}, drop)
+    assert torch.equal(dropped[0], null) and torch.equal(dropped[3], got[3])
+
+
 def test_a_null_counts_as_trained_where_training_dropped_or_met_the_unknown():
     assert build(**ATTRIBUTES).null_attributes == ()
     assert build(**ATTRIBUTES, unknown_attributes=("label", "text")).null_attributes == ("label",)

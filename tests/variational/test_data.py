@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from medldm.commands import prepare
+from medldm.commands.sample import number_as_trained
 from medldm.data import build_datamodule
 from medldm.data.datasets import class_folders, nih_cxr14
 from medldm.data.jobs import make_tables
@@ -188,3 +189,30 @@ def test_what_the_swirl_does_not_know_is_named_unless_it_is_null():
     build_datamodule({**data, "crop_size": None}, keys=("image",), seed=0)  # as debug=tiny says for all
     with pytest.raises(InputError, match="'crop_size'; see configs/data/swirl.yaml"):
         build_datamodule({**data, "crop_size": [8, 8]}, keys=("image",), seed=0)
+
+
+def test_all_findings_of_an_image_are_labels_at_once(tmp_path):
+    raw = write_nih_cxr14(tmp_path / "raw", num_subjects=4, image_size=40)
+    table = next(raw.glob("Data_Entry_2017*.csv"))
+    header, *lines = table.read_text().splitlines()
+    column = header.split(",").index("Finding Labels")
+    findings = ["Mass|Effusion", "Mass", "", "No Finding"]
+    rows = [line.split(",") for line in lines]
+    for row, (_, finding) in zip(rows, zip(rows, findings * len(rows), strict=False), strict=True):
+        row[column] = finding
+    table.write_text("\n".join([header, *map(",".join, rows)]) + "\n")
+    index = prepared("nih_cxr14", raw, tmp_path / "out", "data.task=findings")
+    assert index["label_values"] == ["Effusion", "Mass", "No Finding"] and index["multi_label"] is True
+    dataset = build_datamodule({"root": tmp_path / "out", "batch_size": 4}, keys=("image",), seed=0).dataset(
+        "all"
+    )
+    batch = dataset.__getitems__(range(4))
+    assert batch["labels"].tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]
+    assert batch["label"].tolist() == [-1, 1, -1, 2]
+    known = {"label_values": ["No Finding", "Nodule", "Mass", "Effusion"], "multi_label": True}
+    number_as_trained(dataset, known, ("label",), ("label",))
+    assert dataset.__getitems__([0, 3])["labels"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 0]]
+    with pytest.raises(InputError, match="has several labels an image, the model was trained with one each"):
+        number_as_trained(dataset, {"label_values": known["label_values"]}, ("label",), ())
+    with pytest.raises(InputError, match="data.task=mass: choose findings"):
+        nih_cxr14.index(tmp_path / "raw", task="mass")

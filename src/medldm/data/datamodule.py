@@ -1,7 +1,6 @@
 """The one Lightning data module: prepared cases of any dataset, in 2D and 3D, split by subject."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +47,7 @@ FACTS = (
     "phase_names",
     "num_labels",
     "label_values",
+    "multi_label",
     "image_size",
     "orientation",
     "has_images",
@@ -260,7 +260,7 @@ class CaseDataModule(pl.LightningDataModule):
     def tell_unknown(self, subset: str, items: Sequence[Item]) -> None:
         """Say once how many images do not state what others of the dataset do."""
         for kind, table in TABLES.items():
-            num_unknown = sum(getattr(item, kind) == UNKNOWN for item in items)
+            num_unknown = sum(not item.stated(kind) for item in items)
             if not self.index.get(table) or not num_unknown or (subset, kind) in self.told:
                 continue
             self.told.add((subset, kind))
@@ -503,6 +503,5 @@ def view_weights(items: Sequence[Item]) -> np.ndarray:
 
 def unknown_attributes(items: Sequence[Item]) -> list[str]:
     """Attributes that some of the items do not state."""
-    unknown = {kind: any(getattr(item, kind) == UNKNOWN for item in items) for kind in TABLES}
-    unknown["slice_position"] = any(math.isnan(item.slice_position) for item in items)
-    return [name for name, is_unknown in unknown.items() if is_unknown]
+    names = (*TABLES, "slice_position")
+    return [name for name in names if not all(item.stated(name) for item in items)]

@@ -45,6 +45,14 @@ class Item(NamedTuple):
     label: int
     slice_position: float  # 0 first, 1 last of its stack; NaN where it has none
     is_synthetic: bool = False  # a generated image under the case's own map
+    labels: tuple[int, ...] = ()  # several at once, where the dataset states them so
+
+    def stated(self, kind: str) -> tuple[int, ...]:
+        """The numbers of a view, phase or label, or the place in the stack; nothing where it is unknown."""
+        if kind == "label" and self.labels:
+            return self.labels
+        value = getattr(self, kind)
+        return () if value == UNKNOWN or math.isnan(value) else (value,)
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,17 @@ def case_items(index: dict, case: int) -> list[Item]:
     """All items of one case: its slices in 2D, itself in 3D."""
     entry = index["cases"][case]
     if index["spatial_dims"] == 3:
-        return [Item(case, 0, *(entry.get(kind, UNKNOWN) for kind in TABLES), math.nan)]
+        numbers = (entry.get(kind, UNKNOWN) for kind in TABLES)
+        return [Item(case, 0, *numbers, math.nan, labels=tuple(entry.get("labels", ())))]
     slices, count = entry["slices"], entry["num_slices"]
     columns = (slices.get(name, [UNKNOWN] * count) for name in (*TABLES, "slice_index", "num_slices"))
+    findings = slices.get("labels", [()] * count)
     return [
-        Item(case, row, view, phase, label, place / (depth - 1) if depth > 1 else math.nan)
+        Item(
+            *(case, row, view, phase, label),
+            slice_position=place / (depth - 1) if depth > 1 else math.nan,
+            labels=tuple(findings[row]),
+        )
         for row, (view, phase, label, place, depth) in enumerate(zip(*columns, strict=True))
     ]
 
@@ -122,6 +136,7 @@ class CaseDataset(Dataset):
         self.stored_keys = (*self.keys, "edges_levels") if has_levels else self.keys
         self.cached: dict[tuple[str, int], Tensor] = {}
         self.names: dict[str, list[str]] = {kind: index.get(table) or [] for kind, table in TABLES.items()}
+        self.num_findings = len(self.names["label"]) if index.get("multi_label") else 0
         self.numbering: dict[str, Sequence[int]] = {}  # kind -> the model's number for each of the data's
 
     def __len__(self) -> int:
@@ -210,6 +225,8 @@ class CaseDataset(Dataset):
         batch: Batch = {key: self.stack(key, [a[key] for a in arrays], items) for key in self.keys}
         for kind in TABLES:
             batch[kind] = torch.tensor([self.number(kind, item) for item in items], dtype=torch.int64)
+        if self.num_findings:
+            batch["labels"] = self.multi_hot(items)
         batch["slice_position"] = torch.tensor([item.slice_position for item in items], dtype=torch.float32)
         batch["case_index"] = torch.tensor([item.case for item in items], dtype=torch.int64)
         batch["row"] = torch.tensor([item.row for item in items], dtype=torch.int64)
@@ -229,7 +246,17 @@ class CaseDataset(Dataset):
     def number(self, kind: str, item: Item) -> int:
         """View, phase or label of an item as the model numbers it."""
         own = getattr(item, kind)
-        return self.numbering[kind][own] if kind in self.numbering and own != UNKNOWN else own
+        return own if own == UNKNOWN else self.renumbered(kind, own)
+
+    def renumbered(self, kind: str, own: int) -> int:
+        return self.numbering[kind][own] if kind in self.numbering else own
+
+    def multi_hot(self, items: Sequence[Item]) -> Tensor:
+        """(B, K): 1 at each of the labels that an image has; zeros where none is known."""
+        hot = torch.zeros(len(items), self.num_findings)
+        for row, item in zip(hot, items, strict=True):
+            row[[self.renumbered("label", own) for own in item.stated("label")]] = 1
+        return hot
 
     def item_id(self, item: Item) -> str:
         """`<case>_<row>` for a slice, `<case>` for a volume: as in `readers.read_images`."""

@@ -46,7 +46,9 @@ def make_tables(cases: Sequence[Case], modalities: Sequence[str] | None = None) 
     return Tables(
         known_order(values("view"), ["SA", "LA"]),
         known_order(values("phase"), ["ED", "ES"]),
-        known_order(values("label"), list(modalities or [])),
+        known_order(
+            values("label") | {name for case in cases for name in findings(case)}, list(modalities or [])
+        ),
     )
 
 
@@ -142,6 +144,19 @@ def file_of(case: Case, spatial_dims: int) -> str:
 def number(value: Any, names: Sequence[str]) -> int:
     """Place of a stated value among the names; UNKNOWN where nothing is stated."""
     return UNKNOWN if value is None or value == "" else names.index(str(value))
+
+
+def findings(case: Case) -> list[str]:
+    """The names in a case's `labels`, several of which may hold at once: "Effusion|Mass"."""
+    return [name for part in str(case.attributes.get("labels", "")).split("|") if (name := part.strip())]
+
+
+def finding_numbers(case: Case, tables: Tables) -> list[int]:
+    return sorted({number(name, tables.labels) for name in findings(case)})
+
+
+def has_findings(job: Job) -> bool:
+    return any("labels" in case.attributes for case in job.cases)
 
 
 def numbers_of(case: Case, tables: Tables) -> dict[str, int]:

@@ -24,7 +24,7 @@ import numpy as np
 from medldm.data.case import Case
 from medldm.data.grids import warn_of_grids
 from medldm.data.inventory import same_images, take_inventory
-from medldm.data.jobs import Job, make_jobs, root_attributes
+from medldm.data.jobs import Job, has_findings, make_jobs, root_attributes
 from medldm.data.prepare_slices import describe_slices, warn_of_planes, write_slices
 from medldm.data.prepare_volumes import describe_volume, write_volume
 from medldm.data.readers import UNFINISHED, load_index, read_json
@@ -357,6 +357,7 @@ def make_index(dataset: str, recipe: Recipe, jobs: Sequence[Job], entries: Seque
         "phase_names": tables.phases,
         "num_labels": len(tables.labels),
         "label_values": tables.labels,
+        "multi_label": any(map(has_findings, jobs)),
         "image_size": list(shapes.pop()) if len(shapes) == 1 else None,
         "has_images": jobs[0].cases[0].has_image,
         "has_edges": recipe.edges is not None,

@@ -21,6 +21,8 @@ from medldm.data.jobs import (
     check_numbers,
     check_range,
     entry_of,
+    finding_numbers,
+    has_findings,
     numbers_of,
 )
 from medldm.data.planes import Planes, as_volume, cut_planes, find_cut
@@ -214,9 +216,13 @@ def write_slices(job: Job, file: h5py.File) -> None:
 
 def stated_numbers(job: Job, slice_index: np.ndarray) -> dict[str, np.ndarray]:
     """View, phase and label of every slice of a file as its acquisitions state them, one after another."""
-    acquisition = np.cumsum(slice_index == 0) - 1
     stated = [numbers_of(case, job.tables) for case in job.cases]
-    return {kind: np.array([numbers[kind] for numbers in stated])[acquisition] for kind in TABLES}
+    return {kind: np.array([n[kind] for n in stated])[acquisitions(slice_index)] for kind in TABLES}
+
+
+def acquisitions(slice_index: np.ndarray) -> np.ndarray:
+    """The number of the acquisition that each slice of a file belongs to."""
+    return np.cumsum(slice_index == 0) - 1
 
 
 def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
@@ -257,6 +263,9 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
     entry["shape"] = list(job.recipe.image_size)
     entry["spacing"] = [float(s) for s in arrays["spacing"][0]]
     entry["slices"] = {key: arrays[key].tolist() for key in (*PER_SLICE, "grid")}
+    if has_findings(job):
+        of_case = [finding_numbers(case, job.tables) for case in job.cases]
+        entry["slices"]["labels"] = [of_case[i] for i in acquisitions(arrays["slice_index"])]
     entry["slices"]["source"] = file["source"].asstr()[()].tolist()
     entry["planes"] = sorted(set(file["plane"].asstr()[()].tolist()))
     entry["max_class"] = (

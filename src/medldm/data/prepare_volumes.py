@@ -8,7 +8,16 @@ import numpy as np
 from medldm.attributes import TABLES
 from medldm.data.case import Case
 from medldm.data.grids import REGISTER, on_grid_of
-from medldm.data.jobs import Job, check_classes, check_numbers, check_range, entry_of, numbers_of
+from medldm.data.jobs import (
+    Job,
+    check_classes,
+    check_numbers,
+    check_range,
+    entry_of,
+    finding_numbers,
+    has_findings,
+    numbers_of,
+)
 from medldm.data.readers import Image, read_image, read_mask
 from medldm.data.recipe import COMPRESSION, Recipe
 from medldm.data.transforms import finite, renumber, within
@@ -104,6 +113,8 @@ def describe_volume(file: h5py.File, path: Path, job: Job) -> dict:
         entry[key] = np.asarray(file.attrs[key]).tolist()
     check_numbers(path, file.attrs, numbers_of(case, job.tables))
     entry |= {kind: int(file.attrs[kind]) for kind in TABLES} | {"source": file.attrs["source"]}
+    if has_findings(job):
+        entry["labels"] = finding_numbers(case, job.tables)
     entry["shape"] = list(shapes.pop()[1:])
     entry["max_class"] = None if mask is None else check_classes(path, mask, job)
     entry["classes"] = [] if mask is None else np.unique(mask).tolist()

@@ -184,7 +184,8 @@ class SpatialConditioner(nn.Module):
     with `drop_mask_prob`, independently, and everything with `drop_all_prob`. A dropped plane is all zeros,
     which no real one-hot mask is; a dropped attribute contributes its learned null (index 0) or, for the
     slice position, nothing. An unknown attribute (-1, and NaN for the slice position) counts as dropped.
-    `use_*` "auto" embeds an attribute where the dataset states it.
+    Several labels of an image (`labels`) enter as the sum of their embeddings. `use_*` "auto" embeds an
+    attribute where the dataset states it.
 
     What a dataset decides (`num_*`, `downsampling`, `spatial_dims`, `embedding_dim`, and
     `unknown_attributes`, those that some training image does not state) is passed by the model, not by a
@@ -388,6 +389,9 @@ class SpatialConditioner(nn.Module):
         """(B, embedding_dim), to be added to the time embedding; None where the batch states nothing."""
         terms = []
         for name, embedding in self.embeddings.items():
+            if name == "label" and "labels" in batch:
+                terms.append(embed_several(embedding.weight, batch["labels"], drop))
+                continue
             index = require(batch, name).long() + 1
             terms.append(embedding(index if drop is None else index.masked_fill(drop, 0)))
         if self.position is not None and (self.needs_position or "slice_position" in batch):
@@ -430,6 +434,15 @@ class NullConditioner(nn.Module):
         self, batch: Batch, first_stage: nn.Module | None = None, drop: Tensor | None = None
     ) -> Condition:
         return Condition()
+
+
+def embed_several(table: Tensor, labels: Tensor, drop: Tensor | None) -> Tensor:
+    """The sum of the rows of a (1 + K, E) table that (B, K) labels mark, or its null, row 0, where they mark
+    none or are dropped.
+    """
+    unknown = labels.sum(1) == 0
+    unknown = unknown if drop is None else unknown | drop
+    return torch.where(unknown[:, None], table[0], labels.to(table.dtype) @ table[1:])
 
 
 def fixed_drop(
@@ -481,8 +494,8 @@ def scalar_mlp(embedding_dim: int) -> nn.Module:
 def require(batch: Batch, key: str) -> Tensor:
     if key not in batch:
         raise InputError(
-            f"the data has no {key}, which the conditioner uses; give it, or choose a conditioner without it "
-            "(model.conditioner.use_*)"
+            f"the data has no `{key}`, which the conditioner uses; give it, or choose a conditioner without "
+            "it (model.conditioner.use_*)"
         )
     return batch[key]
 

@@ -12,15 +12,19 @@ from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 SEVERAL = "Several Findings"
+TASKS = (None, "findings")
 
 
-def index(root: str | Path) -> list[Case]:
+def index(root: str | Path, task: str | None = None) -> list[Case]:
     """Cases of the published layout: images_001/images/*.png ... (or images/*.png) and Data_Entry_2017.csv.
 
     The patient is the file name's first number, so that a split is by patient also without the table. With
     the table `label` is the finding (several of them: "Several Findings", all in `findings`) and `view` AP or
-    PA. Archives may be missing: what is not there is left out.
+    PA. With `task` "findings" an image has all its findings as `labels`, and a `label` where it has one.
+    Archives may be missing: what is not there is left out.
     """
+    if task not in TASKS:
+        raise InputError(f"data.task={task}: choose findings, or null for one label an image")
     root = require_root(root, "Data_Entry_2017.csv and images_001/")
     folders = [root / "images", *(root.glob("images_*/images"))]
     files = sorted(path for folder in folders for path in files_in(folder, (".png",)))
@@ -35,10 +39,10 @@ def index(root: str | Path) -> list[Case]:
             log.info("%s: %d of %d listed pictures are here", root, len(listed), len(rows))
         if not listed:
             raise InputError(f"{root}: the table lists none of the pictures here; restore the published one")
-    return [make_case(file, {} if rows is None else rows[file.name]) for file in listed]
+    return [make_case(file, {} if rows is None else rows[file.name], task) for file in listed]
 
 
-def make_case(file: Path, row: dict[str, str]) -> Case:
+def make_case(file: Path, row: dict[str, str], task: str | None) -> Case:
     subject, _, number = file.stem.partition("_")
     if not (subject.isdigit() and number):
         raise InputError(f"{file}: not named like 00000001_000.png; rename it, or use data=class_folders")
@@ -46,8 +50,10 @@ def make_case(file: Path, row: dict[str, str]) -> Case:
     if patient and int(patient) != int(subject):
         raise InputError(f"{file}: the table gives it to patient {patient}; restore the published table")
     findings = row.get("Finding Labels", "")
+    several = "" if task else SEVERAL
     attributes = {
-        "label": SEVERAL if "|" in findings else findings,
+        "label": several if "|" in findings else findings,
+        "labels": findings if task else "",
         "findings": findings,
         "view": row.get("View Position", ""),
     }
