@@ -11,8 +11,9 @@ import math
 import torch
 
 from medldm.batch import spatial_shape
-from medldm.checkpoints import load_module, sha256
+from medldm.checkpoints import load_module
 from medldm.data import build_datamodule
+from medldm.fingerprints import file_sha256
 from medldm.inference import pick_device, to_device
 from medldm.metrics.image import psnr, ssim
 
@@ -62,7 +63,7 @@ def measure_checkpoint(path: str, args: argparse.Namespace) -> tuple[dict, dict[
             batch = dataset.__getitems__([(0, i) for i in chosen[start : start + args.batch_size]])
             parts.append(measure(module, to_device(batch, device), args.steps, generator))
     facts = {
-        "checkpoint_sha256": sha256(path),
+        "checkpoint_sha256": file_sha256(path),
         "split": args.split,
         "n": count,
         "image_size": list(spatial_shape(batch["image"])),

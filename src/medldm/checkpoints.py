@@ -4,11 +4,12 @@ Under the key "medldm" a checkpoint holds plain data: the stage, the resolved mo
 and, for a second stage, the first stage's own description. It loads under `weights_only=True`, strictly.
 """
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from hydra.utils import get_class, instantiate
@@ -21,7 +22,6 @@ from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.diffusion.translation import TranslationConditioner
 from medldm.errors import InputError
 from medldm.files import replacing
-from medldm.fingerprints import file_sha256 as sha256
 from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.diffusion import DiffusionModule
 from medldm.models.segmentation import RegressionModule, SegmentationModule
@@ -44,10 +44,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """The content of a medldm checkpoint; InputError for a missing, damaged or foreign file."""
+    with open(existing(path), "rb") as file:
+        return read_content(file, path, map_location)
+
+
+def read_hashed(path: str | Path) -> tuple[dict[str, Any], str]:
+    """`read_checkpoint` and the file's sha256, of one and the same file: a training that goes on may put
+    another in its place meanwhile.
+    """
+    with open(existing(path), "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        return read_content(file, path, "cpu"), sha256
+
+
+def existing(path: str | Path) -> Path:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; give the path of a .ckpt that `medldm train` wrote")
+    return Path(path)
+
+
+def read_content(file: BinaryIO, path: str | Path, map_location: Any) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(file, map_location=map_location, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
         raise InputError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); take another one of the run"
@@ -70,7 +89,8 @@ def encoder_sha256(description: Mapping[str, Any], sha256: str) -> str:
 
 def latents_name(path: str | Path) -> str:
     """The cache of the encoder in a checkpoint."""
-    return encoder_sha256(read_checkpoint(path)["medldm"], sha256(path))[:12]
+    content, sha256 = read_hashed(path)
+    return encoder_sha256(content["medldm"], sha256)[:12]
 
 
 def describe(
@@ -368,7 +388,7 @@ def check_modalities(
 
 def load_first_stage(path: str | Path, **options: Any) -> tuple[FirstStage, dict[str, Any]]:
     """The frozen first stage in a checkpoint, and its description with the file's `sha256`."""
-    content = read_checkpoint(path)
+    content, sha256 = read_hashed(path)
     description = content["medldm"]
     if description["stage"] not in ("autoencoder", "translation"):
         raise InputError(
@@ -376,14 +396,19 @@ def load_first_stage(path: str | Path, **options: Any) -> tuple[FirstStage, dict
             "autoencoder or a translator"
         )
     module = restore(path, content, weights="ema")
-    return as_first_stage(module, options), description | {"sha256": sha256(path)}
+    return as_first_stage(module, options), description | {"sha256": sha256}
 
 
 def load_module(path: str | Path, *, weights: str = "ema") -> LightningModule:
-    """The trained module of a checkpoint, in eval mode. `weights`: "ema" (where there are any) or "raw"."""
+    """The trained module of a checkpoint, in eval mode, with the checkpoint's `description` and
+    `checkpoint_sha256`. `weights`: "ema" (where there are any) or "raw".
+    """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights} is none of ema, raw")
-    return restore(path, read_checkpoint(path), weights=weights)
+    content, sha256 = read_hashed(path)
+    module = restore(path, content, weights=weights)
+    module.checkpoint_sha256 = sha256
+    return module
 
 
 def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> LightningModule:
@@ -400,5 +425,5 @@ def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> Li
             if key.startswith("module.")
         }
         module.ema_modules.load_state_dict(averaged)
-    module.facts = description["facts"]
+    module.facts, module.description = description["facts"], description
     return module.eval()

@@ -10,6 +10,7 @@ import torch
 from medldm.checkpoints import AtomicCheckpointIO, load_first_stage, load_module, read_checkpoint
 from medldm.commands import sample
 from medldm.errors import InputError
+from medldm.fingerprints import file_sha256
 from tests.helpers import compose_config
 from tests.training import in_child, load
 
@@ -142,3 +143,17 @@ def test_an_error_during_a_save_leaves_the_old_file_alone(tmp_path):
     with pytest.raises(Exception, match="lambda"):
         AtomicCheckpointIO().save_checkpoint({"value": lambda: 2}, path)
     assert load(path) == {"value": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_and_hash_are_of_one_file_though_training_goes_on(first_stage, tmp_path, monkeypatch):
+    path = shutil.copy(first_stage, tmp_path / "last.ckpt")
+    before, load_content = file_sha256(path), torch.load
+
+    def load_while_another_is_saved(*arguments, **options):
+        AtomicCheckpointIO().save_checkpoint({"medldm": {}}, path)
+        return load_content(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", load_while_another_is_saved)
+    assert load_module(path).checkpoint_sha256 == before != file_sha256(path)
+    shutil.copy(first_stage, path)
+    assert load_first_stage(path)[1]["sha256"] == before

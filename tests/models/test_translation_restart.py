@@ -4,8 +4,9 @@ import signal
 
 import pytest
 
-from medldm.checkpoints import latents_name, load_first_stage, load_module, sha256
+from medldm.checkpoints import latents_name, load_first_stage, load_module
 from medldm.commands import encode
+from medldm.fingerprints import file_sha256
 from tests.helpers import compose_config
 from tests.training import first_difference, kill_self, load, read_metrics, run_training, train_in_child
 
@@ -42,14 +43,14 @@ def test_a_translator_killed_and_resumed_ends_bit_equal(
 
 
 def test_a_translator_shares_the_latents_of_the_autoencoder_that_it_left_alone(vqgan_modalities, translator):
-    assert latents_name(translator) == latents_name(vqgan_modalities) == sha256(vqgan_modalities)[:12]
+    assert latents_name(translator) == latents_name(vqgan_modalities) == file_sha256(vqgan_modalities)[:12]
 
 
 def test_a_translators_stage_is_the_one_that_it_was_trained_on(translator, vqgan_modalities):
     stage, description = load_first_stage(translator)
     module = load_module(translator)
-    assert description["sha256"] == sha256(translator)
-    assert description["first_stage"]["sha256"] == sha256(vqgan_modalities)
+    assert description["sha256"] == file_sha256(translator)
+    assert description["first_stage"]["sha256"] == file_sha256(vqgan_modalities)
     assert bool(stage.is_fitted) and not first_difference(stage.scale, module.first_stage.scale)
     autoencoder = load(vqgan_modalities)["state_dict"]
     for name, value in stage.autoencoder.state_dict().items():

@@ -54,6 +54,14 @@ def test_samples_of_older_maps_are_made_anew_and_not_judged(copied, caplog):
     assert not any("prepared otherwise" in line for line in results["warnings"])
 
 
+def test_files_of_two_runs_in_one_folder_are_not_judged(copied):
+    begin(copied, "limit=2")
+    with h5py.File(copied / "out/p1.h5", "a") as file:
+        file.attrs["settings_digest"] = "another run"
+    with pytest.raises(InputError, match=r"p1\.h5: sampled with other settings than p0\.h5"):
+        run_evaluate(copied / "out", copied / "data", copied / "evaluation")
+
+
 @pytest.mark.parametrize("other", ["drop=[mask]", "sampler.num_steps=1"])
 def test_other_settings_are_refused_or_made_anew(copied, other):
     first = begin(copied, "limit=1")

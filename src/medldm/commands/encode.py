@@ -95,7 +95,7 @@ def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from rich.progress import track
 
-    from medldm.checkpoints import encoder_sha256, load_module, read_checkpoint, sha256
+    from medldm.checkpoints import encoder_sha256, load_module
     from medldm.data import build_datamodule
     from medldm.data.dataset import content_of
     from medldm.files import replacing, write_json
@@ -116,10 +116,9 @@ def task(cfg: Any) -> None:
     }
     datamodule = build_datamodule(data, keys=("image",), seed=cfg.seed)
     dataset = datamodule.dataset("all")
-    description, file_sha256 = read_checkpoint(checkpoint)["medldm"], sha256(checkpoint)
-    seen = seen_subjects(description, datamodule.index)
+    seen = seen_subjects(module.description, datamodule.index)
     check_held_out(seen, datamodule.subjects["test"], checkpoint, "test", allow=True, key="checkpoint")
-    encoder = encoder_sha256(description, file_sha256)
+    encoder = encoder_sha256(module.description, module.checkpoint_sha256)
     folder = Path(data["root"]) / "latents" / encoder[:12]
     device = pick_device(cfg.device)
     module.to(device)
@@ -134,7 +133,11 @@ def task(cfg: Any) -> None:
             file.attrs["encoder_sha256"] = encoder
             if images[case] is not None:
                 file.attrs["image_digest"] = images[case]
-    facts = {"checkpoint": checkpoint, "checkpoint_sha256": file_sha256, "encoder_sha256": encoder}
+    facts = {
+        "checkpoint": checkpoint,
+        "checkpoint_sha256": module.checkpoint_sha256,
+        "encoder_sha256": encoder,
+    }
     facts |= {"num_cases": len(cases), "latent": "prequant", "dtype": "float16"}
     facts |= {"downsampling": list(module.autoencoder.downsampling)}
     facts |= {"cases": {dataset.cases[case]["id"]: image for case, image in images.items()}}

@@ -169,7 +169,7 @@ def task(cfg: Any) -> None:
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {cfg.data.root} is in it; see its splits.json")
     about = describe_run(cfg, module, predictor) | describe_data(cfg, dataset)
-    about |= check_subjects(cfg, datamodule, {dataset.cases[case]["subject"] for case, _ in cases})
+    about |= check_subjects(cfg, module, datamodule, {dataset.cases[case]["subject"] for case, _ in cases})
     folder = SampleFolder(Path(cfg.output), dataset, about, png=cfg.png)
     if cfg.interpolate.count:
         write_interpolations(cfg, module, dataset, folder, [positions[0] for _, positions in cases])
@@ -267,11 +267,9 @@ def describe_run(cfg: Any, module: Any, predictor: Any) -> dict[str, Any]:
     """What provenance.json says: everything that decides what is written."""
     import torch
 
-    from medldm.checkpoints import sha256
-
     return {
         "checkpoint": str(cfg.checkpoint),
-        "checkpoint_sha256": sha256(cfg.checkpoint),
+        "checkpoint_sha256": module.checkpoint_sha256,
         "weights": cfg.weights,
         "stage": predictor.stage,
         "decoder": describe_decoder(module),
@@ -308,14 +306,13 @@ def describe_data(cfg: Any, dataset: Any) -> dict[str, Any]:
     }
 
 
-def check_subjects(cfg: Any, datamodule: Any, subjects: set[str]) -> dict[str, Any]:
+def check_subjects(cfg: Any, module: Any, datamodule: Any, subjects: set[str]) -> dict[str, Any]:
     """What provenance.json says of subjects that the checkpoint was trained on: those of the whole folder, so
     that whoever uses the images can tell. InputError where a held-out part has one of them.
     """
-    from medldm.checkpoints import read_checkpoint
     from medldm.held_out import check_held_out, seen_subjects
 
-    seen = seen_subjects(read_checkpoint(cfg.checkpoint)["medldm"], datamodule.index)
+    seen = seen_subjects(module.description, datamodule.index)
     if cfg.split in ("val", "test"):
         allow = bool(cfg.allow_training_subjects)
         check_held_out(seen, subjects, cfg.checkpoint, cfg.split, allow=allow, key="checkpoint")

@@ -253,7 +253,7 @@ def initialise(module: Any, path: str, facts: dict[str, Any]) -> dict[str, Any]:
     A first stage stays the one that `model.first_stage.checkpoint` names.
     """
     from medldm.attributes import check_order
-    from medldm.checkpoints import load_module, read_checkpoint
+    from medldm.checkpoints import load_module
     from medldm.held_out import origin_of
 
     def is_frozen(name: str) -> bool:
@@ -269,16 +269,16 @@ def initialise(module: Any, path: str, facts: dict[str, Any]) -> dict[str, Any]:
         first = next(line.strip() for line in str(error).splitlines()[1:])
         raise InputError(f"init_from={path}: not the same model: {first}") from error
     log.info("starting from the weights of %s", path)
-    return origin_of(read_checkpoint(path)["medldm"])
+    return origin_of(source.description)
 
 
 def warn_of_other_stages(model: dict[str, Any], description: dict[str, Any]) -> None:
     """A resumed run keeps the stages that it was begun with, whatever lies at their paths now."""
-    from medldm.checkpoints import sha256
+    from medldm.fingerprints import file_sha256
 
     for stage in ("first_stage", "map_stage"):
         path, kept = (model.get(stage) or {}).get("checkpoint"), description.get(stage)
-        if path and kept and Path(path).is_file() and sha256(path) != kept.get("sha256"):
+        if path and kept and Path(path).is_file() and file_sha256(path) != kept.get("sha256"):
             log.warning(
                 "model.%s.checkpoint=%s: not the file that the run was begun with, whose weights it keeps; "
                 "start a new run to use this one",

@@ -152,7 +152,6 @@ def load_translator(cfg: Any) -> Any:
 def task(cfg: Any) -> None:
     import torch
 
-    from medldm.checkpoints import sha256
     from medldm.data.case import stem_of
     from medldm.data.readers import files_of, read_json
     from medldm.data.volumes import restore_volume
@@ -171,7 +170,7 @@ def task(cfg: Any) -> None:
     names = [safe_name(f"{stem_of(cfg.source)}_{cfg.source_modality}_to_{name}") for name in targets]
     x = torch.from_numpy(volume.image).float()[None]
     images = translate(module, x, labels, known.index(cfg.source_modality), names, cfg)
-    seen = trained_on(str(cfg.source), cfg.checkpoint)
+    seen = trained_on(str(cfg.source), module, cfg.checkpoint)
     output = Path(cfg.output)
     for name, label, image in zip(names, labels, images.numpy(), strict=True):
         limits = range_in(cfg.units, module.facts, label, volume.intensity_range)
@@ -181,7 +180,7 @@ def task(cfg: Any) -> None:
         print(path)
     about = {
         "checkpoint": str(cfg.checkpoint),
-        "checkpoint_sha256": sha256(cfg.checkpoint),
+        "checkpoint_sha256": module.checkpoint_sha256,
         "source": str(Path(cfg.source).resolve()),
         "source_sha256": content_of(Path(cfg.source), files_of(cfg.source))["sha256"],
         "source_modality": str(cfg.source_modality),
@@ -199,18 +198,17 @@ def task(cfg: Any) -> None:
     write_json(path, about | {"images": others | {f"{name}.nii.gz": about for name in names}})
 
 
-def trained_on(source: str, checkpoint: str) -> dict[str, list[str]]:
+def trained_on(source: str, module: Any, checkpoint: str) -> dict[str, list[str]]:
     """The subject whose image the source is, if a stage of the checkpoint was trained on it, and the stages
     that do not say: a translation of a training image says little about new ones.
     """
-    from medldm.checkpoints import read_checkpoint
     from medldm.data.readers import files_of
     from medldm.fingerprints import content_of
     from medldm.held_out import stages_of
 
     identity = content_of(Path(source), files_of(source))["sha256"][:16]
     subjects, unrecorded = set(), []
-    for stage, record in stages_of(read_checkpoint(checkpoint)["medldm"]):
+    for stage, record in stages_of(module.description):
         if record is None:
             unrecorded.append(stage)
             continue

@@ -82,6 +82,7 @@ def check_cases(
     """
     cases = {case["id"]: case for case in index.get("cases", ())}
     for name in provenance:
+        check_one_run(folders[name])
         stale = [
             path.stem
             for path in sorted(folders[name].glob("*.h5"))
@@ -93,6 +94,20 @@ def check_cases(
         if provenance[name].get("data_root") == str(folders["reference"].resolve()):
             raise InputError(f"{folders[name]}: {line}; run `medldm sample` into this folder again")
         yield line
+
+
+def check_one_run(folder: Path) -> None:
+    """InputError where files of several runs of `medldm sample` lie in a folder: provenance.json speaks of
+    one.
+    """
+    runs = {path: open_hdf5(path).attributes.get("settings_digest") for path in sorted(folder.glob("*.h5"))}
+    if len(set(runs.values())) > 1:
+        first = next(iter(runs.values()))
+        other = next(path for path, run in runs.items() if run != first)
+        raise InputError(
+            f"{other}: sampled with other settings than {next(iter(runs)).name} beside it; run "
+            "`medldm sample` into an empty folder"
+        )
 
 
 def expected_content(case_id: str, cases: Mapping[str, dict]) -> dict[str, str]:
