@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from medldm.commands import prepare
 from medldm.data.case import Case
-from medldm.data.datasets import adni, autopet, brats, class_folders, folder, mrnet, nih_cxr14, synthrad
+from medldm.data.datasets import adni, autopet, brats, class_folders, folder, synthrad
 from medldm.data.inventory import same_images, summary, take_inventory
 from medldm.data.prepare import find_cases, stated_splits, with_safe_names
 from medldm.data.recipe import make_recipe
@@ -299,7 +299,6 @@ def test_split_folders_may_be_spelled_otherwise(tmp_path):
     assert [case.attributes["split"] for case in class_folders.index(tmp_path) if "NORMAL" in case.id] == [
         "train", "val", "test"
     ]  # fmt: skip
-    assert mrnet.SPLITS and nih_cxr14.SEVERAL
 
 
 # ---- data=folder ----
@@ -431,6 +430,15 @@ def test_columns_kept_as_attributes_are_told(tmp_path):
     content = "image,subject,id,vendor\nimages/a.png,p1,17,Canon\n"
     (case,) = folder.index(manifest(tmp_path, content), note=notes.append)
     assert case.attributes == {"id": "17", "vendor": "Canon"} and "id, vendor" in notes[0]
+
+
+def test_rows_without_a_subject_are_counted(tmp_path):
+    notes: list[str] = []
+    cases = folder.index(
+        manifest(tmp_path, "image,subject\nimages/a.png,p1\nimages/b.png,NaN\n"), note=notes.append
+    )
+    assert [case.subject for case in cases] == ["p1", "b"]
+    assert notes == ["manifest.csv: 1 of 2 rows state no subject, and count as a subject each"]
 
 
 def test_a_subject_in_two_parts_of_the_stated_split_is_named(tmp_path):

@@ -29,7 +29,7 @@ def take_inventory(
     `notes` of the dataset. `found` are the cases of the folder, `used` those that are prepared, `modalities`
     what each subject should have.
     """
-    files = list(files_below(root))
+    files = list(every_file(root))
     of_used, of_found = raw_files(used), raw_files(found)
     reasons: dict[str, list[str]] = defaultdict(list)
     for path, is_hidden_file in files:
@@ -52,7 +52,7 @@ def take_inventory(
     }
 
 
-def files_below(root: Path) -> Iterable[tuple[Path, bool]]:
+def every_file(root: Path) -> Iterable[tuple[Path, bool]]:
     """(file, whether it or a folder above it is hidden) of everything below a folder, broken links too."""
     for folder, names in walk(root, with_hidden=True):
         hidden_folder = any(map(is_hidden, folder.relative_to(root).parts))
