@@ -210,11 +210,15 @@ def test_an_nrrd_file_that_cannot_be_read_rightly_is_refused(tmp_path, options, 
         read_image(tmp_path / "a.nrrd")
 
 
-def test_a_segment_that_is_not_there_is_not_replaced_by_another(tmp_path):
-    named = "Segment0_Name:=breast\nSegment1_Name:=dense\nSegment1_LabelValue:=2\n"
-    write_nrrd(tmp_path / "a.seg.nrrd", np.ones(SHAPE), extra=named)
+def test_a_segment_that_is_not_there_is_not_replaced_by_another(tmp_path, caplog):
+    named = "Segment0_Name:={}\nSegment1_Name:={}\nSegment1_LabelValue:=2\n"
+    array = np.arange(np.prod(SHAPE)).reshape(SHAPE) % 3
+    write_nrrd(tmp_path / "a.seg.nrrd", array, extra=named.format("breast", "dense"))
     with pytest.raises(InputError, match="no segment 'vessel', but breast, dense"):
         read_image(f"{tmp_path / 'a.seg.nrrd'}::vessel")
+    write_nrrd(tmp_path / "b.seg.nrrd", array, extra=named.format("Segment_1", "Segment_2"))
+    np.testing.assert_array_equal(read_image(f"{tmp_path / 'b.seg.nrrd'}::vessel").array, array == 1)
+    assert "names no segments; its label 1 is taken for 'vessel'" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["mha", "mhd"])

@@ -230,19 +230,20 @@ def nrrd_affine(header: Mapping[str, Any], directions: np.ndarray, path: Path) -
 
 
 def find_segment(header: Mapping[str, Any], name: str, layers: np.ndarray, path: Path) -> tuple[int, int]:
-    """(layer, label value) of the segment whose name holds `name`, or of the only one."""
+    """(layer, label value) of the segment whose name holds `name`. Where none has a name of its own (Slicer's
+    default is Segment_1), the only one, or label 1 of the first layer with a warning.
+    """
     named = {
         match.group(1): str(value)
         for key, value in header.items()
         if (match := re.fullmatch(r"segment(\d+)_name", key))
     }
     fitting = [number for number, text in named.items() if name.lower() in text.lower()]
-    if named and not fitting and len(named) > 1:
-        raise InputError(
-            f"{path}: has no segment '{name}', but {', '.join(named.values())}; rename one of them"
-        )
-    if not named:
-        if layers.max() > 1:
+    are_unnamed = all(re.fullmatch(r"segment[_ ]?\d+", text.lower()) for text in named.values())
+    if not fitting and not are_unnamed:
+        raise InputError(f"{path}: has no segment '{name}', but {', '.join(named.values())}; rename it there")
+    if not fitting and len(named) != 1:
+        if layers.max() > 1 or len(layers) > 1:
             log.warning("%s: names no segments; its label 1 is taken for '%s'", path, name)
         return 0, 1
     number = (fitting or list(named))[0]
