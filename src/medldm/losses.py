@@ -72,9 +72,12 @@ ADVERSARIAL_LOSSES = {
 
 
 def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """L1 between the discriminator's features of x and x_hat, logits left out. Wang et al. 2018."""
+    """L1 between the discriminator's features of x and x_hat, summed over its maps, logits left out.
+
+    Each map counts by the mean of its elements. Wang et al. 2018.
+    """
     terms = [F.l1_loss(f, r.detach()) for r, f in zip(real[:-1], fake[:-1], strict=True)]
-    return torch.stack(terms).mean()
+    return torch.stack(terms).sum()
 
 
 def random_slices(x: Tensor, axis: int, index: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ import sys
 import pytest
 import torch
 
+from medldm.commands.train import syncs_batchnorm
+from medldm.errors import InputError
+from medldm.networks.discriminator import PatchDiscriminator
 from tests.training import LDM, LONGER, PLAIN_SGD, RESTARTING_CODES, VQVAE, load, run_training
 
 
@@ -21,6 +24,36 @@ def train_in_two_processes(root, run_dir, *overrides) -> None:
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     assert lines[-1] == str(run_dir) and lines.count(lines[-1]) == 1  # printed by the first rank alone
+
+
+@pytest.mark.parametrize(
+    ("norm", "choice", "devices", "has_gpu", "expected"),
+    [
+        ("batch", "auto", 2, True, True),
+        ("batch", True, 2, True, True),
+        ("batch", False, 2, True, False),
+        ("batch", "auto", 1, True, False),
+        ("batch", "auto", 2, False, False),
+        ("group", "auto", 2, True, False),
+        ("batch", True, 1, True, "the run is one process"),
+        ("group", True, 2, True, "no batch norm"),
+        ("batch", True, 2, False, "only GPUs"),
+        ("batch", "yes", 2, True, "none of true, false, auto"),
+    ],
+)
+def test_batch_norms_of_several_processes_are_synchronised(
+    monkeypatch, caplog, norm, choice, devices, has_gpu, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    module = PatchDiscriminator(2, channels=(4, 8), strides=(2, 2), norm=norm)
+    options = {"accelerator": "auto", "devices": devices, "num_nodes": 1, "sync_batchnorm": choice}
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=f"trainer.sync_batchnorm.*{expected}"):
+            syncs_batchnorm(options, module)
+    else:
+        assert syncs_batchnorm(options, module) is expected
+    is_left_alone = (norm, choice, devices, has_gpu) == ("batch", "auto", 2, False)
+    assert ("own part of a batch" in caplog.text) == is_left_alone
 
 
 @pytest.mark.parametrize("model", ["autoencoder", "diffusion"])

@@ -6,7 +6,9 @@ from torch import nn
 
 from medldm import losses
 from medldm.losses import AdversarialLoss, PerceptualLoss, adaptive_weight, feature_matching, random_slices
+from medldm.models.adversarial import AdversarialModule
 from medldm.networks import features
+from tests.helpers import compose_config
 
 REAL, FAKE = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.5])
 
@@ -64,9 +66,46 @@ def test_feature_matching_leaves_the_logits_out_and_the_real_side_alone():
     real = [torch.zeros(2, requires_grad=True), torch.zeros(1), torch.zeros(1)]
     fake = [torch.full((2,), 3.0, requires_grad=True), torch.ones(1), torch.full((1,), 1e6)]
     loss = feature_matching(real, fake)
-    assert loss.item() == 2  # (3 + 1) / 2
+    assert loss.item() == 4  # 3 + 1: the published loss sums the maps
     loss.backward()
     assert real[0].grad is None and fake[0].grad is not None
+
+
+@pytest.mark.parametrize(
+    ("experiment", "mean_weight"),
+    [("folder_vqgan", 4.0), ("phantom_vqgan", 0.5), ("autopet_vqgan_author", 16.0)],
+)
+def test_presets_weigh_feature_matching_as_before_and_the_published_one_as_published(experiment, mean_weight):
+    """In units of a mean over maps: as before they were summed; published are 4 times the sum of 4."""
+    model = compose_config("train", f"experiment=medlsdm/{experiment}").model
+    counts = {len(part.channels) for part in (model.discriminators.slice, model.discriminators.volume)}
+    assert model.adversarial.feature_matching_weight * counts.pop() == pytest.approx(mean_weight, rel=1e-6)
+    assert not counts
+
+
+class Critic(nn.Module):
+    """Three maps and a logit that are multiples of the image."""
+
+    spatial_dims = 2
+
+    def __init__(self, scale, weight) -> None:
+        super().__init__()
+        self.scale, self.weight = scale, weight
+
+    def forward(self, x):
+        return [self.scale * k * x for k in (1, 2, 3)] + [self.scale * x]
+
+
+def test_each_discriminator_has_a_weight_of_its_own_and_features_count_apart():
+    adversarial = AdversarialLoss("hinge", weight=0.5, feature_matching_weight=2.0)
+    critics = [Critic(1.0, 1.0), Critic(10.0, 0.25)]
+    module = AdversarialModule(optimizer=None, discriminators=critics, adversarial=adversarial)
+    x, x_hat = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.1)
+    losses = module.adversarial_losses(x, x_hat, (0, torch.zeros(1)))
+    assert losses["adversarial"].item() == pytest.approx(-(1.0 * 0.1 + 0.25 * 1.0))
+    assert losses["feature_matching"].item() == pytest.approx((1 + 2 + 3) * (0.1 + 1.0))
+    total = module.adversarial_term({}, x_hat.sum(), x, x_hat, (0, torch.zeros(1)), factor=0.5, last_layer=x)
+    assert total.item() == pytest.approx(0.5 * 0.5 * -0.35 + 2.0 * 0.5 * 6.6)
 
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms():

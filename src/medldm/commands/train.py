@@ -144,6 +144,7 @@ def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None
         module.gradient_clip_val = options.pop("gradient_clip_val")
     if options["strategy"] == "auto" and num_processes(options) > 1:
         options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
+    options["sync_batchnorm"] = syncs_batchnorm(options, module)
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
     callbacks = [CountUpdates(), *([EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else [])]
     check_volumes(cfg.callbacks.pictures, module)
@@ -171,6 +172,30 @@ def check_volumes(pictures: Any, module: Any) -> None:
         raise InputError(
             "callbacks.pictures.volumes_every_n_validations: the images are no volumes; set it to null"
         )
+
+
+def syncs_batchnorm(options: dict[str, Any], module: Any) -> bool:
+    """`auto`: where batch norms would each see one process's part of a batch. InputError for `true` where
+    nothing can be synchronised; torch does it on GPUs alone.
+    """
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    choice = options["sync_batchnorm"]
+    if choice not in (True, False, "auto"):
+        raise InputError(f"trainer.sync_batchnorm={choice} is none of true, false, auto")
+    on_gpu = torch.cuda.is_available() and options["accelerator"] != "cpu"
+    obstacles = {
+        "the model has no batch norm": not any(isinstance(part, _BatchNorm) for part in module.modules()),
+        "the run is one process": num_processes(options) == 1,
+        "only GPUs synchronise": not on_gpu,
+    }
+    reasons = [reason for reason, is_met in obstacles.items() if is_met]
+    if choice is True and reasons:
+        raise InputError(f"trainer.sync_batchnorm=true has no effect: {reasons[0]}; set it to auto")
+    if choice == "auto" and reasons == ["only GPUs synchronise"]:
+        log.warning("batch norms see each process's own part of a batch: on CPUs they are not synchronised")
+    return choice is not False and not reasons
 
 
 def quieten() -> None:

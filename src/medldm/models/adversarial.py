@@ -132,7 +132,8 @@ class AdversarialModule(LightningModule):
         adversarial, matching = [], []
         for discriminator in self.discriminators:
             fake = discriminator(self.view(x_hat, discriminator.spatial_dims, slices))
-            adversarial.append(self.adversarial.generator_loss(fake[-1].float(), label))
+            term = self.adversarial.generator_loss(fake[-1].float(), label)
+            adversarial.append(discriminator.weight * term)
             if self.adversarial.feature_matching_weight:
                 with torch.no_grad():
                     real = discriminator(self.view(x, discriminator.spatial_dims, slices))

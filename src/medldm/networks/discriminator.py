@@ -25,6 +25,7 @@ class PatchDiscriminator(nn.Module):
 
     bias_before_norm: biases in convolutions that a norm follows. They have no effect, but
     Med-LSDM's counts include them (norm "batch", padding 2: 2,764,481 in 2D and 11,049,665 in 3D).
+    weight: of its adversarial term among those of several discriminators, in the generator's loss.
     Returns every stage's features, logits (B, out_channels, *S') last: feature matching needs them all.
     """
 
@@ -37,13 +38,14 @@ class PatchDiscriminator(nn.Module):
         norm: str = "batch",
         padding: int = 1,
         bias_before_norm: bool = False,
+        weight: float = 1.0,
         in_channels: int = 1,
         out_channels: int = 1,
     ) -> None:
         super().__init__()
         if len(channels) != len(strides):
             raise ValueError(f"discriminator: {len(channels)} channels but {len(strides)} strides")
-        self.spatial_dims = spatial_dims
+        self.spatial_dims, self.weight = spatial_dims, weight
         stages, width = [], in_channels
         for i, (out, stride) in enumerate(zip(channels, strides, strict=True)):
             has_norm = i > 0 and norm != "none"
