@@ -4,7 +4,8 @@
 #   RAW=/data/BraTS2021 ROOT=/data/brats RUNS=/runs/aldm GPU=a6000 slurm/aldm.sh [key=value ...]
 #   RAW     the dataset as published          ROOT  the prepared dataset (made)     RUNS  trainings, samples, evaluation
 #   GPU     rtx3090 (24 GB, default), a6000 (48 GB) or cpu: sbatch options and batches
-#   DATA    brats (default) or ixi            PRESET  r1 or r3: the releases as published; nothing: the repaired default
+#   DATA    brats (default) or ixi            PRESET  r1 or r3: the releases as published, from images (no encode stage);
+#                                                     nothing: the repaired default
 #   STAGES  the stages to submit, e.g. "ldm sample evaluate report"; those left out count as done
 #   SBATCH_OPTIONS  added to every sbatch, e.g. --partition=gpu
 #   GRES    default gpu:1                         DRY_RUN=1       prints the sbatch lines and submits nothing
@@ -41,13 +42,15 @@ loading=(data.num_workers="$workers")
 dataset=(data="$DATA$suffix" data.root="$(quoted "$ROOT")")
 checkpoint() { quoted "$RUNS/$1/checkpoints/best.ckpt"; }
 cached=(data.latents=auto "data.flip_axes=[]")
-[ "${PRESET:-}" != r1 ] || cached=()  # its translator trains the autoencoder too, on images
+after_vqgan=encode
+# r1's translator trains the autoencoder too, on images; r3's stages mirror theirs: neither reads cached latents
+[ -z "${PRESET:-}" ] || { cached=() after_vqgan=vqgan; }
 
 submit prepare cpu "" prepare "${dataset[@]}" data.raw="$(quoted "$RAW")"
 submit vqgan train "prepare" train experiment="aldm/${DATA}_vqgan$suffix" resume=auto \
   run_dir="$(quoted "$RUNS/vqgan")" "${dataset[@]}" ${batch[@]+"${batch[@]}"} "${loading[@]}"
-submit encode gpu "vqgan" encode checkpoint="$(checkpoint vqgan)" "${dataset[@]}"
-submit msspade train "encode" train experiment="aldm/${DATA}_msspade$suffix" resume=auto \
+[ -n "${PRESET:-}" ] || submit encode gpu "vqgan" encode checkpoint="$(checkpoint vqgan)" "${dataset[@]}"
+submit msspade train "$after_vqgan" train experiment="aldm/${DATA}_msspade$suffix" resume=auto \
   run_dir="$(quoted "$RUNS/msspade")" "${dataset[@]}" ${cached[@]+"${cached[@]}"} \
   model.first_stage.checkpoint="$(checkpoint vqgan)" "${loading[@]}"
 submit ldm train "msspade" train experiment="aldm/${DATA}_ldm$suffix" resume=auto \

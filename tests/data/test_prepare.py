@@ -10,7 +10,9 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
+from scipy import ndimage
 
+from medldm.commands import prepare as prepare_command
 from medldm.data import readers as readers_module
 from medldm.data.datasets import folder
 from medldm.data.datasets import mnms2 as mnms2_dataset
@@ -19,6 +21,7 @@ from medldm.data.prepare import prepare_dataset
 from medldm.data.readers import HandleCache, load_index, open_hdf5, read_image, read_images
 from medldm.errors import InputError
 from tests.data.conftest import MNMS2_LABELS, settings
+from tests.helpers import compose_config
 
 
 def prepare(raw, root, **preprocess) -> Path:
@@ -382,3 +385,27 @@ def test_a_replaced_file_is_read_anew(mnms2, tmp_path):
     shutil.copy(mnms2 / "cases/002.h5", tmp_path / "other.h5")
     os.replace(tmp_path / "other.h5", path)
     assert not np.array_equal(open_hdf5(path).read_row("image", 0), before)
+
+
+def test_the_author_s_preparation_stretches_each_slice_by_a_cubic_spline(phantom_raw, tmp_path):
+    """scipy's zoom of the stored slice and its own minimum and maximum: the report's code."""
+    paths = (f"data.raw={phantom_raw}", f"data.root={tmp_path}", "data.num_workers=0", "data.image_size=48")
+    prepare_command.task(compose_config("prepare", "data=mnms2_author", *paths))
+    index = load_index(tmp_path)
+    raw = sorted(phantom_raw.rglob("001_SA_ED.nii.gz"))[0]
+    stack = nibabel.load(raw).get_fdata()
+    with h5py.File(tmp_path / index["cases"][0]["file"]) as file:
+        sources = [name.decode() for name in file["source"][:]]
+        stored, maps = (file[key][sources.index(raw.name)] for key in ("images", "semantic_maps"))
+    assert stored.dtype == np.float32
+    labels = nibabel.load(raw.with_name("001_SA_ED_gt.nii.gz")).get_fdata()
+    gaps = []
+    for turn in (lambda x: x[:, :, 0], lambda x: x[:, :, 0].T):
+        scale = [48 / n for n in turn(stack).shape]
+        image = ndimage.zoom(turn(stack), scale, order=3)
+        image = (image - image.min()) / (image.max() - image.min()) * 2 - 1
+        gaps.append(
+            (np.abs(stored - image).max(), (maps != ndimage.zoom(turn(labels), scale, order=0)).sum())
+        )
+    assert min(gaps)[0] < 1e-5 and min(gaps)[1] == 0
+    assert compose_config("train", "data=mnms2_author", "data.root=-").data.split == "seed42_350_10"

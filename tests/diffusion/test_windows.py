@@ -103,6 +103,7 @@ VARIANTS = {
     "author": {"padding_mode": "replicate", "output_activation": "tanh"},
     "attention": {"mid": ["res", "attn"], "num_heads": 2, "latent_kernel": 3},
     "up_res": {"layout": "up_res", "resample": "conv3", "strides": [2, [1, 2, 2]], "latent_kernel": 3},
+    "unit": {"image_range": "unit"},
     "res_up": {"layout": "res_up", "resample": "conv3_end", "decoder_map_channels": 3, "latent_kernel": 3},
 }
 

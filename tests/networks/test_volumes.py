@@ -205,3 +205,17 @@ def test_output_skips_concatenate_widths_that_fit():
     )  # fmt: skip
     assert network(torch.randn(1, 3, 8, 8), torch.tensor([1.0]), Condition()).shape == (1, 3, 8, 8)
     assert network.downsampling == (4, 4)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_network_of_unit_grey_levels_sees_and_gives_signed_ones(dims):
+    options = {"stem_channels": 8, "channels": [8, 16], "norm_groups": 4, "strides": [2, 2]}
+    signed, unit = (
+        compose_part("network/vqgan_aldm")(dims, **options, image_range=name).eval()
+        for name in ("signed", "unit")
+    )
+    unit.load_state_dict(signed.state_dict())
+    x, z = torch.rand(1, 1, *(16,) * dims) * 2 - 1, torch.randn(1, 4, *(4,) * dims)
+    torch.testing.assert_close(unit.encode(x), signed.encode((x + 1) / 2))
+    torch.testing.assert_close(unit.decode(z), 2 * signed.decode(z) - 1)
+    assert not torch.allclose(unit.encode(x), signed.encode(x))

@@ -27,12 +27,14 @@ class Resize:
 
     stretch: fill the grid, aspect ratio not kept (the published system). pad_square: keep the aspect ratio in
     mm and pad. spacing_crop: resample to `spacing` mm, then crop or pad about the centre. `antialias`
-    averages when shrinking; without it the image goes through SciPy's cubic spline as in the author's code.
+    averages when shrinking; without it image and class map go through SciPy's splines (cubic, nearest), as in
+    the author's code. `clip_overshoot` keeps the cubic kernel within the input's range.
     """
 
     mode: str = "stretch"
     spacing: float = 1.0
     antialias: bool = True
+    clip_overshoot: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in RESIZE_MODES:
@@ -55,17 +57,22 @@ class Resize:
         return max(1, round(extent[0] * scale)), max(1, round(extent[1] * scale))
 
     def image(self, x: np.ndarray, spacing: Sequence[float], size: Sequence[int], fill: float) -> np.ndarray:
-        """Resize (H, W) float32 to `size`; overshoot of the cubic kernel is clipped to the input's range."""
+        """Resize (H, W) float32 to `size`."""
         content = self.content_size(x.shape, spacing, size)
         resized = resize_image(x, content, self.antialias)
-        return center_fit(np.clip(resized, x.min(), x.max()), size, fill)
+        if self.clip_overshoot:
+            resized = np.clip(resized, x.min(), x.max())
+        return center_fit(resized, size, fill)
 
     def label(self, x: np.ndarray, spacing: Sequence[float], size: Sequence[int]) -> np.ndarray:
         """Resize an integer (H, W) class map to `size` by the nearest pixel."""
         import cv2
 
         content = self.content_size(x.shape, spacing, size)
-        resized = cv2.resize(x, content[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        if self.antialias:
+            resized = cv2.resize(x, content[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        else:
+            resized = zoomed(x, content, order=0)
         return center_fit(resized, size, 0)
 
     def spacing_after(
@@ -82,13 +89,18 @@ def resize_image(x: np.ndarray, size: Sequence[int], antialias: bool) -> np.ndar
     if tuple(x.shape) == tuple(size):
         return x
     if not antialias:
-        from scipy import ndimage
-
-        return ndimage.zoom(x, (size[0] / x.shape[0], size[1] / x.shape[1]), order=3)
+        return zoomed(x, size, order=3)
     shrunk = (min(size[0], x.shape[0]), min(size[1], x.shape[1]))
     if shrunk != x.shape:
         x = cv2.resize(x, shrunk[::-1], interpolation=cv2.INTER_AREA)
     return x if shrunk == tuple(size) else cv2.resize(x, (size[1], size[0]), interpolation=cv2.INTER_CUBIC)
+
+
+def zoomed(x: np.ndarray, size: Sequence[int], order: int) -> np.ndarray:
+    """SciPy's spline from corner pixel to corner pixel."""
+    from scipy import ndimage
+
+    return ndimage.zoom(x, [m / n for m, n in zip(size, x.shape, strict=True)], order=order)
 
 
 def center_fit(x: np.ndarray, size: Sequence[int], fill: float) -> np.ndarray:

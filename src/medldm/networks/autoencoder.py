@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.errors import InputError
 from medldm.networks.layers import (
     AttentionBlock,
     Downsample,
@@ -118,6 +119,8 @@ class VQAutoencoder(nn.Module):
     decoder_map_channels: channels of a semantic map that SPADE norms of the decoder see; None means plain
     norms. spade_kernel: their kernel, a number or one per axis. latent_kernel: kernel of the last encoder and
     first decoder convolution (None: the 1x1 convolutions around the quantiser alone do it, as in TATS).
+    image_range: of the grey levels that it works in, "signed" [-1, 1] or "unit" [0, 1] (ALDM of 2023);
+    images are in [-1, 1] outside.
     use_checkpoint: recompute residual blocks in the backward pass to save memory, those with SPADE norms and
     their 128 hidden channels at full resolution among them.
     """
@@ -143,6 +146,7 @@ class VQAutoencoder(nn.Module):
         padding_mode: str = "zeros",
         latent_kernel: int | None = 3,
         output_activation: str = "none",
+        image_range: str = "signed",
         decoder_map_channels: int | None = None,
         spade_kernel: int | Sequence[int] = 3,
         spade_hidden_channels: int = 128,
@@ -154,11 +158,13 @@ class VQAutoencoder(nn.Module):
             raise ValueError(f"layout '{layout}' is none of {', '.join(LAYOUTS)}")
         if output_activation not in ("none", "tanh"):
             raise ValueError(f"output_activation '{output_activation}' is none of none, tanh")
+        if image_range not in ("signed", "unit"):
+            raise InputError(f"model.autoencoder.image_range={image_range} is none of signed, unit")
         axis_strides = [per_axis(stride, spatial_dims) for stride in strides]
         self.spatial_dims, self.image_channels = spatial_dims, image_channels
         self.latent_channels = latent_channels
         self.downsampling = tuple(math.prod(factors) for factors in zip(*axis_strides, strict=True))
-        self.output_activation = output_activation
+        self.output_activation, self.is_unit = output_activation, image_range == "unit"
         self.latent_halo = 0 if latent_kernel is None else latent_kernel // 2
         self.decoder_map_channels = decoder_map_channels
 
@@ -228,8 +234,11 @@ class VQAutoencoder(nn.Module):
         divide.
         """
         self.check_size(x)
-        h = F.silu(self.encoder_norm(self.encoder(self.stem(x))))
+        h = F.silu(self.encoder_norm(self.encoder(self.first(x))))
         return self.pre_quantizer(self.to_latent(h))  # (B, Cz, *S/f)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.stem((x + 1) / 2 if self.is_unit else x)
 
     def check_size(self, x: Tensor) -> None:
         for size, factor in zip(x.shape[2:], self.downsampling, strict=True):
@@ -253,7 +262,8 @@ class VQAutoencoder(nn.Module):
 
     def last(self, h: Tensor) -> Tensor:
         x = self.head(h)
-        return torch.tanh(x) if self.output_activation == "tanh" else x
+        x = torch.tanh(x) if self.output_activation == "tanh" else x
+        return 2 * x - 1 if self.is_unit else x
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Quantized]:
         quantized = self.quantize(self.encode(x))

@@ -80,7 +80,7 @@ class TiledAutoencoder:
         """(B, C, *S) -> (B, Cz, *S/f) on the store, neither quantised nor normalised."""
         net = self.autoencoder
         net.check_size(x)
-        h = self.run(net.stem, [x.to(self.store)], halo=1)
+        h = self.run(net.first, [x.to(self.store)], halo=1)
         h = self.stack(net.encoder, h, None)
         norm = whole_norm(net.encoder_norm, h)
 
