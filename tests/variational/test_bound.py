@@ -240,7 +240,10 @@ def test_a_learned_schedule_lowers_the_bound_or_its_variance(interior, num_times
     after = profile().detach()
     if num_timesteps is None:
         assert after.mean().item() == pytest.approx(before.mean().item(), rel=0.03)
-        assert interior == "bound" or after.std() < 0.75 * before.std()
+    if interior == "variance":
+        assert after.std() < 0.75 * before.std()
+    elif num_timesteps is None:
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)  # the bound does not depend on the share
     elif interior == "bound":
         assert after.mean() < 0.93 * before.mean()
     assert float(schedule.gamma(torch.zeros(()))) == pytest.approx(-13.3, abs=1e-4)
