@@ -12,8 +12,9 @@ from torch import Tensor, nn
 class SPADE(nn.Module):
     """Parameter-free norm of x, scaled and shifted by two maps computed from the condition.
 
-    Outside training the maps of every condition tensor that is alive are kept: a sampler calls with the same
-    static map (or one for each window) at every step, and they do not depend on the step.
+    With `keeps_maps`, outside training, the maps of every condition tensor that is alive are kept: a sampler
+    calls a denoiser with the same static map (or one for each window) at every step, and they do not depend
+    on the step. A decoder uses each map once and keeps none.
     kernel_size: a number, or one per axis ([1, 3, 3] in Med-LSDM).
     """
 
@@ -26,6 +27,7 @@ class SPADE(nn.Module):
         hidden_channels: int = 128,
         groups: int | None = None,
         kernel_size: int | Sequence[int] = 3,
+        keeps_maps: bool = False,
     ) -> None:
         super().__init__()
         conv = getattr(nn, f"Conv{spatial_dims}d")
@@ -35,6 +37,7 @@ class SPADE(nn.Module):
         self.shared = conv(map_channels, hidden_channels, kernel_size, padding=padding)
         self.gamma = conv(hidden_channels, channels, kernel_size, padding=padding)
         self.beta = conv(hidden_channels, channels, kernel_size, padding=padding)
+        self.keeps_maps = keeps_maps
         self._kept: dict[int, tuple] = {}
 
     def modulation(self, spade: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
@@ -45,7 +48,7 @@ class SPADE(nn.Module):
         return self.gamma(hidden), self.beta(hidden)
 
     def _modulation_kept(self, spade: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        if self.training or torch.is_grad_enabled():
+        if not self.keeps_maps or self.training or torch.is_grad_enabled():
             self._kept.clear()
             return self.modulation(spade, size)
         key, version = id(spade), (size, spade._version, self.gamma.weight._version)

@@ -208,7 +208,12 @@ class UNet(nn.Module):
         spade = plain
         if spade_channels is not None:
             spade = partial(
-                SPADE, spatial_dims, map_channels=spade_channels, groups=8, kernel_size=spade_kernel
+                SPADE,
+                spatial_dims,
+                map_channels=spade_channels,
+                groups=8,
+                kernel_size=spade_kernel,
+                keeps_maps=True,
             )
 
         def full_attention(width: int) -> nn.Module:
