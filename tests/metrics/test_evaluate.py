@@ -275,3 +275,38 @@ def test_a_row_that_cannot_be_made_is_said(call, folders):
 
 def test_an_unknown_attribute_to_match_is_named(call, folders):
     assert "no attribute 'vendor'; choose auto or from" in fail(call, folders, "metrics.match=[vendor]")
+
+
+# ---- edges that were given, and edges that were not ----
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "said"),
+    [
+        ({"condition": ["edges"], "dropped": []}, "edge_f1_1px", "the edges differ from those of the test"),
+        ({"condition": ["edges"], "dropped": ["edges"]}, "edge_f1_real_1px", "edges withheld when"),
+        ({"condition": ["mask"], "dropped": []}, "edge_f1_real_1px", "drawn without edges"),
+        ({"condition": ["edges"], "edge_level": 0.5}, "edge_f1_1px", "edges (edge_level 0.5)"),
+    ],
+)
+def test_edges_count_as_the_condition_only_where_they_were_given(folders, call, made, name, said):
+    (folders / "samples" / "provenance.json").write_text(json.dumps(made))
+    quick = ("metrics.features=[]", "metrics.lpips=null", "metrics.image=[psnr]", "metrics.baselines=[]")
+    results, out = run(call, folders, *quick, "panel_rows=0")
+    found = {key for key in results["rows"]["generated"] if key.startswith("edge_f1")}
+    assert found == {name, name.replace("1px", "2px")} and said in out
+    assert "very test image" not in out and results["condition"]["edges_from_test_image"] == 0
+    assert results["definitions"][name].endswith("within 1 px (Chebyshev)")
+
+
+def test_pictures_of_another_program_are_not_taken_for_made_from_edges(folders, call):
+    from medldm.data.readers import read_images
+
+    (folders / "pictures").mkdir()
+    for record in read_images(folders / "samples"):
+        grey = np.rint((record.image[0] + 1) * 127.5).astype(np.uint8)
+        cv2.imwrite(str(folders / "pictures" / f"{record.id}.png"), grey)
+    quick = ("metrics.features=[]", "metrics.lpips=null", "metrics.image=[psnr]", "metrics.baselines=[]")
+    results, out = run(call, folders, f"generated={folders}/pictures", *quick, "panel_rows=0")
+    assert results["condition"]["edges_from_test_image"] is None and "is not recorded" in out
+    assert "edge_f1_real_1px" in results["rows"]["generated"]

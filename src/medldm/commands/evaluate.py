@@ -1,11 +1,15 @@
 """medldm evaluate: compare a folder of generated images with the real ones, and with baselines.
 
-The folders may hold HDF5 (as `medldm prepare` and `medldm sample` write them), NIfTI, PNG or JPEG; images are
-matched by name. Writes metrics.json (numbers with n, 95% interval over subjects, range, networks and seeds),
-per_case.csv (one line an image and row) and panels/{best,median,worst}.png.
+Images are matched by name. Writes metrics.json (numbers with n, 95% interval over subjects, range, networks
+and seeds), per_case.csv (one line an image and row) and panels/{best,median,worst}.png.
 
 keys
-  generated=DIR        images to judge
+  generated=DIR        images to judge, of any program: HDF5, NIfTI, NRRD, MetaImage, NumPy, PNG, JPEG.
+                       Volumes are brought to their reference by affine, from the grid of the source image
+                       or of the prepared case; generated_grid=array takes them as they lie
+  generated_range=auto what their values mean: unit [0, 1], symmetric [-1, 1], raw (the reference's units,
+                       such as HU), [low,high]; auto says what it decided, and refuses what is open.
+                       reference_range is the same for real images that were not prepared
   reference=DIR        real images of the same names, or a prepared data.root
   output=DIR           where the numbers go
   reconstruction=DIR   first-stage reconstructions of the same names: one more row
@@ -72,14 +76,17 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     from medldm.evaluation.diversity import measure_diversity
     from medldm.evaluation.measure import build_tools, measure
     from medldm.evaluation.origins import describe_inputs, for_report, read_provenance
-    from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, view_names
+    from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, view_names, withhold
     from medldm.evaluation.results import build_results, case_columns
     from medldm.evaluation.slices import axial_axis, orientation_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts, provenance = known_facts(folders["reference"]), read_provenance(folders)
-    pairs = match(folders, settings)
+    reading = read_as(cfg)
+    pairs = match(folders, settings, reading)
     origins = check_origins(folders, provenance, pairs, facts, cfg)
+    conditions = read_conditions(provenance.get("generated", {}))
+    withhold(pairs, conditions)
     shape = pairs[0].real.shape
     axis = axial_axis(facts, pairs[0].attributes) if len(shape) == 4 else None
     depth = 0 if axis is None else min(pair.real.shape[axis + 1] for pair in pairs)
@@ -97,10 +104,10 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
         segmenter=load_segmenter(cfg.segmenter, shape, device, facts),
         regions=settings["regions"],
     ).to(device)
+    tools.edges_given = any(pair.edges is not None for pair in pairs)
     split = cfg.train_split or provenance.get("generated", {}).get("data_split", "default")
-    training, mean_source = read_training(folders["train"], split, pairs)
+    training, mean_source = read_training(folders["train"], split, pairs, reading)
     tools.train_thumbnails = training.thumbnails if training else {}
-    conditions = read_conditions(provenance.get("generated", {}))
     rows = make_rows(
         pairs,
         settings["baselines"],
@@ -115,9 +122,9 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     shared = choose_match(conditions.matchable, partial(has_partner, pairs), relax=True).attributes
     diversity = measure_diversity(pairs, alike, settings["ms_ssim_pairs"], cfg.seed, shared)
     results = build_results(
-        pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity, rows.matches
+        pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity, rows.matches, conditions
     )
-    results["warnings"] = rows.missing + results["warnings"]
+    results["warnings"] = [*reading.notes, *rows.missing, *results["warnings"]]
     results |= {"folders": folders, "mean_image": mean_source, "metrics": settings}
     results |= {"dataset": facts.get("dataset"), "panels_by": panel_metric(measured.values["generated"])}
     results["warnings"] = [*results["warnings"], *origins]
@@ -156,16 +163,29 @@ def check_origins(
     return lines
 
 
-def match(folders: Mapping[str, Path | None], settings: Mapping) -> list:
+def read_as(cfg):  # noqa: ANN001, ANN201
+    """How images of other programs are read."""
+    from omegaconf import OmegaConf
+
+    from medldm.evaluation.foreign import Reading
+
+    ranges = {
+        key: OmegaConf.to_container(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
+        for key in ("generated_range", "reference_range")
+    }
+    return Reading(**ranges, grid=cfg.generated_grid)
+
+
+def match(folders: Mapping[str, Path | None], settings: Mapping, reading) -> list:  # noqa: ANN001
     """Generated images with their real partners: by name, or a translation with its source and target."""
     from medldm.evaluation.pairs import make_pairs
     from medldm.evaluation.translation import make_translation_pairs
 
     three = (folders["generated"], folders["reference"], folders["reconstruction"])
     if not settings["translation"]:
-        return make_pairs(*three)
+        return make_pairs(*three, reading)
     others = {name: folders[name] for name in ("spade", "regression") if folders[name]}
-    return make_translation_pairs(*three, others)
+    return make_translation_pairs(*three, others, reading)
 
 
 def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device, facts: Mapping):  # noqa: ANN001, ANN201
@@ -193,7 +213,7 @@ def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device, f
     return Segmenter(module.to(device).segment, module.class_names)
 
 
-def read_training(train: Path | None, split_name: str, pairs: Sequence):  # noqa: ANN201
+def read_training(train: Path | None, split_name: str, pairs: Sequence, reading):  # noqa: ANN001, ANN201
     """What is kept of the training set, and a line that says where the mean images come from."""
     from medldm.evaluation.baselines import read_training_set
     from medldm.evaluation.pairs import training_subjects
@@ -201,7 +221,7 @@ def read_training(train: Path | None, split_name: str, pairs: Sequence):  # noqa
     if train is None:
         return None, "mean over every other subject of the reference set (leave one subject out), per view"
     subjects = training_subjects(train, split_name)
-    training = read_training_set(train, subjects, {pair.subject for pair in pairs})
+    training = read_training_set(train, subjects, {pair.subject for pair in pairs}, reading)
     whose = f"split '{split_name}' of {train}" if subjects is not None else f"all of {train}"
     count = training.num_images
     return training, f"mean over {count} training images, {whose}, judged subjects left out, per view"

@@ -529,7 +529,7 @@ def read_images(
     """Images of a prepared folder, of a folder that `medldm sample` wrote, or of any folder or file of
     pictures.
 
-    HDF5 and NIfTI at the top of the folder win over pictures below it, HDF5 over a NIfTI of the same name.
+    HDF5 and volumes at the top of the folder win over pictures below it, HDF5 over a volume of the same name.
     Values: HDF5 as stored; integers of a
     picture by the range of their type; a NIfTI already within [-1, 1] as it is, any other by its own 0.5 and
     99.5 percentiles (`attributes["rescaled"]` says so). `subjects` and `ids` restrict what is read; `sample`
@@ -566,16 +566,16 @@ def list_image_files(path: Path) -> list[tuple[Path, dict]]:
         return [(path, {"id": stem_of(path)})]
     if (path / "index.json").is_file() or (path / AUTHOR_INDEX).is_file():
         return [(path / case["file"], case) for case in load_index(path)["cases"]]
-    top = [path / name for name in next(walk(path))[1] if (path / name).is_file()]
+    top = [path / name for name in next(walk(path))[1] if (path / name).is_file() and is_image(path / name)]
     known = {stem_of(p) for p in top if has_suffix(p, HDF5_SUFFIXES)}
-    files = [
-        p
-        for p in top
-        if has_suffix(p, HDF5_SUFFIXES) or (has_suffix(p, NIFTI_SUFFIXES) and stem_of(p) not in known)
+    files = [p for p in top if has_suffix(p, HDF5_SUFFIXES)]
+    files += [
+        p for p in top if not has_suffix(p, HDF5_SUFFIXES + RASTER_SUFFIXES) and stem_of(p) not in known
     ]
     if not files:
         below = (folder / name for folder, names in walk(path) for name in names)
-        files = sorted(p for p in below if has_suffix(p, RASTER_SUFFIXES + NIFTI_SUFFIXES))
+        files = [p for p in below if is_image(p) and not has_suffix(p, HDF5_SUFFIXES)]
+    files.sort()
     return [(file, {"id": stem_of(file)}) for file in files]
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from medldm.data.readers import read_images
 from medldm.errors import InputError
 from medldm.evaluation.conditions import MATCHABLE, Conditions
-from medldm.evaluation.pairs import Pair
+from medldm.evaluation.foreign import Reading, settle_reference
+from medldm.evaluation.pairs import Pair, known_facts, read_folder
 from medldm.evaluation.stored import Image, StoredImage, load
 from medldm.metrics.memorization import thumbnails
 
@@ -158,15 +159,19 @@ class TrainingSet(NamedTuple):
 
 
 def read_training_set(
-    train: Path, subjects: Collection[str] | None, evaluated: Collection[str]
+    train: Path, subjects: Collection[str] | None, evaluated: Collection[str], reading: Reading
 ) -> TrainingSet:
     """Mean and thumbnails of the training images; subjects under evaluation are left out."""
     means, small = MeanImages(), defaultdict(list)
-    for record in read_images(train, subjects=subjects):
+    if known_facts(train):
+        records = read_images(train, subjects=subjects)
+    else:
+        records = settle_reference(train, read_folder(train), reading).values()
+    for record in records:
         if record.subject not in evaluated:
-            means.add(record.image, record.attributes)
-            image = torch.from_numpy(np.asarray(record.image, np.float32))[None]
-            small[record.image.shape].append(thumbnails(image))
+            image = np.asarray(load(record.image), np.float32)
+            means.add(image, record.attributes)
+            small[image.shape].append(thumbnails(torch.from_numpy(image)[None]))
     return TrainingSet(means, {shape: torch.cat(parts) for shape, parts in small.items()})
 
 

@@ -62,6 +62,7 @@ class Tools:
     recipe: EdgeRecipe
     view_names: Sequence[str] = ()
     tolerances: Sequence[int] = ()
+    edges_given: bool = True  # whether images were made from edges that are known
     networks: dict[str, nn.Module] = field(default_factory=dict)
     lpips: nn.Module | None = None
     segmenter: Segmenter | None = None
@@ -233,23 +234,30 @@ def measure_nearest(images: Tensor, tools: Tools) -> dict[str, np.ndarray]:
 
 
 def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:
-    """Edges found again in 2D images against those they were made from; nothing where none are stored."""
-    if images.ndim != 4 or any(pair.edges is None for pair in pairs):
+    """Edges found again in 2D images against those they were made from, or, where no image was made from any,
+    against those of the real images, under another name; NaN where none are stored.
+    """
+    wanted = [pair.edges if tools.edges_given else pair.real_edges for pair in pairs]
+    index = [i for i, edges in enumerate(wanted) if edges is not None]
+    if images.ndim != 4 or not index:
         return {}
-    pictures = zip(images[:, 0].cpu().numpy(), pairs, strict=True)
-    found = np.stack([tools.recipe_for(pair)(picture) for picture, pair in pictures])[:, None]
-    wanted = np.stack([pair.edges for pair in pairs])
-    found, edges = (torch.from_numpy(maps).float() for maps in (found, wanted))
-    return {
-        f"edge_f1_{tolerance}px": edge_f1(found, edges, tolerance=tolerance).numpy()
-        for tolerance in tools.tolerances
-    }
+    pictures = images[:, 0].cpu().numpy()
+    found = np.stack([tools.recipe_for(pairs[i])(pictures[i]) for i in index])[:, None]
+    given = np.stack([wanted[i] for i in index])
+    found, given = (torch.from_numpy(maps).float() for maps in (found, given))
+    table = {}
+    for tolerance in tools.tolerances:
+        values = np.full(len(pairs), np.nan)
+        values[index] = edge_f1(found, given, tolerance=tolerance).numpy()
+        table[f"edge_f1_{'' if tools.edges_given else 'real_'}{tolerance}px"] = values
+    return table
 
 
 class Measured(NamedTuple):
     values: dict[str, dict[str, np.ndarray]]  # row -> metric -> (N,), NaN where there is none
     features: dict[str, dict[str, Tensor]]  # network -> row or "real" -> (M, D), (M, n, D) of slices
     present: dict[str, np.ndarray]  # row -> (N,) bool: the M images that it is on
+    constant: dict[str, list[str]]  # generated, real -> names of images that are flat
 
 
 class Measuring:
@@ -259,6 +267,7 @@ class Measuring:
         self.pairs, self.rows, self.tools = pairs, rows, tools
         self.values: dict[str, dict[str, np.ndarray]] = {}
         self.present: dict[str, np.ndarray] = {}
+        self.constant: dict[str, list[str]] = {"generated": [], "real": []}
         self.features: dict[str, dict[str, list[Tensor]]] = {name: {} for name in tools.networks}
 
     def tensor(self, arrays: Sequence[Image]) -> Tensor:
@@ -271,6 +280,11 @@ class Measuring:
             table = self.values.setdefault(row, {})
             table.setdefault(name, np.full(len(self.pairs), np.nan))[index] = value
 
+    def note_constant(self, row: str, images: Tensor, pairs: Sequence[Pair]) -> None:
+        flat = images.flatten(1)
+        is_flat = (flat.amax(1) == flat.amin(1)).tolist()
+        self.constant[row] += [pair.id for pair, yes in zip(pairs, is_flat, strict=True) if yes]
+
     def store_features(self, row: str, images: Tensor) -> None:
         for name, network in self.tools.networks.items():
             self.features[name].setdefault(row, []).append(network(images).double().cpu())
@@ -280,6 +294,7 @@ class Measuring:
         """Measure one chunk in every row."""
         everything = np.arange(chunk.start, chunk.start + len(chunk.pairs))
         real = self.tensor([pair.real for pair in chunk.pairs])
+        self.note_constant("real", real, chunk.pairs)
         self.store_features("real", real)
         self.store("real", everything, measure_edges(real, chunk.pairs, self.tools))
         self.store("real", everything, measure_dice(real, chunk.pairs, self.tools))
@@ -292,6 +307,7 @@ class Measuring:
             pairs = [self.pairs[i] for i in index]
             self.store(row, index, measure_images(batch, real[index - chunk.start], pairs, self.tools))
             if row == "generated":
+                self.note_constant(row, batch, pairs)
                 self.store(row, index, measure_nearest(batch, self.tools))
             if row in FEATURE_ROWS:
                 self.store_features(row, batch)
@@ -317,7 +333,7 @@ class Measuring:
             name: {row: torch.cat(parts) for row, parts in rows.items()}
             for name, rows in self.features.items()
         }
-        return Measured(values, features, self.present)
+        return Measured(values, features, self.present, self.constant)
 
 
 def diversity(samples: Sequence[Tensor]) -> np.ndarray:

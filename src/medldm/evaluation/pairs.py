@@ -4,16 +4,26 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from medldm.attributes import UNKNOWN
 from medldm.data.edges import EdgeRecipe
-from medldm.data.readers import ImageRecord, list_image_files, load_index, open_hdf5, read_images
+from medldm.data.readers import (
+    AUTHOR_INDEX,
+    HDF5_SUFFIXES,
+    ImageRecord,
+    has_suffix,
+    hdf5_records,
+    list_image_files,
+    load_index,
+    open_hdf5,
+)
+from medldm.data.recipe import Recipe, recipe_of
 from medldm.data.splits import read_splits
 from medldm.errors import InputError
+from medldm.evaluation.conditions import Conditions
+from medldm.evaluation.foreign import EXTREMES, Reading, look, settle, settle_reference
 from medldm.evaluation.slices import axial_axis
 from medldm.evaluation.stacks import holds_slices, read_stacks
 from medldm.evaluation.stored import Image, load, store
@@ -21,6 +31,7 @@ from medldm.evaluation.stored import Image, load, store
 IDENTITY = ("view", "phase", "slice_index")
 KINDS = ("view", "phase", "label", "pair")
 THIRDS = ("first", "middle", "last")
+NUM_BROKEN = 5  # files named in a line
 CARDIAC_NAMES = {"view": ["SA", "LA"], "phase": ["ED", "ES"]}
 
 
@@ -36,10 +47,11 @@ class Pair:
     real: Image
     generated: list[Image]
     reconstruction: Image | None
-    edges: np.ndarray | None  # (1, *S) {0, 1}: the condition, else the edges stored with the real image
+    edges: np.ndarray | None  # (1, *S) {0, 1}: the condition; None where it had none, or none is known
     mask: Image | None
     edges_from_real: bool | None  # whether the condition's edges are those of the very test image
     attributes: dict
+    real_edges: np.ndarray | None = None  # (1, *S) {0, 1}: those stored with the real image
     source: Image | None = None  # what a translation started from
     others: dict[str, Image | None] = field(default_factory=dict)  # more rows: the same image by other means
 
@@ -65,7 +77,10 @@ def stored_names(path: Path) -> dict[str, str]:
     """Name by position -> name by row of the prepared case, for files that hold some of its slices."""
     names: dict[str, str] = {}
     for file in sorted(path.glob("*.h5")):
-        reader = open_hdf5(file)
+        try:
+            reader = open_hdf5(file)
+        except InputError:  # named with all others, when the images are read
+            continue
         if "row" in reader:
             rows = reader.read("row").tolist()
             names |= {f"{file.stem}_{i:03d}": f"{file.stem}_{row:03d}" for i, row in enumerate(rows)}
@@ -73,33 +88,87 @@ def stored_names(path: Path) -> dict[str, str]:
 
 
 def read_folder(path: Path, *, ids: Collection[str] | None = None, sample: int = 0) -> dict[str, ImageRecord]:
-    """Every image of a folder by name; InputError where two files would have the same name."""
+    """Every image of a folder by name, those of other programs not placed yet (`ForeignImage`).
+
+    InputError where two files would have the same name, or some cannot be used: all of them are named.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
     names = stored_names(path)
-    files = {case["id"]: file for file, case in list_image_files(path)} if path.exists() else {}
     wanted = ids if ids is None or not names else {old for old, new in names.items() if new in ids} | set(ids)
+    files = list_image_files(path)
     records: dict[str, ImageRecord] = {}
-    for record in read_images(path, ids=wanted, sample=sample):
-        name = names.get(record.id, record.id)
-        if ids is not None and name not in ids:
+    broken: list[str] = []
+    for file, case in files:
+        try:
+            found = read_file(file, case, wanted, sample)
+        except InputError as error:
+            broken.append(str(error))
             continue
-        if name in records:
-            raise InputError(f"{path}: two images are named {name}; put one of them elsewhere")
-        if not np.isfinite(record.image).all():
-            raise InputError(f"{path}: '{name}' holds values that are not finite; write it again")
-        records[name] = store(record._replace(id=name), files.get(record.id), sample)
+        for record in found:
+            name = names.get(record.id, record.id)
+            if ids is not None and name not in ids:
+                continue
+            if name in records:
+                raise InputError(f"{path}: two images are named {name}; put one of them elsewhere")
+            if isinstance(record.image, np.ndarray) and not np.isfinite(record.image).all():
+                broken.append(f"{path}: '{name}' holds values that are not finite; write it again")
+                continue
+            records[name] = store(told_apart(record, path)._replace(id=name), file, sample)
+    check_broken(path, broken, len(files))
+    if not records:
+        raise InputError(f"{path}: holds no images that fit; expected HDF5, NIfTI, NRRD, NumPy, PNG or JPEG")
     return records
 
 
-def read_matching(path: Path, ids: Collection[str], against: Path) -> dict[str, ImageRecord]:
-    """The images of `path` with these names; every name must be there."""
-    first = next(islice(read_images(path), 1))
+def read_file(file: Path, case: dict, ids: Collection[str] | None, sample: int) -> Iterable[ImageRecord]:
+    """The images of one file."""
+    if has_suffix(file, HDF5_SUFFIXES):
+        return list(hdf5_records(file, case, None, ids, sample))
+    if ids is not None and case["id"] not in ids:
+        return []
+    image = look(file)
+    is_slice = len(image.shape) == 2 and image.affine is None
+    subject = re.sub(r"_\d+$", "", case["id"]) if is_slice else case["id"]
+    return [ImageRecord(case["id"], subject, image, {}, None, None)]
+
+
+def told_apart(record: ImageRecord, path: Path) -> ImageRecord:
+    """With its extremes where neither an index nor a provenance.json says that medldm wrote it."""
+    known = any((path / name).is_file() for name in ("index.json", "provenance.json", AUTHOR_INDEX))
+    if known or not isinstance(record.image, np.ndarray):
+        return record
+    ends = float(record.image.min()), float(record.image.max())
+    return record._replace(attributes=record.attributes | {EXTREMES: ends})
+
+
+def check_broken(path: Path, broken: list[str], num_files: int) -> None:
+    """InputError that names every file that cannot be used, as far as they fit in a line."""
+    if len(broken) == 1:
+        raise InputError(broken[0])
+    if broken:
+        shown = "; ".join(line.partition("; ")[0] for line in broken[:NUM_BROKEN])
+        more = f"; and {len(broken) - NUM_BROKEN} more" if len(broken) > NUM_BROKEN else ""
+        raise InputError(
+            f"{path}: {len(broken)} of {num_files} files cannot be used: {shown}{more}; write them again, or "
+            "take them out"
+        )
+
+
+def read_matching(
+    path: Path, ids: Collection[str], against: Path, reading: Reading | None = None
+) -> dict[str, ImageRecord]:
+    """The images of `path` with these names; every name must be there. With `reading` they are the real ones,
+    each in its own place.
+    """
     try:
         records = read_folder(path, ids=ids)
     except InputError as error:
         if path.exists() and "holds no images that fit" in str(error):
+            first = next(iter(read_folder(path)))
             raise InputError(
                 f"{against}: no image has a name in common with {path} "
-                f"('{sorted(ids)[0]}' here, '{first.id}' there); give folders whose files are named alike"
+                f"('{sorted(ids)[0]}' here, '{first}' there); give folders whose files are named alike"
             ) from error
         raise
     missing = sorted(set(ids) - records.keys())
@@ -108,7 +177,14 @@ def read_matching(path: Path, ids: Collection[str], against: Path) -> dict[str, 
             f"{against}: '{missing[0]}' has no image of that name in {path} "
             f"({len(missing)} of {len(ids)} missing); take it out or add its reference"
         )
-    return records
+    return records if reading is None else settle_reference(path, records, reading)
+
+
+def count_samples(file: Path) -> int:
+    reader, num = open_hdf5(file), 1
+    while f"images_{num}" in reader:
+        num += 1
+    return num
 
 
 def read_samples(path: Path) -> list[dict[str, ImageRecord]]:
@@ -116,8 +192,14 @@ def read_samples(path: Path) -> list[dict[str, ImageRecord]]:
     folders = sorted(path.glob("sample_*/"), key=lambda folder: int(re.sub(r"\D", "", folder.name) or 0))
     files = sorted(path.glob("*.h5"))
     num_samples = 0 if folders and not files and not any(path.glob("*.nii*")) else 1
-    while files and f"images_{num_samples}" in open_hdf5(files[0]):
-        num_samples += 1
+    counts = {file: count_samples(file) for file in files}
+    if counts:
+        num_samples = counts[files[0]]
+        odd = next((file for file, count in counts.items() if count != num_samples), None)
+        if odd is not None:
+            raise InputError(
+                f"{odd}: holds {counts[odd]} samples and {files[0].name} {num_samples}; sample again"
+            )
     samples = [read_folder(path, sample=k) for k in range(num_samples)]
     samples += [read_folder(folder) for folder in folders]
     for extra in samples[1:]:
@@ -146,24 +228,33 @@ def check_pair(record: ImageRecord, real: ImageRecord, folder: Path) -> None:
 def same_edges(record: ImageRecord, real: ImageRecord) -> bool | None:
     """Whether the condition's edges are those stored with the test image; None where either is unknown."""
     if record.edges is None or real.edges is None:
-        return None if real.edges is None else True
+        return None
     return bool(np.array_equal(record.edges, real.edges))
 
 
-def make_pairs(generated: Path, reference: Path, reconstruction: Path | None) -> list[Pair]:
+def make_pairs(
+    generated: Path, reference: Path, reconstruction: Path | None, reading: Reading | None = None
+) -> list[Pair]:
     """Match the folders by image name; the reference is restricted to what was generated. Against prepared
     volumes, pictures are slices of volumes (`stacks`).
 
-    Raises InputError naming the file where a name has no partner or shapes differ.
+    Images of other programs are brought to their reference as `reading` says, which then holds what was
+    decided. Raises InputError naming the file where a name has no partner or shapes differ.
     """
-    facts = known_facts(reference)
+    facts, reading = known_facts(reference), Reading() if reading is None else reading
+    reading.recipe = volume_recipe(facts)
     if facts.get("spatial_dims") == 3 and holds_slices(generated):
         samples = [read_stacks(generated, axial_axis(facts, {}))]
     else:
         samples = read_samples(generated)
     ids = samples[0].keys()
-    reals = read_matching(reference, ids, generated)
-    rebuilt = read_matching(reconstruction, ids, generated) if reconstruction else {}
+    reals = read_matching(reference, ids, generated, reading)
+    samples = [settle(generated, sample, reals, reading) for sample in samples]
+    rebuilt = {}
+    if reconstruction:
+        rebuilt = read_matching(reconstruction, ids, generated)
+        rebuilt = settle(reconstruction, rebuilt, reals, reading, "reconstruction")
+    note_rest(reference, facts, len(ids), reading)
     pairs = []
     for name, record in samples[0].items():
         real, again = reals[name], rebuilt.get(name)
@@ -178,13 +269,41 @@ def make_pairs(generated: Path, reference: Path, reconstruction: Path | None) ->
                 real=real.image,
                 generated=[sample[name].image for sample in samples],
                 reconstruction=None if again is None else again.image,
-                edges=real.edges if record.edges is None else record.edges,
+                edges=record.edges,
+                real_edges=real.edges,
                 mask=real.mask if record.mask is None else record.mask,
                 edges_from_real=same_edges(record, real),
                 attributes={**record.attributes, **real.attributes},
             )
         )
     return pairs
+
+
+def withhold(pairs: Iterable[Pair], conditions: Conditions) -> None:
+    """Forget the edges in the files of samples that were drawn without them."""
+    if conditions.given("edges") is False:
+        for pair in pairs:
+            pair.edges = pair.edges_from_real = None
+
+
+def volume_recipe(facts: dict) -> Recipe | None:
+    """How prepared volumes were made, where their index tells all of it."""
+    stated = facts.get("preprocess") or {}
+    if facts.get("spatial_dims") != 3 or any(name not in stated for name in Recipe.__dataclass_fields__):
+        return None
+    return recipe_of(facts)
+
+
+def note_rest(reference: Path, facts: dict, num: int, reading: Reading) -> None:
+    """How many of the real images have no generated one and take no part."""
+    if facts:
+        total = sum(int(case.get("num_slices", 1)) for case in facts["cases"])
+    else:
+        total = len(list_image_files(reference))
+    if total > num:
+        reading.note(
+            f"{num} of the {total} images of {reference} have a generated one; the others take no part"
+        )
 
 
 def known_facts(reference: Path) -> dict:
@@ -207,8 +326,6 @@ def view_names(facts: dict) -> list[str]:
 
 def name_of(kind: str, value: object, facts: dict) -> str | None:
     """'SA' for view 0: by the names that the data set gives, else the number."""
-    if value == UNKNOWN:
-        return "unknown"
     if value is None or not str(value).isdigit():
         return None if value is None else str(value)
     names = facts.get("label_values" if kind == "label" else f"{kind}_names") or CARDIAC_NAMES.get(kind, [])

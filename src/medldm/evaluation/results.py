@@ -2,13 +2,14 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from medldm.evaluation.baselines import Match, describe_row
+from medldm.evaluation.conditions import Conditions
 from medldm.evaluation.measure import Measured, Tools, distances, entry_of
 from medldm.evaluation.pairs import Pair, count_subjects
 from medldm.evaluation.regions import REGIONS
@@ -20,6 +21,15 @@ from medldm.metrics.summary import Bootstrap, Table, paired_differences, select,
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
 NUM_NAMED = 3  # images named in a line
 NEAR = 0.05  # of the real held-out images are as near to a training image as this share says
+DIFFERENT = "the edges differ from those of the test images (degraded or drawn)"
+NOT_GIVEN = (
+    "the images were drawn without edges: edge_f1_real compares with the edges of the real image, which the "
+    "model did not see"
+)
+NOT_RECORDED = (
+    "whether the images were made from edges is not recorded: edge_f1_real compares with the edges of the "
+    "real image"
+)
 UNKNOWN_EDGES = "no conditioning edges are stored with these images"
 FROM_REAL = (
     "the edges come from the very test image: paired metrics then measure how well the image is rebuilt from "
@@ -84,16 +94,54 @@ def warn_cases(cases: Mapping) -> list[str]:
     ]
 
 
-def describe_condition(pairs: Sequence[Pair]) -> dict:
-    """Whether the conditioning edges are those of the test images: paired numbers then mean less."""
+def warn_constant(measured: Measured) -> list[str]:
+    return [
+        f"{len(names)} {row} images are constant: {', '.join(names[:NUM_NAMED])}"
+        + (", ..." if len(names) > NUM_NAMED else "")
+        for row, names in measured.constant.items()
+        if names
+    ]
+
+
+def describe_condition(pairs: Sequence[Pair], conditions: Conditions) -> dict:
+    """What the images were made from, and whether conditioning edges are those of the test images: paired
+    numbers then mean less. `edges_from_test_image` is None where nothing is known of edges.
+    """
+    lines = list(describe_conditions(conditions))
     known = [pair.edges_from_real for pair in pairs if pair.edges_from_real is not None]
-    if not known:
-        return {"edges_from_test_image": None, "note": UNKNOWN_EDGES}
-    share = sum(known) / len(known)
-    note = (
-        FROM_REAL if share else "the edges differ from those of the test images (degraded, drawn or absent)"
-    )
-    return {"edges_from_test_image": share, "note": note}
+    share, note = None, UNKNOWN_EDGES
+    if known:
+        share = sum(known) / len(known)
+        note = FROM_REAL if share else DIFFERENT
+        if 0 < share < 1:
+            note = f"of {sum(known)} of {len(known)} images {FROM_REAL}"
+    elif any(pair.real_edges is not None for pair in pairs):
+        share = None if conditions.given("edges") is None else 0.0
+        note = NOT_RECORDED if share is None else NOT_GIVEN
+    if note != UNKNOWN_EDGES:
+        lines.append(note)
+    return {"edges_from_test_image": share, "note": note, "lines": lines, **conditions.as_dict()}
+
+
+def describe_conditions(conditions: Conditions) -> Iterator[str]:
+    """One line on what the model was told, one on what was withheld."""
+    if conditions.arrays is not None:
+        level = conditions.edge_level
+        names = [
+            f"edges (edge_level {level})" if name == "edges" and level is not None else name
+            for name in (*conditions.arrays, *(conditions.attributes or ()))
+        ]
+        yield f"the model takes {', '.join(names) or 'no condition'}"
+    if conditions.dropped:
+        yield f"{', '.join(conditions.dropped)} withheld when the images were drawn"
+
+
+def warn_map(measured: Measured, conditions: Conditions) -> list[str]:
+    """One line where Dice compares with a map that the images were not made from."""
+    has_dice = any(name.startswith("dice_") for name in measured.values["generated"])
+    if not has_dice or conditions.given("mask") is not False:
+        return []
+    return ["dice: the images were drawn without the map; it compares with the map of the real image"]
 
 
 def describe_networks(tools: Tools) -> dict:
@@ -113,7 +161,8 @@ def warn_rescaled(pairs: Sequence[Pair]) -> list[str]:
     """One line where values had to be brought into range: paired numbers then depend on how."""
     num = sum(bool(pair.attributes.get("rescaled")) for pair in pairs)
     return [
-        f"{num} images were outside [-1, 1] and rescaled by their own percentiles; paired numbers feel it"
+        f"{num} real images are in raw units: each one's own 0.5 and 99.5 percentiles became -1 and 1, for "
+        "what is generated for it too"
     ][: bool(num)]
 
 
@@ -178,6 +227,7 @@ def definitions(measured: Measured) -> dict[str, str]:
         "clearly below the row `real` means repeated training images",
         "diversity_rmse": "mean pairwise RMSE on [0, 1] between the K samples of a condition",
         **{f"edge_f1_{t}px": definition(t) for t in range(1, 10)},
+        **{f"edge_f1_real_{t}px": definition(t, "the edges of the real image") for t in range(1, 10)},
     }
     for name in [name for name in names if name.rpartition("_")[2] in REGIONS]:
         metric, _, region = name.rpartition("_")
@@ -217,6 +267,7 @@ def build_results(
     kernel: Mapping[str, int],
     diversity: Mapping,
     matches: Mapping[str, Match],
+    conditions: Conditions,
 ) -> dict:
     """Everything that metrics.json says about the numbers; the command adds paths and provenance."""
     subjects = [pair.subject for pair in pairs]
@@ -255,8 +306,14 @@ def build_results(
             "real_halves": "half of the real subjects against the other half: what real images score",
         },
         "networks": networks,
-        "warnings": warn_cases(cases) + warn_rescaled(pairs) + warn_small(distribution, networks),
-        "condition": describe_condition(pairs),
+        "warnings": [
+            *warn_cases(cases),
+            *warn_constant(measured),
+            *warn_map(measured, conditions),
+            *warn_rescaled(pairs),
+            *warn_small(distribution, networks),
+        ],
+        "condition": describe_condition(pairs, conditions),
         "memorization": describe_memorization(measured),
         "dice_ratio": dice_ratios(measured, subjects, bootstrap),
         "diversity": dict(diversity),

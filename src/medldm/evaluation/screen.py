@@ -231,6 +231,12 @@ def group_tables(results: Mapping) -> Iterator[Table]:
         yield table
 
 
+def condition_lines(results: Mapping) -> list[str]:
+    """What the images were made from; an older metrics.json tells of edges alone."""
+    condition = results["condition"]
+    return condition.get("lines", [condition["note"]] * (condition["edges_from_test_image"] is not None))
+
+
 def notes(results: Mapping) -> Iterator[str]:
     """What must be read with the numbers: missing weights, small n, where the condition came from."""
     whys: dict[str, list[str]] = {}
@@ -247,5 +253,4 @@ def notes(results: Mapping) -> Iterator[str]:
             f"{share:.1%} of the generated images lie as near to a training image as the nearest {near:.0%} "
             f"of the real ones (n = {memorization['n']} and {memorization['n_real']})"
         )
-    if results["condition"]["edges_from_test_image"] is not None:
-        yield f"condition: {results['condition']['note']}"
+    yield from (f"condition: {line}" for line in condition_lines(results))

@@ -15,8 +15,8 @@ from medldm.data.readers import (
     has_suffix,
     list_image_files,
     read_image,
-    to_unit_range,
 )
+from medldm.data.transforms import to_unit
 from medldm.errors import InputError
 from medldm.evaluation.stored import StoredImage
 
@@ -56,14 +56,22 @@ def stack_record(folder: Path, case: str, files: dict[int, Path], axis: int) -> 
     if gap is not None:
         raise InputError(f"{folder}: slice {gap} of '{case}' is missing; write all of its slices")
     ordered = [files[n] for n in numbers]
-    plane = to_unit_range(read_image(ordered[0]))[0].shape[1:]
+    plane = read_plane(ordered[0]).shape[1:]
     shape = (1, *plane[:axis], len(ordered), *plane[axis:])
     volume = StoredImage(shape, partial(read_stack, ordered, axis))
     return ImageRecord(case, case, volume, {}, None, None)
 
 
+def read_plane(file: Path) -> np.ndarray:
+    """(1, H, W) float32 in [-1, 1] of an 8-bit picture, as `medldm export` writes them."""
+    array = read_image(file).array
+    if array.dtype != np.uint8:
+        raise InputError(f"{file}: slices of volumes are read from 8-bit pictures, this is {array.dtype}")
+    return to_unit(array, 0, 255)[None]
+
+
 def read_stack(files: Sequence[Path], axis: int) -> np.ndarray:
-    planes = [to_unit_range(read_image(file))[0] for file in files]
+    planes = [read_plane(file) for file in files]
     odd = next((i for i, plane in enumerate(planes) if plane.shape != planes[0].shape), None)
     if odd is not None:
         raise InputError(f"{files[odd]}: has another size than the first slice of its volume")

@@ -32,7 +32,7 @@ def read_again(file: Path, sample: int, part: str) -> np.ndarray:
 
 def store(record: ImageRecord, file: Path | None, sample: int = 0) -> ImageRecord:
     """The record of a volume without its arrays; a slice keeps them, it is small."""
-    if record.image.ndim < 4 or file is None:
+    if not isinstance(record.image, np.ndarray) or record.image.ndim < 4 or file is None:
         return record
     stored = {
         part: StoredImage(array.shape, partial(read_again, file, sample, part))

@@ -3,8 +3,18 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from medldm.data.readers import ImageRecord
 from medldm.errors import InputError
-from medldm.evaluation.pairs import Pair, check_pair, known_facts, read_folder, read_matching, read_samples
+from medldm.evaluation.foreign import Reading, settle
+from medldm.evaluation.pairs import (
+    Pair,
+    check_pair,
+    known_facts,
+    read_folder,
+    read_matching,
+    read_samples,
+    volume_recipe,
+)
 
 SEPARATOR = "_to_"
 
@@ -27,7 +37,11 @@ def split_name(name: str, reference: Path, cases: dict[str, dict]) -> tuple[str,
 
 
 def make_translation_pairs(
-    generated: Path, reference: Path, reconstruction: Path | None, others: dict[str, Path]
+    generated: Path,
+    reference: Path,
+    reconstruction: Path | None,
+    others: dict[str, Path],
+    reading: Reading | None = None,
 ) -> list[Pair]:
     """Every translation with its source and target from a prepared folder, the autoencoder's rebuilding of
     the target (`reconstruction`: files named like the translation or like the target's case) and other
@@ -41,14 +55,22 @@ def make_translation_pairs(
     names = {name: split_name(name, reference, cases) for name in samples[0]}
     wanted = {parts[3] for parts in names.values()} | {name.rpartition(SEPARATOR)[0] for name in names}
     reals = read_matching(reference, wanted, generated)
+    reading = Reading() if reading is None else reading
+    reading.recipe = volume_recipe(known_facts(reference))
+    targets = {name: reals[parts[3]] for name, parts in names.items()}
+    samples = [settle(generated, sample, targets, reading) for sample in samples]
     rebuilt = {}
     if reconstruction:
         stored = read_folder(reconstruction)
         rebuilt = {name: stored.get(name, stored.get(parts[3])) for name, parts in names.items()}
         check_some(rebuilt.values(), reconstruction, generated)
-    more = {row: read_folder(folder) for row, folder in others.items()}
-    for row, records in more.items():
-        check_some([records.get(name) for name in names], others[row], generated)
+        rebuilt = settle(reconstruction, found(rebuilt), targets, reading, "reconstruction")
+    more = {}
+    for row, folder in others.items():
+        stored = read_folder(folder)
+        chosen = {name: stored.get(name) for name in names}
+        check_some(chosen.values(), folder, generated)
+        more[row] = settle(folder, found(chosen), targets, reading, row)
     pairs = []
     for name, (subject, source, target, target_id) in names.items():
         real, rows = reals[target_id], {row: records.get(name) for row, records in more.items()}
@@ -71,6 +93,10 @@ def make_translation_pairs(
             )
         )
     return pairs
+
+
+def found(records: dict[str, ImageRecord | None]) -> dict[str, ImageRecord]:
+    return {name: record for name, record in records.items() if record is not None}
 
 
 def check_some(records: Iterable, folder: Path, generated: Path) -> None:

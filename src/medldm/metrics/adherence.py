@@ -26,8 +26,8 @@ def edge_f1(found: Tensor, wanted: Tensor, *, tolerance: int) -> Tensor:
     return f1.where(num_found + num_wanted > 0, math.nan)
 
 
-def definition(tolerance: int) -> str:
+def definition(tolerance: int, wanted: str = "the conditioning edges") -> str:
     return (
-        "F1 of edges detected again on the image (the data set's recipe) against the conditioning edges, "
+        f"F1 of edges detected again on the image (the data set's recipe) against {wanted}, "
         f"matched within {tolerance} px (Chebyshev)"
     )

@@ -11,6 +11,7 @@ from medldm.evaluation.screen import (
     MARKS,
     STAR,
     brief,
+    condition_lines,
     group_size,
     metric_names,
     number,
@@ -190,8 +191,7 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
     chart = score_chart(rows, names, results["higher_is_better"]) if names else ""
     notes = list(results["warnings"])
     notes += [why] if (why := (results.get("diversity") or {}).get("missing")) else []
-    if results["condition"]["edges_from_test_image"] is not None:
-        notes.insert(0, f"Condition: {results['condition']['note']}.")
+    notes = [f"Condition: {line}." for line in condition_lines(results)] + notes
     groups = [
         element("h3", escape(f"By {group.replace('_', ' ')}")) + group_table(group, tables, results)
         for group, tables in results["groups"].items()

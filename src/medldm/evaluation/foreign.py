@@ -1,0 +1,253 @@
+"""Images of other programs, brought onto the grid and into the range of their reference, or refused.
+
+Where an image lies follows from its affine (grids.py), what its numbers mean from `generated_range` or, by
+`auto`, from what the whole folder holds and what the reference records (ranges.py). What is decided is said.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from medldm.data.readers import Image, ImageRecord, read_image
+from medldm.data.recipe import Recipe
+from medldm.data.transforms import to_unit
+from medldm.errors import InputError
+from medldm.evaluation.grids import on_grid, stored_as
+from medldm.evaluation.ranges import (
+    NAMED,
+    Limits,
+    check_range,
+    decide_range,
+    decide_reference,
+    describe_range,
+    known_limits,
+)
+from medldm.evaluation.stored import StoredImage, load
+
+GRIDS = ("affine", "array")
+BACKGROUND = -0.99  # in [-1, 1]: up to here a reference is empty
+EXTREMES = "extremes"  # attribute of an image of an HDF5 file that medldm did not write: (low, high)
+
+
+@dataclass
+class Reading:
+    """How images of other programs are read, and, in `notes`, what was decided about them.
+
+    `generated_range` and `reference_range` (plain folders; prepared ones are known): auto, unit, symmetric,
+    raw or [low, high]; `grid`: affine, or array to take voxels as they lie.
+    """
+
+    generated_range: str | Sequence[float] = "auto"
+    reference_range: str | Sequence[float] = "auto"
+    grid: str = "affine"
+    recipe: Recipe | None = None  # of the prepared reference
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for key in ("generated_range", "reference_range"):
+            check_range(key, getattr(self, key))
+        if self.grid not in GRIDS:
+            raise InputError(f"generated_grid={self.grid}: choose {' or '.join(GRIDS)}")
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+
+class ForeignImage(NamedTuple):
+    """What is known of a file before it is placed: its (squeezed) shape, type, extremes and affine."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    low: float
+    high: float
+    affine: np.ndarray | None
+
+    @property
+    def is_picture(self) -> bool:
+        """Of a type that alone tells the range: unsigned integers without a place in the body."""
+        return self.affine is None and self.dtype.kind == "u"
+
+
+def squeezed(image: Image) -> np.ndarray:
+    array = np.squeeze(image.array)
+    return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def look(file: Path) -> ForeignImage:
+    """Read a file for what it holds. InputError where it is damaged or holds values that are not finite."""
+    image = read_image(file)
+    array = squeezed(image)
+    if array.ndim not in (2, 3):
+        raise InputError(f"{file}: is neither a picture nor a volume (shape {image.array.shape})")
+    low, high = float(array.min()), float(array.max())
+    if not np.isfinite(array).all():
+        raise InputError(f"{file}: holds values that are not finite")
+    return ForeignImage(file, array.shape, array.dtype, low, high, image.affine)
+
+
+def place(image: ForeignImage, real: ImageRecord, limits: Limits, reading: Reading) -> np.ndarray:
+    """(1, *S) float32 in [-1, 1] on the grid of `real`. InputError where it cannot be brought there."""
+    shape, recipe = tuple(real.image.shape[1:]), reading.recipe
+    clip = recipe is not None and recipe.intensity.clip
+    x = to_unit(squeezed(read_image(image.file)), *limits, clip=clip and recipe.intensity.region == "volume")
+    if image.affine is None or reading.grid == "array":
+        if x.shape != shape:
+            raise InputError(
+                f"{image.file}: has shape {x.shape} and its reference {shape}; "
+                "generate at the size of the reference"
+            )
+        return x[None]
+    if real.attributes.get("affine") is None or len(shape) != 3 or x.ndim != 3:
+        raise InputError(
+            f"{image.file}: has a place in the body and its reference none, so their axes cannot be "
+            "compared; set generated_grid=array to take its values as they lie"
+        )
+    placed = on_grid(x, image.affine, real, recipe)
+    if placed is None:
+        raise InputError(
+            f"{image.file}: lies on another grid than its reference ({describe_grid(image)}); write it on "
+            "the grid of the source image or of the prepared case, or set generated_grid=array to take its "
+            "voxels as they lie"
+        )
+    check_covers(image.file, placed[1], real)
+    return stored_as(placed[0], recipe)[None]
+
+
+def describe_grid(image: ForeignImage) -> str:
+    sizes = np.linalg.norm(image.affine[:3, :3], axis=0)
+    shape, voxel = " x ".join(map(str, image.shape)), " x ".join(f"{size:.4g}" for size in sizes)
+    corner = ", ".join(f"{place:.4g}" for place in image.affine[:3, 3])
+    return f"{shape} voxels of {voxel} mm from ({corner})"
+
+
+def check_covers(file: Path, inside: np.ndarray, real: ImageRecord) -> None:
+    """InputError where the file has no voxels for a part of the reference that is not background."""
+    missing = 0.0 if inside.all() else float((~inside & (load(real.image)[0] > BACKGROUND)).mean())
+    if missing:
+        raise InputError(
+            f"{file}: has no voxels for {missing:.1%} of its reference, where that is not background; "
+            "write it on the whole grid of the source image or of the prepared case"
+        )
+
+
+# ---- whole folders ----
+
+
+def settle(
+    folder: Path,
+    records: Mapping[str, ImageRecord],
+    reals: Mapping[str, ImageRecord],
+    reading: Reading,
+    what: str = "generated",
+) -> dict[str, ImageRecord]:
+    """The records with every foreign image in place; `reals` holds the reference of each by the same name."""
+    stated, key = reading.generated_range, "generated_range"
+    foreign = {name: as_foreign(record) for name, record in records.items()}
+    images = {name: image for name, image in foreign.items() if image is not None}
+    if not images:
+        if what == "generated" and stated != "auto":
+            raise InputError(f"{key}={stated}: {folder} was written by medldm, in [-1, 1]; leave it auto")
+        return dict(records)
+    units = [known_limits(reals[name].attributes) for name in images]
+    found = decide_range(key, stated, folder, list(images.values()), units)
+    how = "as stated" if stated != "auto" else "by their type" if is_pictures(images) else "by their extremes"
+    reading.note(describe_range(what, folder, found.limits, how))
+    note_grid(what, folder, images, reading)
+    return {
+        name: record
+        if images.get(name) is None
+        else settled(record, images[name], reals[name], found.of(reals[name].attributes), reading)
+        for name, record in records.items()
+    }
+
+
+def is_pictures(images: Mapping[str, ForeignImage]) -> bool:
+    return all(image.is_picture for image in images.values())
+
+
+def note_grid(what: str, folder: Path, images: Mapping[str, ForeignImage], reading: Reading) -> None:
+    files = [image for image in images.values() if len(image.shape) == 3]
+    loose = [image for image in files if image.affine is None or reading.grid == "array"]
+    if loose:
+        reading.note(f"{what} {folder}: voxels of {len(loose)} volumes taken as they lie, not by an affine")
+    recipe = reading.recipe
+    cleaned = recipe is not None and (recipe.remove_artifacts or recipe.mask_out)
+    if len(loose) < len(files) and cleaned:
+        reading.note(f"{what} {folder}: the reference was cleaned outside the body, these images are not")
+
+
+def as_foreign(record: ImageRecord) -> ForeignImage | None:
+    """None for an image that is in [-1, 1] on the prepared grid already."""
+    if isinstance(record.image, ForeignImage):
+        return record.image
+    ends = record.attributes.get(EXTREMES)
+    shape = tuple(record.image.shape[1:])
+    return None if ends is None else ForeignImage(Path(record.id), shape, np.dtype(np.float32), *ends, None)
+
+
+def settled(
+    record: ImageRecord, image: ForeignImage, real: ImageRecord, limits: Limits, reading: Reading
+) -> ImageRecord:
+    if not isinstance(record.image, ForeignImage):
+        return record if limits == NAMED["symmetric"] else record._replace(image=mapped(record.image, limits))
+    array = place(image, real, limits, reading)
+    if array.ndim == 4:
+        return record._replace(image=StoredImage(array.shape, partial(place, image, real, limits, reading)))
+    return record._replace(image=array)
+
+
+def mapped(image, limits: Limits):  # noqa: ANN001, ANN201 - an array, or a volume that is read later
+    if isinstance(image, StoredImage):
+        return StoredImage(image.shape, lambda: to_unit(image.read(), *limits, clip=False))
+    return to_unit(image, *limits, clip=False)
+
+
+def settle_reference(
+    folder: Path, records: Mapping[str, ImageRecord], reading: Reading
+) -> dict[str, ImageRecord]:
+    """The same for real images that were not prepared: each in its own place. Raw values are scaled by the
+    image's own 0.5 and 99.5 percentiles, and what is generated for it by the same ones.
+    """
+    stated, key = reading.reference_range, "reference_range"
+    images = {name: found for name, record in records.items() if (found := as_foreign(record)) is not None}
+    if not images:
+        if stated != "auto":
+            raise InputError(f"{key}={stated}: {folder} was prepared by medldm, in [-1, 1]; leave it auto")
+        return dict(records)
+    found = decide_reference(key, stated, folder, list(images.values()))
+    how = "as stated" if stated != "auto" else "by their type" if is_pictures(images) else "by their extremes"
+    if found.limits is None:
+        how = "its own 0.5 and 99.5 percentiles, for what is generated for it too"
+    reading.note(describe_range("reference", folder, found.limits, how))
+    return {
+        name: own_place(record, images[name], found.limits) if name in images else record
+        for name, record in records.items()
+    }
+
+
+def own_place(record: ImageRecord, image: ForeignImage, limits: Limits | None) -> ImageRecord:
+    """A real image in its file's axes; `intensity_range` keeps its limits, the units of what is compared."""
+    if not isinstance(record.image, ForeignImage):
+        return record if limits == NAMED["symmetric"] else record._replace(image=mapped(record.image, limits))
+    attributes = dict(record.attributes)
+    if image.affine is not None:
+        spacing = np.linalg.norm(image.affine[:3, :3], axis=0).tolist()
+        attributes |= {"affine": image.affine, "spacing": spacing[: len(image.shape)]}
+    if limits is None:
+        low, high = np.percentile(squeezed(read_image(image.file)), (0.5, 99.5))
+        limits, attributes["rescaled"] = (float(low), float(high)), True
+    attributes["intensity_range"] = limits
+    read = partial(as_it_lies, image.file, limits)
+    is_volume = len(image.shape) == 3
+    stored = StoredImage((1, *image.shape), read) if is_volume else read()
+    return record._replace(image=stored, attributes=attributes)
+
+
+def as_it_lies(file: Path, limits: Limits) -> np.ndarray:
+    return to_unit(squeezed(read_image(file)), *limits)[None]
