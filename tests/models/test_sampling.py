@@ -1,10 +1,14 @@
 """Batches run on from case to case, and change nothing."""
 
+import json
+import shutil
+
 import h5py
 import numpy as np
 import pytest
 
 from medldm.commands import sample
+from medldm.diffusion.conditioner import SpatialConditioner
 from medldm.sampling import batches_of_items
 from tests.helpers import compose_config
 
@@ -33,3 +37,26 @@ def test_a_sample_is_the_same_in_every_batch_size(prepared, checkpoint, request,
                 np.testing.assert_allclose(one[key], many[key], atol=1e-4)
             for key in (key for key in ("edges", "semantic_maps") if key in one):
                 assert np.array_equal(one[key], many[key])
+
+
+def test_views_in_another_order_reach_the_model_as_its_own(prepared, diffusion, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "other")
+    index = json.loads((prepared / "index.json").read_text())
+    assert index["view_names"] == ["SA", "LA"]
+    index["view_names"] = ["LA", "SA"]
+    for case in index["cases"]:
+        case["slices"]["view"] = [1 - view for view in case["slices"]["view"]]
+    (tmp_path / "other" / "index.json").write_text(json.dumps(index))
+    seen: list[list[int]] = []
+    embed = SpatialConditioner.embed
+
+    def recorded(self, batch, drop):
+        seen[-1] += batch["view"].tolist()
+        return embed(self, batch, drop)
+
+    monkeypatch.setattr(SpatialConditioner, "embed", recorded)
+    for name, root in (("one", prepared), ("two", tmp_path / "other")):
+        seen.append([])
+        paths = (f"data.root={root}", f"checkpoint={diffusion}", f"output={tmp_path / name}")
+        sample.task(compose_config("sample", *paths, "split=test", "max_slices=4", "png=false"))
+    assert set(seen[0]) == {0, 1} and seen[0] == seen[1]
