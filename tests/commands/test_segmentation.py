@@ -35,10 +35,10 @@ def test_a_trained_segmenter_reads_real_images_as_well_as_themselves(fixture, mo
 
 def test_a_checkpoint_that_is_no_segmenter_is_named(first_stage):
     with pytest.raises(InputError, match="holds no segmenter; train one with model=segmentation"):
-        evaluate.load_segmenter(str(first_stage), (1, 64, 64), "cpu")
+        evaluate.load_segmenter(str(first_stage), (1, 64, 64), "cpu", {})
 
 
 def test_a_segmenter_of_volumes_refuses_slices(prepared_3d, tmp_path):
     checkpoint = run_training(prepared_3d, tmp_path / "run", EXPERIMENT)
     with pytest.raises(InputError, match="takes 1 channels in 3D, the images have 1 in 2D"):
-        evaluate.load_segmenter(str(checkpoint), (1, 64, 64), "cpu")
+        evaluate.load_segmenter(str(checkpoint), (1, 64, 64), "cpu", {})

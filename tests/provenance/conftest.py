@@ -45,7 +45,14 @@ def run_sample(checkpoint: Path, root: Path, output: Path, *overrides: str) -> d
 
 def run_evaluate(generated: Path, reference: Path, output: Path, *overrides: str) -> dict:
     paths = (f"generated={generated}", f"reference={reference}", f"output={output}", "panel_rows=0")
-    cheap = ("metrics.features=[]", "metrics.lpips=null", "metrics.image=[rmse]", "metrics.ms_ssim_pairs=0")
+    cheap = (
+        "metrics.baselines=[]",
+        "metrics.bootstrap.num_resamples=20",
+        "metrics.features=[]",
+        "metrics.lpips=null",
+        "metrics.image=[rmse]",
+        "metrics.ms_ssim_pairs=0",
+    )
     evaluate.task(compose_config("evaluate", *paths, *cheap, *overrides))
     return json.loads((output / "metrics.json").read_text())
 
