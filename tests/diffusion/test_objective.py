@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from medldm.diffusion.conditioner import Condition
-from medldm.diffusion.objective import DenoisingObjective, clamped, guided, network_time
+from medldm.diffusion.objective import DenoisingObjective, clamped, guided, network_time, rescale_to
 from medldm.diffusion.sampler import DDIMSampler
 from medldm.diffusion.schedule import (
     cosine_schedule,
@@ -236,3 +236,9 @@ def test_static_clamp_clips_and_dynamic_clamp_scales():
     torch.testing.assert_close(dynamic, x.clamp(-9, 9) / 3)
     small = torch.full((1, 1, 2, 2), 0.5)
     assert torch.equal(clamped(lambda z, t: z, limit=3.0, percentile=0.9)(small, t), small)
+
+
+def test_half_a_rescale_goes_half_the_way():
+    reference, x = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 8.0]])
+    torch.testing.assert_close(rescale_to(reference, x, 0.5), x * (1 + 0.25) / 2)
+    torch.testing.assert_close(rescale_to(reference, x, 0.0), x)

@@ -136,3 +136,10 @@ def test_no_token_by_code_matrix_is_held(monkeypatch):
     monkeypatch.setattr(torch, "addmm", spy)
     nearest_codes(latent(32768, 4), latent(16384, 4))
     assert largest * 4 < 0.3 * 2**30
+
+
+def test_a_restarted_code_starts_with_a_count_of_one():
+    """Else it would be below the threshold again, and move at every update."""
+    quantizer = VectorQuantizer(64, 2, ema_decay=0.9, restart_threshold=0.95, init="normal").train()
+    quantizer(torch.randn(1, 2, 4, 4))  # 16 vectors: most codes fall to 0.9
+    assert quantizer.code_count.min() >= 0.95 and (quantizer.code_count == 1).sum() >= 48
