@@ -10,8 +10,11 @@ import torch
 from skimage.metrics import structural_similarity
 from synthetic_folders import smooth_volumes, write_prepared_volumes, write_sample
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medldm.commands import evaluate
+from medldm.evaluation import slices
 from medldm.evaluation.baselines import make_rows
 from medldm.evaluation.diversity import draw_pairs
 from medldm.evaluation.measure import Segmenter, Tools, measure_dice
@@ -118,6 +121,37 @@ def test_slice_features_are_those_of_evenly_spread_slices():
     features = SliceFeatures(Mean(), axis=1, num_slices=3)(x)
     assert features.shape == (2, 3, 2) and features[0, :, 0].tolist() == [0, 3, 6]
     assert fold(x, 1).shape == (14, 1, 3, 4)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_networks_see_few_slices_of_a_volume_at_a_time(monkeypatch):
+    """Their maps hold many channels: of all slices at once they would take 64 times the volume."""
+    monkeypatch.setattr(slices, "PIECE_ELEMENTS", 4 * 16 * 16)
+    x, y = torch.rand(2, 2, 1, 40, 16, 16)
+    weight = torch.rand(64, 1, 3, 3)
+
+    def distance(a, b):
+        maps = (F.conv2d(stack, weight, padding=1) for stack in (a, b))
+        return (next(maps) - next(maps)).square().flatten(1).mean(1)
+
+    with Largest() as made:
+        values = slices.slicewise(distance, 0)(x, y)
+    assert made.elements <= 4 * 64 * 16 * 16
+    whole = distance(fold(x, 0), fold(y, 0)).double().view(2, -1).mean(1)
+    assert torch.allclose(values, whole, rtol=1e-6)
+    features = SliceFeatures(Mean(), axis=0, num_slices=40)(x)
+    assert torch.equal(features[:, :, 1], x[:, 0].flatten(2).amax(2))
 
 
 def test_medicalnet_sees_the_unit_range_and_is_averaged():

@@ -1,6 +1,6 @@
 """Volumes seen as stacks of axial slices: what 2D networks and 2D SSIM are given."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from medldm.data import transforms
 from medldm.metrics.image import ImageFunction
+
+PIECE_ELEMENTS = 2**20  # 16 slices of 256 x 256
 
 
 def axial_axis(facts: Mapping, attributes: Mapping) -> int:
@@ -33,11 +35,19 @@ def fold(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis + 2, 1).flatten(0, 1)
 
 
+def by_pieces(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+    """`function` of (N, C, H, W) stacks, a few slices at a time: a network's maps of all would be many times
+    the volume.
+    """
+    num = max(1, PIECE_ELEMENTS // stacks[0][0].numel())
+    return torch.cat([function(*part) for part in zip(*(s.split(num) for s in stacks), strict=True)])
+
+
 def slicewise(function: ImageFunction, axis: int) -> ImageFunction:
     """The mean over the slices of every volume of a function of 2D images."""
 
     def mean_over_slices(generated: Tensor, reference: Tensor) -> Tensor:
-        values = function(fold(generated, axis), fold(reference, axis))
+        values = by_pieces(function, fold(generated, axis), fold(reference, axis))
         return values.double().view(len(generated), -1).mean(1)
 
     return mean_over_slices
@@ -55,4 +65,4 @@ class SliceFeatures(nn.Module):
         depth = x.shape[self.axis + 2]
         index = torch.linspace(0, depth - 1, self.num_slices, device=x.device).round().long()
         slices = fold(x.index_select(self.axis + 2, index), self.axis)
-        return self.network(slices).view(len(x), self.num_slices, -1)
+        return by_pieces(self.network, slices).view(len(x), self.num_slices, -1)
