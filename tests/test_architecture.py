@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "medldm"
-LEAVES = {"attributes", "errors", "batch", "files", "fingerprints", "held_out"}
+LEAVES = {"attributes", "errors", "batch", "files", "fingerprints", "held_out", "ranks", "devices"}
 # package or module -> what of medldm it may import, beside itself and the leaves
 MAY_IMPORT = {
     "attributes": set(),
@@ -16,6 +16,8 @@ MAY_IMPORT = {
     "files": set(),
     "fingerprints": set(),
     "held_out": set(),
+    "ranks": set(),
+    "devices": set(),
     "networks": set(),
     "data": set(),
     "metrics": {"networks"},

@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from medldm.commands import mistakes_in_one_line, train
+from medldm.devices import GPU, choose_settings
 from tests.helpers import compose_config
 
 VQVAE = "experiment=cardiac2d/vqvae"
@@ -27,6 +28,19 @@ PLAIN_SGD = (
     "model.optimizer.lr=0.05",
 )
 RESTARTING_CODES = "model.autoencoder.quantizer.restart_threshold=0.98"
+
+
+def gpu_settings(*overrides: str) -> list[str]:
+    """What `debug=tiny` leaves out of a training: precision, layout, clipping and accumulation as on a GPU.
+    """
+    cfg = compose_config("train", *overrides, "data.root=-")
+    settings = choose_settings(cfg.trainer.precision, cfg.channels_last, hardware=GPU)
+    return [
+        f"trainer.precision={settings.precision}",
+        f"channels_last={str(settings.channels_last).lower()}",
+        f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches}",
+        f"trainer.gradient_clip_val={cfg.trainer.gradient_clip_val or 1.0}",
+    ]
 
 
 def train_config(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
@@ -140,11 +154,12 @@ FACTS = {
     "num_views": 2,
     "num_phases": 2,
     "num_labels": 0,
+    "image_size": [16, 16],
 }
 PIXELS = ("model/first_stage=pixel", "model.network.channels=[16,16]", "model.network.up_channels=[16,16]")
 
 
-def build(*overrides: str, seed: int = 0) -> Any:
+def build(*overrides: str, seed: int = 0, facts: Mapping[str, Any] | None = None) -> Any:
     """The narrow module of an experiment, with fresh weights and without data."""
     from omegaconf import OmegaConf
 
@@ -152,7 +167,7 @@ def build(*overrides: str, seed: int = 0) -> Any:
 
     cfg = compose_config("train", "debug=tiny", *overrides)
     torch.manual_seed(seed)
-    return build_module(train.shrink(OmegaConf.to_container(cfg.model, resolve=True)), FACTS)
+    return build_module(train.shrink(OmegaConf.to_container(cfg.model, resolve=True)), facts or FACTS)
 
 
 def make_batches(count: int, size: int, pixels: int = 16) -> list[dict[str, Any]]:
@@ -175,12 +190,19 @@ def make_batches(count: int, size: int, pixels: int = 16) -> list[dict[str, Any]
     ]
 
 
-def fit(module: Any, batches: list, *callbacks: Any, validation: list | None = None, **options: Any) -> Any:
-    """One epoch over the batches, with nothing written; returns the trainer."""
+def fit(
+    module: Any,
+    batches: list,
+    *callbacks: Any,
+    validation: list | None = None,
+    max_epochs: int = 1,
+    **options: Any,
+) -> Any:
+    """`max_epochs` over the batches, with nothing written; returns the trainer."""
     from pytorch_lightning import Trainer
 
     trainer = Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=1, max_epochs=max_epochs, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         callbacks=list(callbacks), **options,
     )  # fmt: skip

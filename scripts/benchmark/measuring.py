@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from medldm.devices import choose_settings, mixed_precision, pick_device
+
+DEVICE = pick_device()
 Run = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
@@ -138,11 +140,7 @@ def compare(
 
 def best_precision() -> contextlib.AbstractContextManager:
     """What `medldm train` takes with precision=auto."""
-    from medldm.commands.train import resolve_precision
-
-    if resolve_precision("auto") == "bf16-mixed":
-        return torch.autocast(DEVICE.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    return mixed_precision(DEVICE, choose_settings().precision)
 
 
 def train_step(module: nn.Module, loss: Callable[[], Tensor], precision: Callable) -> None:

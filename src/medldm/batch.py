@@ -5,6 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from medldm.devices import is_on_host
 from medldm.errors import InputError
 
 
@@ -43,7 +44,7 @@ def expand_as(v: Tensor, x: Tensor) -> Tensor:
 
 def check_labels(mask: Tensor, num_classes: int) -> None:
     """InputError for a class that the model does not know. Looks on the host alone: a device would wait."""
-    if mask.device.type == "cpu" and mask.numel():
+    if is_on_host(mask) and mask.numel():
         low, high = (int(value) for value in mask.aminmax())
         if low < 0 or high >= num_classes:
             wrong = low if low < 0 else high
@@ -55,7 +56,7 @@ def check_labels(mask: Tensor, num_classes: int) -> None:
 
 def check_stated(label: Tensor) -> None:
     """InputError for an unknown class where a model has no null for it. Looks on the host alone."""
-    if label.device.type == "cpu" and label.numel() and int(label.min()) < 0:
+    if is_on_host(label) and label.numel() and int(label.min()) < 0:
         raise InputError(
             "label: unknown for an image of the batch, and this model has no null for it; state the label of "
             "every image in the data, or leave those without one out"

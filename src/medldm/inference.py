@@ -2,7 +2,6 @@
 the cases.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,19 +9,16 @@ import torch
 from torch import Tensor
 
 from medldm.data.dataset import CaseDataset, Item, expand
+from medldm.devices import inference_precision, mixed_precision, pick_device
+
+__all__ = ["autocast", "case_batches", "items_by_case", "pick_device", "to_device"]
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 on a GPU that multiplies it, float32 elsewhere."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """The context in which a trained model runs: `auto` is bf16 on a GPU that multiplies it, float32
+    elsewhere.
+    """
+    return mixed_precision(device, inference_precision(precision, device))
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

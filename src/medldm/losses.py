@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +10,7 @@ from medldm.attributes import UNKNOWN
 from medldm.errors import InputError
 from medldm.networks.features import LPIPS, RandomConvFeatures, build_medicalnet
 from medldm.networks.medicalnet import standardised
+from medldm.ranks import mean_over_ranks
 
 # cross_entropy: of logits (B, K, *S) and one-hot maps
 PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "cross_entropy": F.cross_entropy}
@@ -110,6 +110,7 @@ class PerceptualLoss(nn.Module):
         self.network, self.weights_dir = network, weights_dir
         self.spatial_dims = 3 if network.startswith("medicalnet") else 2
         self._built: list[nn.Module] = []  # a list, so that nn.Module does not register it
+        self.device: torch.device | None = None  # where it is
 
     def build(self) -> nn.Module:
         """The frozen network; raises InputError where its weights are not on this machine."""
@@ -126,7 +127,10 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """Two (B, 1 or 3, *S) in [-1, 1], 2D or 3D as the network is (`spatial_dims`) -> scalar."""
-        net = self.build().to(x.device)
+        net = self.build()
+        if self.device != x.device:  # once: it is not moved with the module that holds this one
+            net.to(x.device)
+            self.device = x.device
         if self.network == "random_conv":
             return F.mse_loss(net(x_hat), net(x))
         if self.spatial_dims == 3:
@@ -187,11 +191,3 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         for loss in (reconstruction, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
-
-
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """Changes x in place."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x

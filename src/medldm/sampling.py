@@ -28,6 +28,7 @@ class Request(NamedTuple):
     drop: tuple[str, ...] = ()  # groups of conditions to withhold
     windows: Windows | None = None  # for latents larger than those of training
     callback: Callable[[int, Tensor], None] | None = None  # sees (step, x0_hat)
+    precision: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Predictor:
     def __call__(self, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
         """float32 in [-1, 1] on the host."""
         batch = to_device(batch, self.device)
-        with torch.no_grad(), autocast(self.device):
+        with torch.no_grad(), autocast(self.device, request.precision):
             return self.predict(batch, size, request).float().clamp(-1, 1).cpu()
 
 
@@ -196,7 +197,8 @@ def sample_cases(
 class Recorder:
     """Keeps x0_hat of the last sample of the last batch at `count` evenly spread steps, the last included."""
 
-    def __init__(self, num_steps: int, count: int) -> None:
+    def __init__(self, num_steps: int, count: int, precision: str = "auto") -> None:
+        self.precision = precision
         self.steps = {round((k + 1) * num_steps / count) for k in range(count)}
         self.latents: list[Tensor] = []
 
@@ -209,7 +211,7 @@ class Recorder:
     def decoded(self, module: DiffusionModule, batch: dict) -> list[Tensor]:
         """(1, C, *S) images in [-1, 1] on the host."""
         last = to_device({key: value[-1:] for key, value in batch.items() if key == "mask"}, module.device)
-        with torch.no_grad(), autocast(module.device):
+        with torch.no_grad(), autocast(module.device, self.precision):
             return [module.decode(z, last).float().clamp(-1, 1).cpu() for z in self.latents]
 
 
@@ -219,6 +221,6 @@ def interpolate(
     """(len(shares), C, *S) in [-1, 1] on the host: images between the two cases of a batch."""
     batch = to_device(batch, module.device)
     options = {"time": time, "seed": request.seed, "windows": request.windows}
-    with torch.no_grad(), autocast(module.device):
+    with torch.no_grad(), autocast(module.device, request.precision):
         images = module.interpolate(batch, batch["case_id"], shares, **options)
     return images.float().clamp(-1, 1).cpu()

@@ -1,4 +1,4 @@
-"""Every experiment file trains two steps; the shared networks do so in 3D."""
+"""Every experiment file trains two steps in mixed precision; the shared networks do so in 3D, in float32."""
 
 import math
 import shutil
@@ -17,7 +17,7 @@ from medldm.data.readers import load_index, read_images
 from medldm.errors import InputError
 from medldm.outputs import SampleFolder
 from tests.helpers import CONFIG_DIR, compose_config
-from tests.training import LDM, load, read_metrics, run_training
+from tests.training import LDM, gpu_settings, load, read_metrics, run_training
 
 EXPERIMENTS = sorted(
     str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
@@ -49,9 +49,10 @@ def first_stage_for(cfg) -> str:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_trains_two_steps(name, request, tmp_path):
+def test_every_experiment_trains_two_steps_under_a_gpu_s_settings(name, request, tmp_path):
     cfg = compose_config("train", f"experiment={name}", "debug=tiny", "data.root=-")
-    overrides = [f"experiment={name}"]
+    overrides = [f"experiment={name}", *gpu_settings(f"experiment={name}")]
+    assert cfg.model.optimizer.get("fused")  # a CPU has these kernels too
     if "first_stage" in cfg.model and cfg.model.first_stage.get("checkpoint", "") is not None:
         stage = request.getfixturevalue(first_stage_for(cfg))
         overrides.append(f"model.first_stage.checkpoint={stage}")
@@ -277,17 +278,3 @@ def test_debug_tiny_changes_sizes_only():
 
     assert shape(small) == shape(model)
     assert small["network"]["channels"] == [16, 16, 16] and model["network"]["channels"] != [16, 16, 16]
-
-
-def test_the_memory_layout_follows_the_hardware(monkeypatch):
-    import torch
-
-    from medldm.commands import train
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for amx in (True, False):
-        monkeypatch.setattr(train, "has_amx", lambda amx=amx: amx)
-        assert train.prefers_channels_last("auto") is amx
-        assert train.prefers_channels_last(True) and not train.prefers_channels_last(False)
-    with pytest.raises(InputError, match="channels_last=fast is none of"):
-        train.prefers_channels_last("fast")

@@ -1,8 +1,10 @@
 """Training callbacks: moving average, checkpoints, signals, pictures, metrics that survive a resume."""
 
 from medldm.callbacks.ema import EMA
+from medldm.callbacks.latents import LatentStatistics
 from medldm.callbacks.metrics_file import MetricsFile
 from medldm.callbacks.pictures import Pictures
+from medldm.callbacks.progress import ProgressBar
 from medldm.callbacks.recovery import (
     EXIT_REQUEUE,
     Checkpoints,
@@ -18,8 +20,10 @@ __all__ = [
     "Checkpoints",
     "CountUpdates",
     "Interrupted",
+    "LatentStatistics",
     "MetricsFile",
     "Pictures",
+    "ProgressBar",
     "RandomState",
     "StopOnSignal",
 ]

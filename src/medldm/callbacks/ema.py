@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medldm.errors import InputError
@@ -26,16 +26,26 @@ class EMA(Callback):
         self._state: dict[str, Tensor] | None = None
         self._raw: list[Tensor] | None = None
 
-    def _lerp(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-        # num_averaged lives on the host, so looking at it does not wait for the device.
-        n = int(num_averaged)
-        decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+    @torch.no_grad()
+    def update(self, modules: nn.Module) -> None:
+        """One step of the average. `AveragedModel.update_parameters` would send its counter to the device and
+        wait for it, and go through the parameters one by one.
+        """
+        n = int(self.average.n_averaged)  # lives on the host
+        averaged, current = (list(m.parameters()) for m in (self.average.module, modules))
+        if n == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
+        buffers = list(modules.buffers())
+        if buffers:
+            torch._foreach_copy_(list(self.average.module.buffers()), buffers)
+        self.average.n_averaged += 1
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if getattr(module, "ema_modules", None) is None:
             return
-        self.average = AveragedModel(module.ema_modules, multi_avg_fn=self._lerp)
+        self.average = AveragedModel(module.ema_modules)
         self.average.requires_grad_(False)
         if self._state is not None:
             self.average.load_state_dict(self._state)
@@ -49,7 +59,7 @@ class EMA(Callback):
             return  # an accumulating batch: no update happened
         self.last_step = trainer.global_step
         if trainer.global_step % self.every_n_steps == 0:
-            self.average.update_parameters(module.ema_modules)
+            self.update(module.ema_modules)
 
     def _swap_in(self, module: LightningModule) -> None:
         if self.average is None or self.average.n_averaged == 0 or self._raw is not None:

@@ -13,8 +13,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
+from medldm.devices import random_state, restore_random_state
 from medldm.errors import InputError
 from medldm.files import replacing
+from medldm.ranks import any_rank, host_group
 
 log = logging.getLogger(__name__)
 EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
@@ -208,6 +210,7 @@ class StopOnSignal(Callback):
         self.checkpoints = checkpoints
         self.received: int | None = None
         self.has_saved = False
+        self.group: Any = None  # of processes, where asking each other must not wait for a device
         self.listen()
 
     def listen(self) -> None:
@@ -222,10 +225,10 @@ class StopOnSignal(Callback):
 
     def is_asked(self, trainer: Trainer) -> bool:
         """Whether any rank has heard a signal: they may have heard it at different steps."""
-        asked = self.received is not None
-        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+        return any_rank(self.received is not None, self.group)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.group = host_group()
         self.listen()  # Lightning has put its own handler of SIGTERM in this one's place
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -249,10 +252,7 @@ class RandomState(Callback):
         self._state: dict[str, Tensor] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
-        state = {"cpu": torch.get_rng_state()}
-        if module.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(module.device)
-        checkpoint["random_state"] = state
+        checkpoint["random_state"] = random_state(module.device)
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
         self._state = checkpoint.get("random_state")
@@ -260,7 +260,5 @@ class RandomState(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self._state is None:
             return
-        torch.set_rng_state(self._state["cpu"].cpu())
-        if "cuda" in self._state and module.device.type == "cuda":
-            torch.cuda.set_rng_state(self._state["cuda"].cpu(), module.device)
+        restore_random_state(self._state, module.device)
         self._state = None

@@ -21,7 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def encode_case(
-    module: Any, dataset: Any, positions: list[int], batch_size: int, device: Any, tile: int | None = None
+    module: Any,
+    dataset: Any,
+    positions: list[int],
+    batch_size: int,
+    device: Any,
+    tile: int | None = None,
+    precision: str = "auto",
 ) -> Any:
     """(N, Cz, *s) float16 latents of a case's items in order."""
     import numpy as np
@@ -34,7 +40,7 @@ def encode_case(
     if tile is not None:
         encode = TiledAutoencoder(module.autoencoder, tile).encode
     parts = []
-    with torch.no_grad(), autocast(device):
+    with torch.no_grad(), autocast(device, precision):
         for batch in case_batches(dataset, positions, batch_size):
             parts.append(encode(to_device(batch, device)["image"]).float().cpu().numpy())
     latents = np.concatenate(parts)
@@ -98,10 +104,13 @@ def task(cfg: Any) -> None:
     from medldm.checkpoints import encoder_sha256, load_module
     from medldm.data import build_datamodule
     from medldm.data.dataset import content_of
+    from medldm.devices import inference_precision, pick_device
     from medldm.files import replacing, write_json
     from medldm.held_out import check_held_out, seen_subjects
-    from medldm.inference import items_by_case, pick_device
+    from medldm.inference import items_by_case
 
+    device = pick_device(cfg.device)
+    precision = inference_precision(cfg.precision, device)
     checkpoint = str(cfg.checkpoint)
     module = load_module(checkpoint)
     if not hasattr(module, "autoencoder"):
@@ -120,13 +129,12 @@ def task(cfg: Any) -> None:
     check_held_out(seen, datamodule.subjects["test"], checkpoint, "test", allow=True, key="checkpoint")
     encoder = encoder_sha256(module.description, module.checkpoint_sha256)
     folder = Path(data["root"]) / "latents" / encoder[:12]
-    device = pick_device(cfg.device)
     module.to(device)
     cases = items_by_case(dataset.items)
     images = {case: content_of(dataset.cases[case]).get("image") for case in cases}
     pending = pending_cases(dataset, cases, folder)
     for case, positions in track(pending.items(), "encoding", total=len(pending)):
-        latents = encode_case(module, dataset, positions, data["batch_size"], device, cfg.tile)
+        latents = encode_case(module, dataset, positions, data["batch_size"], device, cfg.tile, precision)
         path = folder / f"{dataset.cases[case]['id']}.h5"
         with replacing(path) as aside, h5py.File(aside, "w") as file:
             file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
@@ -139,6 +147,7 @@ def task(cfg: Any) -> None:
         "encoder_sha256": encoder,
     }
     facts |= {"num_cases": len(cases), "latent": "prequant", "dtype": "float16"}
+    facts |= {"precision": precision}
     facts |= {"downsampling": list(module.autoencoder.downsampling)}
     facts |= {"cases": {dataset.cases[case]["id"]: image for case, image in images.items()}}
     write_json(folder / "latents.json", facts)

@@ -24,6 +24,7 @@ keys
                        the image that they stand beside; auto: what the model was told, if all find one
   segmenter=CKPT       a model=segmentation checkpoint: adds Dice to any of them
   spade=DIR regression=DIR  translation: the same pairs without diffusion, and by one-to-one U-Nets
+  device, precision    auto, cpu or cuda:N; auto, bf16-mixed or 32-true for the segmenter (all else: float32)
   paths.weights=DIR    where pretrained weights lie (pt_inception-2015-12-05-6726825d.pth for FID and KID)
 
 example
@@ -69,8 +70,7 @@ def check_baselines(names: Sequence[str]) -> None:
 
 
 def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, bootstrap, cfg) -> None:  # noqa: ANN001
-    import torch
-
+    from medldm.devices import inference_precision, pick_device
     from medldm.evaluation.baselines import candidates, choose_match, has_partner, make_rows
     from medldm.evaluation.conditions import read_conditions
     from medldm.evaluation.diversity import measure_diversity
@@ -80,7 +80,8 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     from medldm.evaluation.results import build_results, case_columns
     from medldm.evaluation.slices import axial_axis, orientation_of
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(cfg.device)
+    precision = inference_precision(cfg.precision, device)
     facts, provenance = known_facts(folders["reference"]), read_provenance(folders)
     reading = read_as(cfg)
     pairs = match(folders, settings, reading)
@@ -101,7 +102,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
         image_shape=shape,
         axial_axis=axis,
         num_slices=min(depth, settings["max_slices"] or depth),
-        segmenter=load_segmenter(cfg.segmenter, shape, device, facts),
+        segmenter=load_segmenter(cfg.segmenter, shape, device, facts, precision),
         regions=settings["regions"],
     ).to(device)
     tools.edges_given = any(pair.edges is not None for pair in pairs)
@@ -188,7 +189,13 @@ def match(folders: Mapping[str, Path | None], settings: Mapping, reading) -> lis
     return make_translation_pairs(*three, others, reading)
 
 
-def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device, facts: Mapping):  # noqa: ANN001, ANN201
+def load_segmenter(  # noqa: ANN201
+    checkpoint: str | None,
+    image_shape: Sequence[int],
+    device,  # noqa: ANN001
+    facts: Mapping,
+    precision: str = "auto",
+):
     """The segmenter of a checkpoint, None without one. InputError where it is of another kind of image, or
     numbers other classes than the reference.
     """
@@ -196,6 +203,7 @@ def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device, f
     from medldm.checkpoints import load_module
     from medldm.errors import InputError
     from medldm.evaluation.measure import Segmenter
+    from medldm.inference import autocast
     from medldm.models.segmentation import SegmentationModule
 
     if checkpoint is None:
@@ -210,7 +218,13 @@ def load_segmenter(checkpoint: str | None, image_shape: Sequence[int], device, f
             f"{image_shape[0]} in {len(image_shape) - 1}D"
         )
     check_class_names(module.facts, facts, f"segmenter={checkpoint}: finds", "the reference")
-    return Segmenter(module.to(device).segment, module.class_names)
+    module.to(device)
+
+    def segment(x):  # noqa: ANN001, ANN202
+        with autocast(device, precision):
+            return module.segment(x)
+
+    return Segmenter(segment, module.class_names)
 
 
 def read_training(train: Path | None, split_name: str, pairs: Sequence, reading):  # noqa: ANN001, ANN201

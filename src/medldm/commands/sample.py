@@ -11,7 +11,8 @@ with a regression checkpoint the predictions of every pair (data.pair_labels=[[t
 A split that holds subjects which the checkpoint, or a stage inside it, was trained on is refused unless
 allow_training_subjects=true.
 Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop,
-edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed.
+edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed, device,
+precision (auto, bf16-mixed, 32-true; the last step and the image itself are float32 in each).
 Volumes larger than those of training: windows.size=[32,256,256] (voxels; null: a whole axis) denoises in
 overlapping windows, tile=64 decodes in tiles with the same result.
 trajectory=20 also writes that many steps of each case as a GIF; interpolate.count=5 writes volumes between
@@ -133,7 +134,7 @@ def write_interpolations(cfg: Any, module: Any, dataset: Any, folder: Any, posit
     if count < 2 or len(positions) < 2:
         raise InputError(f"interpolate.count={count}: give 2 or more, and a split of two cases or more")
     shares = [k / (count - 1) for k in range(count)]
-    request = Request(cfg.seed, windows=windows_of(cfg, module))
+    request = Request(cfg.seed, windows=windows_of(cfg, module), precision=cfg.precision)
     for pair in track(list(zip(positions, positions[1:], strict=False)), "interpolating", transient=True):
         batch = dataset.__getitems__([(0, p) for p in pair])
         images = interpolate(module, batch, shares, time=cfg.interpolate.time, request=request)
@@ -149,11 +150,14 @@ def task(cfg: Any) -> None:
     from rich.progress import Progress
 
     from medldm.checkpoints import load_module
-    from medldm.inference import items_by_case, pick_device
+    from medldm.devices import inference_precision, pick_device
+    from medldm.inference import items_by_case
     from medldm.outputs import SampleFolder
     from medldm.sampling import Recorder, Request, predictor_of, sample_cases, spread
 
-    module = load_module(cfg.checkpoint, weights=cfg.weights).to(pick_device(cfg.device))
+    device = pick_device(cfg.device)
+    precision = inference_precision(cfg.precision, device)
+    module = load_module(cfg.checkpoint, weights=cfg.weights).to(device)
     predictor = predictor_of(module, stage=cfg.stage, tile=cfg.tile)
     check_request(cfg, predictor)
     if predictor.is_generative:
@@ -168,7 +172,7 @@ def task(cfg: Any) -> None:
     cases = list(items_by_case(dataset.items).items())[: cfg.limit]
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {cfg.data.root} is in it; see its splits.json")
-    about = describe_run(cfg, module, predictor) | describe_data(cfg, dataset)
+    about = describe_run(cfg, module, predictor, precision) | describe_data(cfg, dataset)
     about |= check_subjects(cfg, module, datamodule, {dataset.cases[case]["subject"] for case, _ in cases})
     folder = SampleFolder(Path(cfg.output), dataset, about, png=cfg.png)
     if cfg.interpolate.count:
@@ -183,9 +187,9 @@ def task(cfg: Any) -> None:
         shape = dataset.cases[case].get("shape") or datamodule.facts["image_size"]
         return tuple(shape)[-dataset.spatial_dims :]
 
-    recorder = Recorder(module.sampler.num_steps, cfg.trajectory) if cfg.trajectory else None
+    recorder = Recorder(module.sampler.num_steps, cfg.trajectory, precision) if cfg.trajectory else None
     seeds = [cfg.seed + SEED_STRIDE * k for k in range(cfg.num_samples if predictor.is_generative else 1)]
-    requests = [Request(seed, tuple(cfg.drop), windows) for seed in seeds]
+    requests = [Request(seed, tuple(cfg.drop), windows, precision=precision) for seed in seeds]
     requests[0] = requests[0]._replace(callback=recorder)
     jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases]
     with Progress() as progress:
@@ -263,7 +267,7 @@ def give_units(dataset: Any, facts: dict[str, Any]) -> None:
             dataset.cases[item.case]["intensity_range"] = [0.0, 1.0]
 
 
-def describe_run(cfg: Any, module: Any, predictor: Any) -> dict[str, Any]:
+def describe_run(cfg: Any, module: Any, predictor: Any, precision: str) -> dict[str, Any]:
     """What provenance.json says: everything that decides what is written."""
     import torch
 
@@ -280,6 +284,7 @@ def describe_run(cfg: Any, module: Any, predictor: Any) -> dict[str, Any]:
         "dropped": list(cfg.drop),
         "edge_level": cfg.edge_level,
         "seed": cfg.seed,
+        "precision": precision,
         "num_samples": cfg.num_samples,
         "max_slices": cfg.max_slices,
         "windows": [*cfg.windows.size, cfg.windows.overlap] if cfg.windows.size else None,

@@ -100,66 +100,78 @@ def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
     return run_dir, None
 
 
-def resolve_precision(precision: str) -> str:
-    """`auto` is bf16 where the hardware multiplies it: elsewhere bf16 is emulated and slower than float32."""
-    import torch
+def choose_for(cfg: Any) -> Any:
+    """The `DeviceSettings` of this training. InputError where it asks for devices or numbers that there are
+    not.
+    """
+    from medldm.devices import check_accelerator, choose_settings, find_hardware
 
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if has_amx() else "32-true"
+    options = cfg.trainer
+    for key, lowest in (("accumulate_grad_batches", 1), ("num_nodes", 1), ("log_every_n_steps", 1)):
+        if not isinstance(options[key], int) or options[key] < lowest:
+            raise InputError(f"trainer.{key}={options[key]} must be a whole number, at least {lowest}")
+    if options.gradient_clip_val is not None and options.gradient_clip_val < 0:
+        raise InputError(
+            f"trainer.gradient_clip_val={options.gradient_clip_val}: give a norm, or null for none"
+        )
+    if options.get("gradient_clip_algorithm") not in (None, "norm"):
+        raise InputError(
+            f"trainer.gradient_clip_algorithm={options.gradient_clip_algorithm}: gradients are clipped by "
+            "their norm; leave it out"
+        )
+    check_accelerator(options.accelerator, options.devices, find_hardware())
+    hardware = find_hardware(options.accelerator)
+    return choose_settings(options.precision, cfg.channels_last, hardware=hardware, key="trainer.precision")
 
 
-def has_amx() -> bool:
-    """Whether this CPU multiplies bf16 matrices itself."""
-    import torch
-
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-
-
-def build_trainer(cfg: Any, module: Any, run_dir: Path, resumed_step: int | None) -> Any:
+def build_trainer(
+    cfg: Any, module: Any, datamodule: Any, run_dir: Path, resumed_step: int | None, settings: Any
+) -> Any:
     """Lightning's Trainer with medldm's callbacks; modules that step by hand accumulate and clip."""
     import torch
     from hydra.utils import instantiate
     from lightning_fabric.plugins.environments import SLURMEnvironment
     from omegaconf import OmegaConf
-    from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
+    from pytorch_lightning.callbacks import LearningRateMonitor
 
     from medldm.callbacks import (
         EMA,
         Checkpoints,
         CountUpdates,
+        LatentStatistics,
         MetricsFile,
         Pictures,
+        ProgressBar,
         RandomState,
         StopOnSignal,
     )
     from medldm.checkpoints import AtomicCheckpointIO
+    from medldm.devices import num_processes
 
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
-    options["precision"] = resolve_precision(options["precision"])
+    options["precision"] = settings.precision
     if not module.automatic_optimization:
         module.accumulate_grad_batches = options.pop("accumulate_grad_batches")
         module.gradient_clip_val = options.pop("gradient_clip_val")
-    if options["strategy"] == "auto" and num_processes(options) > 1:
+    processes = num_processes(*(options[key] for key in ("accelerator", "devices", "num_nodes")))
+    if options["strategy"] == "auto" and processes > 1:
         options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
     options["sync_batchnorm"] = syncs_batchnorm(options, module)
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
-    callbacks = [CountUpdates(), *([EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else [])]
+    callbacks = [LatentStatistics(datamodule), CountUpdates()]
+    callbacks += [EMA(**cfg.callbacks.ema)] if cfg.callbacks.ema else []
     check_volumes(cfg.callbacks.pictures, module)
     callbacks += [Pictures(run_dir / "samples", **cfg.callbacks.pictures)] if cfg.callbacks.pictures else []
     callbacks += [LearningRateMonitor("step"), RandomState(), checkpoints, StopOnSignal(checkpoints)]
     if options["enable_progress_bar"]:
-        callbacks.append(RichProgressBar(refresh_rate=10, leave=False))
+        callbacks.append(ProgressBar(refresh_rate=10, leave=False))
     loggers: list[Any] = [MetricsFile(run_dir / "metrics.csv", resumed_step=resumed_step)]
     if cfg.logger.wandb:
         loggers.append(instantiate(cfg.logger.wandb, save_dir=str(run_dir)))
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # slurm/job.sbatch requeues
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(settings.matmul_precision)
     options["_target_"] = cfg.trainer._target_
     return instantiate(
         options, callbacks=callbacks, logger=loggers, plugins=plugins, default_root_dir=str(run_dir),
@@ -213,16 +225,6 @@ def quieten() -> None:
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval.*")
-
-
-def num_processes(options: dict[str, Any]) -> int:
-    import torch
-
-    devices = options["devices"]
-    if devices in ("auto", -1, "-1"):
-        devices = torch.cuda.device_count() if options["accelerator"] in ("auto", "gpu", "cuda") else 1
-    count = len(devices) if isinstance(devices, list) else int(devices)
-    return max(1, count) * int(options["num_nodes"])
 
 
 def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
@@ -470,41 +472,6 @@ def check_monitor(monitor: str, module: Any) -> None:
         )
 
 
-def fit_latent_statistics(module: Any, datamodule: Any) -> None:
-    """Mean and deviation of the latents over the training set, of its windows where it is cut."""
-    import torch
-    from rich.progress import track
-
-    if bool(module.first_stage.is_fitted):
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    has_windows = getattr(datamodule, "crop_size", None) is not None
-    loader = datamodule.loader(datamodule.dataset("train", augment=has_windows))
-    module.to(device).fit_first_stage(track(loader, "latent statistics", transient=True))
-    log.info(
-        "latent mean %s, deviation %s", module.first_stage.shift.tolist(), module.first_stage.scale.tolist()
-    )
-
-
-def prefers_channels_last(choice: bool | str) -> bool:
-    """`auto` is channels_last on GPUs and on CPUs with AMX: in float32 on others the backward of oneDNN's
-    convolutions takes 1.6 times as long in it (docs/performance.md). A rule, and no timing: a resumed run
-    computes what the uninterrupted one would have.
-    """
-    import torch
-
-    if choice not in (True, False, "auto"):
-        raise InputError(f"channels_last={choice} is none of true, false, auto")
-    return torch.cuda.is_available() or has_amx() if choice == "auto" else bool(choice)
-
-
-def use_channels_last(module: Any, spatial_dims: int) -> None:
-    import torch
-
-    layout = torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
-    module.to(memory_format=layout)
-
-
 def task(cfg: Any) -> None:
     import torch
     from omegaconf import OmegaConf
@@ -516,6 +483,7 @@ def task(cfg: Any) -> None:
     from medldm.runs import log_to
 
     quieten()
+    settings = choose_for(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = OmegaConf.to_container(cfg.model, resolve=True)
     model = shrink(model) if cfg.get("tiny") else model
@@ -527,14 +495,14 @@ def task(cfg: Any) -> None:
     data["latents"] = find_latents(data, model, first_stage)
     datamodule = build_datamodule(data, keys=batch_keys(model, data), seed=cfg.seed)
     module = make_module(cfg, model, datamodule, resume, content)
-    if prefers_channels_last(cfg.channels_last):
-        use_channels_last(module, datamodule.facts["spatial_dims"])
+    if settings.channels_last:
+        module.use_channels_last()
     for part in module.compiled_parts if cfg.compile else ():
         part.compile()
     check_knobs(cfg, model, module, datamodule.facts["spatial_dims"])
     check_monitor(cfg.callbacks.checkpoints.monitor, module)
     module.setup("fit")  # finds out whether its weights are there, before the run folder is
-    trainer = build_trainer(cfg, module, run_dir, resumed_step)
+    trainer = build_trainer(cfg, module, datamodule, run_dir, resumed_step, settings)
     os.environ["MEDLDM_RUN_DIR"] = str(run_dir)
     if trainer.is_global_zero:
         for left in (run_dir / "checkpoints").glob(".*.tmp"):  # of a process killed while it saved
@@ -547,8 +515,6 @@ def task(cfg: Any) -> None:
             "%s: %.2fM trainable parameters, run folder %s", model["kind"], num_parameters / 1e6, run_dir
         )
         log.info("resuming %s at step %s", resume, resumed_step) if resume else None
-    if hasattr(module, "fit_first_stage") and not resume:
-        fit_latent_statistics(module, datamodule)
     torch.manual_seed(cfg.seed)
     try:
         trainer.fit(module, datamodule, ckpt_path=str(resume) if resume else None)

@@ -12,7 +12,8 @@ divide is padded, and both are undone; voxels that are not finite become the lea
 is said.
 units: an MR contrast has no units of its own. `unit` writes [0, 1], the target's lower and upper percentile
 of preparation; `training` the median range of that modality in the training data; `source` the source's.
-Keys: targets (null: every other modality), fast, units, sampler.*, weights (ema or raw), seed, device.
+Keys: targets (null: every other modality), fast, units, sampler.*, weights (ema or raw), seed, device,
+precision (auto, bf16-mixed, 32-true).
 Also writes provenance.json, with an entry for every image of the folder. Prints the files.
 """
 
@@ -107,7 +108,7 @@ def translate(module: Any, x: Any, labels: list[int], source_label: int, names: 
         "label": torch.tensor(labels, device=module.device),
         "source_label": torch.full((len(labels),), source_label, device=module.device),
     }
-    with torch.no_grad(), autocast(module.device):
+    with torch.no_grad(), autocast(module.device, cfg.precision):
         if is_fast:
             images = earlier.translate_image(batch["source"], batch["label"])
         else:
@@ -126,9 +127,11 @@ def load_translator(cfg: Any) -> Any:
     from omegaconf import OmegaConf
 
     from medldm.checkpoints import load_module
+    from medldm.devices import inference_precision, pick_device
     from medldm.diffusion.sampler import check_guidance, override_sampler
-    from medldm.inference import pick_device
 
+    device = pick_device(cfg.device)
+    inference_precision(cfg.precision, device)  # names an unknown one before anything is done
     module = load_module(cfg.checkpoint, weights=cfg.weights)
     is_translator = hasattr(module, "as_first_stage")
     has_translator = getattr(getattr(module, "first_stage", None), "translator", None) is not None
@@ -145,7 +148,7 @@ def load_translator(cfg: Any) -> Any:
         check_guidance(module.sampler, module.conditioner)
     elif is_given:
         raise InputError("sampler: the checkpoint has no diffusion; give one of an ldm experiment")
-    return module.to(pick_device(cfg.device))
+    return module.to(device)
 
 
 @clean_after_failure("output")
@@ -155,6 +158,7 @@ def task(cfg: Any) -> None:
     from medldm.data.case import stem_of
     from medldm.data.readers import files_of, read_json
     from medldm.data.volumes import restore_volume
+    from medldm.devices import inference_precision
     from medldm.files import safe_name, write_json
     from medldm.fingerprints import content_of
     from medldm.outputs import write_nifti
@@ -190,6 +194,7 @@ def task(cfg: Any) -> None:
         "weights": cfg.weights,
         "sampler": None if cfg.fast or not hasattr(module, "sample") else str(module.sampler),
         "seed": cfg.seed,
+        "precision": inference_precision(cfg.precision, module.device),
         "torch": torch.__version__,
         **seen,
     }

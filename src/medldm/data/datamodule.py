@@ -32,6 +32,7 @@ from medldm.data.sampler import ResumableSampler
 from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
 from medldm.data.synthetic import TRAIN_ON, SyntheticImages
 from medldm.data.transforms import CenterCrop, RandomCrop, RandomFlip
+from medldm.devices import choose_settings
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -375,9 +376,18 @@ class CaseDataModule(pl.LightningDataModule):
     # ---- loaders ----
 
     def loader(
-        self, dataset: CaseDataset, *, train: bool = False, batch_size: int | None = None
+        self,
+        dataset: CaseDataset,
+        *,
+        train: bool = False,
+        batch_size: int | None = None,
+        equal_shares: bool = True,
     ) -> DataLoader:
-        """Batches of a dataset: shuffled and resumable in training, in order and complete otherwise."""
+        """This rank's batches of a dataset: shuffled and resumable in training, in order and complete
+        otherwise.
+
+        `equal_shares`: see `ResumableSampler`.
+        """
         trainer = self.trainer
         sampler = ResumableSampler(
             len(dataset),
@@ -386,6 +396,7 @@ class CaseDataModule(pl.LightningDataModule):
             shuffle=train,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
+            equal_shares=equal_shares,
             weights=view_weights(dataset.items) if train and self.balance_views else None,
         )
         workers = {}
@@ -401,7 +412,7 @@ class CaseDataModule(pl.LightningDataModule):
             batch_sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=as_is,
-            pin_memory=self.pin_memory and torch.accelerator.is_available(),
+            pin_memory=choose_settings(pin_memory=self.pin_memory).pin_memory,
             generator=torch.Generator().manual_seed(self.seed),  # else each pass draws from the global one
             **workers,
         )

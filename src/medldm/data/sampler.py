@@ -17,7 +17,8 @@ class ResumableSampler(Sampler[list[Request]]):
     `batch_size` B counts items a rank. In training (`drop_last`) the last incomplete global batch is dropped
     unless it is the only one. `weights` draw items with replacement in proportion. `len` is the full epoch
     also after `set_position`. Each full pass moves on to the next epoch; `set_epoch` (Lightning calls it)
-    chooses another.
+    chooses another. With `equal_shares` every rank has equally many items, the first ones of an incomplete
+    batch twice: without, each item is seen once, and ranks may have one batch less.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class ResumableSampler(Sampler[list[Request]]):
         world_size: int = 1,
         *,
         drop_last: bool | None = None,
+        equal_shares: bool = True,
         weights: Sequence[float] | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
@@ -39,6 +41,7 @@ class ResumableSampler(Sampler[list[Request]]):
         self.num_items, self.batch_size, self.seed, self.shuffle = num_items, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.drop_last = shuffle if drop_last is None else drop_last
+        self.equal_shares = equal_shares
         self.weights = None if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
         self.epoch, self.start = 0, 0
 
@@ -73,8 +76,9 @@ class ResumableSampler(Sampler[list[Request]]):
         whole = self.batch_size * self.world_size
         for k in range(self.start, len(self)):
             part = order[k * whole : (k + 1) * whole]
-            # An incomplete batch still gives every rank equally many items: its first ones come twice.
-            part = np.resize(part, -(-len(part) // self.world_size) * self.world_size)
-            share = len(part) // self.world_size
-            yield [(epoch, int(i)) for i in part[self.rank * share : (self.rank + 1) * share]]
+            if self.equal_shares:
+                part = np.resize(part, -(-len(part) // self.world_size) * self.world_size)
+            share = np.array_split(part, self.world_size)[self.rank]
+            if len(share):
+                yield [(epoch, int(i)) for i in share]
         self.epoch, self.start = epoch + 1, 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medldm.batch import Batch, check_labels, expand_as, spatial_shape
 from medldm.diffusion.latent import latent_shape
+from medldm.diffusion.schedule import at_least_float32
 from medldm.errors import InputError
 from medldm.networks.layers import conv, group_norm
 
@@ -21,6 +22,11 @@ class Condition(NamedTuple):
     embedding: Tensor | None = None  # (B, E), added to the time embedding
     spade: Tensor | None = None  # (B, Cs, *any), read by SPADE norms
     context: Tensor | None = None  # (B, L, Dc), for cross-attention
+
+
+def in_float32(condition: Condition) -> Condition:
+    """Fit for a network in any precision: autocast rounds float32, and full precision does not take bf16."""
+    return Condition(*(None if x is None else at_least_float32(x) for x in condition))
 
 
 def concatenate(first: Condition, second: Condition) -> Condition:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from medldm.batch import expand_as, one_hot
 from medldm.errors import InputError
 from medldm.networks.tiling import TiledAutoencoder
+from medldm.ranks import all_reduce
 
 LATENTS = ("prequant", "quant")
 NORMALISATIONS = ("std", "codebook_range", "none")
@@ -137,10 +138,13 @@ class FirstStage(nn.Module):
     def fit(self, raw_latents: Iterable[Tensor]) -> None:
         """Set `shift` and `scale`, from batches (B, Cz, *s) of raw latents where `normalisation` is "std".
 
-        Use the whole training set: the statistics of one batch are off by whatever that batch shows.
+        Use the whole training set: the statistics of one batch are off by whatever that batch shows. Every
+        rank gives its own part of it and all get the statistics of the whole.
         """
         if self.normalisation == "std":
-            mean, std = channel_moments(self.chosen(h) for h in raw_latents)
+            mean, std = channel_moments(
+                (self.chosen(h) for h in raw_latents), self.shift.double().new_zeros(3, self.latent_channels)
+            )
             # A channel that never varies carries nothing: leave its scale alone rather than amplify rounding.
             shift, scale = mean, torch.where(std > 1e-6, std, torch.ones_like(std))
         elif self.normalisation == "codebook_range":
@@ -196,13 +200,18 @@ class PixelStage(nn.Module):
         """Images in [-1, 1] are left as they are."""
 
 
-def channel_moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel over batches (B, C, *s), streamed in float64."""
-    count, total, squares = 0, 0.0, 0.0
+def channel_moments(batches: Iterable[Tensor], sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel over the batches (B, C, *s) of all ranks, streamed in float64.
+
+    `sums` (3, C), zeros, is where the count, the sum and the sum of squares begin: for a rank without a
+    batch.
+    """
     for x in batches:
         x = x.double().transpose(0, 1).flatten(1)  # (C, B prod(s))
-        count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
-    if count == 0:
+        part = torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
+        sums = part if sums is None else sums + part
+    count, total, squares = (torch.zeros(3, 1) if sums is None else all_reduce(sums)).double()
+    if not count.all():
         raise InputError("data: no training latents to normalise with; the training split is empty")
     mean = total / count
     return mean, (squares / count - mean.square()).clamp_min(0).sqrt()

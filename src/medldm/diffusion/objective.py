@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.devices import full_precision
 from medldm.diffusion.conditioner import Condition, concatenate
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
 from medldm.errors import InputError
+from medldm.ranks import mean_over_ranks
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> x0_hat
 
@@ -52,18 +54,20 @@ class ScheduleGradient:
 
     The gradient that a loss L_i sends into the share of a learned curve is multiplied by L_i / mean(L), which
     turns the gradient of the mean into that of the mean square: the variance, since the mean does not depend
-    on the share. Section I.2, Kingma et al. 2021. `moves_endpoints` False holds the end points still, with
-    zero gradients.
+    on the share. Section I.2, Kingma et al. 2021. mean(L) is that of the global batch: N processes compute
+    the gradient of one with N times the batch. `moves_endpoints` False holds the end points still, with zero
+    gradients.
     """
 
     def __init__(self, schedule: NoiseSchedule, *, by_variance: bool, moves_endpoints: bool = True) -> None:
         self.schedule, self.by_variance, self.moves_endpoints = schedule, by_variance, moves_endpoints
         self.factors: Tensor | None = None
+        self.is_awaited = False  # a gradient will ask for the factors
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """gamma and d gamma / dt at (B,) times."""
         t = at_least_float32(t)
-        with torch.autocast(t.device.type, enabled=False):
+        with full_precision(t.device):
             values = torch.func.jvp(self.schedule.gamma, (t,), (torch.ones_like(t),))
         if not (self.by_variance and torch.is_grad_enabled()):
             return values
@@ -76,13 +80,18 @@ class ScheduleGradient:
     def rescaled(self, value: Tensor, frozen: Tensor) -> Tensor:
         interior = value - frozen  # zero, but for its gradient, which is that of the share alone
         if interior.requires_grad:
+            self.is_awaited = True
             interior.register_hook(lambda gradient: gradient * self.factors.to(gradient))
         return (frozen if self.moves_endpoints else frozen.detach()) + interior
 
     def weigh(self, losses: Tensor) -> None:
-        """Tell the (B,) losses, once known and before the backward pass."""
-        losses = losses.detach()
-        self.factors = losses / losses.mean().clamp_min(1e-12)
+        """Tell the (B,) losses, once known and before the backward pass.
+
+        Ranks meet here in training only: in validation they may have unequally many batches.
+        """
+        if self.is_awaited:
+            losses = losses.detach()
+            self.factors = losses / mean_over_ranks(losses.mean()).clamp_min(1e-12)
 
 
 class DenoisingObjective:
@@ -201,7 +210,7 @@ class DenoisingObjective:
         z_t = schedule.add_noise(x, noise, t, gamma)
         output = at_least_float32(network(z_t, network_time(t, schedule, gamma), condition))
         target = self.target(x, noise, schedule, t, gamma)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
             loss = self.weight(schedule, t, gamma) * error
             if gradient:

@@ -6,12 +6,14 @@ Every step is z <- a z_t + b x0_hat + c x0_hat_previous + d noise, with a, b, c,
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from medldm.devices import full_precision
 from medldm.diffusion.conditioner import Conditioner
 from medldm.diffusion.objective import Denoise, check_clamp, clamped
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32, gamma_to_alpha_sigma
@@ -156,7 +158,8 @@ class Sampler:
     ) -> Tensor:
         """Standard normal `noise` (B, Cz, *s), 2D or 3D -> z0 of the same shape, device and precision.
 
-        With `first` > 0 the loop starts at that step (`first_step`), and `noise` is z_t at its time.
+        With `first` > 0 the loop starts at that step (`first_step`), and `noise` is z_t at its time. The last
+        step, of which nothing smooths the rounding, is computed in float32.
         """
         grid = self.time_grid(schedule, noise.device)
         a, b, c, d = self.coefficients(grid.gamma)
@@ -164,7 +167,8 @@ class Sampler:
             denoise = clamped(denoise, limit=self.clamp, percentile=self.clamp_percentile)
         z, x0_previous = at_least_float32(noise), None
         for k in range(first, self.num_steps):
-            x0_hat = denoise(z, grid.times[k].expand(len(z))).to(z.dtype)
+            with full_precision(z.device) if k == self.num_steps - 1 else nullcontext():
+                x0_hat = denoise(z, grid.times[k].expand(len(z))).to(z.dtype)
             z = a[k] * z + b[k] * x0_hat
             if c is not None and x0_previous is not None:
                 z = z + c[k] * x0_previous

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medldm.batch import expand_as
+from medldm.devices import full_precision
 from medldm.errors import InputError
 
 
@@ -32,7 +33,7 @@ class NoiseSchedule(nn.Module):
     def gamma(self, t: Tensor) -> Tensor:
         """-log SNR at times of any shape, in float32 or, for float64 times, float64: also under autocast."""
         # At gamma = -13.3, sigma^2 is 1.7e-6: half precision turns it into 0 and 1 - sigma^2 into 1.
-        with torch.autocast(t.device.type, enabled=False):
+        with full_precision(t.device):
             return self.curve(at_least_float32(t))
 
     def gamma_derivative(self, t: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class NoiseSchedule(nn.Module):
     def frozen_interior(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """gamma and d gamma / dt of a learned curve, differentiable in its end points alone."""
         t = at_least_float32(t)
-        with torch.autocast(t.device.type, enabled=False), torch.no_grad():
+        with full_precision(t.device), torch.no_grad():
             share, slope = torch.func.jvp(self.curve.share, (t,), (torch.ones_like(t),))
         low, gap = self.curve.endpoints(t.dtype)
         return low + gap * share, gap * slope

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from medldm.devices import full_precision
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.objective import (
     TIME_KINDS,
@@ -119,7 +120,7 @@ class VariationalObjective:
         gamma, slope = gradient.at(t)
         z_t = schedule.add_noise(x, noise, t, gamma)
         noise_hat = at_least_float32(network(z_t, network_time(t, schedule, gamma), condition))
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             if steps is None:
                 weight = slope / 2
             else:
@@ -195,7 +196,7 @@ class VariationalObjective:
     @torch.no_grad()
     def endpoints(schedule: NoiseSchedule, x: Tensor) -> dict[str, Tensor]:
         """gamma and variance at both ends: a learned schedule is to be watched here."""
-        low, high = schedule.gamma(torch.tensor([0.0, 1.0], device=x.device)).unbind()
+        low, high = schedule.gamma(torch.linspace(0, 1, 2, device=x.device)).unbind()
         variances = {"var_0": torch.sigmoid(low), "var_1": torch.sigmoid(high)}
         return {"gamma_0": low, "gamma_1": high, **variances}
 

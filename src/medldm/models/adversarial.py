@@ -1,15 +1,15 @@
 """Manual optimisation of a generator and its discriminators, shared by every model that trains with both."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from medldm.errors import InputError
 from medldm.losses import AdversarialLoss, adaptive_weight, feature_matching, random_slices
-from medldm.models.common import build_optimizer, rank_part, step_generator, warmup_cosine
+from medldm.models.common import TrainedModule, build_optimizer, clip_gradients, rank_part, step_generator
 
 
 class GeneratorStep(NamedTuple):
@@ -23,7 +23,17 @@ class GeneratorStep(NamedTuple):
     logs: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
 
 
-class AdversarialModule(LightningModule):
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients in the module's own parameters meanwhile, whatever happens inside."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+class AdversarialModule(TrainedModule):
     """One forward pass serves generator and discriminators. A subclass gives `generator` and
     `generator_step`.
 
@@ -45,7 +55,7 @@ class AdversarialModule(LightningModule):
         slice_axes: Sequence[int] = (0,),
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, cosine_steps=cosine_steps)
         if bool(discriminators) != (adversarial is not None):
             raise InputError(
                 "model.discriminators and model.adversarial belong together: give both or neither"
@@ -53,13 +63,10 @@ class AdversarialModule(LightningModule):
         self.automatic_optimization = False
         self.discriminators = nn.ModuleList(discriminators)
         self.adversarial = adversarial
-        self.make_optimizer = optimizer
         self.make_discriminator_optimizer = discriminator_optimizer or optimizer
-        self.warmup_steps, self.cosine_steps = warmup_steps, cosine_steps
         self.slice_axes, self.seed = tuple(slice_axes), seed
-        self.accumulate_grad_batches, self.gradient_clip_val = 1, None
+        self.gradient_clip_val: float | None = None
         self.is_accumulating = False  # gradients of a part of a batch are pending
-        self.description: dict = {}  # what checkpoints.describe says of this module
 
     @property
     def generator(self) -> list[nn.Module]:
@@ -75,7 +82,7 @@ class AdversarialModule(LightningModule):
 
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, self.generator)
-        schedule = warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)
+        schedule = self.learning_rate(optimizer)
         optimizers = [optimizer]
         if self.discriminators:
             optimizers.append(build_optimizer(self.make_discriminator_optimizer, [self.discriminators]))
@@ -86,14 +93,13 @@ class AdversarialModule(LightningModule):
         is_last = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         self.is_accumulating = not is_last
 
-        self.discriminators.requires_grad_(False)  # the generator's backward leaves no gradient in them
-        step = self.generator_step(batch, batch_idx, factor)
-        losses = dict(step.losses)
-        self.manual_backward(losses["loss"] / self.accumulate_grad_batches)
+        with frozen(self.discriminators):  # the generator's backward leaves no gradient in them
+            step = self.generator_step(batch, batch_idx, factor)
+            losses = dict(step.losses)
+            self.manual_backward(losses["loss"] / self.accumulate_grad_batches)
         if is_last:
             self.update_generator()
         if factor:
-            self.discriminators.requires_grad_(True)
             losses["discriminator"] = self.discriminator_loss(
                 step.real.detach(), step.fake.detach(), step.slices, step.label
             )
@@ -168,9 +174,7 @@ class AdversarialModule(LightningModule):
     def update_generator(self) -> None:
         optimizer = self.optimizers()
         optimizer = optimizer[0] if isinstance(optimizer, list) else optimizer
-        if self.gradient_clip_val:
-            parameters = [p for part in self.generator for p in part.parameters()]
-            nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+        clip_gradients((p for part in self.generator for p in part.parameters()), self.gradient_clip_val)
         optimizer.step()
         optimizer.zero_grad()
         schedulers = self.lr_schedulers()
@@ -179,10 +183,6 @@ class AdversarialModule(LightningModule):
     def update_discriminators(self) -> None:
         # The raw optimiser: Lightning would count its steps in global_step.
         optimizer = self.optimizers()[1].optimizer
-        if self.gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.gradient_clip_val)
+        clip_gradients(self.discriminators.parameters(), self.gradient_clip_val)
         optimizer.step()
         optimizer.zero_grad()
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["medldm"] = self.description

@@ -1,18 +1,26 @@
-"""What the Lightning modules share: optimiser groups, learning-rate schedule, per-step random numbers."""
+"""What the Lightning modules share: optimiser groups, learning-rate schedule, clipping, per-step random
+numbers.
+"""
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from medldm.devices import in_channels_last, to_channels_last
 from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.schedule import NoiseSchedule
+from medldm.errors import InputError
+from medldm.ranks import num_ranks
 
+log = logging.getLogger(__name__)
 NUM_STATISTICS_SAMPLES = 4096  # images whose latents give the mean and deviation per channel
 
 
@@ -44,16 +52,106 @@ def build_optimizer(factory: Callable, modules: Sequence[nn.Module]) -> torch.op
     return factory(parameter_groups(modules, decay))
 
 
+class TrainedModule(LightningModule):
+    """What every model shares: what its checkpoints say of it, the learning rate, clipping and memory layout.
+
+    `cosine_steps` are the updates of the half cosine down to `cosine_final` of the rate: null for a constant
+    one, 0 or less for as many as the training has, by the trainer's max_steps or its max_epochs and the
+    loader.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer: Callable,
+        warmup_steps: int = 0,
+        cosine_steps: int | None = None,
+        cosine_final: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0:
+            raise InputError(f"model.warmup_steps={warmup_steps}: the rate would be negative; give 0 or more")
+        self.make_optimizer = optimizer
+        self.warmup_steps, self.cosine_steps, self.cosine_final = warmup_steps, cosine_steps, cosine_final
+        self.accumulate_grad_batches = 1  # of a module that steps by hand; else the trainer accumulates
+        self.is_channels_last = False
+        self.description: dict = {}  # what checkpoints.describe says of this module
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["medldm"] = self.description
+
+    def learning_rate(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        """Warm-up and cosine of this module's generator. InputError where a cosine has no end."""
+        total = self.cosine_steps
+        trainer = self._trainer  # `self.trainer` raises where there is none
+        if trainer is not None and total is not None:
+            length = num_updates(trainer, self.accumulate_grad_batches)
+            if total <= 0 and length is None:
+                raise InputError(
+                    f"model.cosine_steps={total}: the training has no end; set trainer.max_steps or "
+                    "trainer.max_epochs, or model.cosine_steps=null"
+                )
+            if 0 < total < (length or math.inf) and self.cosine_final == 0:
+                log.warning(
+                    "model.cosine_steps=%s: the rate is 0 from there on, and the training has %s updates",
+                    total, length or "no end of",
+                )  # fmt: skip
+            total = total if total > 0 else length
+        return warmup_cosine(optimizer, warmup=self.warmup_steps, total=total, final=self.cosine_final)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's own refuses fused optimisers under mixed precision, whose bf16 needs no unscaling."""
+        clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
+
+    def use_channels_last(self) -> None:
+        """Weights now, and every batch on its way in."""
+        to_channels_last(self)
+        self.is_channels_last = True
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return in_channels_last(batch) if self.is_channels_last else batch
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> None:
+    """Scale the gradients, float32 as their parameters are, to a norm of at most `max_norm`; null or 0: as
+    they are. Nothing waits for the device.
+    """
+    if max_norm:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def num_updates(trainer: Trainer, accumulate: int = 1) -> int | None:
+    """Updates of the whole training, of the generator where two optimisers run; None where it has no end.
+
+    `accumulate` is the module's own number of batches an update, which Lightning does not know of.
+    """
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
+        batches = trainer.num_training_batches
+        if math.isfinite(batches):
+            accumulated = max(accumulate, trainer.accumulate_grad_batches)
+            ends.append(math.ceil(batches / accumulated) * trainer.max_epochs)
+    return min(ends, default=None)
+
+
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, *, warmup: int = 0, total: int | None = None, final: float = 0.0
 ) -> LambdaLR:
     """Multiplier min(1, (step + 1) / warmup) times, where `total` updates are given, a half cosine down to
-    `final`.
+    `final`; 0 or less are none.
     """
 
     def multiplier(step: int) -> float:
         rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
-        if total is None:
+        if total is None or total <= 0:
             return rising
         progress = min(step, total) / total
         return rising * ((1 - final) * 0.5 * (1 + math.cos(math.pi * progress)) + final)
@@ -93,7 +191,7 @@ def stage_latents(first_stage: FirstStage, batch: dict, image: str = "image") ->
 
 
 def fit_first_stage(first_stage: FirstStage, batches: Iterable[dict], device: torch.device) -> None:
-    """Set the latent statistics from the training set, once; a checkpoint that has them keeps them."""
+    """Set the latent statistics from this rank's `batches` of the training set and those of the others."""
 
     def latents() -> Iterable[Tensor]:
         seen = 0
@@ -101,7 +199,7 @@ def fit_first_stage(first_stage: FirstStage, batches: Iterable[dict], device: to
             key = "latent" if "latent" in batch else "image"
             x = batch[key].to(device).float()
             yield x if key == "latent" else first_stage.encode_raw(x)
-            seen += len(x)
+            seen += len(x) * num_ranks()
             if seen >= NUM_STATISTICS_SAMPLES:
                 return
 

@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from medldm.batch import one_hot
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.conditioner import Condition, in_float32
 from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.diffusion.windows import Windows, windowed
 from medldm.models.common import (
+    TrainedModule,
     build_optimizer,
     case_generators,
     case_noise,
@@ -21,7 +21,6 @@ from medldm.models.common import (
     rank_part,
     stage_latents,
     step_generator,
-    warmup_cosine,
 )
 
 
@@ -30,7 +29,7 @@ def mix(condition: Condition, share: float) -> Condition:
     return Condition(*(None if x is None else torch.lerp(x[:1], x[1:], share) for x in condition))
 
 
-class DiffusionModule(LightningModule):
+class DiffusionModule(TrainedModule):
     """Denoiser (`network` and `conditioner`) over the latents of a frozen `first_stage`.
 
     batch["latent"] (the cache of `medldm encode`) is used where it is there, else batch["image"] is encoded.
@@ -54,13 +53,11 @@ class DiffusionModule(LightningModule):
         cosine_steps: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, cosine_steps=cosine_steps)
         self.first_stage, self.conditioner, self.network = first_stage, conditioner, network
         self.map_stage = map_stage
         self.schedule, self.objective, self.sampler = schedule, objective, sampler
-        self.make_optimizer = optimizer
-        self.warmup_steps, self.cosine_steps, self.seed = warmup_steps, cosine_steps, seed
-        self.description: dict = {}  # what checkpoints.describe says of this module
+        self.seed = seed
 
     @property
     def ema_modules(self) -> nn.ModuleDict:
@@ -80,13 +77,9 @@ class DiffusionModule(LightningModule):
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network]
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["medldm"] = self.description
-
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, [self.network, self.conditioner, self.schedule])
-        schedule = warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return [optimizer], [{"scheduler": self.learning_rate(optimizer), "interval": "step"}]
 
     def latents(self, batch: dict) -> Tensor:
         """Normalised latents z (B, Cz, *s) of a batch."""
@@ -134,7 +127,7 @@ class DiffusionModule(LightningModule):
         """The condition of a batch without the groups in `drop`; None drops all: the null of guidance."""
         size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
         dropped = self.conditioner.drop_groups(size, drop, self.device)
-        return self.conditioner(self.with_map_latent(batch), self.first_stage, dropped)
+        return in_float32(self.conditioner(self.with_map_latent(batch), self.first_stage, dropped))
 
     @torch.no_grad()
     def with_map_latent(self, batch: dict) -> dict:

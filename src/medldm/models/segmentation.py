@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from medldm.devices import full_precision
 from medldm.metrics.image import psnr, to_unit
 from medldm.metrics.overlap import dice
-from medldm.models.common import build_optimizer, warmup_cosine
+from medldm.models.common import TrainedModule, build_optimizer
 
 
 def apply_network(
@@ -41,7 +41,7 @@ def apply_network(
     return out[(..., *(slice(side) for side in shape))]
 
 
-class VoxelwiseModule(LightningModule):
+class VoxelwiseModule(TrainedModule):
     """One network, one answer a voxel, one optimiser. Training sees whatever the loader gives;
     prediction takes whole images, padded to `divisible_by`, or windows.
     """
@@ -57,24 +57,17 @@ class VoxelwiseModule(LightningModule):
         warmup_steps: int = 0,
         cosine_steps: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, cosine_steps=cosine_steps)
         self.network = network
         self.inference = {"window": window, "overlap": overlap, "divisible_by": divisible_by}
-        self.make_optimizer = optimizer
-        self.warmup_steps, self.cosine_steps = warmup_steps, cosine_steps
-        self.description: dict = {}  # what checkpoints.describe says of this module
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network]
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["medldm"] = self.description
-
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, [self.network])
-        schedule = warmup_cosine(optimizer, warmup=self.warmup_steps, total=self.cosine_steps)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return [optimizer], [{"scheduler": self.learning_rate(optimizer), "interval": "step"}]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits or the target (B, K, *S), float32."""
@@ -152,6 +145,11 @@ class RegressionModule(VoxelwiseModule):
         """`options`: what `VoxelwiseModule` takes."""
         super().__init__(network, **options)
         self.val_psnr = MeanMetric()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The target (B, C, *S), computed in float32: its values are an image."""
+        with full_precision(x.device):
+            return super().forward(x.float())
 
     def loss(self, answer: Tensor, batch: dict) -> Tensor:
         return F.l1_loss(answer, batch["image"])

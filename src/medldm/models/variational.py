@@ -7,24 +7,23 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from medldm.batch import spatial_shape
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.conditioner import Condition, in_float32
 from medldm.diffusion.objective import guided, network_time
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.diffusion.variational import Bound, VariationalObjective, bits, gradient_difference
 from medldm.metrics.image import psnr, ssim
 from medldm.models.common import (
+    TrainedModule,
     build_optimizer,
     case_generators,
     case_noise,
     rank_part,
     seed_of,
     step_generator,
-    warmup_cosine,
 )
 from medldm.plots import grid, points_figure, schedule_figure
 
@@ -33,7 +32,7 @@ NOISING_TIMES = 9  # pictures of the forward-noising strip
 MIN_SSIM_SIZE = 11  # the window
 
 
-class VariationalModule(LightningModule):
+class VariationalModule(TrainedModule):
     """`codec` between images and latents, `network` as the score of the latents under the `conditioner`'s
     label.
 
@@ -66,7 +65,12 @@ class VariationalModule(LightningModule):
         cosine_final: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            optimizer=optimizer,
+            warmup_steps=warmup_steps,
+            cosine_steps=cosine_steps,
+            cosine_final=cosine_final,
+        )
         self.codec, self.conditioner, self.network = codec, conditioner, network
         self.schedule, self.objective, self.likelihood, self.sampler = (
             schedule,
@@ -74,12 +78,9 @@ class VariationalModule(LightningModule):
             likelihood,
             sampler,
         )
-        self.make_optimizer = optimizer
         self.mse_weight, self.gradient_weight = mse_weight, gradient_weight
         self.gradient_power, self.gradient_is_signed = gradient_power, gradient_is_signed
-        self.warmup_steps, self.cosine_steps, self.cosine_final = warmup_steps, cosine_steps, cosine_final
         self.seed = seed
-        self.description: dict = {}  # what checkpoints.describe says of this module
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -102,15 +103,9 @@ class VariationalModule(LightningModule):
     def compiled_parts(self) -> list[nn.Module]:
         return [self.codec, self.network]
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["medldm"] = self.description
-
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, list(self.trained_parts.values()))
-        rate = warmup_cosine(
-            optimizer, warmup=self.warmup_steps, total=self.cosine_steps, final=self.cosine_final
-        )
-        return [optimizer], [{"scheduler": rate, "interval": "step"}]
+        return [optimizer], [{"scheduler": self.learning_rate(optimizer), "interval": "step"}]
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x = batch["image"]
@@ -194,7 +189,9 @@ class VariationalModule(LightningModule):
     def condition(self, batch: dict, drop: tuple[str, ...] | None = ()) -> Condition:
         """The condition of a batch without the groups in `drop`; None drops all: the null of guidance."""
         size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
-        return self.conditioner(batch, None, self.conditioner.drop_groups(size, drop, self.device))
+        return in_float32(
+            self.conditioner(batch, None, self.conditioner.drop_groups(size, drop, self.device))
+        )
 
     def embed(self, label: Tensor) -> Tensor | None:
         """(B,) labels, -1 for none -> (B, E), or None for an unconditional model."""

@@ -23,6 +23,7 @@ from medldm.networks.layers import (
     apply_norm,
     conv,
     group_norm,
+    last_layer_of_image,
     per_axis,
 )
 from medldm.networks.quantizer import Quantized
@@ -235,7 +236,11 @@ class VQAutoencoder(nn.Module):
         """
         self.check_size(x)
         h = F.silu(self.encoder_norm(self.encoder(self.first(x))))
-        return self.pre_quantizer(self.to_latent(h))  # (B, Cz, *S/f)
+        return self.latent(h)
+
+    def latent(self, h: Tensor) -> Tensor:
+        """Activated features (B, C, *S/f) of the encoder -> (B, Cz, *S/f)."""
+        return last_layer_of_image(lambda h: self.pre_quantizer(self.to_latent(h)), h)
 
     def first(self, x: Tensor) -> Tensor:
         return self.stem((x + 1) / 2 if self.is_unit else x)
@@ -261,7 +266,7 @@ class VQAutoencoder(nn.Module):
         return self.last(h)
 
     def last(self, h: Tensor) -> Tensor:
-        x = self.head(h)
+        x = last_layer_of_image(self.head, h)
         x = torch.tanh(x) if self.output_activation == "tanh" else x
         return 2 * x - 1 if self.is_unit else x
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medldm.errors import InputError
 from medldm.networks.autoencoder import VQAutoencoder
+from medldm.networks.layers import last_layer_of_image
 from medldm.networks.quantizer import Quantized
 from medldm.networks.scorenet import ResidualMLP
 
@@ -69,7 +70,8 @@ class MLPCodec(nn.Module):
 
     def decode(self, z: Tensor, e: Tensor | None = None) -> Tensor:
         """(B, D) -> (B, C, *S)."""
-        return self.decoder_out(self.decoder(self.decoder_in(z), e)).unflatten(1, self.image_shape)
+        h = self.decoder(self.decoder_in(z), e)
+        return last_layer_of_image(self.decoder_out, h).unflatten(1, self.image_shape)
 
 
 class NoQuantizer(nn.Module):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medldm.devices import full_precision
 from medldm.networks.spade import SPADE
 
 Norm = Callable[[int], nn.Module]
@@ -32,6 +33,16 @@ def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
 
 
+def last_layer_of_image(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a network hands out, in float32 where no gradient is wanted: in bf16 an image of 1,000 HU has
+    steps of 3.9. Training keeps its mixed precision, and half of the memory.
+    """
+    if torch.is_grad_enabled():
+        return layer(x)
+    with full_precision(x.device):
+        return layer(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 def per_axis(value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
     """One number per axis from a number or a sequence."""
     values = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
@@ -53,7 +64,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

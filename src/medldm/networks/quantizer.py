@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Entries of the distance matrix that exist at a time: 2^20 floats are 4 MiB, within a CPU's cache, and 2^26
-# keep a GPU busy at 256 MiB.
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+from medldm.devices import CHUNK_ELEMENTS, full_precision
+from medldm.ranks import all_reduce, num_ranks, rank
+
 BLOCK = 128  # codes per block of the two-step argmin
 
 
@@ -51,7 +50,7 @@ def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
         never = F.pad(codes.new_full((filler, 1), torch.inf), (x.shape[1], 0))
         codes = torch.cat([codes, never])
     columns = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**24) // len(codes))
-    with exact_matmul() if x.is_cuda else contextlib.nullcontext():
+    with exact_matmul():
         return torch.cat([nearest_in_blocks(codes, part) for part in x.split(columns)])
 
 
@@ -60,12 +59,6 @@ def nearest_in_blocks(codes: Tensor, x: Tensor) -> Tensor:
     block = distances.amin(1).argmin(0)  # (n,)
     within = distances[block, :, torch.arange(len(x), device=x.device)].argmin(1)
     return block * BLOCK + within
-
-
-def all_reduce(x: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(x)
-    return x
 
 
 class VectorQuantizer(nn.Module):
@@ -113,7 +106,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("epoch_count", torch.zeros(num_codes), persistent=False)
 
     def forward(self, h: Tensor) -> Quantized:
-        with torch.autocast(h.device.type, enabled=False):
+        with full_precision(h.device):
             return self._forward(h.float())
 
     def _forward(self, h: Tensor) -> Quantized:
@@ -185,14 +178,11 @@ class VectorQuantizer(nn.Module):
         same after a resume, and codes are spread evenly over the batch. Ranks fill their share and are
         summed.
         """
-        world, rank = 1, 0
-        if dist.is_available() and dist.is_initialized():
-            world, rank = dist.get_world_size(), dist.get_rank()
-        total = world * len(x)
+        total = num_ranks() * len(x)
         step = next(
             s for s in range(round(total * 0.6180339887) | 1, 2 * total + 3) if math.gcd(s, total) == 1
         )
         position = torch.arange(self.num_codes, device=x.device) * step + self.num_updates * 7919
-        position = position % total - rank * len(x)
+        position = position % total - rank() * len(x)
         is_mine = (position >= 0) & (position < len(x))
         return all_reduce(x[position.clamp(0, len(x) - 1)] * is_mine[:, None])

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.devices import full_precision
+
 
 class SPADE(nn.Module):
     """Parameter-free norm of x, scaled and shifted by two maps computed from the condition.
@@ -51,7 +53,8 @@ class SPADE(nn.Module):
         if not self.keeps_maps or self.training or torch.is_grad_enabled():
             self._kept.clear()
             return self.modulation(spade, size)
-        key, version = id(spade), (size, spade._version, self.gamma.weight._version)
+        is_rounded = torch.is_autocast_enabled(spade.device.type)
+        key, version = id(spade), (size, spade._version, self.gamma.weight._version, is_rounded)
         kept = self._kept.get(key)
         if kept is None or kept[0]() is not spade or kept[1] != version:
             self._kept = {k: entry for k, entry in self._kept.items() if entry[0]() is not None}
@@ -62,6 +65,6 @@ class SPADE(nn.Module):
         if spade is None:
             raise ValueError("a network built with SPADE norms needs condition.spade (B, C, *S)")
         gamma, beta = self._modulation_kept(spade, x.shape[2:])
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             normed = F.group_norm(x, self.groups) if self.groups else F.instance_norm(x)
         return normed * (1 + gamma) + beta

@@ -85,7 +85,7 @@ class TiledAutoencoder:
         norm = whole_norm(net.encoder_norm, h)
 
         def finish(part: Tensor, box: Box) -> Tensor:
-            return net.pre_quantizer(net.to_latent(self.activated(net.encoder_norm, norm, part, None, box)))
+            return net.latent(self.activated(net.encoder_norm, norm, part, None, box))
 
         return self.run(finish, [h], halo=net.latent_halo, sees_box=True)
 

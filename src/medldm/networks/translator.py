@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medldm.batch import check_stated
+from medldm.devices import full_precision
 from medldm.networks.layers import conv
 
 LEAK = 0.2
@@ -57,7 +58,7 @@ class SwitchedSPADE(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         gamma, beta = self.modulation(F.relu(self.shared(x, label)), label).chunk(2, dim=1)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             normed = F.instance_norm(x)
         return normed * (1 + gamma) + beta
 

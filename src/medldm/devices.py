@@ -1,0 +1,224 @@
+"""Everything that follows from the hardware, chosen here: device, precision, memory layout, chunks of work.
+
+Every choice takes the `Hardware` that it is for, so that a test without a GPU can ask what one would get:
+`choose_settings(hardware=GPU)`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from medldm.errors import InputError
+
+# As Lightning calls them. float16 is not among them: its loss scaling would have to know of both optimisers.
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Entries of the distance matrix of a codebook that exist at a time, by kind of device: 2^20 floats are 4 MiB,
+# within a CPU's cache, and 2^26 keep a GPU busy at 256 MiB.
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """`kind`: "cuda" or "cpu"; `multiplies_bf16`: itself, rather than by emulation, which is slower than
+    float32; `count`: how many devices of the kind there are.
+    """
+
+    kind: str
+    multiplies_bf16: bool
+    count: int = 1
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind == "cuda"
+
+
+GPU = Hardware("cuda", multiplies_bf16=True)  # Ampere or later; earlier ones train in float32
+CPU = Hardware("cpu", multiplies_bf16=False)
+
+
+def find_hardware(accelerator: str = "auto") -> Hardware:
+    """Of this machine, or, with `accelerator` "cpu", of its processor alone."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware("cuda", has_bf16, torch.cuda.device_count())
+    return Hardware("cpu", has_amx())
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """How to compute: `precision` as Lightning names it, `channels_last` the memory layout of weights and
+    images, `matmul_precision` torch's name of how float32 products are rounded ("high" is TF32), `pin_memory`
+    whether batches wait in pages that a device can fetch by itself.
+    """
+
+    precision: str
+    channels_last: bool
+    matmul_precision: str
+    pin_memory: bool
+
+
+def choose_settings(
+    precision: str | int = "auto",
+    channels_last: bool | str = "auto",
+    pin_memory: bool = True,
+    *,
+    hardware: Hardware | None = None,
+    key: str = "precision",
+) -> DeviceSettings:
+    """What the config's values mean on `hardware` (null: this machine). InputError where one is unknown.
+
+    `auto` precision is bf16 where the hardware multiplies it. `auto` layout is channels_last on GPUs and on
+    CPUs with AMX: in float32 on others the backward of oneDNN's convolutions takes 1.6 times as long in it
+    (docs/performance.md). Rules, and no timings: a resumed run computes what the uninterrupted one would
+    have. `key` is the config's name of the precision.
+    """
+    hardware = find_hardware() if hardware is None else hardware
+    name = ALIASES.get(str(precision), str(precision))
+    if name == "auto":
+        name = "bf16-mixed" if hardware.multiplies_bf16 else "32-true"
+    if name not in PRECISIONS:
+        raise InputError(f"{key}={precision} is none of auto, {', '.join(PRECISIONS)}; take {key}=auto")
+    if channels_last not in (True, False, "auto"):
+        raise InputError(f"channels_last={channels_last} is none of true, false, auto")
+    if channels_last == "auto":
+        channels_last = hardware.is_gpu or hardware.multiplies_bf16
+    return DeviceSettings(
+        precision=name,
+        channels_last=bool(channels_last),
+        matmul_precision="high" if hardware.is_gpu else "highest",
+        pin_memory=bool(pin_memory) and hardware.is_gpu,
+    )
+
+
+def pick_device(name: str = "auto", hardware: Hardware | None = None) -> torch.device:
+    """`auto` is the GPU where there is one. InputError where the named device is not on this machine."""
+    hardware = find_hardware() if hardware is None else hardware
+    if name == "auto":
+        return torch.device(hardware.kind)
+    try:
+        device = torch.device(str(name))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={name} is none of auto, cpu, cuda, cuda:0, cuda:1 ...; take device=auto")
+    if device.type == "cuda":
+        require_gpus(f"device={name}", (device.index or 0) + 1, hardware, mend="device=cpu")
+    return device
+
+
+def require_gpus(what: str, count: int, hardware: Hardware, *, mend: str) -> None:
+    """InputError where `count` GPUs are more than there are."""
+    if not hardware.is_gpu:
+        raise InputError(
+            f"{what}: torch {torch.__version__} finds no CUDA device on this machine; take {mend}, or see "
+            "`nvidia-smi`"
+        )
+    if count > hardware.count:
+        raise InputError(f"{what}: this machine has {hardware.count} CUDA devices; take fewer")
+
+
+def check_accelerator(accelerator: str, devices: Any, hardware: Hardware) -> None:
+    """InputError where Lightning's `accelerator` and `devices` are unknown or are not on this machine."""
+    if accelerator not in ACCELERATORS:
+        raise InputError(
+            f"trainer.accelerator={accelerator} is none of {', '.join(ACCELERATORS)}; "
+            "take trainer.accelerator=auto"
+        )
+    wanted = devices_of(devices)
+    if wanted is not None and len(wanted) < 1:
+        raise InputError(f"trainer.devices={devices}: give at least one, or auto")
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and hardware.is_gpu):
+        num_needed = max(wanted or [0]) + 1
+        require_gpus(
+            f"trainer.accelerator={accelerator} with devices={devices}",
+            num_needed,
+            hardware,
+            mend="trainer.accelerator=cpu",
+        )
+
+
+def devices_of(devices: Any) -> list[int] | None:
+    """The numbers of the devices that Lightning's `devices` asks for; None for all there are."""
+    if devices in ("auto", -1, "-1"):
+        return None
+    try:
+        if isinstance(devices, str) and "," in devices:
+            return [int(index) for index in devices.split(",") if index.strip()]
+        return list(range(int(devices))) if isinstance(devices, int | str) else [int(i) for i in devices]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"trainer.devices={devices} is neither a number nor a list of numbers; take trainer.devices=auto"
+        ) from error
+
+
+def num_processes(accelerator: str, devices: Any, num_nodes: int) -> int:
+    """How many processes Lightning starts on all nodes."""
+    wanted, hardware = devices_of(devices), find_hardware(accelerator)
+    count = len(wanted) if wanted is not None else hardware.count if hardware.is_gpu else 1
+    return max(1, count) * num_nodes
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Lay each weight and buffer out by its own rank, in place: 4-D ones channels_last, 5-D ones
+    channels_last_3d. A 3D model may hold 2D discriminators.
+    """
+    for x in (*module.parameters(), *module.buffers()):
+        if x.ndim in LAYOUTS:
+            x.data = x.data.contiguous(memory_format=LAYOUTS[x.ndim])
+
+
+def in_channels_last(batch: dict) -> dict:
+    """The batch with its images and volumes laid out as `to_channels_last` lays out weights."""
+    return {
+        key: x.contiguous(memory_format=LAYOUTS[x.ndim]) if torch.is_tensor(x) and x.ndim in LAYOUTS else x
+        for key, x in batch.items()
+    }
+
+
+def inference_precision(precision: str | int, device: torch.device, hardware: Hardware | None = None) -> str:
+    """ "32-true" or "bf16-mixed". `auto` is bf16 on a GPU that multiplies it, float32 elsewhere."""
+    hardware = find_hardware(device.type) if hardware is None else hardware
+    if precision == "auto" and device.type != "cuda":
+        return "32-true"
+    return choose_settings(precision, hardware=hardware).precision
+
+
+def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a module on `device` computes at this precision, one of `PRECISIONS`."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """The context of what must not be rounded to bf16: bounds, codes, the last layer of an image."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def is_on_host(x: torch.Tensor) -> bool:
+    """Whether reading its values waits for nobody."""
+    return x.device.type == "cpu"
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of the generators that layers such as dropout draw from: the host's, and the device's own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """The inverse of `random_state`; the device's is left alone where the state was taken on another kind."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -1,0 +1,46 @@
+"""What the processes of one training share; alone, a process shares with itself."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if num_ranks() > 1 else 0
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum over ranks. Changes x in place."""
+    if num_ranks() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Changes x in place."""
+    if num_ranks() > 1:
+        dist.all_reduce(x)
+        x /= num_ranks()
+    return x
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether the flag is set on any rank; asked from host to host in a `group` of gloo."""
+    if num_ranks() == 1:
+        return flag
+    total = torch.tensor(int(flag))
+    dist.all_reduce(total, group=group)
+    return bool(total)
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """A group of all ranks whose tensors live on the host, so that asking does not wait for a device; None
+    where the default group is one. Every rank has to call this.
+    """
+    if num_ranks() == 1 or dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo")

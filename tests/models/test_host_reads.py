@@ -1,0 +1,114 @@
+"""Between loggings a training step never waits for the device: nothing of it is read by the host."""
+
+import pytest
+import torch
+
+from medldm.callbacks import EMA, CountUpdates, ProgressBar, StopOnSignal
+from medldm.checkpoints import load_module
+from tests.host_reads import HostReads
+from tests.training import FACTS, LDM, PIXELS, VQVAE, build, fit, make_batches
+
+FACTS_3D = FACTS | {"spatial_dims": 3, "image_size": [16, 16, 16]}
+GAN = ("model.adversarial.start=0", "model.autoencoder.quantizer.restart_threshold=0.5")
+BUILT = {
+    "autoencoder": (FACTS, VQVAE, *GAN),
+    "autoencoder with moving averages": (
+        FACTS,
+        "experiment=cardiac2d/vqvae_author",
+        "model.adversarial.start=0",
+    ),
+    "autoencoder 3D": (FACTS_3D, "experiment=medlsdm/folder_vqgan_spade", *GAN),
+    "diffusion": (FACTS, LDM, *PIXELS, "model.conditioner.drop_all_prob=0.3"),
+    "diffusion, learned schedule": (FACTS, LDM, *PIXELS, "model/schedule=learned_nnet"),
+    "variational": (FACTS, "experiment=medvdm/chestxray"),
+    "segmentation": (FACTS_3D, "experiment=medlsdm/folder_segmentation"),
+    "regression": (FACTS_3D, "experiment=aldm/brats_regression"),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("medldm.batch.is_on_host", lambda x: False)
+
+
+def volumes(count: int) -> list[dict]:
+    batches = make_batches(count, 2, pixels=64)  # 64 x 64 pixels are 16 x 16 x 16 voxels
+    for batch in batches:
+        for key in ("image", "mask", "edges"):
+            batch[key] = batch[key].reshape(2, 1, 16, 16, 16)
+        batch |= {
+            "source": -batch["image"],
+            "label": torch.tensor([1, 2]),
+            "source_label": torch.tensor([0, 0]),
+        }
+    return batches
+
+
+def reads_of(module, batches) -> list[str]:
+    module.use_channels_last()
+    if not module.automatic_optimization:
+        module.gradient_clip_val = 1.0
+    options = {"gradient_clip_val": 1.0} if module.automatic_optimization else {}
+    watch = HostReads()
+    callbacks = (CountUpdates(), EMA(0.99), StopOnSignal(checkpoints=None), watch)
+    fit(module, batches, *callbacks, log_every_n_steps=100, **options)
+    assert watch.num_steps == len(batches) - watch.first
+    return watch.tensors.found
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_training_step_reads_nothing(name):
+    facts, *overrides = BUILT[name]
+    module = build(*overrides, facts=facts)
+    batches = make_batches(3, 2) if facts is FACTS else volumes(3)
+    assert not reads_of(module, batches)
+
+
+@pytest.mark.parametrize("fixture", ["diffusion", "translator"])
+def test_a_training_step_behind_a_first_stage_reads_nothing(fixture, request):
+    module = load_module(request.getfixturevalue(fixture))
+    module.train()
+    batches = make_batches(3, 2, pixels=64) if fixture == "diffusion" else volumes(3)
+    if fixture == "translator":
+        module.adversarial.start = 0
+    assert not reads_of(module, batches)
+
+
+def test_the_watch_sees_what_would_wait():
+    watch = HostReads(first=0)
+
+    class Leaky(torch.nn.Module):
+        def forward(self, x):
+            host = torch.zeros(3)
+            host.sum().item()  # of the host's own: no matter
+            flag = bool(x.sum() > 0)
+            x[x > 0], x.cpu(), torch.tensor(1.0, device=x.device), host.to(x.device), x.tolist()
+            return flag
+
+    x = torch.ones(2, 3)
+    watch.tensors.add(x)
+    from tests.host_reads import CallWatch, OperatorWatch
+
+    with OperatorWatch(watch.tensors), CallWatch(watch.tensors):
+        Leaky()(x)
+    found = " ".join(watch.tensors.found)
+    assert len(watch.tensors.found) == 6
+    for word in ("_local_scalar_dense", "by a mask", ".cpu()", "torch.tensor", ".to(device)", ".tolist()"):
+        assert word in found
+
+
+def test_the_progress_bar_reads_when_it_is_logged(monkeypatch):
+    from pytorch_lightning.callbacks import RichProgressBar
+
+    read = []
+    monkeypatch.setattr(
+        RichProgressBar, "get_metrics", lambda self, trainer, module: read.append(0) or {"loss": 1}
+    )
+
+    class At:
+        training, log_every_n_steps, global_step = True, 10, 0
+
+    bar = ProgressBar()
+    for At.global_step in range(1, 31):
+        assert bar.get_metrics(At, None) == {"loss": 1}
+    assert len(read) == 1 + 3

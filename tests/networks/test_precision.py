@@ -1,0 +1,87 @@
+"""Under bf16 what a model hands out is float32: no steps of 1/256 in an image."""
+
+import pytest
+import torch
+from torch import nn
+
+from medldm.devices import CPU, GPU, inference_precision, mixed_precision
+from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverSampler
+from medldm.diffusion.schedule import fixed_linear_schedule
+from medldm.errors import InputError
+from medldm.networks.codec import MLPCodec
+from medldm.networks.tiling import TiledAutoencoder
+from medldm.sampling import Request, predictor_of
+from tests.training import FACTS, LDM, PIXELS, VQVAE, build, make_batches
+
+
+def share_on_bf16(x: torch.Tensor) -> float:
+    """Of the values that bf16 holds exactly; of float32 noise one in 65,536."""
+    return (x.bfloat16().float() == x).float().mean().item()
+
+
+@pytest.fixture
+def bf16():
+    with torch.no_grad(), mixed_precision(torch.device("cpu"), "bf16-mixed"):
+        yield
+
+
+def test_images_and_latents_of_an_autoencoder(bf16):
+    net = build(VQVAE).autoencoder.eval()
+    x = torch.rand(2, 1, 32, 32) * 2 - 1
+    h = net.encode(x)
+    z = net.quantize(h).z
+    for values in (h, net.decode(z), TiledAutoencoder(net, 8).decode(z), TiledAutoencoder(net, 8).encode(x)):
+        assert values.dtype == torch.float32 and share_on_bf16(values) < 0.02
+
+
+def test_training_keeps_the_mixed_precision_of_the_last_layer():
+    net = build(VQVAE).autoencoder.train()
+    with mixed_precision(torch.device("cpu"), "bf16-mixed"):
+        assert net(torch.rand(2, 1, 32, 32))[0].dtype == torch.bfloat16
+
+
+def test_images_of_vectors_and_of_a_regression(bf16):
+    codec = MLPCodec(2, image_channels=1, image_size=(8, 8), encoder_channels=16, decoder_channels=16)
+    assert share_on_bf16(codec.decode(torch.randn(4, 64))) < 0.02
+    regression = build("experiment=aldm/brats_regression", facts=FACTS | {"spatial_dims": 3}).eval()
+    assert share_on_bf16(regression(torch.rand(1, 1, 16, 16, 16))) < 0.02
+
+
+@pytest.mark.parametrize("sampler", [AncestralSampler, DDIMSampler, DPMSolverSampler])
+def test_the_last_step_of_a_sampler(sampler, bf16):
+    layer, dtypes = nn.Conv2d(1, 1, 3, padding=1), []
+
+    def denoise(z, t):
+        out = layer(z)
+        dtypes.append(out.dtype)
+        return out
+
+    z = sampler(num_steps=3)(denoise, fixed_linear_schedule(-10, 5), torch.randn(1, 1, 8, 8))
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32] and share_on_bf16(z) < 0.05
+
+
+@pytest.mark.parametrize("conditioner", ["strided_cnn", "spade"])
+def test_samples_of_a_diffusion_under_either_precision(conditioner):
+    """Conditions computed in bf16 meet a last step in float32."""
+    network = ("model/network=unet_block",) if conditioner == "spade" else PIXELS[1:]
+    module = build(LDM, PIXELS[0], *network, f"model/conditioner={conditioner}", "model.sampler.num_steps=2")
+    module.eval()
+    for parameter in module.network.parameters():
+        parameter.data = parameter.data + 0.02 * torch.randn(parameter.shape)  # zero-initialised layers too
+    predictor = predictor_of(module)
+    (batch,) = make_batches(1, 2)
+    batch["case_id"] = ["a", "b"]
+    exact, mixed = (
+        predictor(batch, (16, 16), Request(precision=precision)) for precision in ("32-true", "bf16-mixed")
+    )
+    assert not torch.equal(exact, mixed)
+    assert share_on_bf16(mixed[mixed.abs() < 1]) < 0.05
+    assert torch.equal(exact, predictor(batch, (16, 16), Request()))  # auto, on a CPU
+
+
+def test_the_precision_of_inference():
+    assert inference_precision("auto", torch.device("cuda"), GPU) == "bf16-mixed"
+    assert inference_precision("auto", torch.device("cpu"), CPU) == "32-true"
+    assert inference_precision("bf16-mixed", torch.device("cpu"), CPU) == "bf16-mixed"
+    with pytest.raises(InputError, match="precision=fp8 is none of auto, 32-true, bf16-mixed"):
+        inference_precision("fp8", torch.device("cpu"), CPU)
