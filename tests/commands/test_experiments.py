@@ -17,7 +17,7 @@ from medldm.data.readers import load_index, read_images
 from medldm.errors import InputError
 from medldm.outputs import SampleFolder
 from tests.helpers import CONFIG_DIR, compose_config
-from tests.training import LDM, gpu_settings, load, read_metrics, run_training
+from tests.training import LDM, fast_bf16_convolutions, gpu_settings, load, read_metrics, run_training
 
 EXPERIMENTS = sorted(
     str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
@@ -49,7 +49,7 @@ def first_stage_for(cfg) -> str:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_trains_two_steps_under_a_gpu_s_settings(name, request, tmp_path):
+def test_every_experiment_trains_two_steps_under_a_gpu_s_settings(name, request, tmp_path, monkeypatch):
     cfg = compose_config("train", f"experiment={name}", "debug=tiny", "data.root=-")
     overrides = [f"experiment={name}", *gpu_settings(f"experiment={name}")]
     assert cfg.model.optimizer.get("fused")  # a CPU has these kernels too
@@ -59,6 +59,7 @@ def test_every_experiment_trains_two_steps_under_a_gpu_s_settings(name, request,
     if cfg.model.get("map_stage"):
         overrides.append(f"model.map_stage.checkpoint={request.getfixturevalue('map_stage')}")
     root = request.getfixturevalue(prepared_for(cfg.data))
+    fast_bf16_convolutions(monkeypatch)
     assert_trained(run_training(root, tmp_path / "run", *overrides))
 
 

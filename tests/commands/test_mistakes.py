@@ -117,6 +117,33 @@ def test_lpips_weights_that_are_not_there(told_by_train, tmp_path, monkeypatch):
     assert "vgg16-397923af.pth" in line and str(tmp_path) in line
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.precision=16-true",
+        "trainer.precision=float8",
+        "trainer.accelerator=gpu",
+        "trainer.accelerator=tpu",
+        "trainer.devices=0",
+        "trainer.accumulate_grad_batches=0",
+        "trainer.gradient_clip_val=-1",
+        "channels_last=fast",
+        "data.batch_size=0",
+        "data.batch_size=2.5",
+        "data.num_workers=-1",
+        "model.warmup_steps=-1",
+    ],
+)
+def test_a_number_or_a_device_that_there_is_not(told_by_train, override):
+    assert override in told_by_train(VQVAE, override)
+
+
+@pytest.mark.parametrize("override", ["device=cuda:9", "device=tpu", "precision=16-mixed"])
+def test_sampling_on_a_device_that_there_is_not(told_by_sample, override, tmp_path):
+    assert override in told_by_sample(override)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_monitor_that_is_not_logged(told_by_train):
     line = told_by_train(VQVAE, "callbacks.checkpoints.monitor=val/fid")
     assert "callbacks.checkpoints.monitor=val/fid" in line and "val/psnr" in line

@@ -222,6 +222,7 @@ def quieten() -> None:
         ".*LeafSpec.*",
         ".*module\\(s\\) in eval mode.*",
         ".*your dataloader is not resumable.*",  # the data module is
+        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # and to be used
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval.*")

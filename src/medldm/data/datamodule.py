@@ -159,6 +159,10 @@ class CaseDataModule(pl.LightningDataModule):
         for key in self.keys:
             if key not in ARRAY_DTYPES:
                 raise InputError(f"keys: '{key}' is none of {', '.join(ARRAY_DTYPES)}")
+        for key, lowest in (("batch_size", 1), ("num_workers", 0)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise InputError(f"data.{key}={value}: give a whole number, {lowest} or more")
         if self.cache not in ("none", "ram"):
             raise InputError(f"data.cache={self.cache}: choose none or ram")
         if self.train_on not in TRAIN_ON:
