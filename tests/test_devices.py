@@ -39,7 +39,9 @@ def test_a_training_on_the_cpu_of_a_machine_with_a_gpu_gets_the_settings_of_the_
     monkeypatch.setattr(devices, "has_amx", lambda: False)
     assert devices.find_hardware() == Hardware("cuda", True, 4)
     assert devices.find_hardware("cpu") == CPU
-    assert devices.num_processes("auto", "auto", 2) == 8 and devices.num_processes("cpu", "auto", 1) == 1
+    options = {"accelerator": "auto", "devices": "auto", "num_nodes": 2}
+    assert devices.num_processes(options) == 8
+    assert devices.num_processes(options | {"accelerator": "cpu"}) == 2
     assert inference_precision("auto", torch.device("cuda")) == "bf16-mixed"
     assert inference_precision("auto", torch.device("cpu")) == "32-true"
 

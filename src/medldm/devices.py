@@ -4,6 +4,7 @@ Every choice takes the `Hardware` that it is for, so that a test without a GPU c
 `choose_settings(hardware=GPU)`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +42,14 @@ GPU = Hardware("cuda", multiplies_bf16=True)  # Ampere or later; earlier ones tr
 CPU = Hardware("cpu", multiplies_bf16=False)
 
 
+def uses_gpu(accelerator: str = "auto") -> bool:
+    """Whether Lightning's `accelerator` is a GPU on this machine."""
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
 def find_hardware(accelerator: str = "auto") -> Hardware:
     """Of this machine, or, with `accelerator` "cpu", of its processor alone."""
-    if accelerator != "cpu" and torch.cuda.is_available():
+    if uses_gpu(accelerator):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware("cuda", has_bf16, torch.cuda.device_count())
     return Hardware("cpu", has_amx())
@@ -161,11 +167,14 @@ def devices_of(devices: Any) -> list[int] | None:
         ) from error
 
 
-def num_processes(accelerator: str, devices: Any, num_nodes: int) -> int:
-    """How many processes Lightning starts on all nodes."""
-    wanted, hardware = devices_of(devices), find_hardware(accelerator)
-    count = len(wanted) if wanted is not None else hardware.count if hardware.is_gpu else 1
-    return max(1, count) * num_nodes
+def num_processes(options: Mapping[str, Any]) -> int:
+    """How many processes Lightning starts on all nodes, by its `accelerator`, `devices` and `num_nodes`."""
+    wanted = devices_of(options["devices"])
+    if wanted is not None:
+        count = len(wanted)
+    else:
+        count = torch.cuda.device_count() if uses_gpu(options["accelerator"]) else 1
+    return max(1, count) * int(options["num_nodes"])
 
 
 def to_channels_last(module: nn.Module) -> None:

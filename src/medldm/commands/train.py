@@ -153,8 +153,7 @@ def build_trainer(
     if not module.automatic_optimization:
         module.accumulate_grad_batches = options.pop("accumulate_grad_batches")
         module.gradient_clip_val = options.pop("gradient_clip_val")
-    processes = num_processes(*(options[key] for key in ("accelerator", "devices", "num_nodes")))
-    if options["strategy"] == "auto" and processes > 1:
+    if options["strategy"] == "auto" and num_processes(options) > 1:
         options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
     options["sync_batchnorm"] = syncs_batchnorm(options, module)
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
@@ -190,17 +189,17 @@ def syncs_batchnorm(options: dict[str, Any], module: Any) -> bool:
     """`auto`: where batch norms would each see one process's part of a batch. InputError for `true` where
     nothing can be synchronised; torch does it on GPUs alone.
     """
-    import torch
     from torch.nn.modules.batchnorm import _BatchNorm
+
+    from medldm.devices import num_processes, uses_gpu
 
     choice = options["sync_batchnorm"]
     if choice not in (True, False, "auto"):
         raise InputError(f"trainer.sync_batchnorm={choice} is none of true, false, auto")
-    on_gpu = torch.cuda.is_available() and options["accelerator"] != "cpu"
     obstacles = {
         "the model has no batch norm": not any(isinstance(part, _BatchNorm) for part in module.modules()),
         "the run is one process": num_processes(options) == 1,
-        "only GPUs synchronise": not on_gpu,
+        "only GPUs synchronise": not uses_gpu(options["accelerator"]),
     }
     reasons = [reason for reason, is_met in obstacles.items() if is_met]
     if choice is True and reasons:
