@@ -16,7 +16,8 @@ keys
   train=DIR            prepared data.root or folder whose (training) images make the mean image, and to which
                        the nearest one is sought (does the model repeat them?);
                        without it the mean leaves the judged subject out
-  metrics=synthesis    what is measured; metrics.features=[random_conv], metrics.lpips=null change it.
+  metrics=synthesis    what is measured; metrics.features=[random_conv], metrics.lpips=null change it;
+                       metrics.fid_features=[64,192,768,2048] adds fid_64, fid_192, fid_768 to fid
                        synthesis_3d: volumes, with 3D-FID, SSIM in 3D and by slice, MS-SSIM between volumes.
                        segmentation: Dice of a trained segmenter on generated and on real images
                        translation: <subject>_<source>_to_<target> on the box, in the brain, in the tumour
@@ -104,6 +105,7 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
         num_slices=min(depth, settings["max_slices"] or depth),
         segmenter=load_segmenter(cfg.segmenter, shape, device, facts, precision),
         regions=settings["regions"],
+        fid_features=settings["fid_features"],
     ).to(device)
     tools.edges_given = any(pair.edges is not None for pair in pairs)
     split = cfg.train_split or provenance.get("generated", {}).get("data_split", "default")

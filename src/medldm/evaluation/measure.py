@@ -23,7 +23,15 @@ from medldm.metrics.image import REGION_METRICS, SLICE_METRICS, ImageFunction, i
 from medldm.metrics.memorization import nearest_distance, thumbnails
 from medldm.metrics.overlap import dice
 from medldm.metrics.summary import combine_samples
-from medldm.networks.features import FEATURE_NETS, LPIPS, FeatureNet, build_features
+from medldm.networks.features import (
+    FEATURE_NETS,
+    FEATURE_SETS,
+    LPIPS,
+    FeatureNet,
+    build_features,
+    check_fid_features,
+    feature_sets,
+)
 
 log = logging.getLogger(__name__)
 Images = Sequence[Image | None]
@@ -64,6 +72,7 @@ class Tools:
     tolerances: Sequence[int] = ()
     edges_given: bool = True  # whether images were made from edges that are known
     networks: dict[str, nn.Module] = field(default_factory=dict)
+    fid_features: Sequence[int] = (2048,)  # the sets of features that a pass of Inception gives
     lpips: nn.Module | None = None
     segmenter: Segmenter | None = None
     axial_axis: int | None = None
@@ -75,6 +84,12 @@ class Tools:
     @property
     def lpips_name(self) -> str:
         return "lpips" if self.axial_axis is None else "lpips" + BY_SLICE
+
+    def feature_sizes(self, key: str) -> dict[str, int]:
+        """The number of features of every set that a pass of a network gives, side by side."""
+        names = sets_of(key, self.fid_features)
+        sizes = self.fid_features if len(names) > 1 else [self.networks[key].num_features]
+        return dict(zip(names, sizes, strict=True))
 
     def recipe_for(self, pair: Pair) -> EdgeRecipe:
         """The edge recipe of the view that the image shows."""
@@ -103,6 +118,7 @@ def build_tools(
     num_slices: int = 0,
     segmenter: Segmenter | None = None,
     regions: Sequence[str] = (),
+    fid_features: Sequence[int] = (2048,),
 ) -> Tools:
     """Build the networks that can be built; what cannot is noted. An unknown name is an InputError.
 
@@ -112,19 +128,21 @@ def build_tools(
     bound = bind_slices(functions, axial_axis)
     tools = Tools(bound, recipe, view_names, tolerances, segmenter=segmenter)
     tools.axial_axis, tools.regions = axial_axis, check_regions(regions, functions)
+    tools.fid_features = check_fid_features(fid_features, networks)
     channels = image_shape[0]
     for name in networks:
         if name not in FEATURE_NETS:
             raise InputError(f"metrics.features: no network {name!r}; choose from {', '.join(FEATURE_NETS)}")
         by_slice = axial_axis is not None and 3 not in FEATURE_NETS[name].spatial_dims
         key, dims = (name + BY_SLICE, 2) if by_slice else (name, len(image_shape) - 1)
+        options = {"fid_features": tools.fid_features} if name == "inception" else {}
         try:
             network = build_features(
-                name, spatial_dims=dims, image_channels=channels, weights_dir=weights_dir
+                name, spatial_dims=dims, image_channels=channels, weights_dir=weights_dir, **options
             )
         except InputError as error:
-            entry = entry_of(key)
-            tools.missing |= {entry.frechet_name: str(error), entry.kernel_name: str(error)}
+            for entry in map(entry_of, sets_of(key, tools.fid_features)):
+                tools.missing |= {entry.frechet_name: str(error), entry.kernel_name: str(error)}
             continue
         tools.networks[key] = SliceFeatures(network, axial_axis, num_slices) if by_slice else network
     if lpips is not None:
@@ -138,9 +156,15 @@ def build_tools(
 BY_SLICE = "_slices"  # a 2D network that sees the axial slices of volumes
 
 
+def sets_of(key: str, fid_features: Sequence[int]) -> list[str]:
+    """The sets of features that a pass of a network in use gives, by key, side by side."""
+    name = key.removesuffix(BY_SLICE)
+    return [found + key.removeprefix(name) for found in feature_sets(name, fid_features)]
+
+
 def entry_of(key: str) -> FeatureNet:
-    """The entry of a network in use; the names of its distances end in `_slices` where it sees slices."""
-    entry = FEATURE_NETS[key.removesuffix(BY_SLICE)]
+    """The entry of a set of features; the names of its distances end in `_slices` where it is of slices."""
+    entry = FEATURE_SETS[key.removesuffix(BY_SLICE)]
     if not key.endswith(BY_SLICE):
         return entry
     names = {part: getattr(entry, part) + BY_SLICE for part in ("frechet_name", "kernel_name")}
@@ -255,7 +279,7 @@ def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[s
 
 class Measured(NamedTuple):
     values: dict[str, dict[str, np.ndarray]]  # row -> metric -> (N,), NaN where there is none
-    features: dict[str, dict[str, Tensor]]  # network -> row or "real" -> (M, D), (M, n, D) of slices
+    features: dict[str, dict[str, Tensor]]  # set -> row or "real" -> (M, D), (M, n, D) of slices
     present: dict[str, np.ndarray]  # row -> (N,) bool: the M images that it is on
     constant: dict[str, list[str]]  # generated, real -> names of images that are flat
 
@@ -329,10 +353,12 @@ class Measuring:
 
     def result(self) -> Measured:
         values = {row: self.values[row] for row in ROW_ORDER if self.values.get(row)}
-        features = {
-            name: {row: torch.cat(parts) for row, parts in rows.items()}
-            for name, rows in self.features.items()
-        }
+        features: dict[str, dict[str, Tensor]] = {}
+        for key, rows in self.features.items():
+            sizes = self.tools.feature_sizes(key)
+            for row, parts in rows.items():
+                for name, part in zip(sizes, torch.cat(parts).split(list(sizes.values()), -1), strict=True):
+                    features.setdefault(name, {})[row] = part
         return Measured(values, features, self.present, self.constant)
 
 

@@ -20,6 +20,8 @@ from medldm.metrics.summary import Bootstrap, Table, paired_differences, select,
 
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
 NUM_NAMED = 3  # images named in a line
+FRECHET = "Frechet distance, float64, unbiased covariance"
+KERNEL = "unbiased MMD^2, polynomial kernel (x.y / D + 1)^3"
 NEAR = 0.05  # of the real held-out images are as near to a training image as this share says
 DIFFERENT = "the edges differ from those of the test images (degraded or drawn)"
 NOT_GIVEN = (
@@ -147,11 +149,14 @@ def warn_map(measured: Measured, conditions: Conditions) -> list[str]:
 def describe_networks(tools: Tools) -> dict:
     """Every distribution metric by name: its network and hash, or why it is missing."""
     out: dict[str, dict] = {}
-    for name, network in tools.networks.items():
-        entry = entry_of(name)
-        facts = {"network": entry.description, "sha256": network.sha256, "num_features": network.num_features}
-        out[entry.frechet_name] = {**facts, "estimator": "Frechet distance, float64, unbiased covariance"}
-        out[entry.kernel_name] = {**facts, "estimator": "unbiased MMD^2, polynomial kernel (x.y / D + 1)^3"}
+    for key, network in tools.networks.items():
+        for name, size in tools.feature_sizes(key).items():
+            entry = entry_of(name)
+            facts = {"network": entry.description, "sha256": network.sha256, "num_features": size}
+            out[entry.frechet_name] = facts | {"estimator": "Frechet distance, float64, unbiased covariance"}
+            out[entry.kernel_name] = facts | {
+                "estimator": "unbiased MMD^2, polynomial kernel (x.y / D + 1)^3"
+            }
     if tools.lpips is not None:
         out[tools.lpips_name] = {"network": "LPIPS on [-1, 1], grey repeated", "sha256": tools.lpips.sha256}
     return out | {name: {"missing": why} for name, why in tools.missing.items()}
@@ -167,17 +172,21 @@ def warn_rescaled(pairs: Sequence[Pair]) -> list[str]:
 
 
 def warn_small(distribution: Mapping[str, dict], networks: Mapping[str, dict]) -> list[str]:
-    """One line for every Frechet distance whose n is below its feature dimension."""
-    lines = []
-    for name, score in distribution.get("generated", {}).items():
-        size = networks[name]["num_features"]
-        n = min(score["n"], score["n_reference"])
-        if "Frechet" in networks[name]["estimator"] and n < size:
-            lines.append(
-                f"{name}: n = {n} is below the {size} features, so the covariance is singular and the number "
-                "biased upward; compare only at equal n, and read the kernel distance beside it"
-            )
-    return lines
+    """One line for every Frechet distance of which a row has no more images than features: the covariance of
+    n images has rank n - 1 at most.
+    """
+    lines: dict[str, str] = {}
+    for row, scores in distribution.items():
+        for name, score in scores.items():
+            size, n = networks[name]["num_features"], min(score["n"], score["n_reference"])
+            if networks[name]["estimator"] == FRECHET and n <= size and name not in lines:
+                lines[name] = (
+                    f"{name}{'' if row == 'generated' else f' of {row}'}: n = {n} is "
+                    f"{'below' if n < size else 'no more than'} the {size} features, so the covariance is "
+                    "singular and the number biased upward; compare only at equal n, and read the kernel "
+                    "distance beside it"
+                )
+    return list(lines.values())
 
 
 def dice_ratios(measured: Measured, subjects: Sequence[str], bootstrap: Bootstrap) -> dict:

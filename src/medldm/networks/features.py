@@ -5,7 +5,7 @@ Only Inception with the weights everyone uses gives a number called FID; every o
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,13 @@ INCEPTION_WEIGHTS = WeightsFile(
 LPIPS_WEIGHTS = {
     "vgg": WeightsFile(("vgg16-397923af.pth",), "397923af", "torchvision VGG16_Weights.DEFAULT"),
     "alex": WeightsFile(("alexnet-owt-7be5be79.pth",), "7be5be79", "torchvision AlexNet_Weights.DEFAULT"),
+}
+# Where Inception's features of each width come from; torch-fidelity and torchmetrics offer the same.
+INCEPTION_LAYERS = {
+    64: "first max pooling, averaged over the map",
+    192: "second max pooling, averaged over the map",
+    768: "last maps before the auxiliary classifier, averaged",
+    2048: "pool3",
 }
 # Tencent/MedicalNet publishes no hashes: whoever uses these prints the hash of the file.
 MEDICALNET_WEIGHTS = {
@@ -98,21 +105,23 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 class InceptionFeatures(nn.Module):
-    """Inception-v3 pool3 (2048-d) of the TensorFlow port that defines FID; (B, 1|3, H, W) in [-1, 1]."""
+    """Inception-v3 of the TensorFlow port that defines FID; (B, 1|3, H, W) in [-1, 1] -> (B, sum of `sizes`).
 
-    num_features = 2048
+    `sizes`: which of INCEPTION_LAYERS, side by side in this order; 2048 is what FID means.
+    """
 
-    def __init__(self, weights_path: Path) -> None:
+    def __init__(self, weights_path: Path, sizes: Sequence[int] = (2048,)) -> None:
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        layers = [str(size) for size in sizes]
         self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights_path)
+            "inception-v3-compat", layers, feature_extractor_weights_path=str(weights_path)
         )
-        self.sha256 = file_sha256(weights_path)
+        self.num_features, self.sha256 = sum(sizes), file_sha256(weights_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(to_rgb(to_uint8(x)))[0]
+        return torch.cat(self.network(to_rgb(to_uint8(x))), 1)
 
 
 class RandomConvFeatures(nn.Module):
@@ -152,11 +161,17 @@ class FeatureNet(NamedTuple):
     kernel_name: str
     spatial_dims: tuple[int, ...]
     description: str
-    build: Callable[[Path | str | None, int, int], nn.Module]
+    build: Callable[..., nn.Module]
 
 
-def build_inception(weights_dir: Path | str | None, spatial_dims: int, image_channels: int) -> nn.Module:
-    return InceptionFeatures(find_weights(INCEPTION_WEIGHTS, weights_dir))
+def build_inception(
+    weights_dir: Path | str | None,
+    spatial_dims: int,
+    image_channels: int,
+    *,
+    fid_features: Sequence[int] = (2048,),
+) -> nn.Module:
+    return InceptionFeatures(find_weights(INCEPTION_WEIGHTS, weights_dir), fid_features)
 
 
 def build_random_conv(weights_dir: Path | str | None, spatial_dims: int, image_channels: int) -> nn.Module:
@@ -186,15 +201,21 @@ def build_medicalnet_features(
     return MedicalNetFeatures(build_medicalnet(50, weights_dir))
 
 
-FEATURE_NETS: dict[str, FeatureNet] = {
-    "inception": FeatureNet(
-        "fid",
-        "kid",
+def inception_entry(size: int) -> FeatureNet:
+    suffix = "" if size == 2048 else f"_{size}"
+    return FeatureNet(
+        f"fid{suffix}",
+        f"kid{suffix}",
         (2,),
-        "Inception-v3 pool3, 2048-d (TensorFlow weights of 2015-12-05 by torch-fidelity); images rounded "
-        "to 8 bit, grey repeated to 3 channels, resized to 299 inside the network",
+        f"Inception-v3 {INCEPTION_LAYERS[size]}, {size}-d (TensorFlow weights of 2015-12-05 by "
+        "torch-fidelity); images rounded to 8 bit, grey repeated to 3 channels, resized to 299 inside the "
+        "network",
         build_inception,
-    ),
+    )
+
+
+FEATURE_NETS: dict[str, FeatureNet] = {
+    "inception": inception_entry(2048),
     "medicalnet": FeatureNet(
         "fid_3d",
         "kid_3d",
@@ -211,21 +232,54 @@ FEATURE_NETS: dict[str, FeatureNet] = {
         build_random_conv,
     ),
 }
+# Every set of features that has a name: one pass of Inception gives one for each of `metrics.fid_features`.
+FEATURE_SETS = FEATURE_NETS | {
+    f"inception_{size}": inception_entry(size) for size in INCEPTION_LAYERS if size != 2048
+}
+
+
+def feature_sets(name: str, fid_features: Sequence[int]) -> list[str]:
+    """The names in FEATURE_SETS of what one pass of this network gives, side by side."""
+    if name != "inception":
+        return [name]
+    return [name if size == 2048 else f"{name}_{size}" for size in fid_features]
+
+
+def check_fid_features(sizes: Sequence[int], networks: Sequence[str]) -> tuple[int, ...]:
+    """InputError where a width is none of Inception's, stands twice, or no Inception is there to use it."""
+    known = ", ".join(map(str, INCEPTION_LAYERS))
+    is_list = isinstance(sizes, Sequence) and not isinstance(sizes, str) and len(sizes) > 0
+    if not is_list or any(type(size) is not int or size not in INCEPTION_LAYERS for size in sizes):
+        raise InputError(f"metrics.fid_features={sizes}: give a list of {known}, for instance [64,2048]")
+    if len(set(sizes)) < len(sizes):
+        raise InputError(f"metrics.fid_features={sizes}: name each once")
+    if tuple(sizes) != (2048,) and "inception" not in networks:
+        raise InputError(
+            f"metrics.fid_features={sizes}: only Inception has these; add it by metrics.features=[inception]"
+        )
+    return tuple(sizes)
 
 
 def build_features(
-    name: str, *, spatial_dims: int, image_channels: int = 1, weights_dir: Path | str | None = None
+    name: str,
+    *,
+    spatial_dims: int,
+    image_channels: int = 1,
+    weights_dir: Path | str | None = None,
+    **options: object,
 ) -> nn.Module:
     """The feature network of this name, frozen and in eval mode; (B, C, *S) in [-1, 1] -> (B, D) float32.
 
-    Raises InputError where the name is unknown, the weights are missing or the dimension does not fit.
+    `options` are the network's own (`fid_features` of Inception). Raises InputError where the name is
+    unknown, the weights are missing or the dimension does not fit.
     """
     if name not in FEATURE_NETS:
         raise InputError(f"metrics.features: no network {name!r}; choose from {', '.join(FEATURE_NETS)}")
     if spatial_dims not in FEATURE_NETS[name].spatial_dims:
         dims = " or ".join(f"{d}D" for d in FEATURE_NETS[name].spatial_dims)
         raise InputError(f"metrics.features: {name} takes {dims} images, these are {spatial_dims}D")
-    return FEATURE_NETS[name].build(weights_dir, spatial_dims, image_channels).eval().requires_grad_(False)
+    network = FEATURE_NETS[name].build(weights_dir, spatial_dims, image_channels, **options)
+    return network.eval().requires_grad_(False)
 
 
 def torchvision_state(path: Path) -> dict[str, Tensor]:
