@@ -37,6 +37,15 @@ def mnms2(raw_mnms2, tmp_path_factory) -> Path:
     return prepare_dataset(dataset="mnms2", raw=raw_mnms2, root=root, **settings(labels=MNMS2_LABELS))
 
 
+@pytest.fixture(scope="session")
+def mnms2_cine(raw_mnms2, tmp_path_factory) -> Path:
+    """The same with the frames of the CINE."""
+    root = tmp_path_factory.mktemp("prepared_cine")
+    return prepare_dataset(
+        dataset="mnms2", raw=raw_mnms2, root=root, cine=True, **settings(labels=MNMS2_LABELS)
+    )
+
+
 @pytest.fixture
 def raw_copy(raw_mnms2, tmp_path) -> Path:
     """A raw tree that a test may damage."""

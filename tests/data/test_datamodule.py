@@ -15,6 +15,7 @@ from medldm.data.prepare import prepare_dataset
 from medldm.data.sampler import ResumableSampler
 from medldm.errors import InputError
 from tests.data.conftest import MNMS2_LABELS, settings
+from tests.training import VQVAE, run_training
 
 KEYS = ("image", "mask", "edges")
 
@@ -350,3 +351,83 @@ def test_a_window_of_slices_is_cut_from_the_whole_volume_at_every_depth(volumes)
 def test_a_box_larger_than_a_volume_is_an_input_error(volumes):
     with pytest.raises(InputError, match=r"crop_size=\[200, 16, 16\].*\.h5 has"):
         build(volumes, keys=("image",), crop_size=[200, 16, 16]).train_dataloader()
+
+
+# ---- CINE frames without maps ----
+
+
+def build_cine(root, keys=("image",), **settings):
+    data = {"root": str(root), "batch_size": 3, **settings}
+    return build_datamodule(data, keys=keys, seed=0, with_cine=True)
+
+
+def ids(module, subset):
+    return {module.dataset(subset).item_id(item).rpartition("_")[0] for item in module.items(subset)}
+
+
+def test_cine_frames_of_training_subjects_alone_train_an_autoencoder(mnms2_cine):
+    module = build_cine(mnms2_cine)
+    subjects = module.subjects
+    assert all(len(subjects[subset]) == 1 for subset in ("train", "val", "test"))
+    (own,) = subjects["train"]
+    assert ids(module, "train") == {own, f"{own}_cine"}
+    assert ids(module, "val") == set(subjects["val"]) and ids(module, "test") == set(subjects["test"])
+    assert ids(module, "all") == {"001", "002", "003"}
+    seen = [batch for _ in range(2) for batch in module.train_dataloader()]
+    assert {name.split("_")[0] for batch in seen for name in batch["case_id"]} == {own}
+    assert {len(name.split("_")) for batch in seen for name in batch["case_id"]} == {2, 3}
+    assert all(batch["image"].shape[1:] == (1, 64, 64) for batch in seen)
+    assert {name for batch in module.test_dataloader() for name in batch["case_id"]} == {
+        f"{subjects['test'][0]}_{row:03d}" for row in range(len(module.items("test")))
+    }
+
+
+def test_views_ram_and_fractions_hold_for_cine_frames(mnms2_cine):
+    module = build_cine(mnms2_cine, views=["LA"], cache="ram", crop_size=48)
+    assert {item.view for item in module.items("train")} == {1}
+    assert [item.phase for item in module.items("train")] == [0, 1, -1, -1, -1, -1]
+    assert len(next(iter(module.train_dataloader()))["image"]) == 3
+
+
+@pytest.mark.parametrize("keys", [("image", "mask"), ("image", "edges"), ("mask",)])
+def test_a_model_of_maps_or_edges_sees_the_labelled_acquisitions_alone(mnms2, mnms2_cine, keys):
+    assert build_cine(mnms2_cine, keys).items("train") == build(mnms2, keys).items("train")
+
+
+def test_whoever_does_not_train_an_autoencoder_sees_no_cine_frame(mnms2, mnms2_cine):
+    plain, other = build(mnms2, ("image",)), build(mnms2_cine, ("image",))
+    assert other.items("train") == plain.items("train") and other.facts == plain.facts
+    assert other.record["content"] == plain.record["content"] != build_cine(mnms2_cine).record["content"]
+
+
+def test_a_folder_without_cine_is_read_as_ever(mnms2):
+    with_cine, plain = build_cine(mnms2), build(mnms2, ("image",))
+    assert with_cine.items("train") == plain.items("train") and with_cine.record == plain.record
+
+
+def test_a_missing_cine_file_is_named_by_who_reads_it(mnms2_cine, tmp_path):
+    root = Path(shutil.copytree(mnms2_cine, tmp_path / "copy"))
+    (root / "cases/001_cine.h5").unlink()
+    build(root, ("image", "mask"))
+    with pytest.raises(InputError, match="001_cine.h5: missing"):
+        build_cine(root)
+
+
+def test_train_gives_cine_frames_to_stage_one(mnms2_cine, tmp_path):
+    overrides = ("trainer.max_steps=1", "data.batch_size=2")
+    last = run_training(mnms2_cine, tmp_path / "vqvae", VQVAE, *overrides)
+    record = torch.load(last, weights_only=True)["medldm"]["data"]
+    assert record["content"] == build_cine(mnms2_cine).record["content"]
+
+
+def test_train_gives_none_to_a_diffusion_of_images(mnms2_cine, tmp_path, monkeypatch):
+    class BuiltError(Exception):
+        pass
+
+    def stop(data, **options):
+        raise BuiltError(options["keys"], options["with_cine"])
+
+    monkeypatch.setattr("medldm.data.build_datamodule", stop)
+    with pytest.raises(BuiltError) as built:
+        run_training(mnms2_cine, tmp_path / "run", "experiment=medvdm/chestxray_pixel", "data=mnms2")
+    assert built.value.args == (("image",), False)

@@ -409,3 +409,97 @@ def test_the_author_s_preparation_stretches_each_slice_by_a_cubic_spline(phantom
         )
     assert min(gaps)[0] < 1e-5 and min(gaps)[1] == 0
     assert compose_config("train", "data=mnms2_author", "data.root=-").data.split == "seed42_350_10"
+
+
+# ---- CINE frames without maps ----
+
+
+def without_times(entries: list[dict]) -> list[dict]:
+    return [{**entry, "raw": [file["sha256"] for file in entry["raw"]]} for entry in entries]
+
+
+def test_cine_frames_stand_beside_the_cases_which_stay_the_same(mnms2, mnms2_cine):
+    plain, index = load_index(mnms2), load_index(mnms2_cine)
+    assert "cine" not in plain and index.keys() - plain.keys() == {"cine"}
+    assert without_times(index["cases"]) == without_times(plain["cases"])
+    changed = {key for key in plain if index[key] != plain[key]}
+    assert changed <= {"cases", "inventory"}  # "cases": when each raw file was read
+    assert (mnms2 / "splits.json").read_text() == (mnms2_cine / "splits.json").read_text()
+    assert [record.id for record in read_images(mnms2)] == [record.id for record in read_images(mnms2_cine)]
+    counts = ("cases", "subjects")
+    assert [index["inventory"][key] for key in counts] == [plain["inventory"][key] for key in counts]
+    assert index["inventory"]["files_used"] == plain["inventory"]["files_used"] + 6
+    assert not any("map" in part["why"] for part in index["inventory"]["left_out"])
+    assert any("24 frames of 3 subjects" in note for note in index["inventory"]["notes"])
+
+
+def test_a_cine_frame_is_prepared_as_its_labelled_acquisition_is(mnms2_cine):
+    index = load_index(mnms2_cine)
+    for case, cine in zip(index["cases"], index["cine"], strict=True):
+        assert (cine["id"], cine["subject"], cine["cine"]) == (f"{case['id']}_cine", case["subject"], True)
+        assert (cine["max_class"], cine["content"].keys()) == (None, {"image"})
+        slices = cine["slices"]
+        assert cine["num_slices"] == 2 * case["num_slices"]  # four frames of the two labelled ones
+        assert set(slices["phase"]) == {-1} and set(slices["view"]) == {0, 1}
+        with h5py.File(mnms2_cine / case["file"]) as labelled, h5py.File(mnms2_cine / cine["file"]) as frames:
+            assert not {"semantic_maps", "edges"} & set(frames)
+            for view, phase, frame in ((1, 0, 0), (1, 1, 2), (0, 0, 0), (0, 1, 2)):
+                own = (labelled["view"][()] == view) & (labelled["phase"][()] == phase)
+                source = f"{case['subject']}_{('SA', 'LA')[view]}_CINE.nii.gz::{frame}"
+                same = np.array(slices["source"]) == source
+                assert np.array_equal(frames["images"][same], labelled["images"][own])
+
+
+def test_every_nth_frame_joins_cases_that_are_kept(raw_copy, tmp_path):
+    root = prepare(raw_copy, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in (root / "cases").iterdir()}
+    (raw_copy / "dataset/002/002_LA_CINE.nii.gz").unlink()
+    options = settings(labels=MNMS2_LABELS)
+    prepare_dataset(dataset="mnms2", raw=raw_copy, root=root, cine=3, **options)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    cine = load_index(root)["cine"]
+    sources = [sorted(set(entry["slices"]["source"])) for entry in cine]
+    assert sources[1] == ["002_SA_CINE.nii.gz::0", "002_SA_CINE.nii.gz::3"] and len(sources[0]) == 4
+    assert "CINE: 1 of 6 files" in load_index(root)["inventory"]["notes"][1]
+    prepare_dataset(dataset="mnms2", raw=raw_copy, root=root, select={"max_images": 1}, cine=3, **options)
+    index = load_index(root)
+    assert [entry["subject"] for entry in index["cine"]] == [entry["subject"] for entry in index["cases"]]
+    prepare(raw_copy, root)
+    assert "cine" not in load_index(root)
+
+
+@pytest.mark.parametrize(
+    ("cine", "change", "line"),
+    [
+        (0, {}, "data.cine=0: give true"),
+        ("2", {}, "data.cine=2: give true"),
+        (1.5, {}, "data.cine=1.5: give true"),
+        (True, {"spatial_dims": 3, "image_size": None}, "data.cine: frames are prepared as slices"),
+        (
+            True,
+            {"dataset": "brats", "spatial_dims": 3},
+            "data.cine: the dataset brats has no such option; set it to null",
+        ),
+        (True, {"raw": "flat"}, "001_SA_CINE.nii.gz: has shape .* set data.cine=false"),
+        (True, {"raw": "cut"}, "001_SA_CINE.nii.gz: not a complete NIfTI file"),
+        (True, {"raw": "none"}, "holds no NNN_SA_CINE.nii.gz; restore them, or set data.cine=false"),
+    ],
+)
+def test_cine_that_cannot_be_prepared_is_told_in_one_line(raw_copy, tmp_path, cine, change, line):
+    files = sorted(raw_copy.glob("dataset/*/*_CINE.nii.gz"))
+    state = change.get("raw")
+    if state == "flat":
+        rewrite(files[1], lambda array: array[..., 0])
+    if state == "cut":
+        files[1].write_bytes(files[1].read_bytes()[:200])
+    for path in files if state == "none" else ():
+        path.unlink()
+    options = {"dataset": "mnms2", **settings(labels=MNMS2_LABELS), **change, "raw": raw_copy}
+    with pytest.raises(InputError, match=line):
+        prepare_dataset(root=tmp_path / "out", cine=cine, **options)
+
+
+def test_cine_frames_have_no_map_to_crop_to(raw_mnms2, tmp_path):
+    options = settings(labels=MNMS2_LABELS, crop_label_margin=0.3)
+    with pytest.raises(InputError, match="crop_label_margin=null or data.cine=false"):
+        prepare_dataset(dataset="mnms2", raw=raw_mnms2, root=tmp_path / "out", cine=True, **options)

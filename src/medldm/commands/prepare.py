@@ -8,6 +8,7 @@ data              mnms2 (M&Ms-2 as published), nih_cxr14, chestxray or class_fol
 data.raw          the raw dataset; data.root: folder to write to
 data.num_workers  processes (0: none beside this one)
 data.image_size   grid of the prepared images; data.spatial_dims: 2 or 3
+data.cine         mnms2: true adds the frames of the CINE, without maps, to what autoencoders train on
 data.select.*     classes, split, max_images: what is prepared at all
 data.preprocess.* resizing, intensity, labels, edges, storage
 
@@ -36,7 +37,7 @@ def task(cfg: "DictConfig") -> None:
     raw, root = cfg.data.raw, cfg.data.root
     data = OmegaConf.to_container(cfg.data, resolve=True)
     keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select")
-    options = {key: data[key] for key in (*keys, "modalities", "label_dir", "task")}
+    options = {key: data[key] for key in (*keys, "modalities", "label_dir", "task", "cine")}
     prepared = prepare_dataset(raw=raw, root=root, command=command_line(), **options)
     inventory = load_index(prepared)["inventory"]
     print("\n".join(summary(inventory, read_splits(prepared / "splits.json"))))

@@ -493,7 +493,9 @@ def task(cfg: Any) -> None:
     first_stage, _ = require_stages(model, content)
     data = OmegaConf.to_container(cfg.data, resolve=True)
     data["latents"] = find_latents(data, model, first_stage)
-    datamodule = build_datamodule(data, keys=batch_keys(model, data), seed=cfg.seed)
+    is_first_stage = model["kind"] == "autoencoder"
+    keys = batch_keys(model, data)
+    datamodule = build_datamodule(data, keys=keys, seed=cfg.seed, with_cine=is_first_stage)
     module = make_module(cfg, model, datamodule, resume, content)
     if settings.channels_last:
         module.use_channels_last()

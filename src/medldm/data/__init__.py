@@ -10,15 +10,20 @@ if TYPE_CHECKING:
 
 # Keys of configs/data/*.yaml that only `medldm prepare` reads: training finds their outcome in index.json.
 PREPARE_KEYS = {
-    "dataset", "raw", "image_size", "preprocess", "splits", "select", "modalities", "label_dir", "task"
+    "dataset", "raw", "image_size", "preprocess", "splits", "select", "modalities", "label_dir", "task",
+    "cine",
 }  # fmt: skip
 MISSING = (None, "???")
 # Datasets that need no files: data.dataset -> data module.
 GENERATED = {"swirl": "medldm.data.swirl.SwirlDataModule"}
 
 
-def build_datamodule(data: Mapping[str, Any], *, keys: Sequence[str], seed: int) -> "CaseDataModule":
-    """The data module of a plain `data` config. InputError where root is absent or not as stated."""
+def build_datamodule(
+    data: Mapping[str, Any], *, keys: Sequence[str], seed: int, with_cine: bool = False
+) -> "CaseDataModule":
+    """The data module of a plain `data` config; `with_cine` is for the training of an autoencoder. InputError
+    where root is absent or not as stated.
+    """
     from medldm.data.datamodule import CaseDataModule
 
     settings = {key: value for key, value in data.items() if key not in PREPARE_KEYS}
@@ -28,7 +33,7 @@ def build_datamodule(data: Mapping[str, Any], *, keys: Sequence[str], seed: int)
     if root in MISSING:
         raise InputError("data.root: not given; name the folder that `medldm prepare` wrote as data.root=DIR")
     try:
-        module = CaseDataModule(root, keys=keys, seed=seed, **settings)
+        module = CaseDataModule(root, keys=keys, seed=seed, with_cine=with_cine, **settings)
     except TypeError as error:
         raise InputError(
             f"data: {str(error).split('__init__() ')[-1]}; see configs/data for the keys"

@@ -16,7 +16,8 @@ class Case:
     phase, label, split, vendor, and `visit` where a subject comes several times. In 2D all cases of a subject
     share one prepared file. `relabel` sends raw labels of a release that numbers its classes otherwise to
     the numbers that the dataset's recipe maps. `original` has `id` and `subject` where they are no safe file
-    names and were changed.
+    names and were changed. `is_cine` marks a frame of a CINE: it has no map and no stated phase, and serves
+    autoencoders as one more training image.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Case:
     attributes: dict[str, str | int | float] = field(default_factory=dict)
     relabel: dict[int, int] = field(default_factory=dict)
     original: dict[str, str] = field(default_factory=dict)
+    is_cine: bool = False
 
     @property
     def has_image(self) -> bool:

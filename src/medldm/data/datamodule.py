@@ -64,8 +64,9 @@ class CaseDataModule(pl.LightningDataModule):
     cuts a random box in training and the central one in validation; testing sees whole images. `views` keeps
     slices of these views, `balance_views` draws the views equally often. Where `keys` has `source`, an item
     is a pair of images of a subject: with `pairs=random` training sees one ordered pair a subject and epoch,
-    with `all` each; evaluation always sees each. An item's randomness depends on (seed, epoch, item) alone.
-    InputError where the folder is not prepared, or lacks what `keys` asks for.
+    with `all` each; evaluation always sees each. `with_cine` adds the CINE frames of the training subjects to
+    the items of train where `keys` is the image alone. An item's randomness depends on (seed, epoch, item)
+    alone. InputError where the folder is not prepared, or lacks what `keys` asks for.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class CaseDataModule(pl.LightningDataModule):
         train_on: str = "real",
         synthetic: str | Path | None = None,
         seed: int = 0,
+        with_cine: bool = False,
     ) -> None:
         super().__init__()
         self.root, self.batch_size, self.keys, self.seed = Path(root), batch_size, tuple(keys), seed
@@ -104,6 +106,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.edge_degrade = dict(edge_degrade) if edge_degrade is not None else None
         self.train_fraction, self.train_on, self.synthetic_dir = train_fraction, train_on, synthetic
         self.synthetic: SyntheticImages | None = None
+        self.with_cine = with_cine and self.keys == ("image",)
         self.index: dict = {}
         self.told: set[tuple[str, str]] = set()
         self.subjects: Split = {}
@@ -127,6 +130,19 @@ class CaseDataModule(pl.LightningDataModule):
             self.index = {}
             what = "pair of images of one subject with two labels" if items else "training item"
             raise InputError(f"{self.root}: split '{self.split}' leaves no {what}; choose another data.split")
+        if self.frames(index):
+            num_frames = sum(item.case >= len(index["cases"]) for item in items)
+            log.info("%s: %d of %d training slices are of CINE frames", self.root, num_frames, len(items))
+
+    def frames(self, index: dict) -> list[dict]:
+        """The entries of CINE frames that training reads."""
+        return index.get("cine", []) if self.with_cine else []
+
+    @property
+    def readable(self) -> dict:
+        """The index with CINE frames behind the cases, where training reads them."""
+        frames = self.frames(self.index)
+        return self.index | {"cases": [*self.index["cases"], *frames]} if frames else self.index
 
     @property
     def facts(self) -> dict:
@@ -203,7 +219,7 @@ class CaseDataModule(pl.LightningDataModule):
             if self.flip_axes:
                 raise InputError("data.latents: cached latents cannot be flipped; set data.flip_axes=[]")
         self.check_views(index)
-        for case in index["cases"]:
+        for case in [*index["cases"], *self.frames(index)]:
             path = self.root / case["file"]
             size = path.stat().st_size if path.is_file() else None
             if size is None or size != case.get("file_size", size):
@@ -245,22 +261,24 @@ class CaseDataModule(pl.LightningDataModule):
     def items(self, subset: str) -> list[Item]:
         """Items of train, val, test or all, cases in index order, filtered by `views`.
 
-        Those of train are of `train_fraction` of its subjects, with real or synthetic images (`train_on`).
+        Those of train are of `train_fraction` of its subjects, with real or synthetic images (`train_on`);
+        CINE frames (`with_cine`) come last.
         """
         self.setup()
         wanted = None if subset == "all" else set(self.part_of(subset))
         views = None if self.views is None else {self.index["view_names"].index(view) for view in self.views}
+        index = self.readable
         everything = [
             item
-            for case, entry in enumerate(self.index["cases"])
-            if wanted is None or entry["subject"] in wanted
-            for item in case_items(self.index, case)
+            for case, entry in enumerate(index["cases"])
+            if (wanted is None or entry["subject"] in wanted) and (subset == "train" or not entry.get("cine"))
+            for item in case_items(index, case)
         ]
         items = [item for item in everything if views is None or item.view in views]
         self.tell_unknown(subset, everything)
         if subset != "train" or self.synthetic is None:
             return items
-        return self.synthetic.choose(items, self.index["cases"], self.train_on)
+        return self.synthetic.choose(items, index["cases"], self.train_on)
 
     def tell_unknown(self, subset: str, items: Sequence[Item]) -> None:
         """Say once how many images do not state what others of the dataset do."""
@@ -318,7 +336,7 @@ class CaseDataModule(pl.LightningDataModule):
                 groups = [[pair] for group in groups for pair in group]
             dataset = PairDataset(self.root, self.index, groups, **settings)
         else:
-            dataset = CaseDataset(self.root, self.index, self.items(subset), **settings)
+            dataset = CaseDataset(self.root, self.readable, self.items(subset), **settings)
         if self.cache == "ram":
             dataset.preload(share=self.num_workers > 0 and self.worker_context in ("spawn", "forkserver"))
         return dataset
@@ -332,7 +350,7 @@ class CaseDataModule(pl.LightningDataModule):
         size = (self.crop_size,) * dims if isinstance(self.crop_size, int) else tuple(self.crop_size)
         if len(size) != dims or min((n for n in size if n is not None), default=1) < 1:
             raise InputError(f"data.crop_size={list(size)}: give one number, or {dims} of them, above 0")
-        for case in self.index["cases"]:
+        for case in self.readable["cases"]:
             shape = case.get("shape") or self.index["image_size"] or ()
             if any(n is not None and n > m for n, m in zip(size, shape, strict=False)):
                 raise InputError(

@@ -27,8 +27,9 @@ def take_inventory(
 ) -> dict:
     """Plain facts for index.json: counts of files, cases and subjects, `left_out` (why, count, names), and
     `notes` of the dataset. `found` are the cases of the folder, `used` those that are prepared, `modalities`
-    what each subject should have.
+    what each subject should have. CINE frames are files that are used, and no cases.
     """
+    labelled = [case for case in used if not case.is_cine]
     files = list(every_file(root))
     of_used, of_found = raw_files(used), raw_files(found)
     reasons: dict[str, list[str]] = defaultdict(list)
@@ -36,15 +37,15 @@ def take_inventory(
         if os.path.abspath(path) not in of_used:
             why = reason_of(path, is_hidden_file, of_used, of_found)
             reasons[why].append(str(path.relative_to(root)))
-    for why, names in lacking(used, modalities).items():
+    for why, names in lacking(labelled, modalities).items():
         reasons[why] = names
     return {
         "raw": str(root),
         "files_found": len(files),
         "files_used": sum(os.path.abspath(path) in of_used for path, _ in files),
         "files_used_elsewhere": len(of_used - {os.path.abspath(path) for path, _ in files}),
-        "cases": len(used),
-        "subjects": len({case.subject for case in used}),
+        "cases": len(labelled),
+        "subjects": len({case.subject for case in labelled}),
         "left_out": [
             {"why": why, "count": len(names), "names": names[:NAMED]} for why, names in reasons.items()
         ],

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def make_tables(cases: Sequence[Case], modalities: Sequence[str] | None = None) 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to write: all acquisitions of a subject in 2D, one volume in 3D."""
+    """One file to write: all acquisitions of a subject in 2D, one volume in 3D; or the frames of its CINE."""
 
     id: str
     subject: str
@@ -65,6 +65,10 @@ class Job:
     tables: Tables
     command: str  # that prepares the dataset: what to run again
     earlier: dict | None = None  # the index's entry of an earlier preparation
+
+    @property
+    def is_cine(self) -> bool:
+        return self.cases[0].is_cine
 
     def raw_files(self) -> list[dict]:
         """Every raw file: its `key` in the case, the `dataset` inside it or None, path, size, times and
@@ -117,26 +121,30 @@ def make_jobs(
     command: str,
     earlier: Mapping[str, dict],
 ) -> list[Job]:
-    """`command` makes them; `earlier` are the index entries of an earlier preparation by id."""
+    """`command` makes them; `earlier` are the index entries of an earlier preparation by id. CINE frames get
+    no edges: what reads edges does not read them.
+    """
     tables = make_tables(cases, modalities)
     groups: dict[tuple[str, str], list[Case]] = defaultdict(list)
     for case in cases:
         groups[file_of(case, recipe.spatial_dims), case.subject].append(case)
     return [
         Job(
-            name, subject, tuple(members), root / "cases" / f"{name}.h5", dataset, recipe, tables,
-            command, earlier.get(name),
+            name, subject, tuple(members), root / "cases" / f"{name}.h5", dataset,
+            replace(recipe, edges=None) if members[0].is_cine else recipe, tables, command, earlier.get(name),
         )
         for (name, subject), members in sorted(groups.items())
     ]  # fmt: skip
 
 
 def file_of(case: Case, spatial_dims: int) -> str:
-    """Name of the file that a case is stored in: in 3D one of its own, in 2D that of its subject, or of the
-    subject's visit.
+    """Name of the file that a case is stored in: in 3D one of its own, in 2D that of its subject, of the
+    subject's visit, or of the subject's CINE.
     """
     if spatial_dims == 3:
         return case.id
+    if case.is_cine:
+        return safe_name(f"{case.subject}_cine")
     visit = case.attributes.get("visit")
     return case.subject if visit is None else safe_name(f"{case.subject}_{visit}")
 

@@ -111,19 +111,20 @@ def prepare_dataset(
     modalities: Sequence[str] | None = None,
     label_dir: str | Path | None = None,
     task: str | None = None,
+    cine: bool | int | None = None,
     command: str | None = None,
 ) -> Path:
     """Prepare every case under `raw` into `root`; returns `root`. `splits` holds seed, val and test
-    (fractions); `modalities`, `label_dir` and `task` go to datasets that have them. `command` is what a
-    message tells to run again where this run is stopped halfway.
+    (fractions); `modalities`, `label_dir`, `task` and `cine` go to datasets that have them. `command` is what
+    a message tells to run again where this run is stopped halfway.
 
     InputError names the first bad file; finished cases are kept and the next run goes on from them.
     """
     root, notes = Path(root), []
     recipe = make_recipe(spatial_dims, image_size, preprocess)
-    options = {"modalities": modalities, "label_dir": label_dir, "task": task}
+    options = {"modalities": modalities, "label_dir": label_dir, "task": task, "cine": frame_step(cine)}
     found = find_cases(dataset, raw, options, notes.append)
-    cases = select_cases(found, seed=splits["seed"], **(select or {}))
+    cases = with_their_cine(found, recipe, seed=splits["seed"], **(select or {}))
     inventory = take_inventory(Path(raw), found, cases, notes=notes, modalities=modalities or ())
     cases = with_safe_names(cases, inventory["notes"].append)
     stated = stated_splits(cases)
@@ -147,6 +148,15 @@ def prepare_dataset(
     return root
 
 
+def frame_step(cine: bool | int | None) -> int | None:
+    """`data.cine` as a step from frame to frame, None for no frames."""
+    if cine is None or cine is False:
+        return None
+    if not isinstance(cine, int) or cine < 1:
+        raise InputError(f"data.cine={cine}: give true (every frame), a number n (every nth frame), or false")
+    return int(cine)
+
+
 def earlier_entries(root: Path) -> dict[str, dict]:
     """id -> entry of the index that an earlier preparation left, finished or not; {} where it says too little
     to tell what has changed since.
@@ -155,7 +165,8 @@ def earlier_entries(root: Path) -> dict[str, dict]:
     if not path.is_file():
         return {}
     try:
-        cases = json.loads(path.read_text())["cases"]
+        index = json.loads(path.read_text())
+        cases = [*index["cases"], *index.get("cine", ())]
         return {case["id"]: case for case in cases if {"raw", "preprocess_hash"} <= case.keys()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         log.warning("%s: not a readable index, taken away; every case is checked anew", path)
@@ -194,6 +205,25 @@ def find_index(dataset: str) -> Callable[..., list[Case]]:
     if dataset not in names:
         raise InputError(f"data.dataset={dataset}: no such dataset; choose from {', '.join(names)}")
     return importlib.import_module(f"medldm.data.datasets.{dataset}").index
+
+
+def with_their_cine(found: Sequence[Case], recipe: Recipe, **select: Any) -> list[Case]:
+    """The selected cases, and the CINE frames of their subjects. InputError where a recipe has no use for
+    frames.
+    """
+    cases = select_cases([case for case in found if not case.is_cine], **select)
+    subjects = {case.subject for case in cases}
+    frames = [case for case in found if case.is_cine and case.subject in subjects]
+    if frames and recipe.spatial_dims != 2:
+        raise InputError(
+            "data.cine: frames are prepared as slices; set data.spatial_dims=2 or data.cine=false"
+        )
+    if frames and recipe.crop_label_margin is not None:
+        raise InputError(
+            "data.cine: frames have no class map to crop to; set data.preprocess.crop_label_margin=null or "
+            "data.cine=false"
+        )
+    return cases + frames
 
 
 def select_cases(
@@ -340,6 +370,11 @@ def count_classes(recipe: Recipe, jobs: Sequence[Job], entries: Sequence[dict]) 
 
 
 def make_index(dataset: str, recipe: Recipe, jobs: Sequence[Job], entries: Sequence[dict]) -> dict:
+    """What `index.json` says. Files of CINE frames stand under `cine`, which is there where they are: nothing
+    but the training of an autoencoder reads them.
+    """
+    both = list(zip(jobs, entries, strict=True))
+    cine = [{**entry, "cine": True} for job, entry in both if job.is_cine]
     tables = jobs[0].tables
     shapes = {tuple(entry["shape"]) for entry in entries}
     names = recipe.labels.names
@@ -365,7 +400,8 @@ def make_index(dataset: str, recipe: Recipe, jobs: Sequence[Job], entries: Seque
         "orientation": recipe.orientation if recipe.spatial_dims == 3 else None,
         "preprocess": recipe.as_dict(),
         "preprocess_hash": recipe.hash,
-        "cases": list(entries),
+        "cases": [entry for job, entry in both if not job.is_cine],
+        **({"cine": cine} if cine else {}),
     }
 
 
@@ -374,7 +410,7 @@ def verify(root: Path) -> None:
     inside when it was written or taken over.
     """
     index = load_index(root)
-    for case in index["cases"]:
+    for case in [*index["cases"], *index.get("cine", ())]:
         path = root / case["file"]
         if not path.is_file() or path.stat().st_size != case["file_size"]:
             raise InputError(f"{path}: missing or changed while preparing; run `medldm prepare` again")

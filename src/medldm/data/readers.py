@@ -9,6 +9,8 @@ import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +114,7 @@ def read_any(file: Path, key: str | None) -> Image:
         return with_spacing(*read_dicom_series(file))
     require_file(file)
     if has_suffix(file, NIFTI_SUFFIXES):
-        return read_nifti(file) if key is None else nifti_volume(read_nifti(file), key, file)
+        return read_nifti(file) if key is None else nifti_volume(file, key)
     if has_suffix(file, NRRD_SUFFIXES):
         return with_spacing(*read_nrrd(file, key))
     if has_suffix(file, META_SUFFIXES):
@@ -131,12 +133,27 @@ def read_any(file: Path, key: str | None) -> Image:
     )
 
 
-def nifti_volume(image: Image, key: str, file: Path) -> Image:
+def nifti_volume(file: Path, key: str) -> Image:
     """Volume number `key` of a 4D file."""
+    image = whole_nifti(file, file_identity(file))
     array = image.array
     if array.ndim != 4 or not key.isdigit() or int(key) >= array.shape[3]:
         raise InputError(f"{file}: has no volume {key} (shape {array.shape}); restore it, or remove its case")
-    return Image(array[..., int(key)], image.affine, image.spacing[:3])
+    return Image(np.array(array[..., int(key)]), image.affine.copy(), image.spacing[:3])
+
+
+@lru_cache(maxsize=1)
+def whole_nifti(file: Path, identity: tuple[int, int, int]) -> Image:
+    """The file that was read last, kept for its other volumes; `identity` tells a file that has changed."""
+    return read_nifti(file)
+
+
+def nifti_shape(path: Path) -> tuple[int, ...]:
+    """The axes that a NIfTI file states in its header; no voxel is read."""
+    import nibabel
+
+    with nifti_errors(require_file(path)):
+        return tuple(map(int, nibabel.load(path).shape))
 
 
 def with_spacing(array: np.ndarray, affine: np.ndarray) -> Image:
@@ -145,28 +162,36 @@ def with_spacing(array: np.ndarray, affine: np.ndarray) -> Image:
 
 def read_nifti(path: Path) -> Image:
     import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.imageglobals import logger
-    from nibabel.spatialimages import HeaderDataError
 
     if has_suffix(path, (".gz",)) and not is_gzip(path):
         raise InputError(f"{path}: ends in .gz but is not compressed; rename it to '{str(path)[:-3]}'")
-    logger.setLevel(logging.CRITICAL)  # what it mends by itself in a header is looked at below
-    try:
+    with nifti_errors(path):
         image = nibabel.load(path)
         array = np.asanyarray(image.dataobj)
         with image.file_map["image"].get_prepare_fileobj("rb") as file:
             voxel_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a complete NIfTI file ({reason}); copy or download it again, or remove its case"
-        ) from error
     if array.size == 0:
         raise InputError(f"{path}: holds no voxels (shape {array.shape}); remove its case")
     affine = nifti_affine(image.header, voxel_sizes[: array.ndim], path)
     spacing = [*np.linalg.norm(affine[:3, :3], axis=0).tolist(), *[1.0] * array.ndim]
     return Image(array, affine, tuple(spacing[: array.ndim]))
+
+
+@contextmanager
+def nifti_errors(path: Path) -> Iterator[None]:
+    """What nibabel says of a damaged file as an InputError."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.imageglobals import logger
+    from nibabel.spatialimages import HeaderDataError
+
+    logger.setLevel(logging.CRITICAL)  # what it mends by itself in a header is looked at here
+    try:
+        yield
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: not a complete NIfTI file ({reason}); copy or download it again, or remove its case"
+        ) from error
 
 
 def is_gzip(path: Path) -> bool:

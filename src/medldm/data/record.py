@@ -18,6 +18,7 @@ def training_record(module: "CaseDataModule") -> dict[str, Any]:
     subjects = {subset: list(module.part_of(subset)) for subset in SUBSETS}
     entries = by_subject(module.index)
     used = {s: entries[s] for s in (*subjects["train"], *subjects["val"])}
+    frames = [entry for entry in module.frames(module.index) if entry["subject"] in subjects["train"]]
     images = {s: sorted(image_identities(used[s])) for s in subjects["train"]}
     return {
         "dataset": module.index["dataset"],
@@ -27,7 +28,7 @@ def training_record(module: "CaseDataModule") -> dict[str, Any]:
         "split_digest": digest(subjects),
         "subjects": subjects,
         "images": images if any(images.values()) else None,
-        "content": content_digest(module, [entry for group in used.values() for entry in group]),
+        "content": content_digest(module, [*(e for group in used.values() for e in group), *frames]),
         "views": None if module.views is None else list(module.views),
         "train_on": module.train_on,
         "synthetic": None if module.synthetic is None else module.synthetic.provenance,

@@ -7,19 +7,22 @@ from pathlib import Path
 
 from medldm.data.case import Case
 from medldm.data.layouts import require_root
-from medldm.data.tables import read_rows
+from medldm.data.readers import nifti_shape
+from medldm.data.tables import Note, read_rows
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
-# The author's sample order; CINE series carry no labels and are left out.
+# The author's sample order.
 ACQUISITIONS = [(view, phase) for view in ("LA", "SA") for phase in ("ED", "ES")]
 COLUMNS = {"DISEASE": "disease", "VENDOR": "vendor", "SCANNER": "scanner", "FIELD": "field_T"}
 
 
-def index(root: str | Path) -> list[Case]:
-    """Cases of the published layout `[dataset/]NNN/NNN_{LA,SA}_{ED,ES}[_gt].nii.gz`, four a subject.
+def index(root: str | Path, cine: int | None = None, *, note: Note = log.info) -> list[Case]:
+    """Cases of the published layout `[dataset/]NNN/NNN_{LA,SA}_{ED,ES}[_gt].nii.gz`, four a subject; then
+    every `cine`-th frame of `NNN_{LA,SA}_CINE.nii.gz`, which has no map (None: no frames).
 
-    `dataset_information.csv` may be absent. InputError names the first missing file.
+    `dataset_information.csv` may be absent. InputError names the first missing file; a subject without CINE
+    is noted.
     """
     root = require_root(root, "M&Ms-2's dataset/001, dataset/002...")
     folder = root / "dataset" if (root / "dataset").is_dir() else root
@@ -29,10 +32,57 @@ def index(root: str | Path) -> list[Case]:
             f"{folder}: holds no subject folders 001, 002...; data.raw must be the M&Ms-2 folder"
         )
     information = read_information(root)
-    return [
+    cases = [
         subject_case(subject, view, phase, information.get(int(subject.name), {}))
         for subject in subjects
         for view, phase in ACQUISITIONS
+    ]
+    return cases if cine is None else cases + all_frames(subjects, information, cine, note)
+
+
+def all_frames(subjects: list[Path], information: dict[int, dict], every: int, note: Note) -> list[Case]:
+    """Every `every`-th frame of the CINE files, from the first on. InputError where there are none."""
+    files = {
+        (folder, view): path
+        for folder in subjects
+        for view in ("LA", "SA")
+        if (path := folder / f"{folder.name}_{view}_CINE.nii.gz").is_file()
+    }
+    if not files:
+        raise InputError(
+            f"{subjects[0].parent}: holds no NNN_SA_CINE.nii.gz; restore them, or set data.cine=false"
+        )
+    frames = [
+        frame
+        for (folder, view), path in files.items()
+        for frame in cine_frames(folder, view, path, information.get(int(folder.name), {}), every)
+    ]
+    count = len({frame.subject for frame in frames})
+    note(
+        f"CINE: {len(frames)} frames of {count} subjects, without maps; autoencoders train on those of their "
+        "training subjects, nothing else reads them"
+    )
+    if lacking := 2 * len(subjects) - len(files):
+        note(f"CINE: {lacking} of {2 * len(subjects)} files (one a subject and view) are not there")
+    return frames
+
+
+def cine_frames(folder: Path, view: str, path: Path, information: dict, every: int) -> list[Case]:
+    shape = nifti_shape(path)
+    if len(shape) != 4:
+        raise InputError(
+            f"{path}: has shape {shape}, a CINE four axes, the last of which counts frames; restore it, or "
+            "set data.cine=false"
+        )
+    return [
+        Case(
+            f"{folder.name}_{view}_CINE_{frame:03d}",
+            folder.name,
+            {"image": f"{path}::{frame}"},
+            {"view": view, **information},
+            is_cine=True,
+        )
+        for frame in range(0, shape[3], every)
     ]
 
 
