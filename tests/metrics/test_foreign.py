@@ -319,6 +319,88 @@ def test_folders_that_do_not_fit_are_told(tmp_path, made, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def coloured(i: int, dtype=np.uint8) -> np.ndarray:
+    """Blue, green and red of one luminance order and three scales."""
+    top = np.iinfo(dtype).max
+    return np.stack([grey(i, np.uint32, top) // part for part in (3, 2, 1)], -1).astype(dtype)
+
+
+def notes_on(root, generated: str = "made", **reading) -> list[str]:
+    reading = Reading(**reading)
+    make_pairs(root / generated, root / "data", None, reading)
+    return reading.notes
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_colours_that_become_grey_are_counted_and_said_once(tmp_path, dtype):
+    scale = np.iinfo(dtype).max // 255
+    write_pictures(tmp_path / "data", {f"p{i}.png": grey(i) for i in range(3)})
+    same = np.repeat(grey(2)[..., None], 3, -1).astype(dtype) * scale
+    made = {"p0.png": coloured(0, dtype), "p1.png": coloured(1, dtype), "p2.png": same}
+    write_pictures(tmp_path / "made", made)
+    said = [line for line in notes_on(tmp_path) if "hold colours" in line]
+    assert len(said) == 1
+    assert said[0].startswith(
+        f"generated {tmp_path}/made: 2 of 3 images hold colours (p0.png, p1.png); taken"
+    )
+    write_pictures(tmp_path / "data", {"p2.png": coloured(2)})
+    said = [line for line in notes_on(tmp_path) if "hold colours" in line]
+    assert [line.split()[0] for line in said] == ["reference", "generated"]
+
+
+def test_rounding_of_grey_stored_as_colours_is_no_colour(tmp_path):
+    rng = np.random.default_rng(0)
+    write_pictures(tmp_path / "data", {"p0.png": grey(0), "p1.png": grey(1)})
+    near = grey(0)[..., None].clip(3, 252) + rng.integers(-1, 2, (24, 24, 3))
+    write_pictures(tmp_path / "made", {"p0.png": near.astype(np.uint8)})
+    write_pictures(tmp_path / "made", {"p1.jpg": np.repeat(grey(1)[..., None], 3, -1)})
+    assert not any("hold colours" in line for line in notes_on(tmp_path))
+
+
+def test_slices_of_volumes_in_colours_are_refused(hounsfield):
+    shape = load(make_real(hounsfield)).shape[1:]
+    slices = {
+        f"v{i}_{k:03d}.png": np.zeros((*shape[1:], 3), np.uint8) for i in range(2) for k in range(shape[0])
+    }
+    write_pictures(hounsfield / "made", slices)
+    make_pairs(hounsfield / "made", hounsfield / "data", None)
+    slices["v0_000.png"][2, 2] = 0, 0, 255
+    write_pictures(hounsfield / "made", slices)
+    with pytest.raises(
+        InputError, match=r"v0_000.png: slices of volumes are grey pictures, this holds colours"
+    ):
+        make_pairs(hounsfield / "made", hounsfield / "data", None)
+
+
+def test_images_that_others_go_before_are_counted_and_said(tmp_path):
+    """Pictures beside volumes, and what lies below them; in folders of samples as well."""
+    volumes = {f"v{i}": raw_volume(i) for i in range(2)}
+    for folder in ("data", "made"):
+        save(tmp_path / folder, volumes)
+    assert not any("images take no part" in line for line in notes_on(tmp_path))
+    write_pictures(tmp_path / "made", {"v0.png": grey(0), "preview.jpg": grey(1)})
+    write_pictures(tmp_path / "made" / "old", {"v0.png": grey(0)})
+    save(tmp_path / "made" / "older", {"v1": raw_volume(3)})
+    write_pictures(tmp_path / "data", {"v0.png": grey(0)})
+    said = [line for line in notes_on(tmp_path) if "images take no part" in line]
+    assert len(said) == 2
+    assert (
+        f"reference {tmp_path}/data: 1 images take no part (v0.png); HDF5 and volumes at the top" in said[0]
+    )
+    found = "4 images take no part (preview.jpg, v0.png, old/v0.png, ...)"
+    assert f"generated {tmp_path}/made: {found}" in said[1]
+
+
+def test_images_beside_folders_of_samples_are_counted_and_said(tmp_path):
+    write_pictures(tmp_path / "data", {f"p{i}.png": grey(i) for i in range(2)})
+    for k in (1, 2):
+        write_pictures(tmp_path / "made" / f"sample_{k}", {f"p{i}.png": grey(i + k) for i in range(2)})
+    assert not any("images take no part" in line for line in notes_on(tmp_path))
+    write_pictures(tmp_path / "made", {"overview.png": grey(0)})
+    said = [line for line in notes_on(tmp_path) if "images take no part" in line]
+    assert len(said) == 1 and "1 images take no part (overview.png)" in said[0]
+
+
 def test_the_command_says_what_it_decided_and_what_takes_no_part(call, tmp_path):
     write_pictures(tmp_path / "data", {f"p{i}.png": grey(i) for i in range(4)})
     write_pictures(

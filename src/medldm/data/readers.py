@@ -41,6 +41,7 @@ IMAGE_SUFFIXES = (
     NIFTI_SUFFIXES + NRRD_SUFFIXES + META_SUFFIXES + RASTER_SUFFIXES + HDF5_SUFFIXES + NUMPY_SUFFIXES
 )
 MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a NIfTI header, beside mm
+COLOUR_ROUNDING = 3 / 255  # of the largest value: how far JPEG drives the channels of a grey picture apart
 AUTHOR_INDEX = "dataset_index_mapping.json"
 UNFINISHED = "unfinished"  # key of an index whose cases are being replaced: the command that does it
 # Attributes that say what a file was made from: a prepared case of raw files and recipe, latents of an image.
@@ -53,6 +54,7 @@ class Image(NamedTuple):
     array: np.ndarray  # (X, Y[, Z[, T]]) of a NIfTI file, (H, W) of a picture
     affine: np.ndarray | None  # 4x4, mm; None for pictures
     spacing: tuple[float, ...] | None  # mm per array axis
+    is_coloured: bool = False  # whether grey was made of colours that differ
 
 
 class ImageRecord(NamedTuple):
@@ -120,7 +122,8 @@ def read_any(file: Path, key: str | None) -> Image:
     if has_suffix(file, META_SUFFIXES):
         return with_spacing(*read_meta_image(file))
     if has_suffix(file, RASTER_SUFFIXES):
-        return Image(read_raster(file), None, None)
+        picture = decode_raster(file)
+        return Image(to_grey(picture), None, None, is_coloured(picture))
     if has_suffix(file, NUMPY_SUFFIXES):
         array, affine = read_numpy(file)
         return Image(array, None, None) if affine is None else with_spacing(array, affine)
@@ -242,11 +245,27 @@ def valid_affine(read: Callable[[], np.ndarray]) -> np.ndarray | None:
     return affine if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-12 else None
 
 
-def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
-    """(H, W) of a PNG, JPEG, BMP or TIFF with its bit depth kept. Colour becomes grey; of a mask's palette
-    the numbers are taken.
+def read_raster_mask(path: Path) -> np.ndarray:
+    """(H, W) class numbers of a PNG, BMP or TIFF; of a palette the numbers are taken.
 
-    InputError where the file is damaged, has several pages, or is a mask of colours or of lossy JPEG.
+    InputError where the file is damaged, has several pages, or holds colours or lossy JPEG.
+    """
+    picture, data = decode_raster(path), path.read_bytes()
+    if data.startswith(b"\xff\xd8"):
+        raise InputError(f"{path}: JPEG changes class numbers; save the mask as PNG, from its source")
+    if data[:2] in (b"\x89P", b"BM") and (numbers := palette_numbers(path)) is not None:
+        return numbers
+    if picture.ndim == 3 and (picture != picture[..., :1]).any():
+        raise InputError(
+            f"{path}: a mask must hold class numbers in one channel, not colours; save it as grey"
+        )
+    return to_grey(picture)
+
+
+def decode_raster(path: Path) -> np.ndarray:
+    """(H, W), or (H, W, 3) blue, green, red, of a PNG, JPEG, BMP or TIFF with its bit depth kept.
+
+    InputError where the file is damaged or has several pages.
     """
     import cv2
 
@@ -260,22 +279,30 @@ def read_raster(path: Path, is_mask: bool = False) -> np.ndarray:
         raise InputError(f"{path}: not a complete image file; copy or download it again, or remove its case")
     if suffix in (".tif", ".tiff") and (pages := cv2.imcount(str(path), cv2.IMREAD_UNCHANGED)) > 1:
         raise InputError(f"{path}: holds {pages} pages; save one picture a file, or the stack as NIfTI")
-    if is_mask and data.startswith(b"\xff\xd8"):
-        raise InputError(f"{path}: JPEG changes class numbers; save the mask as PNG, from its source")
-    if is_mask and data[:2] in (b"\x89P", b"BM") and (numbers := palette_numbers(path)) is not None:
-        return numbers
-    if array.ndim == 2:
-        return array
-    channels = array[..., :3]
-    if array.shape[-1] == 4 and np.ptp(array[..., 3]) > 0:
+    if array.ndim == 3 and array.shape[-1] == 4 and np.ptp(array[..., 3]) > 0:
         log.warning("%s: partly transparent; its colours are taken as they lie", path)
-    if (channels == channels[..., :1]).all():
-        return np.ascontiguousarray(channels[..., 0])
-    if is_mask:
-        raise InputError(
-            f"{path}: a mask must hold class numbers in one channel, not colours; save it as grey"
-        )
-    return cv2.cvtColor(np.ascontiguousarray(channels), cv2.COLOR_BGR2GRAY)
+    return array if array.ndim == 2 else np.ascontiguousarray(array[..., :3])
+
+
+def to_grey(picture: np.ndarray) -> np.ndarray:
+    """(H, W) of a decoded picture: equal channels as they are, colours by their luminance (ITU-R BT.601)."""
+    import cv2
+
+    if picture.ndim == 2:
+        return picture
+    if (picture == picture[..., :1]).all():
+        return np.ascontiguousarray(picture[..., 0])
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+
+
+def is_coloured(picture: np.ndarray) -> bool:
+    """Whether the channels of a decoded picture differ by more than rounding."""
+    if picture.ndim == 2:
+        return False
+    is_integer = np.issubdtype(picture.dtype, np.integer)
+    largest = np.iinfo(picture.dtype).max if is_integer else np.abs(picture).max()
+    gap = picture.max(-1).astype(np.float64) - picture.min(-1)
+    return bool(gap.max() > COLOUR_ROUNDING * largest)
 
 
 def palette_numbers(path: Path) -> np.ndarray | None:
@@ -301,7 +328,7 @@ def read_mask(path: str | Path) -> Image:
     """As `read_image`, but what holds no class numbers (colours, JPEG) is an InputError."""
     file, key = split_path(path)
     if key is None and has_suffix(file, RASTER_SUFFIXES):
-        return Image(read_raster(require_file(file), is_mask=True), None, None)
+        return Image(read_raster_mask(require_file(file)), None, None)
     return read_image(path)
 
 
@@ -602,6 +629,11 @@ def list_image_files(path: Path) -> list[tuple[Path, dict]]:
         files = [p for p in below if is_image(p) and not has_suffix(p, HDF5_SUFFIXES)]
     files.sort()
     return [(file, {"id": stem_of(file)}) for file in files]
+
+
+def images_below(path: Path) -> list[Path]:
+    """Every file of an image in a folder and below it, also those that `list_image_files` passes over."""
+    return [folder / name for folder, names in walk(path) for name in names if is_image(folder / name)]
 
 
 def hdf5_records(

@@ -4,6 +4,7 @@ Where an image lies follows from its affine (grids.py), what its numbers mean fr
 `auto`, from what the whole folder holds and what the reference records (ranges.py). What is decided is said.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medldm.data.readers import Image, ImageRecord, read_image
+from medldm.data.readers import Image, ImageRecord, images_below, list_image_files, read_image
 from medldm.data.recipe import Recipe
 from medldm.data.transforms import to_unit
 from medldm.errors import InputError
@@ -30,6 +31,7 @@ from medldm.evaluation.stored import StoredImage, load
 
 GRIDS = ("affine", "array")
 BACKGROUND = -0.99  # in [-1, 1]: up to here a reference is empty
+NUM_NAMED = 3  # files named in a line
 EXTREMES = "extremes"  # attribute of an image of an HDF5 file that medldm did not write: (low, high)
 
 
@@ -67,6 +69,7 @@ class ForeignImage(NamedTuple):
     low: float
     high: float
     affine: np.ndarray | None
+    is_coloured: bool = False
 
     @property
     def is_picture(self) -> bool:
@@ -88,7 +91,7 @@ def look(file: Path) -> ForeignImage:
     low, high = float(array.min()), float(array.max())
     if not np.isfinite(array).all():
         raise InputError(f"{file}: holds values that are not finite")
-    return ForeignImage(file, array.shape, array.dtype, low, high, image.affine)
+    return ForeignImage(file, array.shape, array.dtype, low, high, image.affine, image.is_coloured)
 
 
 def place(image: ForeignImage, real: ImageRecord, limits: Limits, reading: Reading) -> np.ndarray:
@@ -159,6 +162,8 @@ def settle(
     how = "as stated" if stated != "auto" else "by their type" if is_pictures(images) else "by their extremes"
     reading.note(describe_range(what, folder, found.limits, how))
     note_grid(what, folder, images, reading)
+    note_colours(what, folder, images, reading)
+    note_passed_over(what, folder, reading)
     return {
         name: record
         if images.get(name) is None
@@ -180,6 +185,43 @@ def note_grid(what: str, folder: Path, images: Mapping[str, ForeignImage], readi
     cleaned = recipe is not None and (recipe.remove_artifacts or recipe.mask_out)
     if len(loose) < len(files) and cleaned:
         reading.note(f"{what} {folder}: the reference was cleaned outside the body, these images are not")
+
+
+def note_colours(what: str, folder: Path, images: Mapping[str, ForeignImage], reading: Reading) -> None:
+    coloured = [image.file for image in images.values() if image.is_coloured]
+    if coloured:
+        names = named(coloured, folder)
+        reading.note(
+            f"{what} {folder}: {len(coloured)} of {len(images)} images hold colours ({names}); taken as grey "
+            "by their luminance, so that what differs in hue alone is not judged"
+        )
+
+
+def note_passed_over(what: str, folder: Path, reading: Reading) -> None:
+    """How many images of a folder nobody looked at, since others in it go before them."""
+    if not folder.is_dir():
+        return
+    places = sample_places(folder) if what == "generated" else [folder]
+    read = {file for place in places for file, _ in list_image_files(place)}
+    left = [file for file in images_below(folder) if file not in read]
+    if left:
+        reading.note(
+            f"{what} {folder}: {len(left)} images take no part ({named(left, folder)}); HDF5 and volumes at "
+            "the top of a folder go before pictures, and these before what lies in folders below"
+        )
+
+
+def sample_places(folder: Path) -> list[Path]:
+    """Where the samples of every condition lie: the folder, its `sample_1/`, ... or both."""
+    places = sorted(folder.glob("sample_*/"), key=lambda place: int(re.sub(r"\D", "", place.name) or 0))
+    own = not places or any(folder.glob("*.h5")) or any(folder.glob("*.nii*"))
+    return [folder, *places] if own else places
+
+
+def named(files: Sequence[Path], folder: Path) -> str:
+    """The first of these files, as they lie in the folder."""
+    shown = [str(file.relative_to(folder)) for file in files[:NUM_NAMED]]
+    return ", ".join(shown) + (", ..." if len(files) > NUM_NAMED else "")
 
 
 def as_foreign(record: ImageRecord) -> ForeignImage | None:
@@ -225,6 +267,8 @@ def settle_reference(
     if found.limits is None:
         how = "its own 0.5 and 99.5 percentiles, for what is generated for it too"
     reading.note(describe_range("reference", folder, found.limits, how))
+    note_colours("reference", folder, images, reading)
+    note_passed_over("reference", folder, reading)
     return {
         name: own_place(record, images[name], found.limits) if name in images else record
         for name, record in records.items()

@@ -23,7 +23,7 @@ from medldm.data.recipe import Recipe, recipe_of
 from medldm.data.splits import read_splits
 from medldm.errors import InputError
 from medldm.evaluation.conditions import Conditions
-from medldm.evaluation.foreign import EXTREMES, Reading, look, settle, settle_reference
+from medldm.evaluation.foreign import EXTREMES, Reading, look, sample_places, settle, settle_reference
 from medldm.evaluation.slices import axial_axis
 from medldm.evaluation.stacks import holds_slices, read_stacks
 from medldm.evaluation.stored import Image, load, store
@@ -189,9 +189,9 @@ def count_samples(file: Path) -> int:
 
 def read_samples(path: Path) -> list[dict[str, ImageRecord]]:
     """The K samples of every condition: `images_1`, ... in the HDF5 files, or folders `sample_1/`, ..."""
-    folders = sorted(path.glob("sample_*/"), key=lambda folder: int(re.sub(r"\D", "", folder.name) or 0))
+    folders = [place for place in sample_places(path) if place != path]
     files = sorted(path.glob("*.h5"))
-    num_samples = 0 if folders and not files and not any(path.glob("*.nii*")) else 1
+    num_samples = int(path in sample_places(path))
     counts = {file: count_samples(file) for file in files}
     if counts:
         num_samples = counts[files[0]]

@@ -64,7 +64,9 @@ def stack_record(folder: Path, case: str, files: dict[int, Path], axis: int) -> 
 
 def read_plane(file: Path) -> np.ndarray:
     """(1, H, W) float32 in [-1, 1] of an 8-bit picture, as `medldm export` writes them."""
-    array = read_image(file).array
+    array, _, _, is_coloured = read_image(file)
+    if is_coloured:
+        raise InputError(f"{file}: slices of volumes are grey pictures, this holds colours; save it as grey")
     if array.dtype != np.uint8:
         raise InputError(f"{file}: slices of volumes are read from 8-bit pictures, this is {array.dtype}")
     return to_unit(array, 0, 255)[None]
