@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "outputs": {"data", "callbacks", "plots"},
     "evaluation": {"data", "metrics", "networks"},
     "reporting": {"evaluation", "data"},
+    "planning": {"checkpoints", "models", "networks", "losses", "data"},
     "cli": set(),
     "overrides": set(),
     "__main__": {"cli"},

@@ -11,6 +11,7 @@ COMMANDS = {
     "phantom": "write synthetic subjects in a dataset's own raw folder layout",
     "prepare": "raw images -> prepared cases, index.json and splits.json",
     "train": "train one stage of an experiment",
+    "plan": "what an experiment needs on a card: memory, work, time, and what fits",
     "encode": "cache the latents of a prepared dataset for stage two",
     "sample": "write generated images (or a first stage's reconstructions)",
     "translate": "one volume in other modalities, from the volume alone",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from medldm.errors import InputError
 
@@ -214,8 +215,8 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def is_on_host(x: torch.Tensor) -> bool:
-    """Whether reading its values waits for nobody."""
-    return x.device.type == "cpu"
+    """Whether its values can be read, and nobody waits for them: not on a device, not of a mere shape."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,0 +1,113 @@
+"""medldm plan: what an experiment will need on a card, before it runs: memory, work, time, and what fits.
+
+  medldm plan experiment=medlsdm/autopet_ldm gpu=rtx3090
+  medldm plan experiment=cardiac2d/vqvae gpu=a6000 data.batch_size=48 image_shape=[320,320]
+
+Every override of `medldm train` counts. Nothing is computed: one training step is followed through its
+shapes, so it takes seconds, and neither a GPU nor data nor checkpoints.
+
+Keys people use:
+  gpu=rtx3090|a6000|a100|h100|h200|cpu    default: the device of this machine
+  data.root=DATA              take number of classes, image size and length of an epoch from prepared data
+  image_shape=[32,256,256]    voxels that training sees
+  first_stage_experiment=E    what to assume for model.first_stage.checkpoint
+  operations=10               also list the operations that move most bytes
+  measure=true                also run the steps on this machine's device, on random data
+
+Ends with status 3 where the card cannot hold the step.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from medldm.commands import CONFIG_DIR, run_command
+from medldm.errors import InputError
+
+TOO_LARGE = 3
+
+
+def task(cfg: Any) -> None:
+    from omegaconf import OmegaConf
+
+    from medldm.commands.train import experiment_name
+    from medldm.planning.estimate import HEADER, Planner, advice, operations_table, settings, this_device
+
+    plan = OmegaConf.to_container(cfg, resolve=True)
+    gpu = plan["gpu"] or this_device()
+    if gpu not in plan["cards"]:
+        raise InputError(f"gpu={gpu}: no such card; choose from {', '.join(plan['cards'])}")
+    card, habits = settings(plan, gpu)
+    precision = plan["trainer"]["precision"]
+    if precision == "auto":
+        precision = "bf16-mixed" if card.bf16 else "32-true"
+    planner = Planner(
+        job=describe(plan), card=card, habits=habits, bf16=precision == "bf16-mixed", on_cuda=gpu != "cpu",
+        averages=bool(plan["callbacks"]["ema"]),
+    )  # fmt: skip
+    print(f"{experiment_name()} on {gpu}, {precision}, {list(planner.job.image_shape)} voxels\n{HEADER}")
+    found = planner.estimate(int(plan["data"]["batch_size"]))
+    for row in (found, *(planner.estimate(int(n)) for n in plan["batches"])):
+        print(row.row(), flush=True)
+    for line in (*operations_table(found.cost, plan["operations"]), *advice(planner, found, plan)):
+        print(line, flush=True)
+    if plan["measure"]:
+        print(measured(planner, found, int(plan["measure_steps"])))
+    if found.memory.allocated * plan["reserved"] > card.memory_gib:
+        sys.exit(TOO_LARGE)
+
+
+def measured(planner: Any, found: Any, count: int) -> str:
+    """The same step on this machine's device, beside what was expected."""
+    import torch
+
+    from medldm.planning.measure import measured_step
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    real = measured_step(planner.job, found.batch_size, device, count, bf16=planner.bf16)
+    memory = "" if real.allocated_gib is None else (
+        f", {real.allocated_gib:.2f} GiB allocated ({found.memory.allocated:.2f} expected), "
+        f"{real.reserved_gib:.2f} reserved"
+    )  # fmt: skip
+    low, high = real.spread
+    return (
+        f"measured on {device.type}: {1e3 * real.seconds:.4g} ms a step [{1e3 * low:.4g}, {1e3 * high:.4g}], "
+        f"n = {count}; expected {1e3 * found.expected:.4g}, at least {1e3 * found.roofline:.4g}{memory}"
+    )
+
+
+def describe(plan: Mapping[str, Any]) -> Any:
+    """The job of a config, with the experiments beside it for stages that are not trained yet."""
+    from medldm.commands.train import batch_keys, experiment_name
+    from medldm.planning.assume import Experiments, describe_job
+
+    experiments = Experiments(experiment_name(), set(known_experiments()), compose_model)
+    return describe_job(plan, experiments, batch_keys(plan["model"], plan["data"]))
+
+
+def known_experiments() -> Iterator[str]:
+    folder = CONFIG_DIR / "experiment"
+    return (str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def compose_model(experiment: str) -> dict[str, Any]:
+    """The model's config of another experiment."""
+    from contextlib import nullcontext
+
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    is_running = GlobalHydra.instance().is_initialized()
+    here = nullcontext() if is_running else initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
+    with here:
+        cfg = compose("train", overrides=[f"experiment={experiment}", "data.root=-"])
+    return OmegaConf.to_container(cfg.model, resolve=True)
+
+
+def main() -> None:
+    run_command(task, "plan", __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The same step for real, on random data: what this machine's device makes of it."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from medldm.models.adversarial import AdversarialModule
+from medldm.planning.step import Job, random_batch, train_step
+
+WARM_UP = 3
+
+
+class Measured(NamedTuple):
+    seconds: float  # median
+    spread: tuple[float, float]
+    allocated_gib: float | None  # None: the device does not tell
+    reserved_gib: float | None
+
+
+def step_times(module: nn.Module, batch: dict, count: int, *, bf16: bool) -> Iterator[float]:
+    """Seconds of each step, the optimiser's part included; the first ones choose kernels."""
+    device = next(module.parameters()).device
+    updates = [partial(update, optimizer) for optimizer in module.configure_optimizers()[0]]
+    if isinstance(module, AdversarialModule):
+        module.update_generator, module.update_discriminators = updates[0], updates[-1]
+
+    for _ in range(WARM_UP + count):
+        wait(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            train_step(module, batch, updates[0])
+        wait(device)
+        yield time.perf_counter() - start
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measured_step(job: Job, batch_size: int, device: torch.device, count: int, *, bf16: bool) -> Measured:
+    """Median time of `count` steps after three to warm up, and the allocator's own figures on a GPU."""
+    module = job.build().to(device)
+    batch = random_batch(job, module, batch_size, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = list(step_times(module, batch, count, bf16=bf16))[WARM_UP:]
+    allocated = reserved = None
+    if device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(device) / 2**30
+        reserved = torch.cuda.max_memory_reserved(device) / 2**30
+    return Measured(statistics.median(times), (min(times), max(times)), allocated, reserved)

@@ -1,0 +1,181 @@
+"""One training step of any module, without data and without a trainer: on shapes alone, or for real."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from medldm.checkpoints import build_module
+from medldm.devices import CHUNK_ELEMENTS
+from medldm.errors import InputError
+from medldm.losses import PerceptualLoss
+from medldm.models.adversarial import AdversarialModule
+from medldm.networks.medicalnet import MedicalNet
+from medldm.planning.trace import AutocastAsOnCUDA, Cost, StepTrace
+
+ADAM_STATE = 8  # bytes a parameter: two moments in float32
+LATE = 10**9  # an update at which every loss that starts late has started
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model's config with what the data would have told it."""
+
+    model: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    keys: Sequence[str]  # arrays of a batch
+    image_shape: tuple[int, ...]
+    first_stage: Mapping[str, Any] | None = None  # descriptions, as a checkpoint holds them
+    map_stage: Mapping[str, Any] | None = None
+
+    def build(self) -> nn.Module:
+        """The module with fresh weights, in training mode, its perceptual network with random ones."""
+        module = build_module(self.model, self.facts, self.first_stage, self.map_stage).train()
+        for part in module.modules():
+            if isinstance(part, PerceptualLoss) and not part._built:
+                part._built.append(untrained_features(part.network))
+        return attach(module)
+
+
+class UntrainedLPIPS(nn.Module):
+    """LPIPS' network with weights of any kind: its work and its activations are what counts."""
+
+    def __init__(self, net: str) -> None:
+        super().__init__()
+        from torchmetrics.functional.image.lpips import _LPIPS
+
+        self.network = _LPIPS(net=net, pnet_rand=True, eval_mode=True)
+
+    def forward(self, generated: Tensor, reference: Tensor) -> Tensor:
+        return self.network(*(x.float().expand(-1, 3, -1, -1) for x in (generated, reference))).flatten()
+
+
+def untrained_features(name: str) -> nn.Module:
+    kind, _, which = name.partition("_")
+    if kind == "lpips":
+        network: nn.Module = UntrainedLPIPS(which)
+    elif kind == "medicalnet":
+        network = MedicalNet(int(which))
+    else:
+        network = PerceptualLoss(name).build()
+    return network.eval().requires_grad_(False)
+
+
+def attach(module: nn.Module) -> nn.Module:
+    """Stands in for Lightning's trainer: one process, late in training, every batch an update."""
+    module._trainer = SimpleNamespace(
+        world_size=1,
+        global_step=LATE,
+        global_rank=0,
+        is_last_batch=True,
+        current_epoch=0,
+        fit_loop=SimpleNamespace(total_batch_idx=0),
+    )
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    module.manual_backward = lambda loss: loss.backward()
+    if isinstance(module, AdversarialModule):
+        module.update_generator = lambda: drop_gradients(module.generator)
+        module.update_discriminators = lambda: drop_gradients(module.discriminators)
+        module.draw_slices = first_slices
+    return module
+
+
+def first_slices(x: Tensor, batch_idx: int) -> tuple[int, Tensor]:
+    """What `draw_slices` gives, without random numbers that the host would have to know."""
+    return 0, torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+
+def drop_gradients(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.zero_grad(set_to_none=True)
+
+
+def train_step(module: nn.Module, batch: dict, update: Callable[[], None] | None = None) -> None:
+    """Forward and backward of one batch, all losses on; `update` for modules that Lightning would step."""
+    loss = module.training_step(batch, 0)
+    if loss is not None:
+        loss.backward()
+        drop_gradients([module]) if update is None else update()
+
+
+def random_batch(job: Job, module: nn.Module, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+    """A batch of the job's keys, of any content: what a loader would put on the device."""
+    facts, shape = job.facts, job.image_shape
+
+    def draw(channels: int, size: Sequence[int]) -> Tensor:
+        return torch.randn(batch_size, channels, *size, device=device)
+
+    stage = getattr(module, "first_stage", None)
+    batch: dict[str, Tensor] = {}
+    for key in job.keys:
+        if key in ("latent", "source_latent"):
+            batch[key] = draw(stage.latent_channels, stage.latent_shape(shape))
+        elif key == "mask":
+            batch[key] = torch.zeros(batch_size, 1, *shape, dtype=torch.long, device=device)
+        elif key == "edges":
+            batch[key] = torch.zeros(batch_size, 1, *shape, device=device)
+        else:
+            batch[key] = draw(facts["image_channels"], shape)
+    for key in ("label", "source_label", "view", "phase"):
+        batch[key] = torch.zeros(batch_size, dtype=torch.long, device=device)
+    return batch | {"slice_position": torch.zeros(batch_size, device=device)}
+
+
+def state_bytes(module: nn.Module, *, averages: bool) -> int:
+    """Weights, buffers, Adam's moments and, where `averages`, the moving average of what it follows."""
+    held = [*module.parameters(), *module.buffers()]
+    trainable = num_trainable(module)
+    followed = getattr(module, "ema_modules", None) if averages else None
+    copies = sum(p.numel() * p.element_size() for p in followed.parameters()) if followed is not None else 0
+    return sum(x.numel() * x.element_size() for x in held) + ADAM_STATE * trainable + copies
+
+
+def num_trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace the module's tensors by their shapes, frozen perceptual networks' too."""
+    hidden = [net for part in module.modules() if isinstance(part, PerceptualLoss) for net in part._built]
+    for root in (module, *hidden):
+        for part in root.modules():
+            for table in (part._parameters, part._buffers):
+                for name, value in table.items():
+                    if value is not None:
+                        table[name] = mode.from_tensor(value)
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Choices by the kind of device, for tensors that stand in for those of a GPU on the host."""
+    before = CHUNK_ELEMENTS["cpu"]
+    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cuda"]
+    try:
+        yield
+    finally:
+        CHUNK_ELEMENTS["cpu"] = before
+
+
+def traced_step(job: Job, batch_size: int, *, bf16: bool, on_cuda: bool) -> tuple[Cost, int]:
+    """Cost of one step of a batch, and bytes of the batch, from shapes alone."""
+    module = job.build()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make_fake(module, mode)
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        batch = random_batch(job, module, batch_size, torch.device("cpu"))
+        if on_cuda:
+            stack.enter_context(as_on_cuda())
+            stack.enter_context(AutocastAsOnCUDA())
+        trace = stack.enter_context(StepTrace())
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            try:
+                train_step(module, batch)
+            except torch._subclasses.fake_tensor.DataDependentOutputException as error:
+                raise InputError(f"plan: a step of this model looks at values: {error}") from error
+    return trace.cost, sum(x.numel() * x.element_size() for x in batch.values())

@@ -1,0 +1,183 @@
+"""What one training step costs, followed through its shapes: nothing is computed and no device is needed.
+
+Under `StepTrace` every operation of PyTorch that launches a kernel is recorded with its floating-point
+operations, the bytes that it must read and write at least, and the bytes alive while it runs. On fake tensors
+(`FakeTensorMode`) this takes neither memory nor a GPU; on real ones it counts what really runs.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+# Where CUDA's autocast and a CPU's, which traces run under, treat an operation differently (torch.amp's
+# reference, "CUDA Ops that autocast to float32" and "CPU Ops that autocast to float32").
+FLOAT32_ON_CUDA = {
+    "layer_norm", "group_norm", "softmax", "log_softmax", "mse_loss", "l1_loss", "smooth_l1_loss", "kl_div",
+    "cross_entropy", "nll_loss", "cosine_similarity", "softplus", "exp", "log", "pow", "sum", "prod",
+    "cumsum", "norm", "rsqrt",
+}  # fmt: skip
+AS_GIVEN_ON_CUDA = {
+    "interpolate", "pad", "grid_sample", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_trilinear3d",
+}  # fmt: skip
+# These allocate or look at memory and launch nothing.
+FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+}
+
+
+class AutocastAsOnCUDA(TorchFunctionMode):
+    """Gives operations the precision that CUDA's autocast would, while a CPU's autocast is on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        if name in AS_GIVEN_ON_CUDA:
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **kwargs)
+        if name in FLOAT32_ON_CUDA:
+            args = tuple(widened(x) for x in args)
+        return func(*args, **kwargs)
+
+
+def widened(x: object) -> object:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@dataclass
+class Operation:
+    """All calls of one operation of PyTorch in one precision."""
+
+    name: str
+    dtype: torch.dtype  # the narrowest floating type among its tensors, which decides what units multiply
+    spatial_dims: int  # of a convolution's kernel; 0 for anything else
+    num_calls: int = 0
+    flops: float = 0.0
+    num_bytes: float = 0.0  # its tensors, each read or written once
+
+
+@dataclass
+class Cost:
+    """What a step needs, by operation, and the most bytes that tensors made by it hold at one time."""
+
+    operations: dict[tuple, Operation] = field(default_factory=dict)
+    peak_bytes: int = 0
+    peak_bytes_with_workspace: int = 0
+
+    @property
+    def flops(self) -> float:
+        """Of products and convolutions, as `torch.utils.flop_counter` counts them."""
+        return sum(op.flops for op in self.operations.values())
+
+    @property
+    def num_bytes(self) -> float:
+        return sum(op.num_bytes for op in self.operations.values())
+
+    @property
+    def num_kernels(self) -> int:
+        """Calls that launch work: at least one kernel each, a fused or foreach one for several tensors."""
+        return sum(op.num_calls for op in self.operations.values())
+
+
+class StepTrace(TorchDispatchMode):
+    """Records `cost` of everything that runs under it, below autograd: forward, backward, recomputation.
+
+    Storages are followed by weak references, so a view counts once and memory is given back when it is in
+    truth. A convolution may need scratch: the allowance is a copy of its tensors, for the layout that its
+    kernel wants (`Cost.peak_bytes_with_workspace`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cost = Cost()
+        self.alive, self.seen = 0, {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = list(tensors((args, kwargs)))
+        known = {storage_of(x) for x in inputs}
+        out = func(*args, **kwargs)
+        outputs = list(tensors(out))
+        for x in outputs:
+            if storage_of(x) not in known:
+                self.follow(x.untyped_storage())
+        if launches(func, outputs, known):
+            self.record(func, args, kwargs, out, inputs + outputs)
+        return out
+
+    def record(self, func: Any, args: tuple, kwargs: dict, out: Any, touched: list[Tensor]) -> None:
+        name, dtype = func.overloadpacket.__name__, narrowest_dtype(touched)
+        is_convolution = "convolution" in name
+        dims = touched[0].ndim - 2 if is_convolution else 0
+        op = self.cost.operations.setdefault((name, dtype, dims), Operation(name, dtype, dims))
+        op.num_calls += 1
+        op.num_bytes += sum(map(moved_bytes, touched))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            op.flops += count(*args, **kwargs, out_val=out)
+        workspace = sum(map(moved_bytes, touched)) if is_convolution else 0
+        if "backward" in name:  # its gradients are its outputs: copies are needed of what comes in
+            workspace -= sum(map(moved_bytes, tensors(out)))
+        self.note_peak(workspace)
+
+    def follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen[key] = weakref.finalize(storage, self.release, key, size)
+        self.alive += size
+        self.note_peak(0)
+
+    def note_peak(self, workspace: int) -> None:
+        cost = self.cost
+        cost.peak_bytes = max(cost.peak_bytes, self.alive)
+        cost.peak_bytes_with_workspace = max(cost.peak_bytes_with_workspace, self.alive + max(0, workspace))
+
+    def release(self, key: int, size: int) -> None:
+        del self.seen[key]
+        self.alive -= size
+
+
+def tensors(tree: object) -> Iterator[Tensor]:
+    return (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+def storage_of(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def moved_bytes(x: Tensor) -> int:
+    """What an operation on this tensor moves: a broadcast axis is read once."""
+    size = x.element_size()
+    for n, stride in zip(x.shape, x.stride(), strict=True):
+        size *= n if stride else min(n, 1)
+    return size
+
+
+def narrowest_dtype(values: list[Tensor]) -> torch.dtype:
+    floating = [x.dtype for x in values if x.dtype.is_floating_point]
+    return min(floating, key=lambda dtype: dtype.itemsize) if floating else torch.float32
+
+
+def launches(func: Any, outputs: list[Tensor], known: set[int]) -> bool:
+    """Whether an operation is work: views, allocations and questions about shapes are not."""
+    if func.overloadpacket.__name__ in FREE or not outputs:
+        return False
+    return func._schema.is_mutable or any(storage_of(x) not in known for x in outputs)

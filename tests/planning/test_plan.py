@@ -1,0 +1,84 @@
+"""`medldm plan` on experiments: what it prints, what it refuses, and that a trace and a real step agree."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from medldm.commands import plan
+from medldm.errors import InputError
+from medldm.planning.assume import Experiments, guess_stage
+from medldm.planning.measure import measured_step
+from medldm.planning.step import random_batch, traced_step, train_step
+from medldm.planning.trace import StepTrace
+from tests.helpers import compose_config
+
+SMALL = ("image_shape=[16,16]", "data.batch_size=2")
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """The experiment's name, which Hydra knows on the command line alone."""
+
+    def name(experiment: str, *overrides: str):
+        monkeypatch.setattr("medldm.commands.train.experiment_name", lambda: experiment)
+        return compose_config("plan", f"experiment={experiment}", *overrides)
+
+    return name
+
+
+def job_of(named, experiment: str, *overrides: str):
+    return plan.describe(OmegaConf.to_container(named(experiment, *overrides), resolve=True))
+
+
+def test_a_trace_counts_what_a_real_step_runs(named):
+    job = job_of(named, "cardiac2d/demo_ldm", *SMALL)
+    cost, _ = traced_step(job, 2, bf16=False, on_cuda=False)
+    module = job.build()
+    batch = random_batch(job, module, 2, torch.device("cpu"))
+    with StepTrace() as real:
+        train_step(module, batch)
+    assert cost.flops == real.cost.flops > 0
+    assert cost.num_kernels == pytest.approx(real.cost.num_kernels, rel=0.02)
+    assert cost.peak_bytes == pytest.approx(real.cost.peak_bytes, rel=0.02)
+
+
+def test_a_plan_ends_with_3_where_the_card_is_too_small(named, capsys):
+    cfg = named("cardiac2d/demo_vqvae", *SMALL, "gpu=rtx3090", "cards.rtx3090.memory_gib=0.01")
+    with pytest.raises(SystemExit) as stop:
+        plan.task(cfg)
+    assert stop.value.code == 3
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_a_plan_says_what_fits(named, capsys):
+    plan.task(named("cardiac2d/demo_vqvae", *SMALL, "gpu=rtx3090", "batches=[4]"))
+    printed = capsys.readouterr().out
+    assert "fits; data.batch_size up to" in printed and "528 updates" in printed
+
+
+def test_a_card_and_a_size_that_nobody_knows_are_refused(named):
+    with pytest.raises(InputError, match="gpu=rtx9: no such card; choose from rtx3090"):
+        plan.task(named("cardiac2d/demo_vqvae", "gpu=rtx9"))
+    with pytest.raises(InputError, match="image_shape: the config leaves the size of images open"):
+        plan.task(named("cardiac2d/demo_vqvae", "gpu=cpu", "data.image_size=null"))
+
+
+def test_a_measured_step_runs_the_same_losses(named):
+    job = job_of(named, "cardiac2d/demo_vqvae", *SMALL)
+    measured = measured_step(job, 2, torch.device("cpu"), 1, bf16=False)
+    assert measured.seconds > 0 and measured.allocated_gib is None
+
+
+@pytest.mark.parametrize(
+    ("experiment", "stage"),
+    [
+        ("medlsdm/autopet_ldm", "medlsdm/autopet_vqgan"),
+        ("cardiac2d/ldm_author", "cardiac2d/vqvae_author"),
+        ("aldm/brats_ldm_r3", "aldm/brats_msspade_r3"),
+        ("aldm/brats_joint", "aldm/brats_vqgan"),
+    ],
+)
+def test_the_stage_before_is_found_by_its_name(experiment, stage):
+    model = {"conditioner": {"latents": []} if "aldm/brats_ldm" in experiment else {}}
+    beside = Experiments(experiment, set(plan.known_experiments()), plan.compose_model)
+    assert guess_stage("first_stage", model, beside) == stage

@@ -1,0 +1,87 @@
+"""Counts of a traced step against numbers worked out by hand, and against what PyTorch really allocates."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from medldm.planning.roofline import Card, Habits, expected_seconds, largest_batch, roofline_seconds
+from medldm.planning.trace import AutocastAsOnCUDA, StepTrace
+
+CARD = Card(memory_gib=1.0, bandwidth=1.0, bf16=4e-6, fp32=1e-6)  # 1 GB/s, 4 and 1 MFLOP/s
+
+
+def traced(run) -> StepTrace:
+    with FakeTensorMode(), StepTrace() as trace:
+        run()
+    return trace
+
+
+def test_a_product_counts_its_work_and_its_three_matrices():
+    cost = traced(lambda: torch.empty(8, 32) @ torch.empty(32, 4)).cost
+    assert cost.num_kernels == 1
+    assert cost.flops == 2 * 8 * 32 * 4
+    assert cost.num_bytes == 4 * (8 * 32 + 32 * 4 + 8 * 4)
+
+
+def test_views_and_allocations_are_no_kernels_and_a_broadcast_axis_is_read_once():
+    def run() -> None:
+        x = torch.empty(4, 1).expand(4, 1000).transpose(0, 1)
+        x + torch.empty(1000, 4)
+
+    cost = traced(run).cost
+    assert cost.num_kernels == 1
+    assert cost.num_bytes == 4 * (4 + 4000 + 4000)
+
+
+def test_the_peak_is_of_tensors_alive_at_one_time():
+    def run() -> None:
+        x = torch.ones(1000)  # 4,000 bytes, kept
+        for _ in range(5):
+            x = x * 2  # two of them alive at most
+
+    assert traced(run).cost.peak_bytes == 8000
+
+
+def test_a_convolution_may_copy_its_tensors():
+    layer = nn.Conv3d(2, 3, 3, padding=1, bias=False)
+
+    def run() -> None:
+        with torch.no_grad():
+            nn.functional.conv3d(torch.empty(1, 2, 4, 4, 4), torch.empty(3, 2, 3, 3, 3), padding=1)
+
+    cost = traced(run).cost
+    image, weight, out = 4 * 2 * 64, 4 * layer.weight.numel(), 4 * 3 * 64
+    assert cost.peak_bytes == image + weight + out
+    assert cost.peak_bytes_with_workspace == 2 * (image + weight + out)
+    assert cost.flops == 2 * 3 * 64 * 2 * 27
+
+
+def test_autocast_is_as_on_cuda():
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = nn.functional.conv2d(torch.empty(1, 4, 8, 8), torch.empty(4, 4, 1, 1))
+            types.append(h.dtype)
+            types.append(nn.functional.interpolate(h, scale_factor=2.0).dtype)
+            types.append(nn.functional.max_pool2d(h, 2).dtype)
+            types.append(nn.functional.group_norm(h, 2).dtype)
+
+    types: list = []
+    with FakeTensorMode(), AutocastAsOnCUDA():
+        run()
+    assert types == [torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def test_the_roofline_is_the_slower_of_work_and_traffic():
+    small = traced(lambda: torch.empty(8, 32) @ torch.empty(32, 4)).cost
+    assert roofline_seconds(small, CARD) == pytest.approx(2048 / 1e6)  # 1 MFLOP/s is the slower
+    copy = traced(lambda: torch.empty(1000) + 1).cost
+    assert roofline_seconds(copy, CARD) == pytest.approx(8000 / 1e9)
+    habits = Habits(conv2d=0.5, conv3d=0.5, product=0.25, bandwidth=0.5, launch_us=1.0)
+    assert expected_seconds(small, CARD, habits) == pytest.approx(4 * 2048 / 1e6)
+    assert expected_seconds(copy, CARD, habits) == pytest.approx(16000 / 1e9)
+
+
+@pytest.mark.parametrize(("limit", "batch"), [(10.0, 4), (9.9, 3), (2.0, 0), (4.0, 1)])
+def test_the_largest_batch_is_read_off_a_line(limit, batch):
+    assert largest_batch([(1, 4.0), (3, 8.0)], limit) == batch
