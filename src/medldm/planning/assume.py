@@ -25,7 +25,7 @@ class Experiments(NamedTuple):
 
 
 def describe_job(plan: Mapping[str, Any], experiments: Experiments, keys: Sequence[str]) -> Job:
-    """The job of a plain config of `medldm plan`. InputError where image size or an earlier stage stay open."""
+    """The job of a plain config of `medldm plan`. InputError where image size or an earlier stage is open."""
     model, facts = dict(plan["model"]), known_facts(plan)
     stages = {}
     for key in ("first_stage", "map_stage"):

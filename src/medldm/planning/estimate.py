@@ -103,17 +103,18 @@ def advice(planner: Planner, found: Estimate, plan: Mapping[str, Any]) -> Iterat
         wanted = found.batch_size
         yield f"use data.batch_size={most} trainer.accumulate_grad_batches={-(-wanted // most)}"
     elif not fits:
-        yield "not even one item fits: take a smaller data.crop_size, a larger card, or the network's use_checkpoint"
+        yield "not even one item fits: take a smaller data.crop_size or a larger card"
     updates = plan["updates"] or max(0, plan["trainer"]["max_steps"])
     if updates:
         hours = updates * plan["trainer"]["accumulate_grad_batches"] * found.expected / 3600
         yield (
-            f"{1 / found.expected:.3g} steps a second expected (at most {1 / found.roofline:.3g}), {hours:.3g} "
-            f"hours for {updates} updates; within a factor of {plan['spread']}, loading and validation left out"
+            f"{1 / found.expected:.3g} steps a second expected (at most {1 / found.roofline:.3g}), "
+            f"{hours:.3g} hours for {updates} updates; within a factor of {plan['spread']}, loading and "
+            "validation left out"
         )
     yield (
-        "assumed: Adam in float32, every loss on, discriminators too; convolutions may copy their tensors; what "
-        "kernels reach of the card's peaks as in configs/plan.yaml"
+        "assumed: Adam in float32, every loss on, discriminators too; convolutions may copy their tensors; "
+        "what kernels reach of the card's peaks as in configs/plan.yaml"
     )
 
 
