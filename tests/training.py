@@ -53,7 +53,7 @@ def fast_bf16_convolutions(monkeypatch: Any) -> None:
 
 
 def gpu_settings(*overrides: str) -> list[str]:
-    """What `debug=tiny` leaves out of a training: precision, layout, clipping and accumulation as on a GPU."""
+    """What `debug=tiny` leaves out: precision, layout, clipping and accumulation as on a GPU."""
     cfg = compose_config("train", *overrides, "data.root=-")
     settings = choose_settings(cfg.trainer.precision, cfg.channels_last, hardware=GPU)
     return [
