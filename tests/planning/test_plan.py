@@ -43,7 +43,7 @@ def test_a_trace_counts_what_a_real_step_runs(named):
 
 
 def test_a_plan_ends_with_3_where_the_card_is_too_small(named, capsys):
-    cfg = named("cardiac2d/demo_vqvae", *SMALL, "gpu=rtx3090", "cards.rtx3090.memory_gib=0.01")
+    cfg = named("cardiac2d/demo_vqvae", *SMALL, "gpu=rtx3090", "cards.rtx3090.memory_gib=0.001")
     with pytest.raises(SystemExit) as stop:
         plan.task(cfg)
     assert stop.value.code == 3

@@ -114,6 +114,7 @@ def candidates(key: str, model: Mapping[str, Any], name: str) -> Iterator[str]:
         kinds = ("map_vqvae",)
     elif "latents" in (model.get("conditioner") or {}):  # diffusion from a translation
         kinds = ("msspade",)
+    system, _, own = name.rpartition("/")
     for kind in kinds:
-        yield re.sub(r"(ldm|msspade|joint)", kind, name, count=1)
-        yield re.sub(r"(ldm|msspade|joint).*", kind, name, count=1)
+        for ending in ("", ".*"):  # autopet_vqgan_author beside autopet_ldm_author, else autopet_vqgan
+            yield f"{system}/" + re.sub(f"(ldm|msspade|joint){ending}", kind, own, count=1)

@@ -74,6 +74,8 @@ def attach(module: nn.Module) -> nn.Module:
         global_rank=0,
         is_last_batch=True,
         current_epoch=0,
+        max_steps=1,
+        max_epochs=None,
         fit_loop=SimpleNamespace(total_batch_idx=0),
     )
     module.log = module.log_dict = lambda *args, **kwargs: None
