@@ -20,11 +20,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from medldm.checkpoints import build_module, describe, sha256
+from medldm.checkpoints import build_module, describe
 from medldm.commands import CONFIG_DIR, mistakes_in_one_line
 from medldm.data import build_datamodule
 from medldm.errors import InputError
 from medldm.files import replacing
+from medldm.fingerprints import file_sha256
 
 LEFT_OUT = ("loss.",)  # what trained it: discriminator and perceptual network
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "shortcut"}
@@ -187,7 +188,7 @@ def convert(release: Path, data: Path, out: Path) -> list[str]:
     used, description = set(names), describe(model, facts, module)
     if any(key.startswith("spade.") for key in state):
         made, more, widths = translator_state(state)
-        autoencoder, first = module.autoencoder.state_dict(), description | {"sha256": sha256(release)}
+        autoencoder, first = module.autoencoder.state_dict(), description | {"sha256": file_sha256(release)}
         stage = model_config(
             "aldm/brats_msspade_r3", "translator", widths, "model.first_stage.checkpoint=converted"
         )
