@@ -219,6 +219,24 @@ def is_on_host(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device, *, forget: bool = False) -> tuple[float | None, float | None]:
+    """GiB that tensors took at most since the last `forget`, and that the allocator held for them; None where
+    the device does not tell.
+    """
+    if device.type != "cuda":
+        return None, None
+    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    if forget:
+        torch.cuda.reset_peak_memory_stats(device)
+    return peaks[0] / 2**30, peaks[1] / 2**30
+
+
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """States of the generators that layers such as dropout draw from: the host's, and the device's own."""
     state = {"cpu": torch.get_rng_state()}

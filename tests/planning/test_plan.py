@@ -20,7 +20,7 @@ def named(monkeypatch):
     """The experiment's name, which Hydra knows on the command line alone."""
 
     def name(experiment: str, *overrides: str):
-        monkeypatch.setattr("medldm.commands.train.experiment_name", lambda: experiment)
+        monkeypatch.setattr("medldm.commands.plan.experiment_name", lambda: experiment)
         return compose_config("plan", f"experiment={experiment}", *overrides)
 
     return name

@@ -89,6 +89,17 @@ def clean_after_failure(key: str) -> Callable:
     return decorate
 
 
+def experiment_name() -> str:
+    """The experiment chosen on the command line, `default` without one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return (
+        (HydraConfig.get().runtime.choices.get("experiment") or "default")
+        if HydraConfig.initialized()
+        else "default"
+    )
+
+
 def run_command(task: Callable, name: str, description: str) -> None:
     """Run `task(cfg)` under Hydra with the config of this name."""
     if {"-h", "--help"} & set(sys.argv[1:]):

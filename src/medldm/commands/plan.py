@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medldm.commands import CONFIG_DIR, run_command
+from medldm.commands import CONFIG_DIR, experiment_name, run_command
 from medldm.errors import InputError
 
 TOO_LARGE = 3
@@ -30,7 +30,6 @@ TOO_LARGE = 3
 def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
 
-    from medldm.commands.train import experiment_name
     from medldm.planning.estimate import HEADER, Planner, advice, operations_table, settings, this_device
 
     plan = OmegaConf.to_container(cfg, resolve=True)
@@ -59,11 +58,10 @@ def task(cfg: Any) -> None:
 
 def measured(planner: Any, found: Any, count: int) -> str:
     """The same step on this machine's device, beside what was expected."""
-    import torch
-
+    from medldm.devices import pick_device
     from medldm.planning.measure import measured_step
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     real = measured_step(planner.job, found.batch_size, device, count, bf16=planner.bf16)
     memory = "" if real.allocated_gib is None else (
         f", {real.allocated_gib:.2f} GiB allocated ({found.memory.allocated:.2f} expected), "
@@ -78,7 +76,7 @@ def measured(planner: Any, found: Any, count: int) -> str:
 
 def describe(plan: Mapping[str, Any]) -> Any:
     """The job of a config, with the experiments beside it for stages that are not trained yet."""
-    from medldm.commands.train import batch_keys, experiment_name
+    from medldm.batch import batch_keys
     from medldm.planning.assume import Experiments, describe_job
 
     experiments = Experiments(experiment_name(), set(known_experiments()), compose_model)

@@ -25,13 +25,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from medldm.commands import run_command
+from medldm.commands import experiment_name, run_command
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 
 TINY_WIDTH = 16
-VOXELWISE_KEYS = {"segmentation": ("image", "mask"), "regression": ("image", "source")}
 NARROWED = [
     f"{part}_channels" for part in ("stem", "mid", "hidden", "middle", "encoder", "decoder", "spade_hidden")
 ]
@@ -65,16 +64,6 @@ def shrink(model: dict[str, Any]) -> dict[str, Any]:
     if small.get("sampler"):
         small["sampler"]["num_steps"] = 2
     return small
-
-
-def experiment_name() -> str:
-    from hydra.core.hydra_config import HydraConfig
-
-    return (
-        (HydraConfig.get().runtime.choices.get("experiment") or "default")
-        if HydraConfig.initialized()
-        else "default"
-    )
 
 
 def find_run_dir(cfg: Any) -> tuple[Path, Path | None]:
@@ -381,27 +370,6 @@ def make_module(
     return module
 
 
-def batch_keys(model: dict[str, Any], data: dict[str, Any]) -> tuple[str, ...]:
-    """The arrays that a model's batches hold; what is not named is never opened."""
-    if model["kind"] == "autoencoder":
-        if model.get("reconstructs") == "mask":
-            return ("mask",)
-        return ("image", "mask") if model["decoder_sees_map"] else ("image",)
-    if model["kind"] in VOXELWISE_KEYS:
-        return VOXELWISE_KEYS[model["kind"]]
-    is_cached = bool(data.get("latents"))
-    if is_cached and model.get("objective", {}).get("pixel_weight") is not None:
-        raise InputError("data.latents: this objective compares images; set data.latents=null")
-    keys = ["latent" if is_cached else "image"]
-    conditions = model.get("conditioner") or {}
-    if model["kind"] == "translation" or "latents" in conditions:
-        keys.append("source_latent" if is_cached else "source")
-    return (
-        *keys,
-        *(key for key in ("mask", "edges") if conditions.get({"mask": "use_mask"}.get(key, "use_edges"))),
-    )
-
-
 def cache_of(model: dict[str, Any], resumed: dict[str, Any] | None) -> str | None:
     """Name of the cache of the encoder that makes the latents: that of a resumed checkpoint's own first
     stage, whatever has become of the file that it came from, else of `model.first_stage.checkpoint`.
@@ -477,6 +445,7 @@ def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from pytorch_lightning import seed_everything
 
+    from medldm.batch import batch_keys
     from medldm.callbacks import EXIT_REQUEUE, Interrupted
     from medldm.data import build_datamodule
     from medldm.files import replacing

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from medldm.devices import find_hardware
 from medldm.planning.roofline import (
     Card,
     Habits,
@@ -126,7 +127,7 @@ def settings(cfg: Mapping[str, Any], gpu: str) -> tuple[Card, Habits]:
 
 def this_device() -> str:
     """Name of this machine's device among the cards; a6000 for a GPU that is none of them."""
-    if not torch.cuda.is_available():
+    if not find_hardware().is_gpu:
         return "cpu"
     name = torch.cuda.get_device_name().lower().replace(" ", "")
     known = ("rtx3090", "a6000", "a100", "h100", "h200")

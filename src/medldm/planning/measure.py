@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from medldm.devices import peak_memory, wait_for
 from medldm.models.adversarial import AdversarialModule
 from medldm.planning.step import Job, random_batch, train_step
 
@@ -30,11 +31,11 @@ def step_times(module: nn.Module, batch: dict, count: int, *, bf16: bool) -> Ite
         module.update_generator, module.update_discriminators = updates[0], updates[-1]
 
     for _ in range(WARM_UP + count):
-        wait(device)
+        wait_for(device)
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             train_step(module, batch, updates[0])
-        wait(device)
+        wait_for(device)
         yield time.perf_counter() - start
 
 
@@ -43,20 +44,11 @@ def update(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measured_step(job: Job, batch_size: int, device: torch.device, count: int, *, bf16: bool) -> Measured:
     """Median time of `count` steps after three to warm up, and the allocator's own figures on a GPU."""
     module = job.build().to(device)
     batch = random_batch(job, module, batch_size, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    peak_memory(device, forget=True)
     times = list(step_times(module, batch, count, bf16=bf16))[WARM_UP:]
-    allocated = reserved = None
-    if device.type == "cuda":
-        allocated = torch.cuda.max_memory_allocated(device) / 2**30
-        reserved = torch.cuda.max_memory_reserved(device) / 2**30
+    allocated, reserved = peak_memory(device)
     return Measured(statistics.median(times), (min(times), max(times)), allocated, reserved)
