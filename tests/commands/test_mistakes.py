@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from medldm.commands import encode, mistakes_in_one_line, sample, train
+from medldm.commands import encode, mistakes_in_one_line, prepare, sample, train
 from medldm.files import nothing_empty
 from tests.helpers import compose_config
-from tests.training import LDM, VQVAE, train_config
+from tests.training import LDM, VQVAE, run_training, train_config
 
 TINY = (VQVAE, "debug=tiny")
 
@@ -136,6 +136,27 @@ def test_lpips_weights_that_are_not_there(told_by_train, tmp_path, monkeypatch):
 )
 def test_a_number_or_a_device_that_there_is_not(told_by_train, override):
     assert override in told_by_train(VQVAE, override)
+
+
+def test_images_that_do_not_divide_by_the_model_s_factors(capfd, phantom_raw, first_stage, tmp_path):
+    root = tmp_path / "data"
+    paths = (f"data.raw={phantom_raw}", f"data.root={root}", "data.image_size=100", "data.num_workers=0")
+    prepare.task(compose_config("prepare", *paths))
+    capfd.readouterr()
+
+    def line_of(*overrides: str) -> str:
+        line = told(capfd, "train", lambda: train_config(root, tmp_path / "run", *overrides), train.task)
+        assert not (tmp_path / "run").exists()
+        return line
+
+    line = line_of(VQVAE)
+    assert "[100, 100] do not divide by [8, 8]" in line
+    assert "data.image_size=[104,104], or train with data.crop_size=[96,96]" in line
+    stage = f"model.first_stage.checkpoint={first_stage}"
+    assert "[100, 100] do not divide by [64, 64]" in line_of(LDM, stage)
+    assert "data.crop_size=[64,64]" in line_of(LDM, stage, "data.crop_size=72")
+    last = run_training(root, tmp_path / "cropped", VQVAE, "data.crop_size=[96,96]")
+    assert last.is_file()
 
 
 @pytest.mark.parametrize("override", ["device=cuda:9", "device=tpu", "precision=16-mixed"])

@@ -20,6 +20,7 @@ Prints the run folder at the end.
 """
 
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -370,6 +371,23 @@ def make_module(
     return module
 
 
+def check_sizes(module: Any, datamodule: Any) -> None:
+    """InputError where an image of training or validation does not divide by the model's factors."""
+    factors = module.size_factors
+    sizes = datamodule.image_sizes() if factors and hasattr(datamodule, "image_sizes") else {}
+    for size, path in sizes.items():
+        if any(n % f for n, f in zip(size, factors, strict=True)):
+            larger, smaller = (
+                "[" + ",".join(str(f * (way(n / f))) for n, f in zip(size, factors, strict=True)) + "]"
+                for way in (math.ceil, math.floor)
+            )
+            crop = f", or train with data.crop_size={smaller}" if all(map(int.__ge__, size, factors)) else ""
+            raise InputError(
+                f"{path}: its {list(size)} do not divide by {list(factors)}, which this model needs; prepare "
+                f"with data.image_size={larger}{crop}"
+            )
+
+
 def cache_of(model: dict[str, Any], resumed: dict[str, Any] | None) -> str | None:
     """Name of the cache of the encoder that makes the latents: that of a resumed checkpoint's own first
     stage, whatever has become of the file that it came from, else of `model.first_stage.checkpoint`.
@@ -471,6 +489,7 @@ def task(cfg: Any) -> None:
     for part in module.compiled_parts if cfg.compile else ():
         part.compile()
     check_knobs(cfg, model, module, datamodule.facts["spatial_dims"])
+    check_sizes(module, datamodule)
     check_monitor(cfg.callbacks.checkpoints.monitor, module)
     module.setup("fit")  # finds out whether its weights are there, before the run folder is
     trainer = build_trainer(cfg, module, datamodule, run_dir, resumed_step, settings)

@@ -359,6 +359,18 @@ class CaseDataModule(pl.LightningDataModule):
                 )
         return size
 
+    def image_sizes(self) -> dict[tuple[int, ...], Path]:
+        """The grids of the images that training and validation see, each with the file of one of them."""
+        dims, box = self.index["spatial_dims"], self.box_size()
+        subjects = {*self.part_of("train"), *self.subjects["val"]}
+        sizes: dict[tuple[int, ...], Path] = {}
+        for case in self.index["cases"]:
+            shape = (case.get("shape") or self.index["image_size"] or ())[-dims:]
+            if case["subject"] in subjects and len(shape) == dims:
+                size = tuple(m if n is None else n for n, m in zip(box or [None] * dims, shape, strict=True))
+                sizes.setdefault(size, self.root / case["file"])
+        return sizes
+
     def edge_degradation(self, augment: bool, edge_level: float | str | None) -> EdgeDegradation | None:
         if edge_level is None and not (augment and self.edge_degrade is not None):
             return None

@@ -49,6 +49,10 @@ class AutoencoderModule(AdversarialModule):
         self.scores = nn.ModuleDict({name: MeanMetric() for name in self.score_names})
 
     @property
+    def size_factors(self) -> tuple[int, ...]:
+        return self.autoencoder.downsampling
+
+    @property
     def score_names(self) -> tuple[str, ...]:
         return ("psnr", "ssim") if self.reconstructs == "image" else ("dice",)
 

@@ -77,6 +77,11 @@ class TrainedModule(LightningModule):
         self.is_channels_last = False
         self.description: dict = {}  # what checkpoints.describe says of this module
 
+    @property
+    def size_factors(self) -> tuple[int, ...]:
+        """What images in training must divide by, for each axis; () where any size will do."""
+        return ()
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["medldm"] = self.description
 
@@ -116,6 +121,11 @@ class TrainedModule(LightningModule):
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
         batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         return in_channels_last(batch) if self.is_channels_last else batch
+
+
+def multiplied(*factors: Sequence[int]) -> tuple[int, ...]:
+    """Axis by axis; empty ones are left out."""
+    return tuple(math.prod(axis) for axis in zip(*filter(None, factors), strict=True))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> None:

@@ -18,6 +18,7 @@ from medldm.models.common import (
     case_generators,
     case_noise,
     fit_first_stage,
+    multiplied,
     rank_part,
     stage_latents,
     step_generator,
@@ -67,6 +68,10 @@ class DiffusionModule(TrainedModule):
         )
 
     validation_metrics = ("val/loss", "val/unweighted")
+
+    @property
+    def size_factors(self) -> tuple[int, ...]:
+        return multiplied(self.first_stage.downsampling, getattr(self.network, "downsampling", ()))
 
     @property
     def condition_keys(self) -> tuple[str, ...]:

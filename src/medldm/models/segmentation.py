@@ -65,6 +65,10 @@ class VoxelwiseModule(TrainedModule):
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network]
 
+    @property
+    def size_factors(self) -> tuple[int, ...]:
+        return (self.inference["divisible_by"],) * getattr(self.network, "dimensions", 0)
+
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, [self.network])
         return [optimizer], [{"scheduler": self.learning_rate(optimizer), "interval": "step"}]

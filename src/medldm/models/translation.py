@@ -144,6 +144,10 @@ class TranslationModule(AdversarialModule):
         self.train()  # Lightning keeps modules in the mode that it finds them in
 
     @property
+    def size_factors(self) -> tuple[int, ...]:
+        return self.first_stage.downsampling
+
+    @property
     def autoencoder(self) -> nn.Module:
         return self.first_stage.autoencoder
 

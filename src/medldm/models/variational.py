@@ -21,6 +21,7 @@ from medldm.models.common import (
     build_optimizer,
     case_generators,
     case_noise,
+    multiplied,
     rank_part,
     seed_of,
     step_generator,
@@ -93,6 +94,11 @@ class VariationalModule(TrainedModule):
     def ema_modules(self) -> nn.ModuleDict:
         """What a moving average follows: everything, as nothing here is frozen."""
         return nn.ModuleDict(self.trained_parts)
+
+    @property
+    def size_factors(self) -> tuple[int, ...]:
+        parts = (getattr(self.codec, "autoencoder", None), getattr(self.network, "unet", self.network))
+        return multiplied(*(getattr(part, "downsampling", ()) for part in parts))
 
     @property
     def condition_keys(self) -> tuple[str, ...]:
