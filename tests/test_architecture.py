@@ -40,8 +40,15 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 HYDRA = {"cli", "commands", "checkpoints", "overrides"}
-# data.swirl is a data module too: points that are made on the fly
-LIGHTNING = {"models", "data.datamodule", "data.swirl", "callbacks", "checkpoints", "commands"}
+# data.phantoms.swirl is a data module too: points that are made on the fly
+LIGHTNING = {
+    "models",
+    "data.loading.datamodule",
+    "data.phantoms.swirl",
+    "callbacks",
+    "checkpoints",
+    "commands",
+}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:

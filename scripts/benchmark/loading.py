@@ -11,8 +11,8 @@ def prepared_phantom(folder: Path) -> Path:
     """Three cardiac subjects at 256 x 256, through the real reader and `prepare`."""
     import yaml
 
-    from medldm.data.phantom import write_mnms2
-    from medldm.data.prepare import prepare_dataset
+    from medldm.data.phantoms.cardiac import write_mnms2
+    from medldm.data.preparation.prepare import prepare_dataset
 
     settings = yaml.safe_load((ROOT / "configs/data/common.yaml").read_text())
     labels = {"names": ["background", "LV cavity", "LV myocardium", "RV"], "mapping": None}
@@ -25,7 +25,7 @@ def prepared_phantom(folder: Path) -> Path:
 
 def loader(root: str | None, num_slices: int) -> tuple[Callable, int, tempfile.TemporaryDirectory | None]:
     """(callable that reads images, edges and masks of at least `num_slices` slices, their number, folder)."""
-    from medldm.data.datamodule import CaseDataModule
+    from medldm.data.loading.datamodule import CaseDataModule
 
     folder = None if root else tempfile.TemporaryDirectory()
     data = CaseDataModule(
@@ -50,7 +50,7 @@ def crops(size: int = 96, num_cases: int = 4) -> tuple[Callable, tempfile.Tempor
     import h5py
     import numpy as np
 
-    from medldm.data.datamodule import CaseDataModule
+    from medldm.data.loading.datamodule import CaseDataModule
 
     folder, shape = tempfile.TemporaryDirectory(), (1, 144, 192, 144)
     root, rng, cases = Path(folder.name), np.random.default_rng(0), []

@@ -10,7 +10,7 @@ from measuring import DEVICE, Measured
 
 def compare_samplers(options: Namespace, tick: Callable[[], object]) -> list[Measured]:
     from medldm.checkpoints import load_module
-    from medldm.data.datamodule import CaseDataModule
+    from medldm.data.loading.datamodule import CaseDataModule
     from medldm.diffusion.sampler import AncestralSampler, DPMSolverSampler
     from medldm.inference import case_batches, items_by_case
     from medldm.metrics.image import nmse_var, psnr, ssim

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medldm.data.dataset import CaseDataset, Item, expand
+from medldm.data.loading.dataset import CaseDataset, Item, expand
 from medldm.devices import inference_precision, mixed_precision, pick_device
 
 __all__ = ["autocast", "case_batches", "items_by_case", "pick_device", "to_device"]

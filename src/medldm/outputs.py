@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medldm.data.dataset import CaseDataset
-from medldm.data.transforms import as_classes
+from medldm.data.loading.dataset import CaseDataset
+from medldm.data.preparation.transforms import as_classes
 from medldm.errors import InputError
 from medldm.files import replacing, write_json, write_nifti
 from medldm.fingerprints import digest
@@ -205,7 +205,7 @@ def write_volumes(
 
     `record` is the case's entry of the index, or `Volume.record()`; `mask` (1, D, H, W) goes along.
     """
-    from medldm.data.volumes import restore_volume  # MONAI, which 2D does without
+    from medldm.data.preparation.volume_transforms import restore_volume  # MONAI, which 2D does without
 
     for k, volume in enumerate(volumes):
         path = root / "nifti_samples" / f"{name}_{k}.nii.gz" if k else root / f"{name}.nii.gz"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medldm.data.dataset import CaseDataset
+from medldm.data.loading.dataset import CaseDataset
 from medldm.diffusion.windows import Windows
 from medldm.errors import InputError
 from medldm.inference import autocast, to_device

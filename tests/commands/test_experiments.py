@@ -12,8 +12,8 @@ import torch
 from medldm.checkpoints import load_module
 from medldm.commands import encode, prepare, sample
 from medldm.data import build_datamodule
-from medldm.data.edges import label_contours
-from medldm.data.readers import load_index, read_images
+from medldm.data.preparation.edges import label_contours
+from medldm.data.raw.readers import load_index, read_images
 from medldm.errors import InputError
 from medldm.outputs import SampleFolder
 from tests.helpers import CONFIG_DIR, compose_config

@@ -11,7 +11,7 @@ import torch
 
 from medldm.commands import sample, translate
 from medldm.commands.train import shrink
-from medldm.data.recipe import make_recipe
+from medldm.data.preparation.recipe import make_recipe
 from medldm.errors import InputError
 from tests.data.conftest import settings
 from tests.data.test_volumes import affine_of

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medldm.data.phantom import write_folder, write_mnms2
-from medldm.data.prepare import prepare_dataset
+from medldm.data.phantoms.cardiac import write_folder, write_mnms2
+from medldm.data.preparation.prepare import prepare_dataset
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 MNMS2_LABELS = {"names": ["background", "LV cavity", "LV myocardium", "RV"], "mapping": None}

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from medldm.data import build_datamodule
-from medldm.data.dataset import expand
-from medldm.data.edges import EdgeRecipe, detect_edges, label_contours
-from medldm.data.prepare import prepare_dataset
-from medldm.data.sampler import ResumableSampler
+from medldm.data.loading.dataset import expand
+from medldm.data.loading.sampler import ResumableSampler
+from medldm.data.preparation.edges import EdgeRecipe, detect_edges, label_contours
+from medldm.data.preparation.prepare import prepare_dataset
 from medldm.errors import InputError
 from tests.data.conftest import MNMS2_LABELS, settings
 from tests.training import VQVAE, run_training

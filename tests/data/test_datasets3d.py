@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from medldm.commands import phantom, prepare
-from medldm.data.datamodule import CaseDataModule
 from medldm.data.datasets import (
     adni,
     autopet,
@@ -21,7 +20,8 @@ from medldm.data.datasets import (
     synthrad,
     totalsegmentator_mri,
 )
-from medldm.data.readers import load_index, read_image, read_images
+from medldm.data.loading.datamodule import CaseDataModule
+from medldm.data.raw.readers import load_index, read_image, read_images
 from medldm.errors import InputError
 from tests.helpers import compose_config
 

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from medldm.data.edges import EdgeDegrade, EdgeRecipe, detect_edges, label_contours
-from medldm.data.readers import read_images
+from medldm.data.preparation.edges import EdgeDegrade, EdgeRecipe, detect_edges, label_contours
+from medldm.data.raw.readers import read_images
 from medldm.errors import InputError
 
 

@@ -6,9 +6,9 @@ import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from medldm.data import build_datamodule
-from medldm.data.grids import is_same_grid
-from medldm.data.prepare import prepare_dataset
-from medldm.data.readers import load_index, open_hdf5
+from medldm.data.preparation.prepare import prepare_dataset
+from medldm.data.raw.grids import is_same_grid
+from medldm.data.raw.readers import load_index, open_hdf5
 from medldm.errors import InputError
 from tests.data.conftest import settings
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from medldm.data.case import Case
-from medldm.data.prepare_slices import cut, label_box
-from medldm.data.readers import load_index, open_hdf5, read_image
+from medldm.data.preparation.slices import cut, label_box
+from medldm.data.raw.readers import load_index, open_hdf5, read_image
 from medldm.errors import InputError
 from tests.data.test_prepare import prepare
 

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from medldm.commands import prepare
 from medldm.data.case import Case
 from medldm.data.datasets import adni, autopet, brats, class_folders, folder, synthrad
-from medldm.data.inventory import same_images, summary, take_inventory
-from medldm.data.prepare import find_cases, stated_splits, with_safe_names
-from medldm.data.recipe import make_recipe
-from medldm.data.transforms import Labels, mapping_override
+from medldm.data.preparation.prepare import find_cases, stated_splits, with_safe_names
+from medldm.data.preparation.recipe import make_recipe
+from medldm.data.preparation.transforms import Labels, mapping_override
+from medldm.data.raw.inventory import same_images, summary, take_inventory
 from medldm.errors import InputError
 from medldm.files import safe_names
 from tests.data.conftest import settings
@@ -214,7 +214,7 @@ def test_the_cavity_of_brats_2024_asks_and_the_advice_works(tmp_path):
 
 def stored_classes(case: Case, *overrides: str) -> list[int]:
     """Classes that `prepare data=brats` makes of a case."""
-    from medldm.data.prepare_volumes import read_classes, read_volume
+    from medldm.data.preparation.volumes import read_classes, read_volume
 
     data = OmegaConf.to_container(
         compose_config("prepare", "data=brats", "data.raw=x", "data.root=y", *overrides).data
@@ -246,7 +246,7 @@ def test_the_decathlons_four_channels_become_modalities(tmp_path):
     nibabel.save(
         nibabel.Nifti1Image(labels.astype(np.uint8), np.eye(4)), tmp_path / "labelsTr/BRATS_001.nii.gz"
     )
-    from medldm.data.readers import read_image
+    from medldm.data.raw.readers import read_image
 
     cases = brats.index(tmp_path)
     assert [read_image(case.paths["image"]).array.max() for case in cases] == [1, 2, 3, 0]

@@ -9,10 +9,10 @@ import torch
 
 from medldm.data import build_datamodule
 from medldm.data.case import Case
-from medldm.data.dataset import case_items
-from medldm.data.jobs import make_jobs, make_tables
-from medldm.data.pairs import PairDataset, pair_items
-from medldm.data.recipe import make_recipe
+from medldm.data.loading.dataset import case_items
+from medldm.data.loading.pairs import PairDataset, pair_items
+from medldm.data.preparation.jobs import make_jobs, make_tables
+from medldm.data.preparation.recipe import make_recipe
 from medldm.errors import InputError
 from medldm.evaluation.translation import split_name
 from tests.data.conftest import settings

@@ -13,12 +13,12 @@ import pytest
 from scipy import ndimage
 
 from medldm.commands import prepare as prepare_command
-from medldm.data import readers as readers_module
 from medldm.data.datasets import folder
 from medldm.data.datasets import mnms2 as mnms2_dataset
-from medldm.data.phantom import write_mnms2
-from medldm.data.prepare import prepare_dataset
-from medldm.data.readers import HandleCache, load_index, open_hdf5, read_image, read_images
+from medldm.data.phantoms.cardiac import write_mnms2
+from medldm.data.preparation.prepare import prepare_dataset
+from medldm.data.raw import readers as readers_module
+from medldm.data.raw.readers import HandleCache, load_index, open_hdf5, read_image, read_images
 from medldm.errors import InputError
 from tests.data.conftest import MNMS2_LABELS, settings
 from tests.helpers import compose_config

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from medldm.data.dataset import CaseDataset, Item
-from medldm.data.prepare import prepare_dataset
-from medldm.data.readers import load_index, open_hdf5, read_image, read_mask
-from medldm.data.transforms import Labels, as_classes, exact, finite, within
+from medldm.data.loading.dataset import CaseDataset, Item
+from medldm.data.preparation.prepare import prepare_dataset
+from medldm.data.preparation.transforms import Labels, as_classes, exact, finite, within
+from medldm.data.raw.readers import load_index, open_hdf5, read_image, read_mask
 from medldm.errors import InputError
 from tests.data.conftest import settings
 

@@ -10,10 +10,10 @@ import pytest
 from medldm.attributes import UNKNOWN, check_class_names, check_order
 from medldm.commands.sample import number_as_trained
 from medldm.data import build_datamodule
-from medldm.data.datamodule import view_weights
-from medldm.data.dataset import Item
-from medldm.data.pairs import pair_items
-from medldm.data.readers import load_index, read_images
+from medldm.data.loading.datamodule import view_weights
+from medldm.data.loading.dataset import Item
+from medldm.data.loading.pairs import pair_items
+from medldm.data.raw.readers import load_index, read_images
 from medldm.errors import InputError
 from medldm.evaluation.pairs import group_members, make_pairs
 from tests.data.test_prepare import prepare_folder, write_pictures

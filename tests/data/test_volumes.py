@@ -6,10 +6,10 @@ import pytest
 from scipy import ndimage
 
 from medldm.data.case import Case
-from medldm.data.prepare_volumes import prepare_case
-from medldm.data.recipe import make_recipe, recipe_of
-from medldm.data.transforms import axial_axis
-from medldm.data.volumes import prepare_volume, restore_volume
+from medldm.data.preparation.recipe import make_recipe, recipe_of
+from medldm.data.preparation.transforms import axial_axis
+from medldm.data.preparation.volume_transforms import prepare_volume, restore_volume
+from medldm.data.preparation.volumes import prepare_case
 from medldm.errors import InputError
 from tests.data.conftest import settings
 

@@ -12,8 +12,8 @@ from scipy.ndimage import gaussian_filter
 from tests.data.conftest import settings
 
 from medldm.commands import evaluate
-from medldm.data.recipe import make_recipe
-from medldm.data.volumes import prepare_volume
+from medldm.data.preparation.recipe import make_recipe
+from medldm.data.preparation.volume_transforms import prepare_volume
 from medldm.errors import InputError
 from medldm.evaluation.foreign import Reading
 from medldm.evaluation.pairs import make_pairs

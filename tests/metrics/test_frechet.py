@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchmetrics.image.kid import poly_mmd
 
-from medldm.data.edges import EdgeRecipe
+from medldm.data.preparation.edges import EdgeRecipe
 from medldm.errors import InputError
 from medldm.evaluation import measure as measure_module
 from medldm.evaluation.measure import build_tools, distances, measure

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from medldm.data.sampler import ResumableSampler
+from medldm.data.loading.sampler import ResumableSampler
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.objective import DenoisingObjective

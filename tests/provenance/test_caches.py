@@ -6,9 +6,9 @@ import shutil
 import h5py
 import pytest
 
-from medldm.data import readers
-from medldm.data.datamodule import CaseDataModule
-from medldm.data.readers import load_index
+from medldm.data.loading.datamodule import CaseDataModule
+from medldm.data.raw import readers
+from medldm.data.raw.readers import load_index
 from medldm.errors import InputError
 from tests.provenance.conftest import draw, run_encode, run_prepare
 

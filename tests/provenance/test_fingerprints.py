@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medldm import fingerprints
-from medldm.data.readers import files_of
+from medldm.data.raw.readers import files_of
 from medldm.fingerprints import array_digest, content_of, recall
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medldm.commands import train
-from medldm.data.datamodule import CaseDataModule
+from medldm.data.loading.datamodule import CaseDataModule
 from medldm.errors import InputError
 from medldm.fingerprints import file_sha256
 from medldm.held_out import changed_data, seen_subjects, stages_of

@@ -7,7 +7,7 @@ import h5py
 import pytest
 
 from medldm.commands import export
-from medldm.data.datamodule import CaseDataModule
+from medldm.data.loading.datamodule import CaseDataModule
 from medldm.errors import InputError
 from tests.helpers import compose_config
 from tests.provenance.conftest import draw, run_evaluate, run_prepare, run_sample

@@ -6,7 +6,7 @@ import pytest
 
 from medldm.checkpoints import load_module, read_checkpoint
 from medldm.commands import sample
-from medldm.data.phantom_chest import write_chestxray
+from medldm.data.phantoms.chest import write_chestxray
 from tests.helpers import CONFIG_DIR, compose_config
 from tests.training import run_training
 from tests.variational.test_data import prepared

@@ -75,7 +75,7 @@ def pending_cases(dataset: Any, cases: dict[int, list[int]], folder: Path) -> di
     """
     from collections import Counter
 
-    from medldm.data.dataset import content_of
+    from medldm.data.loading.dataset import content_of
 
     entries = {case: dataset.cases[case] for case in cases}
     if not all(content_of(entry) for entry in entries.values()):
@@ -103,7 +103,7 @@ def task(cfg: Any) -> None:
 
     from medldm.checkpoints import encoder_sha256, load_module
     from medldm.data import build_datamodule
-    from medldm.data.dataset import content_of
+    from medldm.data.loading.dataset import content_of
     from medldm.devices import inference_precision, pick_device
     from medldm.files import replacing, write_json
     from medldm.held_out import check_held_out, seen_subjects

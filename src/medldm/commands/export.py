@@ -45,7 +45,7 @@ def remove_stale(output: Path, cases: dict[str, dict[str, str]]) -> None:
     """Take away the slices of cases that were prepared anew or left out since they were written. Only then
     does provenance.json speak of the new ones, so that a run that is stopped leaves no old slice.
     """
-    from medldm.data.readers import read_json
+    from medldm.data.raw.readers import read_json
     from medldm.files import write_json
 
     path = output / "provenance.json"
@@ -73,10 +73,10 @@ def task(cfg: Any) -> None:
     import numpy as np
     from rich.progress import track
 
-    from medldm.data.dataset import content_of
-    from medldm.data.readers import load_index, read_images
+    from medldm.data.loading.dataset import content_of
+    from medldm.data.preparation.transforms import axial_axis, exact
+    from medldm.data.raw.readers import load_index, read_images
     from medldm.data.splits import SUBSETS, read_splits
-    from medldm.data.transforms import axial_axis, exact
     from medldm.fingerprints import digest
     from medldm.outputs import claim
 

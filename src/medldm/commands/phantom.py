@@ -31,10 +31,10 @@ def task(cfg: "DictConfig") -> None:
 
     from rich.progress import Progress
 
-    from medldm.data.phantom import PHANTOMS
-    from medldm.data.phantom_brain import BRAIN_PHANTOMS
-    from medldm.data.phantom_chest import CHEST_PHANTOMS
-    from medldm.data.phantom_torso import TORSO_PHANTOMS
+    from medldm.data.phantoms.brain import BRAIN_PHANTOMS
+    from medldm.data.phantoms.cardiac import PHANTOMS
+    from medldm.data.phantoms.chest import CHEST_PHANTOMS
+    from medldm.data.phantoms.torso import TORSO_PHANTOMS
     from medldm.errors import InputError
 
     phantoms = PHANTOMS | CHEST_PHANTOMS | TORSO_PHANTOMS | BRAIN_PHANTOMS

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def task(cfg: "DictConfig") -> None:
     from omegaconf import OmegaConf
 
-    from medldm.data.inventory import summary
-    from medldm.data.prepare import prepare_dataset
-    from medldm.data.readers import load_index
+    from medldm.data.preparation.prepare import prepare_dataset
+    from medldm.data.raw.inventory import summary
+    from medldm.data.raw.readers import load_index
     from medldm.data.splits import read_splits
 
     raw, root = cfg.data.raw, cfg.data.root

@@ -404,8 +404,8 @@ def find_latents(data: dict[str, Any], model: dict[str, Any], resumed: dict[str,
     """Name of the latent cache; `auto`: what `medldm encode` made with this encoder, if anything. InputError
     where the cache is of another encoder, or encoding has not finished.
     """
-    from medldm.data.latents import encode_command
-    from medldm.data.readers import read_json
+    from medldm.data.loading.latents import encode_command
+    from medldm.data.raw.readers import read_json
 
     name = data.get("latents")
     checkpoint = model.get("first_stage", {}).get("checkpoint")

@@ -56,8 +56,8 @@ def prepare_source(path: str, facts: dict[str, Any]) -> Any:
     import numpy as np
 
     from medldm.data.case import Case
-    from medldm.data.prepare_volumes import prepare_case, read_volume
-    from medldm.data.recipe import recipe_of
+    from medldm.data.preparation.recipe import recipe_of
+    from medldm.data.preparation.volumes import prepare_case, read_volume
 
     recipe = recipe_of(facts)
     if recipe.spacing is None and recipe.in_plane_size is None and facts["spacing"]:
@@ -74,8 +74,8 @@ def prepare_source(path: str, facts: dict[str, Any]) -> Any:
 
 def spacing_along(affine: Any, orientation: str) -> list[float]:
     """mm of a voxel along the body's axes, in the order of the prepared array, such as S, P and L."""
-    from medldm.data.grids import edges_of
-    from medldm.data.volumes import axis_order
+    from medldm.data.preparation.volume_transforms import axis_order
+    from medldm.data.raw.grids import edges_of
 
     return edges_of(affine)[axis_order(affine, orientation)].tolist()
 
@@ -156,8 +156,8 @@ def task(cfg: Any) -> None:
     import torch
 
     from medldm.data.case import stem_of
-    from medldm.data.readers import files_of, read_json
-    from medldm.data.volumes import restore_volume
+    from medldm.data.preparation.volume_transforms import restore_volume
+    from medldm.data.raw.readers import files_of, read_json
     from medldm.devices import inference_precision
     from medldm.files import safe_name, write_json
     from medldm.fingerprints import content_of
@@ -207,7 +207,7 @@ def trained_on(source: str, module: Any, checkpoint: str) -> dict[str, list[str]
     """The subject whose image the source is, if a stage of the checkpoint was trained on it, and the stages
     that do not say: a translation of a training image says little about new ones.
     """
-    from medldm.data.readers import files_of
+    from medldm.data.raw.readers import files_of
     from medldm.fingerprints import content_of
     from medldm.held_out import stages_of
 

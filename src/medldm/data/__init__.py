@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from medldm.errors import InputError
 
 if TYPE_CHECKING:
-    from medldm.data.datamodule import CaseDataModule
+    from medldm.data.loading.datamodule import CaseDataModule
 
 # Keys of configs/data/*.yaml that only `medldm prepare` reads: training finds their outcome in index.json.
 PREPARE_KEYS = {
@@ -15,7 +15,7 @@ PREPARE_KEYS = {
 }  # fmt: skip
 MISSING = (None, "???")
 # Datasets that need no files: data.dataset -> data module.
-GENERATED = {"swirl": "medldm.data.swirl.SwirlDataModule"}
+GENERATED = {"swirl": "medldm.data.phantoms.swirl.SwirlDataModule"}
 
 
 def build_datamodule(
@@ -24,7 +24,7 @@ def build_datamodule(
     """The data module of a plain `data` config; `with_cine` is for the training of an autoencoder. InputError
     where root is absent or not as stated.
     """
-    from medldm.data.datamodule import CaseDataModule
+    from medldm.data.loading.datamodule import CaseDataModule
 
     settings = {key: value for key, value in data.items() if key not in PREPARE_KEYS}
     if data.get("dataset") in GENERATED:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medldm.data.readers import Image, ImageRecord, images_below, list_image_files, read_image
-from medldm.data.recipe import Recipe
-from medldm.data.transforms import to_unit
+from medldm.data.preparation.recipe import Recipe
+from medldm.data.preparation.transforms import to_unit
+from medldm.data.raw.readers import Image, ImageRecord, images_below, list_image_files, read_image
 from medldm.errors import InputError
 from medldm.evaluation.grids import on_grid, stored_as
 from medldm.evaluation.ranges import (

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medldm.data.readers import ImageRecord
-from medldm.data.recipe import Recipe
+from medldm.data.preparation.recipe import Recipe
+from medldm.data.raw.readers import ImageRecord
 from medldm.errors import InputError
 from medldm.evaluation.stored import load
 
@@ -17,7 +17,10 @@ def voxels_to(image: np.ndarray, affine: np.ndarray, to: np.ndarray, shape: Sequ
     """`image` on the grid (`to`, `shape`) with -1 beyond it, and where it has voxels there (bool). None where
     voxels of one grid are not voxels of the other, turned and shifted.
     """
-    from medldm.data.volumes import is_exact, move_voxels  # MONAI, which 2D does without
+    from medldm.data.preparation.volume_transforms import (  # MONAI, which 2D does without
+        is_exact,
+        move_voxels,
+    )
 
     matrix = np.linalg.solve(np.asarray(affine, np.float64), np.asarray(to, np.float64))
     if not is_exact(matrix, tuple(shape)):
@@ -36,7 +39,7 @@ def prepared_like(
     from monai.data import MetaTensor
     from monai.transforms import Compose
 
-    from medldm.data.volumes import to_grid
+    from medldm.data.preparation.volume_transforms import to_grid
 
     source = np.asarray(attributes["original_affine"], np.float64)
     item = {

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medldm.data.edges import EdgeRecipe
+from medldm.data.preparation.edges import EdgeRecipe
 from medldm.errors import InputError
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.regions import check_regions, region_masks

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.edges import EdgeRecipe
-from medldm.data.readers import (
+from medldm.data.preparation.edges import EdgeRecipe
+from medldm.data.preparation.recipe import Recipe, recipe_of
+from medldm.data.raw.readers import (
     AUTHOR_INDEX,
     HDF5_SUFFIXES,
     ImageRecord,
@@ -19,7 +20,6 @@ from medldm.data.readers import (
     load_index,
     open_hdf5,
 )
-from medldm.data.recipe import Recipe, recipe_of
 from medldm.data.splits import read_splits
 from medldm.errors import InputError
 from medldm.evaluation.conditions import Conditions

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medldm.data import transforms
+from medldm.data.preparation import transforms
 from medldm.metrics.image import ImageFunction
 
 PIECE_ELEMENTS = 2**20  # 16 slices of 256 x 256

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from medldm.data.case import stem_of
-from medldm.data.readers import (
+from medldm.data.preparation.transforms import to_unit
+from medldm.data.raw.readers import (
     RASTER_SUFFIXES,
     ImageRecord,
     has_suffix,
     list_image_files,
     read_image,
 )
-from medldm.data.transforms import to_unit
 from medldm.errors import InputError
 from medldm.evaluation.stored import StoredImage
 

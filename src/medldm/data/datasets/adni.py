@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.layouts import VOLUME_SUFFIXES, images_below, name_of, require_cases, require_root
+from medldm.data.raw.layouts import VOLUME_SUFFIXES, images_below, name_of, require_cases, require_root
 from medldm.errors import InputError
 
 SUBJECT = re.compile(r"\d{3}_S_\d{4,5}")  # site, S, roster number

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.layouts import (
+from medldm.data.raw.layouts import (
     NIFTI_SUFFIXES,
     existing,
     files_below,
@@ -19,7 +19,7 @@ from medldm.data.layouts import (
     require_root,
     volume_files,
 )
-from medldm.data.tables import Note
+from medldm.data.raw.tables import Note
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.layouts import (
+from medldm.data.raw.layouts import (
     NIFTI_SUFFIXES,
     check_modalities,
     existing,
@@ -21,7 +21,7 @@ from medldm.data.layouts import (
     split_of,
     stated_split,
 )
-from medldm.data.tables import Note
+from medldm.data.raw.tables import Note
 
 log = logging.getLogger(__name__)
 MODALITIES = ("t1", "t1ce", "t2", "flair")

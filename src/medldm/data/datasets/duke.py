@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.formats import DICOM_SUFFIXES, dicom_files, nrrd_sizes
-from medldm.data.layouts import SPLITS, files_below, folder_pairs, require_cases, require_root
+from medldm.data.raw.formats import DICOM_SUFFIXES, dicom_files, nrrd_sizes
+from medldm.data.raw.layouts import SPLITS, files_below, folder_pairs, require_cases, require_root
 from medldm.errors import InputError
 from medldm.files import walk
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, split_path
-from medldm.data.layouts import check_modalities, images_below, modality_cases, name_of, require_root
-from medldm.data.readers import is_image
-from medldm.data.tables import Note, Row, read_rows
+from medldm.data.raw.layouts import check_modalities, images_below, modality_cases, name_of, require_root
+from medldm.data.raw.readers import is_image
+from medldm.data.raw.tables import Note, Row, read_rows
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

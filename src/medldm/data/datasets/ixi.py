@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.layouts import (
+from medldm.data.raw.layouts import (
     check_modalities,
     existing,
     modality_cases,
@@ -21,7 +21,7 @@ from medldm.data.layouts import (
     stated_split,
     volume_files,
 )
-from medldm.data.tables import Note
+from medldm.data.raw.tables import Note
 from medldm.files import is_hidden
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.layouts import require_root
-from medldm.data.readers import nifti_shape
-from medldm.data.tables import Note, read_rows
+from medldm.data.raw.layouts import require_root
+from medldm.data.raw.readers import nifti_shape
+from medldm.data.raw.tables import Note, read_rows
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.layouts import files_in, require_root
-from medldm.data.tables import read_rows
+from medldm.data.raw.layouts import files_in, require_root
+from medldm.data.raw.tables import read_rows
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

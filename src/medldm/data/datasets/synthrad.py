@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.layouts import (
+from medldm.data.raw.layouts import (
     VOLUME_SUFFIXES,
     check_modalities,
     existing,

@@ -4,15 +4,15 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.layouts import (
+from medldm.data.raw.layouts import (
     existing,
     folder_pairs,
     require_cases,
     require_root,
     volume_files,
 )
+from medldm.data.raw.tables import read_rows
 from medldm.data.splits import subset_of
-from medldm.data.tables import read_rows
 from medldm.errors import InputError
 
 CLASSES = (

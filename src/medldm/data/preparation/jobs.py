@@ -12,8 +12,8 @@ import numpy as np
 import medldm
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.data.case import Case, split_path
-from medldm.data.readers import files_of
-from medldm.data.recipe import SCHEMA_VERSION, Recipe
+from medldm.data.preparation.recipe import SCHEMA_VERSION, Recipe
+from medldm.data.raw.readers import files_of
 from medldm.errors import InputError
 from medldm.files import safe_name
 from medldm.fingerprints import array_digest, content_of, digest

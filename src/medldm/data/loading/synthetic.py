@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medldm.data.readers import made_from, open_hdf5, read_json
+from medldm.data.raw.readers import made_from, open_hdf5, read_json
 from medldm.errors import InputError
 from medldm.fingerprints import digest
 from medldm.held_out import Seen
 
 if TYPE_CHECKING:
-    from medldm.data.dataset import Item
+    from medldm.data.loading.dataset import Item
 
 TRAIN_ON = ("real", "synthetic", "both")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.phantom_scene import Progress, Scene, check_volumes
+from medldm.data.phantoms.scene import Progress, Scene, check_volumes
 
 CHANNELS = ("ct", "mr")
 TISSUE = {  # HU, and relative T1-weighted signal

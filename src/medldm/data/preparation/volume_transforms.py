@@ -20,8 +20,8 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from medldm.data.recipe import BACKGROUND, Recipe
-from medldm.data.transforms import axial_axis, remove_artifacts, to_unit
+from medldm.data.preparation.recipe import BACKGROUND, Recipe
+from medldm.data.preparation.transforms import axial_axis, remove_artifacts, to_unit
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

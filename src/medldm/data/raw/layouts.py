@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.readers import (
+from medldm.data.raw.readers import (
     IMAGE_SUFFIXES,
     META_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -14,8 +14,8 @@ from medldm.data.readers import (
     has_suffix,
     is_image,
 )
+from medldm.data.raw.tables import read_rows
 from medldm.data.splits import subset_of
-from medldm.data.tables import read_rows
 from medldm.errors import InputError
 from medldm.files import is_hidden, walk
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from medldm.data.phantom import save
+from medldm.data.phantoms.cardiac import save
 from medldm.errors import InputError
 
 Progress = Callable[[], None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.phantom_scene import Progress, Scene, check_volumes
+from medldm.data.phantoms.scene import Progress, Scene, check_volumes
 from medldm.files import replacing
 
 CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")

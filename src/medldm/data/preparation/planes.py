@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medldm.data.grids import edges_of, turned
-from medldm.data.readers import Image
-from medldm.data.recipe import Recipe
+from medldm.data.preparation.recipe import Recipe
+from medldm.data.raw.grids import edges_of, turned
+from medldm.data.raw.readers import Image
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

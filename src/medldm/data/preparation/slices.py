@@ -11,9 +11,8 @@ import numpy as np
 
 from medldm.attributes import TABLES
 from medldm.data.case import Case
-from medldm.data.edges import EdgeRecipe
-from medldm.data.grids import is_same_grid, on_grid_of
-from medldm.data.jobs import (
+from medldm.data.preparation.edges import EdgeRecipe
+from medldm.data.preparation.jobs import (
     PER_SLICE,
     Job,
     Tables,
@@ -25,10 +24,11 @@ from medldm.data.jobs import (
     has_findings,
     numbers_of,
 )
-from medldm.data.planes import Planes, as_volume, cut_planes, find_cut
-from medldm.data.readers import read_image, read_mask
-from medldm.data.recipe import COMPRESSION, Recipe
-from medldm.data.transforms import exact, finite, looks_inverted, renumber, to_unit, within
+from medldm.data.preparation.planes import Planes, as_volume, cut_planes, find_cut
+from medldm.data.preparation.recipe import COMPRESSION, Recipe
+from medldm.data.preparation.transforms import exact, finite, looks_inverted, renumber, to_unit, within
+from medldm.data.raw.grids import is_same_grid, on_grid_of
+from medldm.data.raw.readers import read_image, read_mask
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

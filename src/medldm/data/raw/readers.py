@@ -18,7 +18,7 @@ import numpy as np
 
 from medldm.attributes import TABLES, UNKNOWN, with_unknown
 from medldm.data.case import split_path, stem_of
-from medldm.data.formats import (
+from medldm.data.raw.formats import (
     detached_data,
     dicom_files,
     is_dicom_folder,

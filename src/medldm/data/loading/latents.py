@@ -4,7 +4,7 @@ import logging
 import shlex
 from pathlib import Path
 
-from medldm.data.dataset import content_of
+from medldm.data.loading.dataset import content_of
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

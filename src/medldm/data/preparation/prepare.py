@@ -21,17 +21,18 @@ import cv2
 import h5py
 import numpy as np
 
+from medldm.data import datasets
 from medldm.data.case import Case
-from medldm.data.grids import warn_of_grids
-from medldm.data.inventory import same_images, take_inventory
-from medldm.data.jobs import Job, has_findings, make_jobs, root_attributes
-from medldm.data.prepare_slices import describe_slices, warn_of_planes, write_slices
-from medldm.data.prepare_volumes import describe_volume, write_volume
-from medldm.data.readers import UNFINISHED, load_index, read_json
-from medldm.data.recipe import SCHEMA_VERSION, Recipe, make_recipe
+from medldm.data.preparation.jobs import Job, has_findings, make_jobs, root_attributes
+from medldm.data.preparation.recipe import SCHEMA_VERSION, Recipe, make_recipe
+from medldm.data.preparation.slices import describe_slices, warn_of_planes, write_slices
+from medldm.data.preparation.transforms import mapping_override
+from medldm.data.preparation.volumes import describe_volume, write_volume
+from medldm.data.raw.grids import warn_of_grids
+from medldm.data.raw.inventory import same_images, take_inventory
+from medldm.data.raw.readers import UNFINISHED, load_index, read_json
+from medldm.data.raw.tables import Note
 from medldm.data.splits import make_splits, subset_of, write_splits_once
-from medldm.data.tables import Note
-from medldm.data.transforms import mapping_override
 from medldm.errors import InputError
 from medldm.files import nothing_empty, replacing, safe_names, write_json
 from medldm.fingerprints import recall
@@ -201,7 +202,9 @@ def find_cases(
 
 def find_index(dataset: str) -> Callable[..., list[Case]]:
     """`index(root, ...)` of medldm.data.datasets.<dataset>."""
-    names = sorted(p.stem for p in (Path(__file__).parent / "datasets").glob("*.py") if p.stem != "__init__")
+    names = sorted(
+        p.stem for p in (Path(__file__).parents[1] / "datasets").glob("*.py") if p.stem != "__init__"
+    )
     if dataset not in names:
         raise InputError(f"data.dataset={dataset}: no such dataset; choose from {', '.join(names)}")
     return importlib.import_module(f"medldm.data.datasets.{dataset}").index

@@ -10,9 +10,9 @@ import numpy as np
 from medldm.attributes import UNKNOWN
 from medldm.batch import Batch
 from medldm.data.case import visit_of
-from medldm.data.dataset import CaseDataset, Item, content_of
-from medldm.data.grids import REGISTER, difference_of
-from medldm.data.sampler import Request
+from medldm.data.loading.dataset import CaseDataset, Item, content_of
+from medldm.data.loading.sampler import Request
+from medldm.data.raw.grids import REGISTER, difference_of
 from medldm.errors import InputError
 from medldm.files import safe_name
 

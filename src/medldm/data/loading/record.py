@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from medldm.data.dataset import content_of
-from medldm.data.pairs import OF_SOURCE
+from medldm.data.loading.dataset import content_of
+from medldm.data.loading.pairs import OF_SOURCE
 from medldm.data.splits import SUBSETS
 from medldm.fingerprints import digest
 from medldm.held_out import by_subject, image_identities
 
 if TYPE_CHECKING:
-    from medldm.data.datamodule import CaseDataModule
+    from medldm.data.loading.datamodule import CaseDataModule
 
 
 def training_record(module: "CaseDataModule") -> dict[str, Any]:

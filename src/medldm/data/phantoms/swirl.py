@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from medldm.batch import Batch
-from medldm.data.dataset import as_is
-from medldm.data.sampler import ResumableSampler
+from medldm.data.loading.dataset import as_is
+from medldm.data.loading.sampler import ResumableSampler
 from medldm.errors import InputError
 
 NUM_LEVELS = 256

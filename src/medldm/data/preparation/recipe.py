@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from medldm.data.edges import EdgeRecipe
-from medldm.data.transforms import INVERSIONS, Intensity, Labels, Resize
+from medldm.data.preparation.edges import EdgeRecipe
+from medldm.data.preparation.transforms import INVERSIONS, Intensity, Labels, Resize
 from medldm.errors import InputError
 from medldm.fingerprints import digest
 

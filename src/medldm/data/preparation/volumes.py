@@ -7,8 +7,7 @@ import numpy as np
 
 from medldm.attributes import TABLES
 from medldm.data.case import Case
-from medldm.data.grids import REGISTER, on_grid_of
-from medldm.data.jobs import (
+from medldm.data.preparation.jobs import (
     Job,
     check_classes,
     check_numbers,
@@ -18,9 +17,10 @@ from medldm.data.jobs import (
     has_findings,
     numbers_of,
 )
-from medldm.data.readers import Image, read_image, read_mask
-from medldm.data.recipe import COMPRESSION, Recipe
-from medldm.data.transforms import finite, renumber, within
+from medldm.data.preparation.recipe import COMPRESSION, Recipe
+from medldm.data.preparation.transforms import finite, renumber, within
+from medldm.data.raw.grids import REGISTER, on_grid_of
+from medldm.data.raw.readers import Image, read_image, read_mask
 from medldm.errors import InputError
 
 RECORD = (
@@ -61,7 +61,9 @@ def read_classes(case: Case, image: Image, recipe: Recipe) -> np.ndarray:
 
 def prepare_case(case: Case, recipe: Recipe):  # noqa: ANN201 - Volume, of a module that imports MONAI
     """Read the files of a case and prepare them: a `volumes.Volume`."""
-    from medldm.data.volumes import prepare_volume  # MONAI and torch: 2D workers do without
+    from medldm.data.preparation.volume_transforms import (
+        prepare_volume,  # MONAI and torch: 2D workers do without
+    )
 
     path, mask = case.main_path, None
     image = read_volume(path, is_mask=not case.has_image)

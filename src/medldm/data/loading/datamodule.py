@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.batch import Batch
-from medldm.data.dataset import (
+from medldm.data.loading.dataset import (
     ARRAY_DTYPES,
     CaseDataset,
     EdgeDegradation,
@@ -23,15 +23,15 @@ from medldm.data.dataset import (
     expand,
     single_threaded,
 )
-from medldm.data.edges import EdgeDegrade, EdgeRecipe
-from medldm.data.latents import check_latents
-from medldm.data.pairs import OF_SOURCE, PairDataset, check_pairs, pair_items
-from medldm.data.readers import load_index, read_json
-from medldm.data.record import training_record
-from medldm.data.sampler import ResumableSampler
+from medldm.data.loading.latents import check_latents
+from medldm.data.loading.pairs import OF_SOURCE, PairDataset, check_pairs, pair_items
+from medldm.data.loading.record import training_record
+from medldm.data.loading.sampler import ResumableSampler
+from medldm.data.loading.synthetic import TRAIN_ON, SyntheticImages
+from medldm.data.preparation.edges import EdgeDegrade, EdgeRecipe
+from medldm.data.preparation.transforms import CenterCrop, RandomCrop, RandomFlip
+from medldm.data.raw.readers import load_index, read_json
 from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
-from medldm.data.synthetic import TRAIN_ON, SyntheticImages
-from medldm.data.transforms import CenterCrop, RandomCrop, RandomFlip
 from medldm.devices import choose_settings
 from medldm.errors import InputError
 

@@ -1,0 +1,1 @@
+"""Prepared cases and cached latents become batches: splits, crops, flips, pairs, resumable order."""

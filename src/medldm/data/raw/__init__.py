@@ -1,0 +1,1 @@
+"""Files as scanners, programs and people leave them: formats, grids, tables, folder layouts, inventory."""
