@@ -202,9 +202,8 @@ def find_cases(
 
 def find_index(dataset: str) -> Callable[..., list[Case]]:
     """`index(root, ...)` of medldm.data.datasets.<dataset>."""
-    names = sorted(
-        p.stem for p in (Path(__file__).parents[1] / "datasets").glob("*.py") if p.stem != "__init__"
-    )
+    folder = Path(datasets.__file__).parent
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     if dataset not in names:
         raise InputError(f"data.dataset={dataset}: no such dataset; choose from {', '.join(names)}")
     return importlib.import_module(f"medldm.data.datasets.{dataset}").index
