@@ -20,7 +20,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from medldm.checkpoints import build_module, describe
+from medldm.build import build_module
+from medldm.checkpoints import describe
 from medldm.commands import CONFIG_DIR, mistakes_in_one_line
 from medldm.data import build_datamodule
 from medldm.errors import InputError

@@ -11,7 +11,7 @@ import math
 import torch
 
 from medldm.batch import spatial_shape
-from medldm.checkpoints import load_module
+from medldm.build import load_module
 from medldm.data import build_datamodule
 from medldm.fingerprints import file_sha256
 from medldm.inference import pick_device, to_device

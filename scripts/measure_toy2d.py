@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medldm.checkpoints import load_module
+from medldm.build import load_module
 from medldm.data.phantoms.swirl import SwirlPoints, distance_to_swirl, to_grid
 from medldm.plots import points_figure, save_png
 

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "diffusion": {"networks"},
     "plots": {"diffusion"},
     "models": {"diffusion", "networks", "losses", "metrics", "plots"},
-    "checkpoints": {"models", "diffusion", "networks"},
+    "checkpoints": set(),
+    "build": {"checkpoints", "models", "diffusion", "networks", "losses"},
     "callbacks": {"models", "plots"},
     "runs": set(),
     "knobs": set(),
@@ -34,18 +35,19 @@ MAY_IMPORT = {
     "outputs": {"data", "callbacks", "plots"},
     "evaluation": {"data", "metrics", "networks"},
     "reporting": {"evaluation", "data"},
-    "planning": {"checkpoints", "models", "networks", "losses", "data"},
+    "planning": {"build", "checkpoints", "models", "networks", "losses", "data"},
     "cli": set(),
     "overrides": set(),
     "__main__": {"cli"},
 }
-HYDRA = {"cli", "commands", "checkpoints", "overrides"}
+HYDRA = {"cli", "commands", "build", "checkpoints", "overrides"}
 # data.phantoms.swirl is a data module too: points that are made on the fly
 LIGHTNING = {
     "models",
     "data.loading.datamodule",
     "data.phantoms.swirl",
     "callbacks",
+    "build",
     "checkpoints",
     "commands",
 }

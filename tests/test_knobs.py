@@ -9,7 +9,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from medldm.checkpoints import build_module
+from medldm.build import build_module
 from medldm.commands.train import shrink
 from medldm.errors import InputError
 from medldm.knobs import look_up, refuse_idle, typed_keys

@@ -184,7 +184,7 @@ def build(*overrides: str, seed: int = 0, facts: Mapping[str, Any] | None = None
     """The narrow module of an experiment, with fresh weights and without data."""
     from omegaconf import OmegaConf
 
-    from medldm.checkpoints import build_module
+    from medldm.build import build_module
 
     cfg = compose_config("train", "debug=tiny", *overrides)
     torch.manual_seed(seed)

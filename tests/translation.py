@@ -61,7 +61,7 @@ def describe_stage(
 
 def build_stage(*overrides: str, first_stage: dict, seed: int = 0) -> Any:
     """The narrow module of an experiment on fresh earlier stages."""
-    from medldm.checkpoints import build_module
+    from medldm.build import build_module
 
     torch.manual_seed(seed)
     return build_module(model_config(*overrides), FACTS_3D, first_stage)

@@ -48,7 +48,7 @@ class RandomVGG(torch.nn.Module):
 
 def build_vqgan(*overrides: str) -> torch.nn.Module:
     """The module of configs/experiment/medlsdm/autopet_vqgan, in training mode."""
-    from medldm.checkpoints import build_autoencoder_module
+    from medldm.build import build_autoencoder_module
 
     cfg = compose_config("train", "experiment=medlsdm/autopet_vqgan", "data.root=-", *overrides)
     model = OmegaConf.to_container(cfg.model, resolve=True)

@@ -9,7 +9,7 @@ from measuring import DEVICE, Measured
 
 
 def compare_samplers(options: Namespace, tick: Callable[[], object]) -> list[Measured]:
-    from medldm.checkpoints import load_module
+    from medldm.build import load_module
     from medldm.data.loading.datamodule import CaseDataModule
     from medldm.diffusion.sampler import AncestralSampler, DPMSolverSampler
     from medldm.inference import case_batches, items_by_case

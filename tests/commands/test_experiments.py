@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from medldm.checkpoints import load_module
+from medldm.build import load_module
 from medldm.commands import encode, prepare, sample
 from medldm.data import build_datamodule
 from medldm.data.preparation.edges import label_contours

@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from medldm.checkpoints import AtomicCheckpointIO, load_first_stage, load_module, read_checkpoint
+from medldm.build import load_first_stage, load_module
+from medldm.checkpoints import AtomicCheckpointIO, read_checkpoint
 from medldm.commands import sample
 from medldm.errors import InputError
 from medldm.fingerprints import file_sha256

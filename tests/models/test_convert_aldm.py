@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medldm.checkpoints import load_first_stage, load_module
+from medldm.build import load_first_stage, load_module
 from medldm.errors import InputError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_aldm.py"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 
-from medldm.checkpoints import load_module
+from medldm.build import load_module
 from medldm.commands import encode
 from medldm.data import build_datamodule
 from medldm.diffusion.sampler import DPMSolverSampler

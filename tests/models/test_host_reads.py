@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from medldm.build import load_module
 from medldm.callbacks import EMA, CountUpdates, ProgressBar, StopOnSignal
-from medldm.checkpoints import load_module
 from tests.host_reads import HostReads
 from tests.training import FACTS, LDM, PIXELS, VQVAE, build, fit, make_batches
 

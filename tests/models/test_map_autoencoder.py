@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from medldm.checkpoints import build_module
+from medldm.build import build_module
 from medldm.errors import InputError
 from medldm.models.autoencoder import AutoencoderModule
 from tests.helpers import compose_part

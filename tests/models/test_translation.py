@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medldm.checkpoints import build_module
+from medldm.build import build_module
 from medldm.errors import InputError
 from medldm.losses import AdversarialLoss
 from tests.training import PLAIN_SGD, fit

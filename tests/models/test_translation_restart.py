@@ -4,7 +4,8 @@ import signal
 
 import pytest
 
-from medldm.checkpoints import latents_name, load_first_stage, load_module
+from medldm.build import load_first_stage, load_module
+from medldm.checkpoints import latents_name
 from medldm.commands import encode
 from medldm.fingerprints import file_sha256
 from tests.helpers import compose_config

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from medldm.checkpoints import load_module, read_checkpoint
+from medldm.build import load_module
+from medldm.checkpoints import read_checkpoint
 from medldm.commands import sample
 from medldm.data.phantoms.chest import write_chestxray
 from tests.helpers import CONFIG_DIR, compose_config

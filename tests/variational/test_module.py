@@ -5,7 +5,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from medldm.checkpoints import build_module
+from medldm.build import build_module
 from medldm.commands.train import shrink
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.likelihood import Bernoulli, DiscretizedGaussian, binary_entropy, grey

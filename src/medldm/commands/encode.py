@@ -101,7 +101,8 @@ def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from rich.progress import track
 
-    from medldm.checkpoints import encoder_sha256, load_module
+    from medldm.build import load_module
+    from medldm.checkpoints import encoder_sha256
     from medldm.data import build_datamodule
     from medldm.data.loading.dataset import content_of
     from medldm.devices import inference_precision, pick_device

@@ -202,7 +202,7 @@ def load_segmenter(  # noqa: ANN201
     numbers other classes than the reference.
     """
     from medldm.attributes import check_class_names
-    from medldm.checkpoints import load_module
+    from medldm.build import load_module
     from medldm.errors import InputError
     from medldm.evaluation.measure import Segmenter
     from medldm.inference import autocast

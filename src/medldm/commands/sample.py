@@ -149,7 +149,7 @@ def write_trajectory(module: Any, recorder: Any, folder: Any, done: Any, name: s
 def task(cfg: Any) -> None:
     from rich.progress import Progress
 
-    from medldm.checkpoints import load_module
+    from medldm.build import load_module
     from medldm.devices import inference_precision, pick_device
     from medldm.inference import items_by_case
     from medldm.outputs import SampleFolder

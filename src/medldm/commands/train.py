@@ -270,7 +270,7 @@ def initialise(module: Any, path: str, facts: dict[str, Any]) -> dict[str, Any]:
     A first stage stays the one that `model.first_stage.checkpoint` names.
     """
     from medldm.attributes import check_order
-    from medldm.checkpoints import load_module
+    from medldm.build import load_module
     from medldm.held_out import origin_of
 
     def is_frozen(name: str) -> bool:
@@ -353,7 +353,8 @@ def make_module(
     subjects are unseen.
     """
     from medldm.attributes import check_order
-    from medldm.checkpoints import build_module, describe
+    from medldm.build import build_module
+    from medldm.checkpoints import describe
 
     record = getattr(datamodule, "record", None)  # None for data that are made on the fly
     if content is not None:

@@ -126,7 +126,7 @@ def range_in(units: str, facts: dict[str, Any], target: int, own: tuple[float, f
 def load_translator(cfg: Any) -> Any:
     from omegaconf import OmegaConf
 
-    from medldm.checkpoints import load_module
+    from medldm.build import load_module
     from medldm.devices import inference_precision, pick_device
     from medldm.diffusion.sampler import check_guidance, override_sampler
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from medldm.checkpoints import build_module
+from medldm.build import build_module
 from medldm.devices import CHUNK_ELEMENTS
 from medldm.errors import InputError
 from medldm.losses import PerceptualLoss

@@ -1,0 +1,339 @@
+"""Models from configs, and trained models from checkpoints.
+
+A config names its parts by `_target_`; what data and earlier stages decide (channels, classes, latent shapes)
+is passed to them here and nowhere else.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from pytorch_lightning import LightningModule
+from torch import nn
+
+from medldm.attributes import check_class_names
+from medldm.checkpoints import FORMAT, read_hashed
+from medldm.diffusion.latent import FirstStage, PixelStage
+from medldm.diffusion.translation import TranslationConditioner
+from medldm.errors import InputError
+from medldm.models.autoencoder import AutoencoderModule
+from medldm.models.diffusion import DiffusionModule
+from medldm.models.segmentation import RegressionModule, SegmentationModule
+from medldm.models.translation import TranslationModule
+from medldm.models.variational import VariationalModule
+
+
+def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
+    """Every dict of the config becomes what its `_target_` names; numbers and strings stay."""
+    return {
+        key: instantiate(value) if isinstance(value, Mapping) else value
+        for key, value in model.items()
+        if key not in ("kind", *skip)
+    }
+
+
+def build_autoencoder_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> AutoencoderModule:
+    parts = instantiate_parts(model, skip=())
+    channels = facts["image_channels"]
+    for key, is_used in (
+        ("decoder_sees_map=true", parts.pop("decoder_sees_map", False)),
+        ("reconstructs=mask", parts.get("reconstructs") == "mask"),
+    ):
+        if is_used and not facts["num_classes"]:
+            raise InputError(f"model.{key}: the dataset has no masks; prepare it with masks")
+    if parts.get("reconstructs") == "mask":
+        channels = facts["num_classes"]
+    derived = {"spatial_dims": facts["spatial_dims"], "image_channels": channels}
+    if model.get("decoder_sees_map"):
+        derived["decoder_map_channels"] = facts["num_classes"]
+    autoencoder = parts.pop("autoencoder")(**derived)
+    discriminators = build_discriminators(parts, facts, in_channels=channels)
+    return AutoencoderModule(autoencoder, discriminators=discriminators, **parts)
+
+
+def build_discriminators(parts: dict[str, Any], facts: Mapping[str, Any], **sizes: int) -> list[nn.Module]:
+    """Taken out of `parts`; a discriminator of its own `spatial_dims` sees slices of volumes."""
+    return [
+        build(**sizes) if "spatial_dims" in build.keywords else build(facts["spatial_dims"], **sizes)
+        for build in (parts.pop("discriminators", None) or {}).values()
+        if build is not None
+    ]
+
+
+def build_translation_module(
+    model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: FirstStage
+) -> TranslationModule:
+    parts = instantiate_parts(model, skip=("first_stage",))
+    num_labels = num_modalities(facts)
+    translator = parts.pop("translator")(
+        facts["spatial_dims"], latent_channels=first_stage.latent_channels, num_classes=num_labels
+    )
+    if first_stage.translator is not None:  # a translator's checkpoint: training goes on from its weights
+        continue_from(first_stage, translator)
+    channels = parts["objective"].discriminated_channels(first_stage, facts["image_channels"])
+    classes = num_labels + 1 if parts["adversarial"] is not None and parts["adversarial"].uses_label else 1
+    sizes = {"in_channels": channels, "out_channels": classes}
+    discriminators = build_discriminators(parts, facts, **sizes)
+    return TranslationModule(first_stage, translator, discriminators=discriminators, **parts)
+
+
+def continue_from(first_stage: FirstStage, translator: nn.Module) -> None:
+    """Moves the stage's translator over; InputError where it has other sizes than the config's."""
+    try:
+        translator.load_state_dict(first_stage.translator.state_dict())
+    except RuntimeError as error:
+        raise InputError(
+            "model.first_stage.checkpoint: its translator has other sizes than model.translator; "
+            "choose the same ones"
+        ) from error
+    first_stage.translator = None
+
+
+def num_modalities(facts: Mapping[str, Any]) -> int:
+    if (facts["num_labels"] or 0) < 2:
+        raise InputError(
+            "data: translation needs cases of at least two modalities; prepare with data=brats or data=ixi"
+        )
+    return facts["num_labels"]
+
+
+def build_diffusion_module(
+    model: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    first_stage: nn.Module,
+    map_stage: FirstStage | None = None,
+) -> DiffusionModule:
+    parts = instantiate_parts(model, skip=("first_stage", "map_stage"))
+    make_network = parts.pop("network")
+    make_conditioner = parts.pop("conditioner")
+    sizes = {}
+    if make_conditioner.func is TranslationConditioner:
+        check_translator(model, facts, first_stage)
+        sizes["latent_channels"] = first_stage.latent_channels
+    if map_stage is not None:
+        sizes["map_latent_channels"] = map_stage.latent_channels
+    conditioner = make_conditioner(
+        facts["num_classes"],
+        **sizes,
+        spatial_dims=facts["spatial_dims"],
+        downsampling=first_stage.downsampling,
+        num_views=facts["num_views"] or 0,
+        num_phases=facts["num_phases"] or 0,
+        num_labels=facts["num_labels"] or 0,
+        **unknowns(facts),
+        embedding_dim=make_network.keywords["embedding_channels"],
+    )
+    network = make_network(
+        facts["spatial_dims"],
+        in_channels=first_stage.latent_channels + conditioner.concat_channels,
+        out_channels=first_stage.latent_channels,
+        spade_channels=conditioner.spade_channels or None,
+        context_channels=conditioner.context_dim or None,
+    )
+    return DiffusionModule(first_stage, conditioner, network, map_stage=map_stage, **parts)
+
+
+def unknowns(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a conditioner is told of attributes that nobody stated. Facts of earlier versions say nothing:
+    missing ones were class 0 then, and a slice without a stack stood in the middle of one.
+    """
+    stated = facts.get("unknown_attributes")
+    return (
+        {"unknown_attributes": (), "lone_position": 0.5} if stated is None else {"unknown_attributes": stated}
+    )
+
+
+def check_translator(model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: nn.Module) -> None:
+    num_modalities(facts)
+    if "spade" in model["conditioner"]["latents"] and getattr(first_stage, "translator", None) is None:
+        raise InputError(
+            "model.first_stage.checkpoint: holds no translator, which model.conditioner.latents=[spade] "
+            "needs; give the checkpoint of an msspade experiment"
+        )
+
+
+def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> VariationalModule:
+    parts = instantiate_parts(model, skip=())
+    make_network = parts.pop("network")
+    conditioner = parts.pop("conditioner")(
+        None,
+        spatial_dims=facts["spatial_dims"],
+        downsampling=(1,) * facts["spatial_dims"],
+        num_labels=facts["num_labels"] or 0,
+        num_views=facts["num_views"] or 0,
+        **unknowns(facts),
+        embedding_dim=make_network.keywords["embedding_channels"],
+    )
+    codec = parts.pop("codec")(
+        facts["spatial_dims"],
+        image_channels=facts["image_channels"],
+        image_size=facts["image_size"],
+        condition_channels=conditioner.embedding_dim,
+    )
+    network = make_network(
+        facts["spatial_dims"],
+        in_channels=codec.latent_channels,
+        out_channels=codec.latent_channels,
+        spade_channels=None,
+        context_channels=None,
+    )
+    return VariationalModule(codec, conditioner, network, **parts)
+
+
+def build_segmentation_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> SegmentationModule:
+    if not facts["num_classes"]:
+        raise InputError("model=segmentation: the dataset has no masks to learn; prepare it with masks")
+    parts = instantiate_parts(model, skip=())
+    network = parts.pop("network")(
+        facts["spatial_dims"], in_channels=facts["image_channels"], out_channels=facts["num_classes"]
+    )
+    names = facts.get("label_names")
+    return SegmentationModule(network, num_classes=facts["num_classes"], label_names=names, **parts)
+
+
+def build_regression_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> RegressionModule:
+    parts = instantiate_parts(model, skip=())
+    channels = facts["image_channels"]
+    network = parts.pop("network")(facts["spatial_dims"], in_channels=channels, out_channels=channels)
+    return RegressionModule(network, **parts)
+
+
+BUILDERS = {  # model.kind -> (model, facts) -> module, of models without a first stage
+    "autoencoder": build_autoencoder_module,
+    "variational": build_variational_module,
+    "segmentation": build_segmentation_module,
+    "regression": build_regression_module,
+}
+
+
+def build_module(
+    model: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    first_stage_description: Mapping[str, Any] | None = None,
+    map_stage_description: Mapping[str, Any] | None = None,
+) -> LightningModule:
+    """The module of a config, with fresh weights.
+
+    A diffusion model takes its first stage from `model.first_stage.checkpoint`, and the encoder of its maps
+    from `model.map_stage.checkpoint`, unless their descriptions are given (their weights then come with the
+    checkpoint that is about to be loaded).
+    """
+    if model["kind"] in BUILDERS:
+        return BUILDERS[model["kind"]](model, facts)
+    map_stage = None
+    if model.get("map_stage"):
+        map_stage, map_stage_description = build_stage(model["map_stage"], map_stage_description)
+        check_map_stage(map_stage_description, facts)
+        map_stage.fit(())
+    if model["kind"] == "translation":
+        build = build_translation_module
+    else:
+        build = partial(build_diffusion_module, map_stage=map_stage)
+    if model["first_stage"]["checkpoint"] is None and first_stage_description is None:
+        if model["kind"] == "translation":
+            raise InputError("model.first_stage.checkpoint: translation needs an autoencoder; give one")
+        stage = PixelStage(facts["image_channels"], spatial_dims=facts["spatial_dims"])
+        return build(model, facts, stage)
+    stage, first_stage_description = build_stage(model["first_stage"], first_stage_description)
+    if first_stage_description["model"].get("reconstructs") == "mask":
+        raise InputError("model.first_stage.checkpoint: an autoencoder of maps; give one of images")
+    check_modalities(model, facts, first_stage_description)
+    if first_stage_description["model"].get("decoder_sees_map"):
+        what = "model.first_stage.checkpoint: decodes under"
+        check_class_names(first_stage_description["facts"], facts, what, "the dataset")
+    module = build(model, facts, stage)
+    module.first_stage_description = dict(first_stage_description)
+    if map_stage is not None:
+        module.map_stage_description = dict(map_stage_description)
+    return module
+
+
+def build_stage(
+    options: Mapping[str, Any], description: Mapping[str, Any] | None
+) -> tuple[FirstStage, Mapping[str, Any]]:
+    """From its description with fresh weights, or else from the checkpoint named in its options."""
+    options = dict(options)
+    path = options.pop("checkpoint")
+    if description is None:
+        return load_first_stage(path, **options)
+    module = build_module(description["model"], description["facts"], description.get("first_stage"))
+    return as_first_stage(module, options), description
+
+
+def check_map_stage(description: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    key = "model.map_stage.checkpoint"
+    if description["model"].get("reconstructs") != "mask":
+        raise InputError(f"{key}: an autoencoder of images; give one trained with model.reconstructs=mask")
+    if description["facts"]["num_classes"] != facts["num_classes"]:
+        theirs, ours = description["facts"]["num_classes"], facts["num_classes"]
+        raise InputError(f"{key}: encodes maps of {theirs} classes, but the dataset has {ours}")
+    check_class_names(description["facts"], facts, f"{key}: encodes", "the dataset")
+
+
+def as_first_stage(module: LightningModule, options: Mapping[str, Any]) -> FirstStage:
+    """What comes before diffusion: an autoencoder under `options`, or a translator under its own."""
+    if isinstance(module, AutoencoderModule):
+        return FirstStage(module.autoencoder, **options)
+    if options:
+        raise InputError(
+            f"model.first_stage.{min(options)}: a translator keeps the latents that it was trained on; "
+            "choose model/first_stage=translator"
+        )
+    return module.as_first_stage()
+
+
+def check_modalities(
+    model: Mapping[str, Any], facts: Mapping[str, Any], description: Mapping[str, Any]
+) -> None:
+    """A translator knows the classes of its data set in their order."""
+    known = description["facts"].get("label_values")
+    if description["stage"] == "translation" and known != facts.get("label_values"):
+        raise InputError(
+            f"model.first_stage.checkpoint: translates between {known}, the data has "
+            f"{facts.get('label_values')}; use the data it was trained on"
+        )
+
+
+def load_first_stage(path: str | Path, **options: Any) -> tuple[FirstStage, dict[str, Any]]:
+    """The frozen first stage in a checkpoint, and its description with the file's `sha256`."""
+    content, sha256 = read_hashed(path)
+    description = content["medldm"]
+    if description["stage"] not in ("autoencoder", "translation"):
+        raise InputError(
+            f"{path}: holds a {description['stage']} model; model.first_stage.checkpoint takes an "
+            "autoencoder or a translator"
+        )
+    module = restore(path, content, weights="ema")
+    return as_first_stage(module, options), description | {"sha256": sha256}
+
+
+def load_module(path: str | Path, *, weights: str = "ema") -> LightningModule:
+    """The trained module of a checkpoint, in eval mode, with the checkpoint's `description` and
+    `checkpoint_sha256`. `weights`: "ema" (where there are any) or "raw".
+    """
+    if weights not in ("ema", "raw"):
+        raise InputError(f"weights={weights} is none of ema, raw")
+    content, sha256 = read_hashed(path)
+    module = restore(path, content, weights=weights)
+    module.checkpoint_sha256 = sha256
+    return module
+
+
+def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> LightningModule:
+    description = content["medldm"]
+    if description["format"] > FORMAT:
+        raise InputError(f"{path}: written by a newer medldm (format {description['format']}); update medldm")
+    stages = (description.get("first_stage"), description.get("map_stage"))
+    module = build_module(description["model"], description["facts"], *stages)
+    module.load_state_dict(content["state_dict"])
+    if weights == "ema" and "ema" in content:
+        averaged = {
+            key.removeprefix("module."): value
+            for key, value in content["ema"].items()
+            if key.startswith("module.")
+        }
+        module.ema_modules.load_state_dict(averaged)
+    module.facts, module.description = description["facts"], description
+    return module.eval()
