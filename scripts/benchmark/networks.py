@@ -78,7 +78,7 @@ def vqvae(batch_size: int, compiled: bool) -> dict[str, Callable]:
 
 
 def unet(batch_size: int, compiled: bool) -> dict[str, Callable]:
-    """configs/model/network/unet_author (103.5M) on 32 x 32 latents, and MONAI's U-Net of the same widths
+    """configs/model/network/unet_cardiac_as_run (103.5M) on 32 x 32 latents, and MONAI's U-Net of the same widths
     (91.3M) with 16 heads and attention in every level too. Mean squared error on the noise.
     """
     from monai.networks.nets import DiffusionModelUNet
@@ -99,7 +99,9 @@ def unet(batch_size: int, compiled: bool) -> dict[str, Callable]:
         variants[name] = partial(train_step, theirs, loss, precision)
 
     for name, channels_last in OURS:
-        ours = placed(compose_part("network/unet_author")(2, in_channels=5, out_channels=4), channels_last)
+        ours = placed(
+            compose_part("network/unet_cardiac_as_run")(2, in_channels=5, out_channels=4), channels_last
+        )
 
         def ours_loss(network: nn.Module = ours) -> Tensor:
             return F.mse_loss(network(z, t, condition).float(), target)

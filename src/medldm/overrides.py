@@ -12,6 +12,30 @@ PATH_KEYS = (
     "source", "reconstruction", "train", "segmenter", "synthetic", "weights", "output_root", "label_dir",
 )  # fmt: skip
 SUFFICES = "`medldm {name} --cfg job` prints every key"
+# Group -> the former names of its members. They compose to the same config, and a line on screen tells the new one.
+RENAMED = {
+    "experiment": {
+        "cardiac2d/vqvae_seed": "cardiac2d/vqvae_published",
+        "cardiac2d/vqvae_author": "cardiac2d/vqvae_as_run",
+        "cardiac2d/ldm_seed": "cardiac2d/ldm_published",
+        "cardiac2d/ldm_author": "cardiac2d/ldm_as_run",
+        "medlsdm/autopet_vqgan_author": "medlsdm/autopet_vqgan_published",
+        "medlsdm/autopet_ldm_author": "medlsdm/autopet_ldm_published",
+    },
+    "data": {"mnms2_author": "mnms2_as_run"},
+    "model/conditioner": {"strided_cnn_seed": "strided_cnn_published"},
+    "model/first_stage": {"vq_author": "vq_unscaled"},
+    "model/network": {
+        "unet_report": "unet_cardiac",
+        "unet_seed": "unet_cardiac_published",
+        "unet_author": "unet_cardiac_as_run",
+        "unet_semantic_author": "unet_semantic_published",
+        "vqgan3d_author": "vqgan3d_published",
+        "vqvae_seed": "vqvae_published",
+        "vqvae_author": "vqvae_as_run",
+    },
+}
+RENAMED |= dict.fromkeys(("first_stage_experiment", "map_stage_experiment"), RENAMED["experiment"])
 
 
 def parsed(word: str) -> Any:
@@ -23,6 +47,15 @@ def parsed(word: str) -> Any:
         return OverridesParser.create().parse_override(word).value()
     except HydraException:
         return None
+
+
+def renamed(word: str) -> str:
+    """An override as it is written today: a member's former name becomes the one that took its place."""
+    key, equals, value = word.partition("=")
+    names = RENAMED.get(key.lstrip("+").partition("@")[0])
+    if not names:
+        return word
+    return key + equals + ",".join(names.get(name, name) for name in value.split(","))
 
 
 def in_quotes(text: str) -> str:

@@ -11,8 +11,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from medldm.commands import user_message
-from medldm.overrides import check_dashes, explain, misread_path
+from medldm.commands import adopt_renamed, user_message
+from medldm.overrides import RENAMED, check_dashes, explain, misread_path
 from tests.helpers import CONFIG_DIR, compose_config
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "medldm"
@@ -162,3 +162,25 @@ def test_every_key_in_a_message_exists():
         and not found[0].startswith(free)
     ]
     assert not wrong
+
+
+def test_former_names_of_members_still_work_and_are_told(monkeypatch, capsys):
+    words = [
+        "experiment=cardiac2d/ldm_seed",
+        "+model/network@model.autoencoder=vqvae_author,vqvae_f8",
+        "seed=1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["medldm", *words])
+    adopt_renamed("train")
+    now = ["experiment=cardiac2d/ldm_published", "+model/network@model.autoencoder=vqvae_as_run,vqvae_f8"]
+    assert sys.argv[1:] == [*now, "seed=1"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"medldm train: {old} is deprecated; write {new}" for old, new in zip(words, now, strict=False)
+    ]
+
+
+def test_former_names_stand_for_members_that_are_there():
+    for group, names in RENAMED.items():
+        folder = CONFIG_DIR / ("experiment" if group.endswith("_experiment") else group)
+        assert all((folder / f"{name}.yaml").is_file() for name in names.values())
+        assert not any((folder / f"{name}.yaml").exists() for name in names)

@@ -390,7 +390,7 @@ def test_a_replaced_file_is_read_anew(mnms2, tmp_path):
 def test_the_author_s_preparation_stretches_each_slice_by_a_cubic_spline(phantom_raw, tmp_path):
     """scipy's zoom of the stored slice and its own minimum and maximum: the report's code."""
     paths = (f"data.raw={phantom_raw}", f"data.root={tmp_path}", "data.num_workers=0", "data.image_size=48")
-    prepare_command.task(compose_config("prepare", "data=mnms2_author", *paths))
+    prepare_command.task(compose_config("prepare", "data=mnms2_as_run", *paths))
     index = load_index(tmp_path)
     raw = sorted(phantom_raw.rglob("001_SA_ED.nii.gz"))[0]
     stack = nibabel.load(raw).get_fdata()
@@ -408,7 +408,7 @@ def test_the_author_s_preparation_stretches_each_slice_by_a_cubic_spline(phantom
             (np.abs(stored - image).max(), (maps != ndimage.zoom(turn(labels), scale, order=0)).sum())
         )
     assert min(gaps)[0] < 1e-5 and min(gaps)[1] == 0
-    assert compose_config("train", "data=mnms2_author", "data.root=-").data.split == "seed42_350_10"
+    assert compose_config("train", "data=mnms2_as_run", "data.root=-").data.split == "seed42_350_10"
 
 
 # ---- CINE frames without maps ----

@@ -58,7 +58,7 @@ def test_the_discriminator_starts_after_so_many_updates_not_micro_batches():
 
 def test_accumulation_equals_one_larger_batch():
     # A codebook learned by gradient: a moving average moves with every micro-batch.
-    options = (VQVAE, *NO_GAN, *PLAIN_SGD, "model/network@model.autoencoder=vqvae_seed")
+    options = (VQVAE, *NO_GAN, *PLAIN_SGD, "model/network@model.autoencoder=vqvae_published")
     large, small = build(*options), build(*options)
     small.accumulate_grad_batches = 4
     batch = make_batches(1, 8, 32)[0]

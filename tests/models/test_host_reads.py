@@ -14,7 +14,7 @@ BUILT = {
     "autoencoder": (FACTS, VQVAE, *GAN),
     "autoencoder with moving averages": (
         FACTS,
-        "experiment=cardiac2d/vqvae_author",
+        "experiment=cardiac2d/vqvae_as_run",
         "model.adversarial.start=0",
     ),
     "autoencoder 3D": (FACTS_3D, "experiment=medlsdm/folder_vqgan_spade", *GAN),

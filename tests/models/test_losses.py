@@ -73,7 +73,7 @@ def test_feature_matching_leaves_the_logits_out_and_the_real_side_alone():
 
 @pytest.mark.parametrize(
     ("experiment", "mean_weight"),
-    [("folder_vqgan", 4.0), ("phantom_vqgan", 0.5), ("autopet_vqgan_author", 16.0)],
+    [("folder_vqgan", 4.0), ("phantom_vqgan", 0.5), ("autopet_vqgan_published", 16.0)],
 )
 def test_presets_weigh_feature_matching_as_before_and_the_published_one_as_published(experiment, mean_weight):
     """In units of a mean over maps: as before they were summed; published are 4 times the sum of 4."""

@@ -8,7 +8,7 @@ from medldm.networks.unet import UNet
 from tests.helpers import compose_part, num_parameters
 
 
-@pytest.mark.parametrize(("preset", "heads"), [("unet_author", 16), ("unet_seed", 8)])
+@pytest.mark.parametrize(("preset", "heads"), [("unet_cardiac_as_run", 16), ("unet_cardiac_published", 8)])
 def test_report_unet_has_103_5_million_parameters(preset, heads):
     with torch.device("meta"):
         network = compose_part(f"network/{preset}")(2, in_channels=4 + 1, out_channels=4)
@@ -18,13 +18,13 @@ def test_report_unet_has_103_5_million_parameters(preset, heads):
 
 def test_report_unet_keeps_the_inputs_of_its_levels_as_skips():
     with torch.device("meta"):
-        network = compose_part("network/unet_author")(2, in_channels=5, out_channels=4)
+        network = compose_part("network/unet_cardiac_as_run")(2, in_channels=5, out_channels=4)
     assert [level.units[0].res.conv1.in_channels for level in network.up] == [512 + 512, 384 + 384, 256 + 256]
     assert [level.resample.conv.in_channels for level in network.down] == [384, 512, 768]
 
 
 @pytest.mark.parametrize(
-    ("preset", "channels", "count"), [("vqvae_author", 4, 21_959_405), ("vqvae_seed", 3, 21_954_780)]
+    ("preset", "channels", "count"), [("vqvae_as_run", 4, 21_959_405), ("vqvae_published", 3, 21_954_780)]
 )
 def test_report_autoencoder_matches_its_figures(preset, channels, count):
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def test_block_unet_reproduces_the_aldm_count():
 
 
 def test_autoencoder_accepts_the_printed_codebook_size():
-    build = compose_part("network/vqvae_seed")
+    build = compose_part("network/vqvae_published")
     build.keywords["quantizer"].keywords["num_codes"] = 16834  # as printed; any integer is legal
     network = build(spatial_dims=2, image_channels=1)
     x_hat, quantized = network.eval()(torch.randn(1, 1, 32, 32))

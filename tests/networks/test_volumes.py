@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*missing `_self_`")
 DECODERS = {None: 948_417, 3: 2_012_865, 31: 2_303_169, 37: 2_365_377}
 
 
-@pytest.mark.parametrize("preset", ["vqgan3d", "vqgan3d_author"])
+@pytest.mark.parametrize("preset", ["vqgan3d", "vqgan3d_published"])
 @pytest.mark.parametrize(("num_classes", "count"), DECODERS.items())
 def test_vqgan_matches_the_published_counts(preset, num_classes, count):
     with torch.device("meta"):

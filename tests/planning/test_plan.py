@@ -73,7 +73,7 @@ def test_a_measured_step_runs_the_same_losses(named):
     ("experiment", "stage"),
     [
         ("medlsdm/autopet_ldm", "medlsdm/autopet_vqgan"),
-        ("cardiac2d/ldm_author", "cardiac2d/vqvae_author"),
+        ("cardiac2d/ldm_as_run", "cardiac2d/vqvae_as_run"),
         ("aldm/brats_ldm_r3", "aldm/brats_msspade_r3"),
         ("aldm/brats_joint", "aldm/brats_vqgan"),
     ],

@@ -100,6 +100,19 @@ def experiment_name() -> str:
     )
 
 
+def adopt_renamed(name: str) -> None:
+    """Former names of config members on the command line become today's, each with a line on stderr.
+
+    The command line itself changes, so that the ranks which Lightning starts read the same words.
+    """
+    from medldm.overrides import renamed
+
+    for place, word in enumerate(sys.argv):
+        if place and (now := renamed(word)) != word:
+            print(f"medldm {name}: {word} is deprecated; write {now}", file=sys.stderr)
+            sys.argv[place] = now
+
+
 def run_command(task: Callable, name: str, description: str) -> None:
     """Run `task(cfg)` under Hydra with the config of this name."""
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -109,6 +122,8 @@ def run_command(task: Callable, name: str, description: str) -> None:
     from omegaconf import OmegaConf
 
     from medldm.overrides import check_dashes, misread_path
+
+    adopt_renamed(name)
 
     def guarded(cfg: Any) -> None:
         with mistakes_in_one_line(name):  # inside Hydra, which would print a line of its own
