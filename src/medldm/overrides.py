@@ -12,7 +12,7 @@ PATH_KEYS = (
     "source", "reconstruction", "train", "segmenter", "synthetic", "weights", "output_root", "label_dir",
 )  # fmt: skip
 SUFFICES = "`medldm {name} --cfg job` prints every key"
-# Group -> the former names of its members. They compose to the same config, and a line on screen tells the new one.
+# Group -> former and present names of its members, which compose to the same config.
 RENAMED = {
     "experiment": {
         "cardiac2d/vqvae_seed": "cardiac2d/vqvae_published",

@@ -116,5 +116,5 @@ def candidates(key: str, model: Mapping[str, Any], name: str) -> Iterator[str]:
         kinds = ("msspade",)
     system, _, own = name.rpartition("/")
     for kind in kinds:
-        for ending in ("", ".*"):  # autopet_vqgan_published beside autopet_ldm_published, else autopet_vqgan
+        for ending in ("", ".*"):  # autopet_vqgan_published beside autopet_ldm_published
             yield f"{system}/" + re.sub(f"(ldm|msspade|joint){ending}", kind, own, count=1)
