@@ -78,8 +78,8 @@ def vqvae(batch_size: int, compiled: bool) -> dict[str, Callable]:
 
 
 def unet(batch_size: int, compiled: bool) -> dict[str, Callable]:
-    """configs/model/network/unet_cardiac_as_run (103.5M) on 32 x 32 latents, and MONAI's U-Net of the same widths
-    (91.3M) with 16 heads and attention in every level too. Mean squared error on the noise.
+    """configs/model/network/unet_cardiac_as_run (103.5M) on 32 x 32 latents, and MONAI's U-Net of the same
+    widths (91.3M) with 16 heads and attention in every level too. Mean squared error on the noise.
     """
     from monai.networks.nets import DiffusionModelUNet
 
