@@ -1,11 +1,14 @@
-"""`medldm COMMAND ...`: replaces this process by `python -m medldm.commands.COMMAND ...`.
+"""The program `medldm`: prints help, or replaces itself by `python -m medldm.commands.COMMAND ...`.
 
-It must exec: Lightning's DDP launcher runs `sys.argv` again, and a dispatcher that pops its sub-command would
-start the other ranks with other overrides.
+It replaces the process because Lightning's launcher of several ranks runs `sys.argv` again: a dispatcher that
+takes its sub-command off the list would start the other ranks with other overrides. Help is read from the
+source of a command without importing it, so that it appears at once.
 """
 
+import ast
 import os
 import sys
+from pathlib import Path
 
 COMMANDS = {
     "phantom": "write synthetic subjects in a dataset's own raw folder layout",
@@ -32,6 +35,17 @@ def usage() -> str:
     )
 
 
+def explanation(command: str) -> str:
+    """What `medldm COMMAND --help` prints: the docstring of the command's module."""
+    source = (Path(__file__).parent / "commands" / f"{command}.py").read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(source)) or ""
+    return f"{text}\n\n`medldm {command} --cfg job` prints every key with its value."
+
+
+def asks_for_help(arguments: list[str]) -> bool:
+    return bool({"-h", "--help"} & set(arguments))
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -41,6 +55,9 @@ def main() -> None:
     if command not in COMMANDS:
         print(f"medldm: no command '{command}'; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
+    if asks_for_help(rest):
+        print(explanation(command))
+        return
     os.execv(sys.executable, [sys.executable, "-m", f"medldm.commands.{command}", *rest])
 
 

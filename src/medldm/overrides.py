@@ -7,6 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 PATH_KEYS = (
     "raw", "root", "run_dir", "output", "checkpoint", "resume", "init_from", "generated", "reference",
     "source", "reconstruction", "train", "segmenter", "synthetic", "weights", "output_root", "label_dir",
@@ -40,9 +46,6 @@ RENAMED |= dict.fromkeys(("first_stage_experiment", "map_stage_experiment"), REN
 
 def parsed(word: str) -> Any:
     """The value that Hydra reads in `key=value`, or None where it does not read it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     try:
         return OverridesParser.create().parse_override(word).value()
     except HydraException:
@@ -116,10 +119,6 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
 
 def config_keys(name: str, arguments: Sequence[str], config_dir: Path) -> list[str]:
     """The keys of a command's config under the groups that a command line chooses."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-
     chosen = [word for word in arguments if re.fullmatch(r"[+\w/@]+=[\w/]+", word) and "." not in word]
     groups = [word for word in chosen if (config_dir / word.partition("=")[0].lstrip("+")).is_dir()]
     GlobalHydra.instance().clear()
@@ -174,8 +173,6 @@ def tell_no_choice(path: str, arguments: Sequence[str], config_dir: Path) -> str
 
 def check_dashes(arguments: Sequence[str]) -> str | None:
     """The line for options in the place of keys, which Hydra would answer with its whole usage."""
-    from hydra._internal.utils import get_args_parser
-
     flags = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     for word in arguments:
         if word.startswith("-") and word.partition("=")[0] not in flags and not word.lstrip("-").isdigit():

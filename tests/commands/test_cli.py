@@ -6,7 +6,7 @@ import pytest
 
 from medldm import cli
 
-HEAVY = ("torch", "pytorch_lightning", "numpy", "h5py")
+HEAVY = ("torch", "pytorch_lightning", "numpy", "h5py", "hydra", "rich", "medldm.commands")
 
 
 def loaded_by(*arguments: str) -> tuple[str, set[str]]:
@@ -24,8 +24,14 @@ def loaded_by(*arguments: str) -> tuple[str, set[str]]:
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_help_explains_a_command_without_importing_torch(command):
-    text, loaded = loaded_by(f"medldm.commands.{command}", "--help")
+    text, loaded = loaded_by("medldm", command, "--help")
     assert text.startswith(f"medldm {command}: ") and not loaded
+    assert f"`medldm {command} --cfg job` prints every key" in text
+
+
+def test_a_command_started_as_a_module_prints_the_same_help():
+    """As the SLURM jobs start it."""
+    assert loaded_by("medldm.commands.phantom", "-h")[0] == loaded_by("medldm", "phantom", "--help")[0]
 
 
 def test_help_names_every_command_without_importing_torch():

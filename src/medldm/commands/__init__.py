@@ -6,9 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any
 
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from medldm.cli import asks_for_help, explanation
 from medldm.errors import InputError
+from medldm.files import nothing_empty
+from medldm.overrides import check_dashes, explain, misread_path, renamed
+
+Task = Callable[[DictConfig], None]
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 # In a wheel the configs lie inside the package, in a checkout beside src/.
@@ -30,11 +40,6 @@ def one_line(text: object) -> str:
 
 def user_message(error: BaseException, name: str) -> str | None:
     """The line for a user's mistake, or None where the error is a defect of ours."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
-    from medldm.overrides import explain
-
     chain = list(causes(error))
     for link in chain:
         if isinstance(link, InputError):
@@ -70,16 +75,14 @@ def mistakes_in_one_line(name: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def clean_after_failure(key: str) -> Callable:
-    """Decorates `task(cfg)`: a failure before anything was written leaves no empty folder of that key."""
+def clean_after_failure(key: str) -> Callable[[Task], Task]:
+    """Decorates `task(cfg)`: a failure before anything was written leaves no empty folder behind at the path
+    that the config gives under `key`.
+    """
 
-    def decorate(task: Callable) -> Callable:
+    def decorate(task: Task) -> Task:
         @wraps(task)
-        def guarded(cfg: Any) -> None:
-            from omegaconf import OmegaConf
-
-            from medldm.files import nothing_empty
-
+        def guarded(cfg: DictConfig) -> None:
             folder = OmegaConf.select(cfg, key, throw_on_missing=False)
             with nothing_empty(Path(str(folder))) if folder else nullcontext():
                 task(cfg)
@@ -91,13 +94,9 @@ def clean_after_failure(key: str) -> Callable:
 
 def experiment_name() -> str:
     """The experiment chosen on the command line, `default` without one."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return (
-        (HydraConfig.get().runtime.choices.get("experiment") or "default")
-        if HydraConfig.initialized()
-        else "default"
-    )
+    if not HydraConfig.initialized():
+        return "default"
+    return HydraConfig.get().runtime.choices.get("experiment") or "default"
 
 
 def adopt_renamed(name: str) -> None:
@@ -105,27 +104,25 @@ def adopt_renamed(name: str) -> None:
 
     The command line itself changes, so that the ranks which Lightning starts read the same words.
     """
-    from medldm.overrides import renamed
-
     for place, word in enumerate(sys.argv):
         if place and (now := renamed(word)) != word:
             print(f"medldm {name}: {word} is deprecated; write {now}", file=sys.stderr)
             sys.argv[place] = now
 
 
-def run_command(task: Callable, name: str, description: str) -> None:
-    """Run `task(cfg)` under Hydra with the config of this name."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{description.strip()}\n\n`medldm {name} --cfg job` prints every key with its value.")
+def typed_overrides() -> list[str] | None:
+    """The overrides as they were typed, such as `data.raw=DIR`; None outside the command line."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+
+
+def run_command(task: Task, name: str) -> None:
+    """Run `task(cfg)` under Hydra with the config of this command's name, or print the command's help."""
+    if asks_for_help(sys.argv[1:]):
+        print(explanation(name))
         return
-    import hydra
-    from omegaconf import OmegaConf
-
-    from medldm.overrides import check_dashes, misread_path
-
     adopt_renamed(name)
 
-    def guarded(cfg: Any) -> None:
+    def guarded(cfg: DictConfig) -> None:
         with mistakes_in_one_line(name):  # inside Hydra, which would print a line of its own
             if line := misread_path(OmegaConf.to_container(cfg), sys.argv[1:]):
                 raise InputError(line)

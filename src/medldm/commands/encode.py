@@ -156,7 +156,7 @@ def task(cfg: Any) -> None:
 
 
 def main() -> None:
-    run_command(task, "encode", __doc__)
+    run_command(task, "encode")
 
 
 if __name__ == "__main__":

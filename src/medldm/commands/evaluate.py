@@ -308,7 +308,7 @@ def show(results: dict) -> None:
 
 
 def main() -> None:
-    run_command(task, "evaluate", __doc__)
+    run_command(task, "evaluate")
 
 
 if __name__ == "__main__":

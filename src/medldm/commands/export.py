@@ -6,20 +6,33 @@ Writes DIR/images/<split>/<case>_<slice>.png, [-1, 1] as 0 to 255, and where the
 DIR/masks/all/<split>/<case>_<slice>.png with the class numbers: the two folders that segmentation-guided
 diffusion (Konz et al. 2024) trains on. Slices of volumes are axial ones, numbered from the first of the
 prepared array; `medldm evaluate generated=DIR/images/test reference=DATA` puts pictures of these names
-together again. Keys: root, output, split (a name in splits.json). Run it again to continue, or to write
-anew what was prepared anew.
+together again. Keys: root, output, split (a name in splits.json). Run it again to continue, or to replace
+the slices of cases that were prepared again.
 """
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from omegaconf import DictConfig
+from PIL import Image
+from rich.progress import track
+
 from medldm.commands import clean_after_failure, run_command
+from medldm.data.loading.dataset import content_of
+from medldm.data.preparation.transforms import axial_axis, exact
+from medldm.data.raw.readers import load_index, read_images, read_json
+from medldm.data.splits import SUBSETS, read_splits
 from medldm.errors import InputError
+from medldm.files import replacing, write_json
+from medldm.fingerprints import digest
+from medldm.outputs import claim
 
 log = logging.getLogger(__name__)
+MAX_CLASSES = 256  # what 8 bits hold
 
 
 def planes_of(record: Any, axis: int | None) -> Iterator[tuple[str, Any, Any]]:
@@ -32,26 +45,34 @@ def planes_of(record: Any, axis: int | None) -> Iterator[tuple[str, Any, Any]]:
         yield f"{record.id}_{k:03d}", record.image[0].take(k, axis), mask
 
 
-def write_grey(path: Path, array: Any) -> None:
-    from PIL import Image
-
-    from medldm.files import replacing
-
+def write_grey(path: Path, array: np.ndarray) -> None:
     with replacing(path) as aside:
         Image.fromarray(array).save(aside, format="PNG")
 
 
-def remove_stale(output: Path, cases: dict[str, dict[str, str]]) -> None:
-    """Take away the slices of cases that were prepared anew or left out since they were written. Only then
-    does provenance.json speak of the new ones, so that a run that is stopped leaves no old slice.
-    """
-    from medldm.data.raw.readers import read_json
-    from medldm.files import write_json
+def write_case(record: Any, axis: int | None, output: Path, part: str) -> None:
+    """The slices of one case that do not stand yet; a slice's image is written last, after its map."""
+    for name, image, mask in planes_of(record, axis):
+        path = output / "images" / part / f"{name}.png"
+        if path.is_file():
+            continue
+        if mask is not None:
+            classes = exact(mask, np.uint8, f"{record.id}: class map")
+            write_grey(output / "masks" / "all" / part / f"{name}.png", classes)
+        levels = np.rint((np.clip(image, -1, 1) + 1) * 127.5)
+        write_grey(path, levels.astype(np.uint8))
 
+
+def remove_stale(output: Path, cases: Mapping[str, Mapping[str, str]]) -> None:
+    """Delete the slices of cases that were prepared again or left out since they were written.
+
+    Only then does provenance.json name the new ones, so that a run that is stopped leaves no old slice.
+    """
     path = output / "provenance.json"
     if not path.is_file():
         return
-    earlier = read_json(path, "delete the folder").get("cases")
+    known = read_json(path, "delete the folder")
+    earlier = known.get("cases")
     if earlier is None:
         log.warning("%s: an older medldm did not record what the cases hold; slices are kept by name", output)
         return
@@ -59,62 +80,47 @@ def remove_stale(output: Path, cases: dict[str, dict[str, str]]) -> None:
     if not stale:
         return
     log.warning(
-        "%s: %d of %d cases changed since they were written; made anew", output, len(stale), len(earlier)
+        "%s: %d of %d cases changed since they were written; written again", output, len(stale), len(earlier)
     )
     for picture in output.glob("*/**/*.png"):
         if re.sub(r"_\d+$", "", picture.stem) in stale:
             picture.unlink()
-    known = read_json(path, "delete the folder")
-    write_json(path, known | {"cases": cases})
+    write_json(path, known | {"cases": dict(cases)})
 
 
-@clean_after_failure("output")
-def task(cfg: Any) -> None:
-    import numpy as np
-    from rich.progress import track
-
-    from medldm.data.loading.dataset import content_of
-    from medldm.data.preparation.transforms import axial_axis, exact
-    from medldm.data.raw.readers import load_index, read_images
-    from medldm.data.splits import SUBSETS, read_splits
-    from medldm.fingerprints import digest
-    from medldm.outputs import claim
-
+def claim_folder(cfg: DictConfig, index: Mapping[str, Any], part_of: Mapping[str, str]) -> None:
+    """Write the folder's provenance.json. InputError where it holds slices of another dataset or split."""
     root, output = Path(cfg.root), Path(cfg.output)
-    index, splits = load_index(root), read_splits(root / "splits.json")
-    if cfg.split not in splits:
-        raise InputError(f"split={cfg.split}: {root / 'splits.json'} has {', '.join(splits)}")
-    part_of = {subject: part for part in SUBSETS for subject in splits[cfg.split].get(part, ())}
-    if (index["num_classes"] or 0) > 256:
-        raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
-    axis = axial_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
     about = {"data_root": str(root.resolve()), "split": cfg.split, "subjects": digest(part_of)}
     contents = {case["id"]: content_of(case) for case in index["cases"]}
     if all(contents.values()):
         remove_stale(output, contents)
         about["cases"] = contents
-    else:  # of an older medldm: the recipe is all that is known
+    else:  # prepared by an older medldm: the recipe is all that is known
         about["preprocess_hash"] = index.get("preprocess_hash")
     claim(output, about)
+
+
+@clean_after_failure("output")
+def task(cfg: DictConfig) -> None:
+    root, output = Path(cfg.root), Path(cfg.output)
+    index, splits = load_index(root), read_splits(root / "splits.json")
+    if cfg.split not in splits:
+        raise InputError(f"split={cfg.split}: {root / 'splits.json'} has {', '.join(splits)}")
+    part_of = {subject: part for part in SUBSETS for subject in splits[cfg.split].get(part, ())}
+    if (index["num_classes"] or 0) > MAX_CLASSES:
+        raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
+    axis = axial_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
+    claim_folder(cfg, index, part_of)
     for case in track(index["cases"], description="Writing slices"):
-        part = part_of.get(case["subject"])
-        if part is None:
-            continue
-        for record in read_images(root / case["file"]):
-            for name, image, mask in planes_of(record, axis):
-                path = output / "images" / part / f"{name}.png"
-                if path.is_file():
-                    continue
-                if mask is not None:
-                    classes = exact(mask, np.uint8, f"{record.id}: class map")
-                    write_grey(output / "masks" / "all" / part / f"{name}.png", classes)
-                levels = np.rint((np.clip(image, -1, 1) + 1) * 127.5)
-                write_grey(path, levels.astype(np.uint8))
+        if (part := part_of.get(case["subject"])) is not None:
+            for record in read_images(root / case["file"]):
+                write_case(record, axis, output, part)
     print(output)
 
 
 def main() -> None:
-    run_command(task, "export", __doc__)
+    run_command(task, "export")
 
 
 if __name__ == "__main__":

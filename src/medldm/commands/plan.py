@@ -19,19 +19,34 @@ Ends with status 3 where the card cannot hold the step.
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from medldm.batch import batch_keys
 from medldm.commands import CONFIG_DIR, experiment_name, run_command
+from medldm.devices import pick_device
 from medldm.errors import InputError
+from medldm.planning.assume import Experiments, describe_job
+from medldm.planning.estimate import (
+    HEADER,
+    Estimate,
+    Planner,
+    advice,
+    operations_table,
+    settings,
+    this_device,
+)
+from medldm.planning.measure import measured_step
+from medldm.planning.step import Job
 
-TOO_LARGE = 3
+TOO_LARGE = 3  # exit status
 
 
-def task(cfg: Any) -> None:
-    from omegaconf import OmegaConf
-
-    from medldm.planning.estimate import HEADER, Planner, advice, operations_table, settings, this_device
-
+def task(cfg: DictConfig) -> None:
     plan = OmegaConf.to_container(cfg, resolve=True)
     gpu = plan["gpu"] or this_device()
     if gpu not in plan["cards"]:
@@ -56,11 +71,8 @@ def task(cfg: Any) -> None:
         sys.exit(TOO_LARGE)
 
 
-def measured(planner: Any, found: Any, count: int) -> str:
+def measured(planner: Planner, found: Estimate, count: int) -> str:
     """The same step on this machine's device, beside what was expected."""
-    from medldm.devices import pick_device
-    from medldm.planning.measure import measured_step
-
     device = pick_device()
     real = measured_step(planner.job, found.batch_size, device, count, bf16=planner.bf16)
     memory = "" if real.allocated_gib is None else (
@@ -74,11 +86,8 @@ def measured(planner: Any, found: Any, count: int) -> str:
     )
 
 
-def describe(plan: Mapping[str, Any]) -> Any:
+def describe(plan: Mapping[str, Any]) -> Job:
     """The job of a config, with the experiments beside it for stages that are not trained yet."""
-    from medldm.batch import batch_keys
-    from medldm.planning.assume import Experiments, describe_job
-
     experiments = Experiments(experiment_name(), set(known_experiments()), compose_model)
     return describe_job(plan, experiments, batch_keys(plan["model"], plan["data"]))
 
@@ -90,12 +99,6 @@ def known_experiments() -> Iterator[str]:
 
 def compose_model(experiment: str) -> dict[str, Any]:
     """The model's config of another experiment."""
-    from contextlib import nullcontext
-
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
     is_running = GlobalHydra.instance().is_initialized()
     here = nullcontext() if is_running else initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
     with here:
@@ -104,7 +107,7 @@ def compose_model(experiment: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    run_command(task, "plan", __doc__)
+    run_command(task, "plan")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     medldm prepare data=mnms2 data.raw=DIR data.root=OUT
     medldm prepare data=folder data.raw=DIR data.root=OUT data.spatial_dims=3
 
-data              mnms2 (M&Ms-2 as published), nih_cxr14, chestxray or class_folders (one folder a class),
-                  or folder (images/ and masks/, or manifest.csv)
+data              the dataset: a file of configs/data, such as mnms2 (M&Ms-2 as published), brats or autopet;
+                  class_folders (one folder for each class); folder (images/ and masks/, or manifest.csv)
 data.raw          the raw dataset; data.root: folder to write to
-data.num_workers  processes (0: none beside this one)
+data.num_workers  number of processes (0: this one alone)
 data.image_size   grid of the prepared images; data.spatial_dims: 2 or 3
 data.cine         mnms2: true adds the frames of the CINE, without maps, to what autoencoders train on
-data.select.*     classes, split, max_images: what is prepared at all
+data.select.*     which classes, split or number of images are prepared at all
 data.preprocess.* resizing, intensity, labels, edges, storage
 
 It can be stopped and started again: finished cases are kept as long as raw files and preprocessing
@@ -18,26 +18,25 @@ index.json) say what was found, what was left out and why, and how the subjects 
 """
 
 import shlex
-from typing import TYPE_CHECKING
 
-from medldm.commands import run_command
+from omegaconf import DictConfig, OmegaConf
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from medldm.commands import run_command, typed_overrides
+from medldm.data.preparation.prepare import prepare_dataset
+from medldm.data.raw.inventory import summary
+from medldm.data.raw.readers import load_index
+from medldm.data.splits import read_splits
+
+OPTIONS = (
+    "dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select", "modalities",
+    "label_dir", "task", "cine",
+)  # fmt: skip
 
 
-def task(cfg: "DictConfig") -> None:
-    from omegaconf import OmegaConf
-
-    from medldm.data.preparation.prepare import prepare_dataset
-    from medldm.data.raw.inventory import summary
-    from medldm.data.raw.readers import load_index
-    from medldm.data.splits import read_splits
-
-    raw, root = cfg.data.raw, cfg.data.root
+def task(cfg: DictConfig) -> None:
+    raw, root = cfg.data.raw, cfg.data.root  # a missing one is told by its name
     data = OmegaConf.to_container(cfg.data, resolve=True)
-    keys = ("dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select")
-    options = {key: data[key] for key in (*keys, "modalities", "label_dir", "task", "cine")}
+    options = {key: data[key] for key in OPTIONS}
     prepared = prepare_dataset(raw=raw, root=root, command=command_line(), **options)
     inventory = load_index(prepared)["inventory"]
     print("\n".join(summary(inventory, read_splits(prepared / "splits.json"))))
@@ -45,16 +44,13 @@ def task(cfg: "DictConfig") -> None:
 
 
 def command_line() -> str | None:
-    """What was typed, to be told again; None outside the command line."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
-        return None
-    return shlex.join(["medldm", "prepare", *HydraConfig.get().overrides.task])
+    """What was typed, so that messages can repeat it with a change; None outside the command line."""
+    typed = typed_overrides()
+    return None if typed is None else shlex.join(["medldm", "prepare", *typed])
 
 
 def main() -> None:
-    run_command(task, "prepare", __doc__)
+    run_command(task, "prepare")
 
 
 if __name__ == "__main__":

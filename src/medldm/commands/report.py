@@ -215,7 +215,7 @@ def read_evaluation(folder: Path):  # noqa: ANN201
 
 
 def main() -> None:
-    run_command(task, "report", __doc__)
+    run_command(task, "report")
 
 
 if __name__ == "__main__":

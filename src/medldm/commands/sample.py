@@ -340,7 +340,7 @@ def describe_sampler(module: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    run_command(task, "sample", __doc__)
+    run_command(task, "sample")
 
 
 if __name__ == "__main__":

@@ -522,7 +522,7 @@ def task(cfg: Any) -> None:
 
 
 def main() -> None:
-    run_command(task, "train", __doc__)
+    run_command(task, "train")
 
 
 if __name__ == "__main__":

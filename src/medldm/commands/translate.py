@@ -227,7 +227,7 @@ def trained_on(source: str, module: Any, checkpoint: str) -> dict[str, list[str]
 
 
 def main() -> None:
-    run_command(task, "translate", __doc__)
+    run_command(task, "translate")
 
 
 if __name__ == "__main__":
