@@ -49,6 +49,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path, mend: str) -> dict:
+    """The content of a JSON file; InputError with the `mend` where it is missing or damaged."""
+    if not path.is_file():
+        raise InputError(f"{path}: not found; {mend}")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from error
+
+
 def write_json(path: Path, content: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")

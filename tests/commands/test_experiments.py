@@ -13,7 +13,8 @@ from medldm.build import load_module
 from medldm.commands import encode, prepare, sample
 from medldm.data import build_datamodule
 from medldm.data.preparation.edges import label_contours
-from medldm.data.raw.readers import load_index, read_images
+from medldm.data.prepared import load_index
+from medldm.data.records import read_images
 from medldm.errors import InputError
 from medldm.outputs import SampleFolder
 from tests.helpers import CONFIG_DIR, compose_config

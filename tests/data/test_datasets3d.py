@@ -21,7 +21,9 @@ from medldm.data.datasets import (
     totalsegmentator_mri,
 )
 from medldm.data.loading.datamodule import CaseDataModule
-from medldm.data.raw.readers import load_index, read_image, read_images
+from medldm.data.prepared import load_index
+from medldm.data.raw.readers import read_image
+from medldm.data.records import read_images
 from medldm.errors import InputError
 from tests.helpers import compose_config
 

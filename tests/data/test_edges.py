@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from medldm.data.preparation.edges import EdgeDegrade, EdgeRecipe, detect_edges, label_contours
-from medldm.data.raw.readers import read_images
+from medldm.data.records import read_images
 from medldm.errors import InputError
 
 

@@ -7,8 +7,10 @@ import pytest
 
 from medldm.commands import prepare
 from medldm.data.datasets import duke
-from medldm.data.raw.formats import read_nrrd
-from medldm.data.raw.readers import files_of, is_image, load_index, read_image, read_images
+from medldm.data.prepared import load_index
+from medldm.data.raw.nrrd import read_nrrd
+from medldm.data.raw.readers import files_of, is_image, read_image
+from medldm.data.records import read_images
 from medldm.errors import InputError
 from tests.helpers import compose_config
 

@@ -6,9 +6,10 @@ import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from medldm.data import build_datamodule
+from medldm.data.hdf5 import open_hdf5
 from medldm.data.preparation.prepare import prepare_dataset
+from medldm.data.prepared import load_index
 from medldm.data.raw.grids import is_same_grid
-from medldm.data.raw.readers import load_index, open_hdf5
 from medldm.errors import InputError
 from tests.data.conftest import settings
 

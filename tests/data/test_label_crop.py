@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from medldm.data.case import Case
+from medldm.data.hdf5 import open_hdf5
 from medldm.data.preparation.slices import cut, label_box
-from medldm.data.raw.readers import load_index, open_hdf5, read_image
+from medldm.data.prepared import load_index
+from medldm.data.raw.readers import read_image
 from medldm.errors import InputError
 from tests.data.test_prepare import prepare
 

@@ -13,12 +13,15 @@ import pytest
 from scipy import ndimage
 
 from medldm.commands import prepare as prepare_command
+from medldm.data import hdf5
 from medldm.data.datasets import folder
 from medldm.data.datasets import mnms2 as mnms2_dataset
+from medldm.data.hdf5 import HandleCache, open_hdf5
 from medldm.data.phantoms.cardiac import write_mnms2
 from medldm.data.preparation.prepare import prepare_dataset
-from medldm.data.raw import readers as readers_module
-from medldm.data.raw.readers import HandleCache, load_index, open_hdf5, read_image, read_images
+from medldm.data.prepared import load_index
+from medldm.data.raw.readers import read_image
+from medldm.data.records import read_images
 from medldm.errors import InputError
 from tests.data.conftest import MNMS2_LABELS, settings
 from tests.helpers import compose_config
@@ -357,9 +360,9 @@ def test_author_format_is_readable_with_view_and_phase_by_position(tmp_path):
 
 
 def test_handles_are_closed_when_too_many_are_open(mnms2, monkeypatch):
-    monkeypatch.setattr(readers_module, "HANDLES", HandleCache(max_open=2))
+    monkeypatch.setattr(hdf5, "HANDLES", HandleCache(max_open=2))
     readers = [open_hdf5(mnms2 / case["file"]) for case in load_index(mnms2)["cases"]]
-    assert len(readers_module.HANDLES.readers) == 2 and not readers[0].file and readers[2].file
+    assert len(hdf5.HANDLES.readers) == 2 and not readers[0].file and readers[2].file
     assert open_hdf5(readers[2].path) is readers[2]
 
 

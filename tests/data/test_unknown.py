@@ -13,7 +13,8 @@ from medldm.data import build_datamodule
 from medldm.data.loading.datamodule import view_weights
 from medldm.data.loading.dataset import Item
 from medldm.data.loading.pairs import pair_items
-from medldm.data.raw.readers import load_index, read_images
+from medldm.data.prepared import load_index
+from medldm.data.records import read_images
 from medldm.errors import InputError
 from medldm.evaluation.pairs import group_members, make_pairs
 from tests.data.test_prepare import prepare_folder, write_pictures

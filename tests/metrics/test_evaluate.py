@@ -192,7 +192,7 @@ def test_unknown_metrics_and_baselines_are_named(call, folders):
 
 
 def test_copies_of_training_images_are_counted(call, folders, tmp_path):
-    from medldm.data.raw.readers import read_images
+    from medldm.data.records import read_images
 
     copies = tmp_path / "train"
     (copies / "images").mkdir(parents=True)
@@ -300,7 +300,7 @@ def test_edges_count_as_the_condition_only_where_they_were_given(folders, call, 
 
 
 def test_pictures_of_another_program_are_not_taken_for_made_from_edges(folders, call):
-    from medldm.data.raw.readers import read_images
+    from medldm.data.records import read_images
 
     (folders / "pictures").mkdir()
     for record in read_images(folders / "samples"):

@@ -6,9 +6,9 @@ import shutil
 import h5py
 import pytest
 
+from medldm.data import hdf5
 from medldm.data.loading.datamodule import CaseDataModule
-from medldm.data.raw import readers
-from medldm.data.raw.readers import load_index
+from medldm.data.prepared import load_index
 from medldm.errors import InputError
 from tests.provenance.conftest import draw, run_encode, run_prepare
 
@@ -122,8 +122,8 @@ def test_an_incomplete_cache_is_refused(copied):
 
 def without_fingerprints(root):
     """As an older medldm left it."""
-    while readers.HANDLES.readers:
-        readers.HANDLES.readers.popitem()[1].close()
+    while hdf5.HANDLES.readers:
+        hdf5.HANDLES.readers.popitem()[1].close()
     index = json.loads((root / "index.json").read_text())
     for case in index["cases"]:
         for key in ("content", "fingerprint", "preprocess_hash"):

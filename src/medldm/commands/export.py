@@ -24,10 +24,11 @@ from rich.progress import track
 from medldm.commands import clean_after_failure, run_command
 from medldm.data.loading.dataset import content_of
 from medldm.data.preparation.transforms import axial_axis, exact
-from medldm.data.raw.readers import load_index, read_images, read_json
+from medldm.data.prepared import load_index
+from medldm.data.records import read_images
 from medldm.data.splits import SUBSETS, read_splits
 from medldm.errors import InputError
-from medldm.files import replacing, write_json
+from medldm.files import read_json, replacing, write_json
 from medldm.fingerprints import digest
 from medldm.outputs import claim
 

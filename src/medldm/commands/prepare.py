@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from medldm.commands import run_command, typed_overrides
 from medldm.data.preparation.prepare import prepare_dataset
+from medldm.data.prepared import load_index
 from medldm.data.raw.inventory import summary
-from medldm.data.raw.readers import load_index
 from medldm.data.splits import read_splits
 
 OPTIONS = (

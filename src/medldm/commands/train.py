@@ -406,7 +406,7 @@ def find_latents(data: dict[str, Any], model: dict[str, Any], resumed: dict[str,
     where the cache is of another encoder, or encoding has not finished.
     """
     from medldm.data.loading.latents import encode_command
-    from medldm.data.raw.readers import read_json
+    from medldm.files import read_json
 
     name = data.get("latents")
     checkpoint = model.get("first_stage", {}).get("checkpoint")

@@ -157,9 +157,9 @@ def task(cfg: Any) -> None:
 
     from medldm.data.case import stem_of
     from medldm.data.preparation.volume_transforms import restore_volume
-    from medldm.data.raw.readers import files_of, read_json
+    from medldm.data.raw.readers import files_of
     from medldm.devices import inference_precision
-    from medldm.files import safe_name, write_json
+    from medldm.files import read_json, safe_name, write_json
     from medldm.fingerprints import content_of
     from medldm.outputs import write_nifti
 

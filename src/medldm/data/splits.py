@@ -20,32 +20,11 @@ SPELLINGS = {
 }
 NOTE = "note"  # of a split: a sentence about how it came about, beside its lists
 Split = dict[str, Any]  # {train, val, test: lists of subjects}, and a note where there is something to say
-MNMS2_SUBJECTS = [f"{i:03d}" for i in range(1, 361)]
 
 
 def subset_of(name: str) -> str | None:
     """train, val or test by any of its spellings (Train, validation...); None for another word."""
     return next((key for key, spellings in SPELLINGS.items() if name.strip().lower() in spellings), None)
-
-
-def seed42_350_10(num_val: int = 20) -> Split:
-    """The report's 350/10 split of M&Ms-2, whose ten held-out subjects are the test set.
-
-    The report called the same ten subjects validation and test; here `num_val` of the 350 become the
-    validation set.
-    """
-    order = np.random.RandomState(42).permutation(360)  # the legacy generator that the author's code used
-    test, rest = order[:10], order[10:]
-    names = {"test": test, "val": rest[:num_val], "train": rest[num_val:]}
-    return {
-        key: [MNMS2_SUBJECTS[i] for i in (names[key] if key == "test" else sorted(names[key]))]
-        for key in SUBSETS
-    }
-
-
-def official_160_40_160() -> Split:
-    """The challenge's sequential split of M&Ms-2."""
-    return {"train": MNMS2_SUBJECTS[:160], "val": MNMS2_SUBJECTS[160:200], "test": MNMS2_SUBJECTS[200:]}
 
 
 def fraction_split(subjects: Sequence[str], fractions: Mapping[str, float], seed: int) -> Split:
@@ -93,26 +72,20 @@ def with_validation(split: Split, fraction: float, seed: int) -> Split:
 def make_splits(
     subjects: Sequence[str],
     *,
-    dataset: str,
     fractions: Mapping[str, float],
     seed: int,
     stated: Mapping[str, str] | None = None,
+    published: Mapping[str, Split] | None = None,
 ) -> dict[str, Split]:
-    """Every split of a dataset by name; `default` is the stated one, else the report's, else a seeded
-    fraction split.
+    """Every split of a dataset by name. `default` is the one that the data state, else the first of
+    those that are `published` for the dataset, else a seeded split by `fractions`.
     """
     drawn = fraction_split(subjects, fractions, seed)
     if stated:
         default = with_validation(stated_split(stated, "the data's own split"), fractions["val"], seed)
         return {"default": default, "fraction": drawn}
-    if dataset == "mnms2" and sorted(set(subjects)) == MNMS2_SUBJECTS:
-        report = seed42_350_10()
-        return {
-            "default": report,
-            "seed42_350_10": report,
-            "official_160_40_160": official_160_40_160(),
-            "fraction": drawn,
-        }
+    if published:
+        return {"default": next(iter(published.values())), **published, "fraction": drawn}
     return {"default": drawn}
 
 

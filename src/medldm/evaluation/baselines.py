@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medldm.data.raw.readers import read_images
+from medldm.data.records import read_images
 from medldm.errors import InputError
 from medldm.evaluation.conditions import MATCHABLE, Conditions
 from medldm.evaluation.foreign import Reading, settle_reference

@@ -15,7 +15,9 @@ import numpy as np
 
 from medldm.data.preparation.recipe import Recipe
 from medldm.data.preparation.transforms import to_unit
-from medldm.data.raw.readers import Image, ImageRecord, images_below, list_image_files, read_image
+from medldm.data.raw.image import Image
+from medldm.data.raw.readers import read_image
+from medldm.data.records import ImageRecord, images_below, list_image_files
 from medldm.errors import InputError
 from medldm.evaluation.grids import on_grid, stored_as
 from medldm.evaluation.ranges import (

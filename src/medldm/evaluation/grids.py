@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from medldm.data.preparation.recipe import Recipe
-from medldm.data.raw.readers import ImageRecord
+from medldm.data.records import ImageRecord
 from medldm.errors import InputError
 from medldm.evaluation.stored import load
 

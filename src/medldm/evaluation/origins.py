@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from medldm.data.hdf5 import made_from, open_hdf5
 from medldm.data.loading.dataset import content_of
-from medldm.data.raw.readers import made_from, open_hdf5
 from medldm.errors import InputError
 from medldm.fingerprints import digest, file_sha256
 from medldm.held_out import Seen

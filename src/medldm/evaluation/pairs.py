@@ -8,18 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from medldm.data.datasets.mnms2 import AUTHOR_INDEX
+from medldm.data.hdf5 import open_hdf5
 from medldm.data.preparation.edges import EdgeRecipe
 from medldm.data.preparation.recipe import Recipe, recipe_of
-from medldm.data.raw.readers import (
-    AUTHOR_INDEX,
-    HDF5_SUFFIXES,
-    ImageRecord,
-    has_suffix,
-    hdf5_records,
-    list_image_files,
-    load_index,
-    open_hdf5,
-)
+from medldm.data.prepared import load_index
+from medldm.data.raw.image import HDF5_SUFFIXES, has_suffix
+from medldm.data.records import ImageRecord, hdf5_records, list_image_files
 from medldm.data.splits import read_splits
 from medldm.errors import InputError
 from medldm.evaluation.conditions import Conditions

@@ -10,13 +10,9 @@ import numpy as np
 
 from medldm.data.case import stem_of
 from medldm.data.preparation.transforms import to_unit
-from medldm.data.raw.readers import (
-    RASTER_SUFFIXES,
-    ImageRecord,
-    has_suffix,
-    list_image_files,
-    read_image,
-)
+from medldm.data.raw.image import RASTER_SUFFIXES, has_suffix
+from medldm.data.raw.readers import read_image
+from medldm.data.records import ImageRecord, list_image_files
 from medldm.errors import InputError
 from medldm.evaluation.stored import StoredImage
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.raw.readers import ImageRecord, read_images
+from medldm.data.records import ImageRecord, read_images
 
 
 @dataclass(frozen=True)

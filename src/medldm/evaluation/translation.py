@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from medldm.data.raw.readers import ImageRecord
+from medldm.data.records import ImageRecord
 from medldm.errors import InputError
 from medldm.evaluation.foreign import Reading, settle
 from medldm.evaluation.pairs import (

@@ -9,8 +9,8 @@ import logging
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
+from medldm.data.raw.image import NIFTI_SUFFIXES
 from medldm.data.raw.layouts import (
-    NIFTI_SUFFIXES,
     existing,
     files_below,
     folder_pairs,

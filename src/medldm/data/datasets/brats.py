@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
+from medldm.data.raw.image import NIFTI_SUFFIXES
 from medldm.data.raw.layouts import (
-    NIFTI_SUFFIXES,
     check_modalities,
     existing,
     files_below,

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
+from medldm.data.raw.image import RASTER_SUFFIXES
 from medldm.data.raw.layouts import files_below, require_root, split_folders
-from medldm.data.raw.readers import RASTER_SUFFIXES
 from medldm.errors import InputError
 from medldm.files import is_hidden
 

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.raw.formats import DICOM_SUFFIXES, dicom_files, nrrd_sizes
+from medldm.data.raw.dicom import DICOM_SUFFIXES, dicom_files
 from medldm.data.raw.layouts import SPLITS, files_below, folder_pairs, require_cases, require_root
+from medldm.data.raw.nrrd import nrrd_sizes
 from medldm.errors import InputError
 from medldm.files import walk
 

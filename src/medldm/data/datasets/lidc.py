@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case
+from medldm.data.raw.image import NUMPY_SUFFIXES
 from medldm.data.raw.layouts import VOLUME_SUFFIXES, images_below, name_of, require_cases, require_root
-from medldm.data.raw.readers import NUMPY_SUFFIXES
 
 PATIENT = re.compile(r"LIDC-IDRI-\d{4}")
 

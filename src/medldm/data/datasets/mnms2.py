@@ -3,17 +3,26 @@ end-systole.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from medldm.data.case import Case
+from medldm.data.hdf5 import open_hdf5
+from medldm.data.raw.image import require_file
 from medldm.data.raw.layouts import require_root
-from medldm.data.raw.readers import nifti_shape
+from medldm.data.raw.nifti import nifti_shape
 from medldm.data.raw.tables import Note, read_rows
+from medldm.data.splits import SUBSETS, Split
 from medldm.errors import InputError
+from medldm.files import read_json
 
 log = logging.getLogger(__name__)
 # The author's sample order.
 ACQUISITIONS = [(view, phase) for view in ("LA", "SA") for phase in ("ED", "ES")]
+SUBJECTS = [f"{i:03d}" for i in range(1, 361)]
+AUTHOR_INDEX = "dataset_index_mapping.json"  # beside the files of ldm-medical-image
 COLUMNS = {"DISEASE": "disease", "VENDOR": "vendor", "SCANNER": "scanner", "FIELD": "field_T"}
 
 
@@ -115,3 +124,86 @@ def read_information(root: Path) -> dict[int, dict]:
         for row in rows
         if row["SUBJECT_CODE"].isdigit()
     }
+
+
+# ---- files that ldm-medical-image (tonyyunyang, GitHub) prepared ----
+
+
+def author_slices(num_samples: int) -> dict[str, list[int]]:
+    """View and phase of the author's files, by position: LA ED, LA ES, then SA ED..., SA ES..."""
+    per_phase = (num_samples - 2) // 2
+    view = [1, 1] + [0] * (2 * per_phase)
+    phase = [0, 1] + [0] * per_phase + [1] * per_phase
+    slice_index = [0, 0] + 2 * list(range(per_phase))
+    num_slices = [1, 1] + [per_phase] * (2 * per_phase)
+    return {"view": view, "phase": phase, "slice_index": slice_index, "num_slices": num_slices}
+
+
+def load_author_index(root: Path) -> dict:
+    """An index for `{NNN}_data.h5` files with `dataset_index_mapping.json` of ldm-medical-image."""
+    mapping = read_json(root / AUTHOR_INDEX, "restore it beside the `NNN_data.h5` files")
+    cases = []
+    for subject, entry in sorted(mapping.items()):
+        path = require_file(root / entry.get("file_name", f"{subject}_data.h5"))
+        num_samples = int(entry["num_samples"])
+        if num_samples < 4 or num_samples % 2:
+            raise InputError(f"{path}: {num_samples} samples are no LA ED, LA ES, SA ED..., SA ES... series")
+        cases.append(
+            {
+                "id": subject,
+                "subject": subject,
+                "file": path.name,
+                "num_slices": num_samples,
+                "slices": author_slices(num_samples),
+                "attributes": {},
+            }
+        )
+    if not cases:
+        raise InputError(f"{root / AUTHOR_INDEX}: lists no subjects; prepare the data again")
+    image_size = list(open_hdf5(root / cases[0]["file"]).dataset("image").shape[1:])
+    return {
+        "schema_version": 1,
+        "dataset": "mnms2",
+        "spatial_dims": 2,
+        "image_channels": 1,
+        "num_classes": 4,
+        "label_names": ["background", "LV cavity", "LV myocardium", "RV"],
+        "num_views": 2,
+        "view_names": ["SA", "LA"],
+        "num_phases": 2,
+        "phase_names": ["ED", "ES"],
+        "num_labels": 0,
+        "label_values": [],
+        "image_size": image_size,
+        "has_edges": True,
+        "cases": cases,
+    }
+
+
+# ---- published splits ----
+
+
+def published_splits(subjects: Sequence[str]) -> dict[str, Split]:
+    """By name, the one of the cardiac report first; {} where the 360 subjects are not all there."""
+    if sorted(set(subjects)) != SUBJECTS:
+        return {}
+    return {"seed42_350_10": seed42_350_10(), "official_160_40_160": official_160_40_160()}
+
+
+def seed42_350_10(num_val: int = 20) -> Split:
+    """The report's 350/10 split of M&Ms-2, whose ten held-out subjects are the test set.
+
+    The report called the same ten subjects validation and test; here `num_val` of the 350 become the
+    validation set.
+    """
+    order = np.random.RandomState(42).permutation(360)  # the legacy generator that the author's code used
+    test, rest = order[:10], order[10:]
+    names = {"test": test, "val": rest[:num_val], "train": rest[num_val:]}
+    return {
+        key: [SUBJECTS[i] for i in (names[key] if key == "test" else sorted(names[key]))] for key in SUBSETS
+    }
+
+
+def official_160_40_160() -> Split:
+    """The challenge's sequential split of M&Ms-2."""
+    return {"train": SUBJECTS[:160], "val": SUBJECTS[160:200], "test": SUBJECTS[200:]}

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medldm.data.case import Case
+from medldm.data.raw.image import NUMPY_SUFFIXES
 from medldm.data.raw.layouts import files_in, require_cases, require_root
-from medldm.data.raw.readers import NUMPY_SUFFIXES
 from medldm.data.raw.tables import read_text
 from medldm.errors import InputError
 

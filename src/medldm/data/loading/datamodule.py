@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.batch import Batch
+from medldm.data.datasets import published_splits
 from medldm.data.loading.dataset import (
     ARRAY_DTYPES,
     CaseDataset,
@@ -30,10 +31,11 @@ from medldm.data.loading.sampler import ResumableSampler
 from medldm.data.loading.synthetic import TRAIN_ON, SyntheticImages
 from medldm.data.preparation.edges import EdgeDegrade, EdgeRecipe
 from medldm.data.preparation.transforms import CenterCrop, RandomCrop, RandomFlip
-from medldm.data.raw.readers import load_index, read_json
+from medldm.data.prepared import load_index
 from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
 from medldm.devices import choose_settings
 from medldm.errors import InputError
+from medldm.files import read_json
 
 log = logging.getLogger(__name__)
 CONTOURS = "contours"  # an edge level: the class map's outlines alone
@@ -246,7 +248,12 @@ class CaseDataModule(pl.LightningDataModule):
         splits = (
             read_splits(path)
             if path.is_file()
-            else make_splits(subjects, dataset=index["dataset"], fractions=FRACTIONS, seed=42)
+            else make_splits(
+                subjects,
+                fractions=FRACTIONS,
+                seed=42,
+                published=published_splits(index["dataset"], subjects),
+            )
         )
         if self.split not in splits:
             raise InputError(f"data.split={self.split}: {path} has {', '.join(splits)}")

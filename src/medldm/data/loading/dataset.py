@@ -14,10 +14,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.batch import Batch
+from medldm.data.hdf5 import HDF5Reader, open_hdf5
 from medldm.data.loading.sampler import Request
 from medldm.data.loading.synthetic import SyntheticImages
 from medldm.data.preparation.edges import EdgeDegrade
-from medldm.data.raw.readers import HDF5Reader, open_hdf5
 from medldm.errors import InputError
 from medldm.fingerprints import digest
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medldm.data.raw.readers import made_from, open_hdf5, read_json
+from medldm.data.hdf5 import made_from, open_hdf5
 from medldm.errors import InputError
+from medldm.files import read_json
 from medldm.fingerprints import digest
 from medldm.held_out import Seen
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from medldm.data.preparation.recipe import Recipe
 from medldm.data.raw.grids import edges_of, turned
-from medldm.data.raw.readers import Image
+from medldm.data.raw.image import Image
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -5,13 +5,12 @@ A file is written beside its place, verified and renamed, so that whatever stand
 second run keeps what was made from the same raw files with the same preprocessing.
 """
 
-import importlib
 import inspect
 import json
 import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,20 +20,20 @@ import cv2
 import h5py
 import numpy as np
 
-from medldm.data import datasets
 from medldm.data.case import Case
+from medldm.data.datasets import find_dataset, published_splits
 from medldm.data.preparation.jobs import Job, has_findings, make_jobs, root_attributes
 from medldm.data.preparation.recipe import SCHEMA_VERSION, Recipe, make_recipe
 from medldm.data.preparation.slices import describe_slices, warn_of_planes, write_slices
 from medldm.data.preparation.transforms import mapping_override
 from medldm.data.preparation.volumes import describe_volume, write_volume
+from medldm.data.prepared import UNFINISHED, load_index
 from medldm.data.raw.grids import warn_of_grids
 from medldm.data.raw.inventory import same_images, take_inventory
-from medldm.data.raw.readers import UNFINISHED, load_index, read_json
 from medldm.data.raw.tables import Note
 from medldm.data.splits import make_splits, subset_of, write_splits_once
 from medldm.errors import InputError
-from medldm.files import nothing_empty, replacing, safe_names, write_json
+from medldm.files import nothing_empty, read_json, replacing, safe_names, write_json
 from medldm.fingerprints import recall
 
 log = logging.getLogger(__name__)
@@ -136,7 +135,8 @@ def prepare_dataset(
     say_what_was_renewed(jobs, prepared)
     entries = [one.entry for one in prepared]
     subjects = [job.subject for job in jobs]
-    drawn = make_splits(subjects, dataset=dataset, fractions=splits, seed=splits["seed"], stated=stated)
+    published = published_splits(dataset, subjects)
+    drawn = make_splits(subjects, fractions=splits, seed=splits["seed"], stated=stated, published=published)
     inventory["notes"] += same_images(entries)
     index = make_index(dataset, recipe, jobs, entries)
     index |= {"raw": str(Path(raw).resolve()), "inventory": inventory}
@@ -189,7 +189,7 @@ def find_cases(
     """The cases of a dataset, which tells `note` what is worth a line; InputError for an option that it has
     not.
     """
-    index = find_index(dataset)
+    index = find_dataset(dataset).index
     given = {key: value for key, value in options.items() if value is not None}
     taken = inspect.signature(index).parameters.keys()
     if given.keys() - taken:
@@ -198,15 +198,6 @@ def find_cases(
         )
     given |= {"note": note} if "note" in taken else {}
     return index(raw, **given)
-
-
-def find_index(dataset: str) -> Callable[..., list[Case]]:
-    """`index(root, ...)` of medldm.data.datasets.<dataset>."""
-    folder = Path(datasets.__file__).parent
-    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-    if dataset not in names:
-        raise InputError(f"data.dataset={dataset}: no such dataset; choose from {', '.join(names)}")
-    return importlib.import_module(f"medldm.data.datasets.{dataset}").index
 
 
 def with_their_cine(found: Sequence[Case], recipe: Recipe, **select: Any) -> list[Case]:

@@ -20,7 +20,8 @@ from medldm.data.preparation.jobs import (
 from medldm.data.preparation.recipe import COMPRESSION, Recipe
 from medldm.data.preparation.transforms import finite, renumber, within
 from medldm.data.raw.grids import REGISTER, on_grid_of
-from medldm.data.raw.readers import Image, read_image, read_mask
+from medldm.data.raw.image import Image
+from medldm.data.raw.readers import read_image, read_mask
 from medldm.errors import InputError
 
 RECORD = (

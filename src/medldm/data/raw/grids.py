@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medldm.data.case import visit_of
-from medldm.data.raw.readers import Image
+from medldm.data.raw.image import Image
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)

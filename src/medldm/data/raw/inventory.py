@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from medldm.data.case import Case, split_path
-from medldm.data.raw.formats import is_dicom_file
+from medldm.data.raw.dicom import is_dicom_file
+from medldm.data.raw.image import IMAGE_SUFFIXES, has_suffix
 from medldm.data.raw.layouts import looks_like_map
-from medldm.data.raw.readers import IMAGE_SUFFIXES, files_of, has_suffix
+from medldm.data.raw.readers import files_of
 from medldm.data.splits import describe_split
 from medldm.files import is_hidden, walk
 

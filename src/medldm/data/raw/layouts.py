@@ -6,14 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.raw.readers import (
-    IMAGE_SUFFIXES,
-    META_SUFFIXES,
-    NIFTI_SUFFIXES,
-    NRRD_SUFFIXES,
-    has_suffix,
-    is_image,
-)
+from medldm.data.raw.image import IMAGE_SUFFIXES, META_SUFFIXES, NIFTI_SUFFIXES, NRRD_SUFFIXES, has_suffix
+from medldm.data.raw.readers import is_image
 from medldm.data.raw.tables import read_rows
 from medldm.data.splits import subset_of
 from medldm.errors import InputError

@@ -1,0 +1,32 @@
+"""The index of a prepared folder."""
+
+from pathlib import Path
+
+from medldm.attributes import with_unknown
+from medldm.data.datasets.mnms2 import AUTHOR_INDEX, load_author_index
+from medldm.errors import InputError
+from medldm.files import read_json
+
+UNFINISHED = "unfinished"  # key of an index whose cases are being replaced: the command that does it
+
+
+def load_index(root: str | Path) -> dict:
+    """The `index.json` of a prepared folder, or the same facts derived from the author's index file."""
+    root = Path(root)
+    mend = f"run `medldm prepare data.raw=RAW data.root={root}` first"
+    if not root.is_dir():
+        raise InputError(f"data.root={root}: no such folder; {mend}")
+    if not (root / "index.json").is_file() and (root / AUTHOR_INDEX).is_file():
+        return load_author_index(root)
+    index = read_json(root / "index.json", mend)
+    if UNFINISHED in index:
+        raise InputError(
+            f"{root / 'index.json'}: preparation did not finish, old and new cases are mixed; run "
+            f"`{index[UNFINISHED]}` again"
+        )
+    if index.get("schema_version") != 1:
+        raise InputError(
+            f"{root / 'index.json'}: schema version {index.get('schema_version')} is not 1; prepare the "
+            "data again"
+        )
+    return with_unknown(index)

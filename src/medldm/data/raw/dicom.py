@@ -1,0 +1,134 @@
+"""DICOM: a folder that holds the slices of one series becomes a volume."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medldm.data.raw.image import LPS_TO_RAS
+from medldm.errors import InputError
+
+DICOM_SUFFIXES = (".dcm", ".ima")
+EVEN = 0.1  # of a slice distance: how far one step between DICOM slices may be from the usual one
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files right inside a folder, by suffix, or by their first bytes where they have none."""
+    return sorted(path for path in folder.iterdir() if is_dicom_file(path))
+
+
+def is_dicom_file(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return True
+    if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):  # some other format; `1.2.840.7` has no suffix
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def is_dicom_folder(path: Path) -> bool:
+    return path.is_dir() and any(map(is_dicom_file, path.iterdir()))
+
+
+def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(X, Y, Z) float32 in the units of each slice's rescale slope, and a RAS affine. Slices are ordered by
+    their position, and MONOCHROME1 is turned so that much is bright.
+
+    InputError where files are damaged or unequal, belong to several series, or are not evenly spaced.
+    """
+    slices = read_dicom_files(folder)
+    try:
+        row, column = np.reshape(np.float64(slices[0].ImageOrientationPatient), (2, 3))
+        normal = np.cross(row, column)
+        slices.sort(key=lambda s: float(np.dot(normal, np.float64(s.ImagePositionPatient))))
+        check_one_series(folder, slices)
+        planes = [dicom_plane(s) for s in slices]
+        origins = np.float64([s.ImagePositionPatient for s in slices])
+        dy, dx = np.float64(slices[0].PixelSpacing)
+        thickness = float(getattr(slices[0], "SliceThickness", None) or 1)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    except (AttributeError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: not a readable DICOM series ({reason}); convert it to NIfTI") from error
+    if len({plane.shape for plane in planes}) > 1:
+        raise InputError(f"{folder}: slices have unequal sizes; keep one series a folder")
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = row * dx, column * dy
+    affine[:3, 2] = slice_step(folder, origins, normal) if len(slices) > 1 else normal * thickness
+    affine[:3, 3] = origins[0]
+    return np.stack(planes, -1).transpose(1, 0, 2).astype(np.float32), LPS_TO_RAS @ affine
+
+
+def read_dicom_files(folder: Path) -> list:
+    try:
+        import pydicom
+        from pydicom.errors import InvalidDicomError
+    except ImportError as error:
+        raise InputError(f"{folder}: DICOM needs pydicom; run `pip install 'medldm[dicom]'`") from error
+    slices = []
+    for path in dicom_files(folder):
+        try:
+            slices.append(pydicom.dcmread(path))
+        except (InvalidDicomError, OSError, EOFError) as error:
+            raise InputError(f"{path}: not a complete DICOM file; copy or download it again") from error
+    if not slices:
+        raise InputError(f"{folder}: holds no DICOM files; restore them, or remove its case")
+    return slices
+
+
+def check_one_series(folder: Path, slices: Sequence[Any]) -> None:
+    """InputError where files differ in series, direction or voxel size, or hold no grey slice each."""
+    first = slices[0]
+    for s in slices:
+        if getattr(s, "SeriesInstanceUID", None) != getattr(first, "SeriesInstanceUID", None):
+            raise InputError("holds several series; keep one series a folder")
+        if int(getattr(s, "NumberOfFrames", None) or 1) > 1:
+            raise InputError(f"several frames in one file; convert it: dcm2niix '{folder}'")
+        if not str(s.PhotometricInterpretation).startswith("MONOCHROME"):
+            raise InputError(f"{s.PhotometricInterpretation} pictures, no grey slices; remove its case")
+        for key in ("ImageOrientationPatient", "PixelSpacing"):
+            if np.abs(np.float64(s[key].value) - np.float64(first[key].value)).max() > 1e-3:
+                raise InputError(f"slices differ in {key}; keep one series a folder")
+
+
+def dicom_plane(s: Any) -> np.ndarray:
+    """(rows, columns) of one file in the units of its own rescale slope.
+
+    MONOCHROME1 shows high numbers dark: they are turned within their bits. Of CT and PET, whose numbers are
+    physical, it is not said whether the writer has turned them: InputError.
+    """
+    stored = s.pixel_array.astype(np.float64)
+    if s.PhotometricInterpretation == "MONOCHROME1":
+        if getattr(s, "Modality", None) in ("CT", "PT"):
+            raise InputError(
+                f"{s.Modality} as MONOCHROME1, where it is open whether its units are turned; save it again "
+                "as MONOCHROME2, or give NIfTI"
+            )
+        stored = (-1 if s.PixelRepresentation else 2**s.BitsStored - 1) - stored
+    return stored * float(getattr(s, "RescaleSlope", 1)) + float(getattr(s, "RescaleIntercept", 0))
+
+
+def slice_step(folder: Path, origins: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """From one slice to the next, mm (3,), of origins (N, 3) in order."""
+    steps = np.diff(origins, axis=0)
+    usual = float(np.median(steps @ normal))
+    if np.min(steps @ normal) < EVEN * usual or usual <= 0:
+        raise InputError(
+            f"{folder}: two slices lie at one place, so it holds several volumes; keep one series a folder"
+        )
+    if np.abs(steps @ normal - usual).max() > EVEN * usual:
+        raise InputError(
+            f"{folder}: slices are not evenly spaced, {np.min(steps @ normal):.3g} to "
+            f"{np.max(steps @ normal):.3g} mm; one is missing, or two series are mixed: restore it"
+        )
+    step = steps.mean(0)
+    if np.linalg.norm(np.cross(step, normal)) > 0.02 * np.linalg.norm(step):  # about a degree
+        raise InputError(
+            f"{folder}: slices are shifted against each other (gantry tilt); convert it: dcm2niix '{folder}'"
+        )
+    return step

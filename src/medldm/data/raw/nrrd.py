@@ -1,0 +1,121 @@
+"""NRRD files, and the segmentations that 3D Slicer writes in them."""
+
+import logging
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+# The signs that bring a named NRRD space to RAS. Spaces of no body, such as scanner-xyz, are not in it.
+NRRD_SPACES = {
+    "right-anterior-superior": (1, 1, 1),
+    "left-anterior-superior": (-1, 1, 1),
+    "left-posterior-superior": (-1, -1, 1),
+}
+NRRD_SPACES |= {"".join(word[0] for word in name.split("-")): signs for name, signs in NRRD_SPACES.items()}
+
+
+@contextmanager
+def nrrd_errors(path: Path) -> Iterator[None]:
+    """What the library raises of a file that it cannot read, as an InputError."""
+    import nrrd
+
+    try:
+        yield
+    except (nrrd.NRRDError, OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: not a complete NRRD file, or of an encoding that is not read ({reason}); copy it "
+            "again, or save it with encoding gzip"
+        ) from error
+
+
+def nrrd_sizes(path: Path) -> tuple[int, ...]:
+    """Voxels along each axis, from the header alone."""
+    import nrrd
+
+    with nrrd_errors(path):
+        return tuple(int(n) for n in nrrd.read_header(str(path))["sizes"])
+
+
+def read_nrrd(path: Path, segment: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(X, Y, Z) and a RAS affine. `segment` picks one of a Slicer segmentation by a part of its name, as 0
+    and 1; where it has no named segments, label 1.
+
+    InputError where the file is damaged, has several values a voxel, or does not say how it lies in the body.
+    """
+    import nrrd
+
+    with nrrd_errors(path):
+        array, fields = nrrd.read(str(path))
+    header = {key.lower(): value for key, value in fields.items()}
+    directions = np.asarray(header.get("space directions", np.zeros((0, 0))), np.float64)
+    is_spatial = np.isfinite(directions).all(-1) if directions.ndim == 2 else np.zeros(0, bool)
+    if is_spatial.sum() != 3 or directions.shape[1] != 3:
+        raise InputError(
+            f"{path}: its header gives no `space directions` of three axes (shape {array.shape}), so it is "
+            "open how it lies; save it as a volume in 3D Slicer, or as NIfTI"
+        )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    layers = np.moveaxis(array, np.flatnonzero(~is_spatial), range(array.ndim - 3))
+    layers = layers.reshape(-1, *layers.shape[-3:])
+    affine = nrrd_affine(header, directions[is_spatial], path)
+    if segment is not None:
+        layer, value = find_segment(header, segment, layers, path)
+        return (layers[layer] == value).astype(np.uint8), affine
+    if len(layers) > 1:
+        kinds = " ".join(header.get("kinds", ()))
+        is_segmentation = any(re.fullmatch(r"segment\d+_layer", key) for key in header)
+        mend = "export it as a label map in 3D Slicer" if is_segmentation else "save one volume a file"
+        raise InputError(f"{path}: holds {len(layers)} values a voxel (kinds: {kinds or 'not said'}); {mend}")
+    return layers[0], affine
+
+
+def nrrd_affine(header: Mapping[str, Any], directions: np.ndarray, path: Path) -> np.ndarray:
+    """Voxels -> RAS, mm. InputError for a space that says nothing of the body; without one the file is read
+    as ITK reads it, in LPS, with a warning.
+    """
+    space = str(header.get("space", "")).lower()
+    if not space:
+        log.warning("%s: names no space; read as left-posterior-superior, as ITK does", path)
+    signs = NRRD_SPACES.get(space or "lps")
+    if signs is None:
+        raise InputError(
+            f"{path}: its space '{space}' does not say where left and front are; save it as "
+            f"{', '.join(name for name in NRRD_SPACES if '-' in name)}"
+        )
+    units = {str(unit).strip('"').lower() for unit in header.get("space units", ())} - {"mm", ""}
+    if units:
+        raise InputError(f"{path}: its space units are {', '.join(sorted(units))}; save it in mm")
+    affine = np.eye(4)
+    affine[:3, :3] = directions.T
+    affine[:3, 3] = header.get("space origin", np.zeros(3))
+    return np.diag([*signs, 1.0]) @ affine
+
+
+def find_segment(header: Mapping[str, Any], name: str, layers: np.ndarray, path: Path) -> tuple[int, int]:
+    """(layer, label value) of the segment whose name holds `name`. Where none has a name of its own (Slicer's
+    default is Segment_1), the only one, or label 1 of the first layer with a warning.
+    """
+    named = {
+        match.group(1): str(value)
+        for key, value in header.items()
+        if (match := re.fullmatch(r"segment(\d+)_name", key))
+    }
+    fitting = [number for number, text in named.items() if name.lower() in text.lower()]
+    are_unnamed = all(re.fullmatch(r"segment[_ ]?\d+", text.lower()) for text in named.values())
+    if not fitting and not are_unnamed:
+        raise InputError(f"{path}: has no segment '{name}', but {', '.join(named.values())}; rename it there")
+    if not fitting and len(named) != 1:
+        if layers.max() > 1 or len(layers) > 1:
+            log.warning("%s: names no segments; its label 1 is taken for '%s'", path, name)
+        return 0, 1
+    number = (fitting or list(named))[0]
+    return int(header.get(f"segment{number}_layer", 0)), int(header.get(f"segment{number}_labelvalue", 1))

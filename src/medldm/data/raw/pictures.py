@@ -1,0 +1,90 @@
+"""Pictures (PNG, JPEG, BMP, TIFF) as grey values, or as class numbers."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from medldm.errors import InputError
+
+log = logging.getLogger(__name__)
+COLOUR_ROUNDING = 3 / 255  # of the largest value: how far JPEG drives the channels of a grey picture apart
+
+
+def read_raster_mask(path: Path) -> np.ndarray:
+    """(H, W) class numbers of a PNG, BMP or TIFF; of a palette the numbers are taken.
+
+    InputError where the file is damaged, has several pages, or holds colours or lossy JPEG.
+    """
+    picture, data = decode_raster(path), path.read_bytes()
+    if data.startswith(b"\xff\xd8"):
+        raise InputError(f"{path}: JPEG changes class numbers; save the mask as PNG, from its source")
+    if data[:2] in (b"\x89P", b"BM") and (numbers := palette_numbers(path)) is not None:
+        return numbers
+    if picture.ndim == 3 and (picture != picture[..., :1]).any():
+        raise InputError(
+            f"{path}: a mask must hold class numbers in one channel, not colours; save it as grey"
+        )
+    return to_grey(picture)
+
+
+def decode_raster(path: Path) -> np.ndarray:
+    """(H, W), or (H, W, 3) blue, green, red, of a PNG, JPEG, BMP or TIFF with its bit depth kept.
+
+    InputError where the file is damaged or has several pages.
+    """
+    import cv2
+
+    data = path.read_bytes()
+    suffix = path.suffix.lower()
+    complete = {".png": b"IEND" in data[-64:]}.get(suffix, True)
+    if suffix in (".jpg", ".jpeg"):
+        complete = b"\xff\xd9" in data[-1024:]
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data and complete else None
+    if array is None:
+        raise InputError(f"{path}: not a complete image file; copy or download it again, or remove its case")
+    if suffix in (".tif", ".tiff") and (pages := cv2.imcount(str(path), cv2.IMREAD_UNCHANGED)) > 1:
+        raise InputError(f"{path}: holds {pages} pages; save one picture a file, or the stack as NIfTI")
+    if array.ndim == 3 and array.shape[-1] == 4 and np.ptp(array[..., 3]) > 0:
+        log.warning("%s: partly transparent; its colours are taken as they lie", path)
+    return array if array.ndim == 2 else np.ascontiguousarray(array[..., :3])
+
+
+def to_grey(picture: np.ndarray) -> np.ndarray:
+    """(H, W) of a decoded picture: equal channels as they are, colours by their luminance (ITU-R BT.601)."""
+    import cv2
+
+    if picture.ndim == 2:
+        return picture
+    if (picture == picture[..., :1]).all():
+        return np.ascontiguousarray(picture[..., 0])
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+
+
+def is_coloured(picture: np.ndarray) -> bool:
+    """Whether the channels of a decoded picture differ by more than rounding."""
+    if picture.ndim == 2:
+        return False
+    is_integer = np.issubdtype(picture.dtype, np.integer)
+    largest = np.iinfo(picture.dtype).max if is_integer else np.abs(picture).max()
+    gap = picture.max(-1).astype(np.float64) - picture.min(-1)
+    return bool(gap.max() > COLOUR_ROUNDING * largest)
+
+
+def palette_numbers(path: Path) -> np.ndarray | None:
+    """(H, W) numbers of a picture with a palette, as VOC stores its classes; None where it has none.
+
+    InputError where the palette is grey but not in order: number and grey level are two classes then.
+    """
+    from PIL import Image as Picture
+
+    with Picture.open(path) as picture:
+        if picture.mode != "P":
+            return None
+        numbers, grey = np.asarray(picture), np.asarray(picture.convert("RGB"))
+    if (grey == grey[..., :1]).all() and (grey[..., 0] != numbers).any():
+        raise InputError(
+            f"{path}: its palette gives other grey levels than its numbers, so its classes are open; save it "
+            "as 8-bit grey without a palette"
+        )
+    return numbers
