@@ -1,4 +1,4 @@
-"""Imports run downwards, as DESIGN.md section 2 lays the tree out."""
+"""Imports run downwards, as docs/architecture.md lays the layers out, and a name has one definition."""
 
 import ast
 from collections.abc import Iterator
@@ -103,3 +103,63 @@ def test_commands_do_not_import_each_other():
     names = {name.removeprefix("commands.") for name, _ in IMPORTS if name.startswith("commands.")}
     targets = {target.split(".")[2] for _, target in IMPORTS if target.startswith("medldm.commands.")}
     assert not targets & names
+
+
+# Names that several modules define on purpose: what each command, dataset or module must have.
+SHARED_NAMES = {"__all__", "log", "main", "task"}
+SHARED_BY_DATASETS = {"index", "published_splits", "published", "patient_of", "MODALITIES"}
+# Duplicates of other rooms that are still to be renamed; nothing may be added.
+TO_RENAME = {
+    "BLOCK",
+    "Box",
+    "CHUNK_ELEMENTS",
+    "LATENTS",
+    "LAYOUTS",
+    "Measured",
+    "NUM_NAMED",
+    "UNITS",
+    "Values",
+    "candidates",
+    "check_subjects",
+    "describe",
+    "file_sha256",
+    "folded",
+    "known_facts",
+    "new_figure",
+    "notes",
+    "on_grid",
+    "run",
+    "spread",
+    "to_html",
+    "to_markdown",
+    "to_uint8",
+}
+
+
+def top_level_names(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {
+            part.id for target in targets if target for part in ast.walk(target) if isinstance(part, ast.Name)
+        }
+    return names
+
+
+def test_no_public_name_is_defined_twice():
+    """A reader who looks for a name finds one definition; names of datasets' interface count once."""
+    homes: dict[str, list[str]] = {}
+    for module, tree in modules():
+        for name in top_level_names(tree):
+            homes.setdefault(name, []).append(module)
+    twice = {
+        name: found
+        for name, found in homes.items()
+        if len(found) > 1
+        and not name.startswith("_")
+        and name not in SHARED_NAMES | TO_RENAME
+        and not (name in SHARED_BY_DATASETS and all(module.startswith("data.datasets") for module in found))
+    }
+    assert not twice

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medldm.data.loading.dataset import CaseDataset
-from medldm.data.preparation.transforms import as_classes
+from medldm.data.preparation.labels import as_classes
 from medldm.errors import InputError
 from medldm.files import replacing, write_json, write_nifti
 from medldm.fingerprints import digest

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medldm.data.phantoms.cardiac import write_folder, write_mnms2
+from medldm.data.phantoms.cardiac import write_mnms2
+from medldm.data.phantoms.folder import write_folder
 from medldm.data.preparation.prepare import prepare_dataset
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"

@@ -5,7 +5,7 @@ import pytest
 
 from medldm.data.case import Case
 from medldm.data.hdf5 import open_hdf5
-from medldm.data.preparation.slices import cut, label_box
+from medldm.data.preparation.slices import cut_box, label_box
 from medldm.data.prepared import load_index
 from medldm.data.raw.readers import read_image
 from medldm.errors import InputError
@@ -24,7 +24,7 @@ def test_the_box_is_square_in_millimetres_about_the_labels_of_all_slices():
 
 def test_what_lies_beyond_the_slice_is_filled():
     x = np.arange(12.0).reshape(1, 3, 4)
-    got = cut(x, ((-1, 2), (3, 6)), -5.0)
+    got = cut_box(x, ((-1, 2), (3, 6)), -5.0)
     assert got.tolist() == [[[-5, -5, -5], [3, -5, -5], [7, -5, -5]]]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from medldm.data.preparation.transforms import CenterCrop, RandomCrop
+from medldm.data.loading.augment import CenterCrop, RandomCrop
 from medldm.errors import InputError
 
 FACTORS = (2, 4, 4)

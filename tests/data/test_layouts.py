@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from medldm.commands import prepare
 from medldm.data.case import Case
 from medldm.data.datasets import adni, autopet, brats, class_folders, folder, synthrad
-from medldm.data.preparation.prepare import find_cases, stated_splits, with_safe_names
+from medldm.data.preparation.labels import Labels, mapping_override
 from medldm.data.preparation.recipe import make_recipe
-from medldm.data.preparation.transforms import Labels, mapping_override
+from medldm.data.preparation.selection import find_cases, stated_splits, with_safe_names
 from medldm.data.raw.inventory import same_images, summary, take_inventory
 from medldm.errors import InputError
 from medldm.files import safe_names

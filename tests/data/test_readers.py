@@ -11,8 +11,9 @@ from PIL import Image as Picture
 
 from medldm.data.hdf5 import open_hdf5
 from medldm.data.loading.dataset import CaseDataset, Item
+from medldm.data.preparation.casts import exact, finite, within
+from medldm.data.preparation.labels import Labels, as_classes
 from medldm.data.preparation.prepare import prepare_dataset
-from medldm.data.preparation.transforms import Labels, as_classes, exact, finite, within
 from medldm.data.prepared import load_index
 from medldm.data.raw.readers import read_image, read_mask
 from medldm.errors import InputError

@@ -10,8 +10,8 @@ import pytest
 from medldm.attributes import UNKNOWN, check_class_names, check_order
 from medldm.commands.sample import number_as_trained
 from medldm.data import build_datamodule
-from medldm.data.loading.datamodule import view_weights
 from medldm.data.loading.dataset import Item
+from medldm.data.loading.facts import view_weights
 from medldm.data.loading.pairs import pair_items
 from medldm.data.prepared import load_index
 from medldm.data.records import read_images

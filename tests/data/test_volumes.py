@@ -7,9 +7,9 @@ from scipy import ndimage
 
 from medldm.data.case import Case
 from medldm.data.preparation.recipe import make_recipe, recipe_of
-from medldm.data.preparation.transforms import axial_axis
 from medldm.data.preparation.volume_transforms import prepare_volume, restore_volume
 from medldm.data.preparation.volumes import prepare_case
+from medldm.data.raw.grids import body_axis
 from medldm.errors import InputError
 from tests.data.conftest import settings
 
@@ -138,7 +138,7 @@ def test_the_default_puts_axial_slices_first_and_upright():
     place = np.unravel_index(volume.image.argmax(), volume.image.shape)[1:]
     assert place == (15, 24 - 1 - 20, 20 - 1 - 2)  # rows run to the back: front is up
     np.testing.assert_allclose(volume.spacing, (2.5, 1.5, 1.0))
-    assert axial_axis("SPL") == 0 and axial_axis("RAI") == 2 and axial_axis("ASL") == 1
+    assert body_axis("SPL") == 0 and body_axis("RAI") == 2 and body_axis("ASL") == 1
 
 
 def test_percentiles_of_the_box_are_taken_after_cropping_and_may_stay_unclipped():

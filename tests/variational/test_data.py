@@ -12,10 +12,10 @@ from medldm.data.datasets import class_folders, nih_cxr14
 from medldm.data.hdf5 import open_hdf5
 from medldm.data.phantoms.chest import draw_radiograph, write_chestxray, write_nih_cxr14
 from medldm.data.phantoms.swirl import SwirlDataModule, distance_to_swirl, swirl, to_grid
+from medldm.data.preparation.intensity import full_scale, looks_inverted
 from medldm.data.preparation.jobs import make_tables
 from medldm.data.preparation.recipe import make_recipe
 from medldm.data.preparation.slices import prepare_slices
-from medldm.data.preparation.transforms import full_scale, looks_inverted
 from medldm.data.splits import read_splits
 from medldm.errors import InputError
 from tests.helpers import compose_config

@@ -75,17 +75,17 @@ def pending_cases(dataset: Any, cases: dict[int, list[int]], folder: Path) -> di
     """
     from collections import Counter
 
-    from medldm.data.loading.dataset import content_of
+    from medldm.data.loading.dataset import array_digests
 
     entries = {case: dataset.cases[case] for case in cases}
-    if not all(content_of(entry) for entry in entries.values()):
+    if not all(array_digests(entry) for entry in entries.values()):
         log.warning(
             "%s: prepared by an older medldm, which did not record what the cases hold; latents are kept by "
             "the cases' names",
             dataset.root,
         )
     paths = {case: folder / f"{entry['id']}.h5" for case, entry in entries.items()}
-    images = {case: content_of(entry).get("image") for case, entry in entries.items()}
+    images = {case: array_digests(entry).get("image") for case, entry in entries.items()}
     why = {case: reason_to_encode(path, images[case]) for case, path in paths.items()}
     reasons = Counter(reason for case, reason in why.items() if reason and paths[case].is_file())
     for reason, count in reasons.items():
@@ -104,7 +104,7 @@ def task(cfg: Any) -> None:
     from medldm.build import load_module
     from medldm.checkpoints import encoder_sha256
     from medldm.data import build_datamodule
-    from medldm.data.loading.dataset import content_of
+    from medldm.data.loading.dataset import array_digests
     from medldm.devices import inference_precision, pick_device
     from medldm.files import replacing, write_json
     from medldm.held_out import check_held_out, seen_subjects
@@ -132,7 +132,7 @@ def task(cfg: Any) -> None:
     folder = Path(data["root"]) / "latents" / encoder[:12]
     module.to(device)
     cases = items_by_case(dataset.items)
-    images = {case: content_of(dataset.cases[case]).get("image") for case in cases}
+    images = {case: array_digests(dataset.cases[case]).get("image") for case in cases}
     pending = pending_cases(dataset, cases, folder)
     for case, positions in track(pending.items(), "encoding", total=len(pending)):
         latents = encode_case(module, dataset, positions, data["batch_size"], device, cfg.tile, precision)

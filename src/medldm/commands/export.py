@@ -22,9 +22,10 @@ from PIL import Image
 from rich.progress import track
 
 from medldm.commands import clean_after_failure, run_command
-from medldm.data.loading.dataset import content_of
-from medldm.data.preparation.transforms import axial_axis, exact
+from medldm.data.loading.dataset import array_digests
+from medldm.data.preparation.casts import exact
 from medldm.data.prepared import load_index
+from medldm.data.raw.grids import body_axis
 from medldm.data.records import read_images
 from medldm.data.splits import SUBSETS, read_splits
 from medldm.errors import InputError
@@ -93,7 +94,7 @@ def claim_folder(cfg: DictConfig, index: Mapping[str, Any], part_of: Mapping[str
     """Write the folder's provenance.json. InputError where it holds slices of another dataset or split."""
     root, output = Path(cfg.root), Path(cfg.output)
     about = {"data_root": str(root.resolve()), "split": cfg.split, "subjects": digest(part_of)}
-    contents = {case["id"]: content_of(case) for case in index["cases"]}
+    contents = {case["id"]: array_digests(case) for case in index["cases"]}
     if all(contents.values()):
         remove_stale(output, contents)
         about["cases"] = contents
@@ -111,7 +112,7 @@ def task(cfg: DictConfig) -> None:
     part_of = {subject: part for part in SUBSETS for subject in splits[cfg.split].get(part, ())}
     if (index["num_classes"] or 0) > MAX_CLASSES:
         raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
-    axis = axial_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
+    axis = body_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
     claim_folder(cfg, index, part_of)
     for case in track(index["cases"], description="Writing slices"):
         if (part := part_of.get(case["subject"])) is not None:

@@ -13,7 +13,7 @@ PREPARE_KEYS = {
     "dataset", "raw", "image_size", "preprocess", "splits", "select", "modalities", "label_dir", "task",
     "cine",
 }  # fmt: skip
-MISSING = (None, "???")
+UNSET = (None, "???")
 # Datasets that need no files: data.dataset -> data module.
 GENERATED = {"swirl": "medldm.data.phantoms.swirl.SwirlDataModule"}
 
@@ -30,7 +30,7 @@ def build_datamodule(
     if data.get("dataset") in GENERATED:
         return generated(data["dataset"], settings, seed)
     root, spatial_dims = settings.pop("root", None), settings.pop("spatial_dims", None)
-    if root in MISSING:
+    if root in UNSET:
         raise InputError("data.root: not given; name the folder that `medldm prepare` wrote as data.root=DIR")
     try:
         module = CaseDataModule(root, keys=keys, seed=seed, with_cine=with_cine, **settings)
@@ -40,7 +40,7 @@ def build_datamodule(
         ) from error
     module.setup()
     prepared = module.facts["spatial_dims"]
-    if spatial_dims not in (*MISSING, prepared):
+    if spatial_dims not in (*UNSET, prepared):
         raise InputError(
             f"data.spatial_dims={spatial_dims}: {root} was prepared in {prepared}D; set it to {prepared}"
         )

@@ -12,7 +12,7 @@ from medldm.data.case import stem_of
 from medldm.data.datasets.mnms2 import AUTHOR_INDEX
 from medldm.data.hdf5 import open_hdf5
 from medldm.data.prepared import load_index
-from medldm.data.raw.image import HDF5_SUFFIXES, RASTER_SUFFIXES, Image, has_suffix
+from medldm.data.raw.image import HDF5_SUFFIXES, RASTER_SUFFIXES, RawImage, has_suffix
 from medldm.data.raw.readers import is_image, read_image
 from medldm.errors import InputError
 from medldm.files import walk
@@ -87,7 +87,7 @@ def list_image_files(path: Path) -> list[tuple[Path, dict]]:
     return [(file, {"id": stem_of(file)}) for file in files]
 
 
-def images_below(path: Path) -> list[Path]:
+def every_image_below(path: Path) -> list[Path]:
     """Every file of an image in a folder and below it, also those that `list_image_files` passes over."""
     return [folder / name for folder, names in walk(path) for name in names if is_image(folder / name)]
 
@@ -141,7 +141,7 @@ def known(attributes: dict) -> dict:
     return {k: value for k, value in attributes.items() if not (k in TABLES and value == UNKNOWN)}
 
 
-def to_unit_range(image: Image) -> tuple[np.ndarray, dict]:
+def to_unit_range(image: RawImage) -> tuple[np.ndarray, dict]:
     """(1, *S) float32 in [-1, 1] and what was done."""
     array = image.array
     attributes: dict = {} if image.affine is None else {"affine": image.affine, "spacing": image.spacing}

@@ -18,7 +18,7 @@ SPELLINGS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "ts"),
 }
-NOTE = "note"  # of a split: a sentence about how it came about, beside its lists
+SPLIT_NOTE = "note"  # of a split: a sentence about how it came about, beside its lists
 Split = dict[str, Any]  # {train, val, test: lists of subjects}, and a note where there is something to say
 
 
@@ -42,7 +42,7 @@ def fraction_split(subjects: Sequence[str], fractions: Mapping[str, float], seed
     return {key: sorted(parts[key]) for key in SUBSETS}
 
 
-def stated_split(stated: Mapping[str, str], where: str) -> Split:
+def split_of_table(stated: Mapping[str, str], where: str) -> Split:
     """The split that the data state: {subject: train | val | test}."""
     split: Split = {key: [] for key in SUBSETS}
     for subject, name in sorted(stated.items()):
@@ -66,7 +66,12 @@ def with_validation(split: Split, fraction: float, seed: int) -> Split:
         f"Validation: {len(held)} of {len(train)} training subjects, drawn with data.splits.seed={seed}, "
         "as the data state none."
     )
-    return {**split, "train": [name for name in train if name not in set(held)], "val": held, NOTE: note}
+    return {
+        **split,
+        "train": [name for name in train if name not in set(held)],
+        "val": held,
+        SPLIT_NOTE: note,
+    }
 
 
 def make_splits(
@@ -82,7 +87,7 @@ def make_splits(
     """
     drawn = fraction_split(subjects, fractions, seed)
     if stated:
-        default = with_validation(stated_split(stated, "the data's own split"), fractions["val"], seed)
+        default = with_validation(split_of_table(stated, "the data's own split"), fractions["val"], seed)
         return {"default": default, "fraction": drawn}
     if published:
         return {"default": next(iter(published.values())), **published, "fraction": drawn}
@@ -93,13 +98,13 @@ def describe_split(split: Split) -> str:
     """One line for the screen: sizes, how the split came about, and what an empty part means."""
     sizes = ", ".join(f"{len(split.get(part, ()))} {part}" for part in SUBSETS)
     without = "" if split.get("val") else " Without validation best.ckpt will be the last checkpoint."
-    return f"Split by subject: {sizes}.{without} {split.get(NOTE, '')}".strip()
+    return f"Split by subject: {sizes}.{without} {split.get(SPLIT_NOTE, '')}".strip()
 
 
 def check_splits(splits: Mapping[str, Split], where: str | Path) -> None:
     """InputError where a subject stands in two sets of one split."""
     for name, split in splits.items():
-        if not isinstance(split, Mapping) or not split.keys() <= {*SUBSETS, NOTE}:
+        if not isinstance(split, Mapping) or not split.keys() <= {*SUBSETS, SPLIT_NOTE}:
             raise InputError(f"{where}: split '{name}' must hold the lists train, val and test")
         seen: dict[str, str] = {}
         for subset in SUBSETS:

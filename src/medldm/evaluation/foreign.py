@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medldm.data.preparation.intensity import scale_to_unit
 from medldm.data.preparation.recipe import Recipe
-from medldm.data.preparation.transforms import to_unit
-from medldm.data.raw.image import Image
+from medldm.data.raw.image import RawImage
 from medldm.data.raw.readers import read_image
-from medldm.data.records import ImageRecord, images_below, list_image_files
+from medldm.data.records import ImageRecord, every_image_below, list_image_files
 from medldm.errors import InputError
 from medldm.evaluation.grids import on_grid, stored_as
 from medldm.evaluation.ranges import (
@@ -79,7 +79,7 @@ class ForeignImage(NamedTuple):
         return self.affine is None and self.dtype.kind == "u"
 
 
-def squeezed(image: Image) -> np.ndarray:
+def squeezed(image: RawImage) -> np.ndarray:
     array = np.squeeze(image.array)
     return array.astype(np.uint8) if array.dtype == bool else array
 
@@ -100,7 +100,9 @@ def place(image: ForeignImage, real: ImageRecord, limits: Limits, reading: Readi
     """(1, *S) float32 in [-1, 1] on the grid of `real`. InputError where it cannot be brought there."""
     shape, recipe = tuple(real.image.shape[1:]), reading.recipe
     clip = recipe is not None and recipe.intensity.clip
-    x = to_unit(squeezed(read_image(image.file)), *limits, clip=clip and recipe.intensity.region == "volume")
+    x = scale_to_unit(
+        squeezed(read_image(image.file)), *limits, clip=clip and recipe.intensity.region == "volume"
+    )
     if image.affine is None or reading.grid == "array":
         if x.shape != shape:
             raise InputError(
@@ -205,7 +207,7 @@ def note_passed_over(what: str, folder: Path, reading: Reading) -> None:
         return
     places = sample_places(folder) if what == "generated" else [folder]
     read = {file for place in places for file, _ in list_image_files(place)}
-    left = [file for file in images_below(folder) if file not in read]
+    left = [file for file in every_image_below(folder) if file not in read]
     if left:
         reading.note(
             f"{what} {folder}: {len(left)} images take no part ({named(left, folder)}); HDF5 and volumes at "
@@ -248,8 +250,8 @@ def settled(
 
 def mapped(image, limits: Limits):  # noqa: ANN001, ANN201 - an array, or a volume that is read later
     if isinstance(image, StoredImage):
-        return StoredImage(image.shape, lambda: to_unit(image.read(), *limits, clip=False))
-    return to_unit(image, *limits, clip=False)
+        return StoredImage(image.shape, lambda: scale_to_unit(image.read(), *limits, clip=False))
+    return scale_to_unit(image, *limits, clip=False)
 
 
 def settle_reference(
@@ -296,4 +298,4 @@ def own_place(record: ImageRecord, image: ForeignImage, limits: Limits | None) -
 
 
 def as_it_lies(file: Path, limits: Limits) -> np.ndarray:
-    return to_unit(squeezed(read_image(file)), *limits)[None]
+    return scale_to_unit(squeezed(read_image(file)), *limits)[None]

@@ -39,7 +39,7 @@ def prepared_like(
     from monai.data import MetaTensor
     from monai.transforms import Compose
 
-    from medldm.data.preparation.volume_transforms import to_grid
+    from medldm.data.preparation.volume_transforms import onto_grid
 
     source = np.asarray(attributes["original_affine"], np.float64)
     item = {
@@ -50,7 +50,7 @@ def prepared_like(
     }
     with warnings.catch_warnings():  # as in `prepare_volume`
         warnings.filterwarnings("ignore", "align_corners")
-        item = Compose(to_grid(list(item), recipe, x.shape, source))(item)
+        item = Compose(onto_grid(list(item), recipe, x.shape, source))(item)
     affine = item["image"].affine.numpy()
     moved = [
         voxels_to(item[key].as_tensor().numpy()[0], affine, attributes["affine"], shape)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medldm.data.hdf5 import made_from, open_hdf5
-from medldm.data.loading.dataset import content_of
+from medldm.data.loading.dataset import array_digests
 from medldm.errors import InputError
 from medldm.fingerprints import digest, file_sha256
 from medldm.held_out import Seen
@@ -114,10 +114,10 @@ def expected_content(case_id: str, cases: Mapping[str, dict]) -> dict[str, str]:
     """Digests of a case's arrays; of a translation those of its target, and of its source."""
     source_id, is_pair, target = case_id.rpartition("_to_")
     if case_id in cases or not is_pair or source_id not in cases:
-        return content_of(cases.get(case_id, {}))
+        return array_digests(cases.get(case_id, {}))
     source = cases[source_id]
-    content = content_of(cases.get(f"{source['subject']}_{target}", {}))
-    return content and content | {"source": content_of(source).get("image")}
+    content = array_digests(cases.get(f"{source['subject']}_{target}", {}))
+    return content and content | {"source": array_digests(source).get("image")}
 
 
 def is_changed(stated: Mapping[str, str], expected: Mapping[str, str | None]) -> bool:
@@ -128,7 +128,7 @@ def is_changed(stated: Mapping[str, str], expected: Mapping[str, str | None]) ->
 
 def describe_inputs(folders: Mapping[str, Path | None], index: Mapping[str, Any]) -> dict[str, Any]:
     """Digests by which a report knows whether what was judged has changed since."""
-    cases = {case["id"]: content_of(case) for case in index.get("cases", ())}
+    cases = {case["id"]: array_digests(case) for case in index.get("cases", ())}
     return {
         "reference": digest(cases) if cases and all(cases.values()) else None,
         "preprocess_hash": index.get("preprocess_hash"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from medldm.data.case import stem_of
-from medldm.data.preparation.transforms import to_unit
+from medldm.data.preparation.intensity import scale_to_unit
 from medldm.data.raw.image import RASTER_SUFFIXES, has_suffix
 from medldm.data.raw.readers import read_image
 from medldm.data.records import ImageRecord, list_image_files
@@ -65,7 +65,7 @@ def read_plane(file: Path) -> np.ndarray:
         raise InputError(f"{file}: slices of volumes are grey pictures, this holds colours; save it as grey")
     if array.dtype != np.uint8:
         raise InputError(f"{file}: slices of volumes are read from 8-bit pictures, this is {array.dtype}")
-    return to_unit(array, 0, 255)[None]
+    return scale_to_unit(array, 0, 255)[None]
 
 
 def read_stack(files: Sequence[Path], axis: int) -> np.ndarray:

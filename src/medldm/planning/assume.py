@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from medldm.checkpoints import read_checkpoint
 from medldm.data import build_datamodule
-from medldm.data.loading.datamodule import FACTS
+from medldm.data.loading.facts import FACTS
 from medldm.data.prepared import load_index
 from medldm.errors import InputError
 from medldm.planning.step import Job

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case
-from medldm.data.raw.layouts import VOLUME_SUFFIXES, images_below, name_of, require_cases, require_root
+from medldm.data.raw.layouts import VOLUME_SUFFIXES, image_name, images_below, require_cases, require_root
 from medldm.errors import InputError
 
 SUBJECT = re.compile(r"\d{3}_S_\d{4,5}")  # site, S, roster number
@@ -24,6 +24,6 @@ def index(root: str | Path) -> list[Case]:
                 f"{path}: neither name nor folder holds a subject such as 002_S_0295; rename it, or use "
                 "data=folder"
             )
-        name = "_".join((*path.relative_to(root).parts[:-1], name_of(path)))
+        name = "_".join((*path.relative_to(root).parts[:-1], image_name(path)))
         cases.append(Case(name, subject[0], {"image": str(path)}))
     return require_cases(cases, root, "NIfTI files at any depth")

@@ -11,7 +11,7 @@ from pathlib import Path
 from medldm.data.case import Case, stem_of
 from medldm.data.raw.image import NIFTI_SUFFIXES
 from medldm.data.raw.layouts import (
-    existing,
+    existing_volume,
     files_below,
     folder_pairs,
     map_folder,
@@ -67,7 +67,7 @@ def nnunet(root: Path, maps: Path | None, note: Note) -> list[Case]:
         wanted = image.with_name(f"{name}_0002.nii.gz")
         if not is_medlsdm:
             wanted = (maps or root / "labelsTr") / f"{name}.nii.gz"
-        label = existing(wanted)
+        label = existing_volume(wanted)
         if label is None:
             raise InputError(f"{wanted}: missing, though {image} is there; add it, or remove the image")
         cases.append(Case(name, patient_of(name), {"image": str(image), "mask": str(label)}))
@@ -82,7 +82,7 @@ def published(root: Path, maps: Path | None) -> list[Case]:
         study, patient = image.parent, image.parent.parent
         name = f"{patient.name}_{study.name}"
         wanted = maps / f"{name}.nii.gz" if maps else study / "SEG.nii.gz"
-        label = existing(wanted)
+        label = existing_volume(wanted)
         if label is None:
             raise InputError(f"{wanted}: missing, though {image} is there; add it, or remove the study")
         cases.append(Case(name, patient.name, {"image": str(image), "mask": str(label)}))

@@ -11,27 +11,27 @@ from pathlib import Path
 from medldm.data.case import Case, stem_of
 from medldm.data.raw.image import NIFTI_SUFFIXES
 from medldm.data.raw.layouts import (
-    check_modalities,
-    existing,
+    check_modality_choice,
+    existing_volume,
     files_below,
     files_in,
     modality_cases,
+    read_split_table,
     require_cases,
     require_root,
-    split_of,
-    stated_split,
+    stated_split_of,
 )
 from medldm.data.raw.tables import Note
 
 log = logging.getLogger(__name__)
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 # What releases call them: until 2021, and since 2023.
-NAMES = {
+RELEASE_NAMES = {
     "t1": "t1", "t1ce": "t1ce", "t2": "t2", "flair": "flair", "seg": "seg",
     "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair",
 }  # fmt: skip
 FILE = re.compile(
-    rf"(?P<name>.+)[-_](?P<key>{'|'.join(sorted(NAMES, key=len, reverse=True))})", re.IGNORECASE
+    rf"(?P<name>.+)[-_](?P<key>{'|'.join(sorted(RELEASE_NAMES, key=len, reverse=True))})", re.IGNORECASE
 )
 VISIT = re.compile(r"(?P<patient>BraTS-[A-Za-z]+-\d+)-(?P<visit>\d+)")  # BraTS-GLI-00000-001, since 2023
 SINCE_2023 = {0: 0, 1: 1, 2: 2, 3: 4, 4: 5}  # 3 is enhancing tumour there; 4, of 2024, a resection cavity
@@ -48,13 +48,13 @@ def index(root: str | Path, modalities: Sequence[str] = MODALITIES, *, note: Not
     since 2023) are one subject. `splits.csv` (id, split) is kept.
     """
     root = require_root(root, "BraTS2021_00000/BraTS2021_00000_t1.nii.gz and so on")
-    check_modalities(modalities, MODALITIES)
+    check_modality_choice(modalities, MODALITIES)
     cases = task01(root, modalities, note) or published(root, modalities, note)
     return require_cases(cases, root, "<subject>/<subject>_{t1,t1ce,t2,flair}.nii.gz")
 
 
 def published(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
-    stated, cases, files = stated_split(root), [], files_below(root, NIFTI_SUFFIXES)
+    stated, cases, files = read_split_table(root), [], files_below(root, NIFTI_SUFFIXES)
     scans = scans_of(files)
     for (folder, name), found in sorted(scans.items()):
         images = {key: found[key] for key in modalities if key in found}
@@ -63,7 +63,7 @@ def published(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
         visit = VISIT.fullmatch(name)
         seg = found.get("seg") or misnamed_map(folder, files, scans, note)
         subject, details = (visit["patient"], {"visit": visit["visit"]}) if visit else (name, {})
-        details |= split_of(name, stated, root / "splits.csv", subject)
+        details |= stated_split_of(name, stated, root / "splits.csv", subject)
         relabel = SINCE_2023 if visit and seg else None
         cases += modality_cases(subject, images, {"mask": seg}, name=name, relabel=relabel, **details)
     if any(case.relabel for case in cases):
@@ -81,8 +81,8 @@ def scans_of(files: Sequence[Path]) -> dict[tuple[Path, str], dict[str, Path]]:
         match = FILE.fullmatch(stem_of(path))
         if match:
             own = scans[path.parent, match["name"]]
-            key = NAMES[match["key"].lower()]
-            own[key] = existing(path.with_name(f"{stem_of(own.get(key, path))}.nii.gz")) or path
+            key = RELEASE_NAMES[match["key"].lower()]
+            own[key] = existing_volume(path.with_name(f"{stem_of(own.get(key, path))}.nii.gz")) or path
     return scans
 
 
@@ -101,14 +101,14 @@ def misnamed_map(folder: Path, files: Sequence[Path], scans: Mapping, note: Note
 
 def task01(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
     """The Decathlon's volumes of four channels."""
-    cases, stated = [], stated_split(root)
+    cases, stated = [], read_split_table(root)
     for path in files_in(root / "imagesTr", NIFTI_SUFFIXES):
         name = stem_of(path)
         if not name.startswith("BRATS_"):
             continue
         images = {key: f"{path}::{TASK01_CHANNELS[key]}" for key in modalities}
-        label = existing(root / "labelsTr" / f"{name}.nii.gz")
-        split = split_of(name, stated, root / "splits.csv")
+        label = existing_volume(root / "labelsTr" / f"{name}.nii.gz")
+        split = stated_split_of(name, stated, root / "splits.csv")
         cases += modality_cases(name, images, {"mask": label}, relabel=TASK01 if label else None, **split)
     if cases:
         note(

@@ -29,11 +29,11 @@ def index(root: str | Path) -> list[Case]:
     root = require_root(root, "one folder a class")
     splits = split_folders(root)
     if not splits:
-        return folder_cases(root, None)
-    return [case for name, split in splits.items() for case in folder_cases(root / name, split)]
+        return class_folder_cases(root, None)
+    return [case for name, split in splits.items() for case in class_folder_cases(root / name, split)]
 
 
-def folder_cases(root: Path, split: str | None) -> list[Case]:
+def class_folder_cases(root: Path, split: str | None) -> list[Case]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:
         raise InputError(

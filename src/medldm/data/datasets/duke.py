@@ -5,7 +5,7 @@ from pathlib import Path
 
 from medldm.data.case import Case
 from medldm.data.raw.dicom import DICOM_SUFFIXES, dicom_files
-from medldm.data.raw.layouts import SPLITS, files_below, folder_pairs, require_cases, require_root
+from medldm.data.raw.layouts import SPLIT_FOLDERS, files_below, folder_pairs, require_cases, require_root
 from medldm.data.raw.nrrd import nrrd_sizes
 from medldm.errors import InputError
 from medldm.files import walk
@@ -31,7 +31,7 @@ def patient_of(stem: str) -> str:
 
 def converted(root: Path) -> list[Case]:
     cases = folder_pairs(root, "final_labeled_mr", "final_label", patient_of, skip=("scaled_",))
-    for split in SPLITS:
+    for split in SPLIT_FOLDERS:
         suffix = f"_{split}"
         found = folder_pairs(root, f"final_labeled_mr{suffix}", f"final_label{suffix}", patient_of)
         cases += [Case(c.id, c.subject, c.paths, {"split": split}) for c in found]

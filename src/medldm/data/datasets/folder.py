@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, split_path
-from medldm.data.raw.layouts import check_modalities, images_below, modality_cases, name_of, require_root
+from medldm.data.raw.layouts import (
+    check_modality_choice,
+    image_name,
+    images_below,
+    modality_cases,
+    require_root,
+)
 from medldm.data.raw.readers import is_image
 from medldm.data.raw.tables import Note, Row, read_rows
 from medldm.errors import InputError
@@ -18,7 +24,7 @@ from medldm.errors import InputError
 log = logging.getLogger(__name__)
 FILES = ("image", "mask", "foreground", "body")
 STATED = ("label", "split", "view", "phase", "visit", "photometric")  # attributes that have a meaning
-KNOWN = (*FILES, "subject", *STATED)
+KNOWN_COLUMNS = (*FILES, "subject", *STATED)
 # Columns that would be of no effect, or that the program writes itself: an attribute of that name misleads.
 REFUSED = {
     "edges": "edges are made from the image (data.preprocess.edges)",
@@ -65,7 +71,7 @@ def index(root: str | Path, modalities: Sequence[str] | None = None, *, note: No
     elif modalities is not None:
         cases = modality_folders(root, modalities)
     else:
-        cases = folder_cases(root, note)
+        cases = image_folder_cases(root, note)
     if not cases:
         raise InputError(
             f"{root}: holds no images; put NIfTI, NRRD, MetaImage, PNG or JPEG files or folders of DICOM "
@@ -103,17 +109,17 @@ def case_id(path: str, folder: Path) -> str:
     parts = [part for part in Path(path).parts if part != ".."]
     parts = parts[1:] if Path(path).is_absolute() else parts
     parts = parts[1:] if parts[0] in ("images", "masks") and len(parts) > 1 else parts
-    return "_".join((*parts[:-1], name_of(folder / path)))
+    return "_".join((*parts[:-1], image_name(folder / path)))
 
 
 # ---- manifest.csv ----
 
 
 def manifest_cases(path: Path, note: Note) -> list[Case]:
-    rows = read_rows(path, ["image", "mask"], known=KNOWN, note=note)
+    rows = read_rows(path, ["image", "mask"], known=KNOWN_COLUMNS, note=note)
     columns = list(rows[0].cells)
     check_columns(path, columns)
-    others = [name for name in columns if name not in KNOWN]
+    others = [name for name in columns if name not in KNOWN_COLUMNS]
     if others:
         note(f"{path.name}: kept as attributes without further meaning: {', '.join(others)}")
     without = {"subject": "and count as a subject each"} | dict.fromkeys(STATED, "which stays unknown")
@@ -175,14 +181,14 @@ def of_modalities(cases: list[Case], modalities: Sequence[str] | None, manifest:
     known = sorted({str(case.attributes["label"]) for case in cases if "label" in case.attributes})
     if not known:
         raise InputError(f"{manifest}: data.modalities are its column label, which it has not; add it")
-    check_modalities(modalities, known)
+    check_modality_choice(modalities, known)
     return [case for case in cases if case.attributes.get("label") in modalities]
 
 
 # ---- images/ and masks/ ----
 
 
-def folder_cases(root: Path, note: Note) -> list[Case]:
+def image_folder_cases(root: Path, note: Note) -> list[Case]:
     folder, masks = root / "images", named_images(root / "masks")
     if not folder.is_dir() and not masks:
         raise InputError(f"{root}: has neither images/ nor manifest.csv; make one of them")
@@ -228,10 +234,10 @@ def say_who_is_a_subject(names: Sequence[str], note: Note) -> None:
 
 def modality_folders(root: Path, modalities: Sequence[str]) -> list[Case]:
     """Images of subjects by the modality in their names; other images are left out."""
-    check_modalities(modalities, modalities)
+    check_modality_choice(modalities, modalities)
     found: dict[str, dict[str, Path]] = defaultdict(dict)
     for path in images_below(root / "images"):
-        subject, modality = split_modality(path.relative_to(root / "images"), name_of(path), modalities)
+        subject, modality = split_modality(path.relative_to(root / "images"), image_name(path), modalities)
         if modality is None:
             continue
         if modality in found[subject]:

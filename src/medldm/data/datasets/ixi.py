@@ -11,14 +11,14 @@ from pathlib import Path
 
 from medldm.data.case import Case
 from medldm.data.raw.layouts import (
-    check_modalities,
-    existing,
+    check_modality_choice,
+    existing_volume,
     modality_cases,
+    read_split_table,
     read_table,
     require_cases,
     require_root,
-    split_of,
-    stated_split,
+    stated_split_of,
     volume_files,
 )
 from medldm.data.raw.tables import Note
@@ -39,7 +39,7 @@ def index(
     image, because the contrasts are not registered.
     """
     root = require_root(root, "output/ (co-registered), or IXI-T1/, IXI-T2/ and IXI-PD/")
-    check_modalities(modalities, MODALITIES)
+    check_modality_choice(modalities, MODALITIES)
     is_registered = (root / "output").is_dir()
     cases = registered(root, modalities, note) if is_registered else published(root, modalities)
     return require_cases(cases, root, "output/<subject>/{T1w,T2,PD}.nii.gz, or IXI-T1/IXI*-T1.nii.gz")
@@ -51,9 +51,9 @@ def registered(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
         if stated and folder.name not in stated:  # the tables name the complete subjects
             unlisted.append(folder.name)
             continue
-        images = {key: existing(folder / f"{MODALITIES[key]}.nii.gz") for key in modalities}
+        images = {key: existing_volume(folder / f"{MODALITIES[key]}.nii.gz") for key in modalities}
         images = {key: path for key, path in images.items() if path is not None}
-        split = split_of(folder.name, stated, root)
+        split = stated_split_of(folder.name, stated, root)
         found = modality_cases(folder.name, images, {}, **split)
         box = images.get("pd") or next(iter(images.values()), None)
         cases += [Case(c.id, c.subject, {**c.paths, "foreground": str(box)}, c.attributes) for c in found]
@@ -75,16 +75,16 @@ def table_split(root: Path) -> dict[str, str]:
             path = folder / f"{split}_subs.csv"
             if path.is_file():
                 stated |= {row["subject_id"]: split for row in read_table(path, "subject_id")}
-    return stated or stated_split(root)
+    return stated or read_split_table(root)
 
 
 def published(root: Path, modalities: Sequence[str]) -> list[Case]:
-    stated, cases = stated_split(root), []
+    stated, cases = read_split_table(root), []
     for key in modalities:
         for path in volume_files(root / f"IXI-{key.upper()}"):
             match = NAME.match(path.name)
             if match:
                 subject = match.group(1)
-                split = split_of(subject, stated, root / "splits.csv")
+                split = stated_split_of(subject, stated, root / "splits.csv")
                 cases.append(Case(f"{subject}_{key}", subject, {"image": str(path)}, {"label": key, **split}))
     return sorted(cases, key=lambda case: case.subject)

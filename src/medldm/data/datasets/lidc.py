@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medldm.data.case import Case
 from medldm.data.raw.image import NUMPY_SUFFIXES
-from medldm.data.raw.layouts import VOLUME_SUFFIXES, images_below, name_of, require_cases, require_root
+from medldm.data.raw.layouts import VOLUME_SUFFIXES, image_name, images_below, require_cases, require_root
 
 PATIENT = re.compile(r"LIDC-IDRI-\d{4}")
 
@@ -21,7 +21,7 @@ def index(root: str | Path) -> list[Case]:
     cases = []
     for path in images_below(root, NUMPY_SUFFIXES + VOLUME_SUFFIXES):
         parts = path.relative_to(root).parts
-        name = "_".join((*parts[:-1], name_of(path)))
+        name = "_".join((*parts[:-1], image_name(path)))
         patient = PATIENT.search(name)
         cases.append(Case(name, patient[0] if patient else name, {"image": str(path)}))
     return require_cases(cases, root, "*.npy or NIfTI, at any depth")

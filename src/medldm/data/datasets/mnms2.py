@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 ACQUISITIONS = [(view, phase) for view in ("LA", "SA") for phase in ("ED", "ES")]
 SUBJECTS = [f"{i:03d}" for i in range(1, 361)]
 AUTHOR_INDEX = "dataset_index_mapping.json"  # beside the files of ldm-medical-image
-COLUMNS = {"DISEASE": "disease", "VENDOR": "vendor", "SCANNER": "scanner", "FIELD": "field_T"}
+INFORMATION_COLUMNS = {"DISEASE": "disease", "VENDOR": "vendor", "SCANNER": "scanner", "FIELD": "field_T"}
 
 
 def index(root: str | Path, cine: int | None = None, *, note: Note = log.info) -> list[Case]:
@@ -118,9 +118,11 @@ def read_information(root: Path) -> dict[int, dict]:
     if path is None:
         log.warning("%s: no dataset_information.csv; going on without disease, vendor and scanner", root)
         return {}
-    rows = [row.cells for row in read_rows(path, ["SUBJECT_CODE"], known=COLUMNS)]
+    rows = [row.cells for row in read_rows(path, ["SUBJECT_CODE"], known=INFORMATION_COLUMNS)]
     return {
-        int(row["SUBJECT_CODE"]): {name: row[column] for column, name in COLUMNS.items() if row.get(column)}
+        int(row["SUBJECT_CODE"]): {
+            name: row[column] for column, name in INFORMATION_COLUMNS.items() if row.get(column)
+        }
         for row in rows
         if row["SUBJECT_CODE"].isdigit()
     }

@@ -9,9 +9,9 @@ from medldm.data.raw.layouts import files_in, require_cases, require_root
 from medldm.data.raw.tables import read_text
 from medldm.errors import InputError
 
-PLANES = ("axial", "coronal", "sagittal")
-TASKS = ("acl", "abnormal", "meniscus")
-SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
+MRNET_PLANES = ("axial", "coronal", "sagittal")
+MRNET_TASKS = ("acl", "abnormal", "meniscus")
+MRNET_SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
 
 
 def index(root: str | Path, modalities: Sequence[str] = ("sagittal",), task: str = "acl") -> list[Case]:
@@ -20,12 +20,12 @@ def index(root: str | Path, modalities: Sequence[str] = ("sagittal",), task: str
     kept; an exam is a subject, since the data names no patients.
     """
     root = require_root(root, "train/<plane>/0000.npy and valid/<plane>/")
-    if len(modalities) != 1 or modalities[0] not in PLANES:
-        raise InputError(f"data.modalities={list(modalities)}: choose one plane of {', '.join(PLANES)}")
-    if task not in TASKS:
-        raise InputError(f"data.task={task}: choose from {', '.join(TASKS)}")
+    if len(modalities) != 1 or modalities[0] not in MRNET_PLANES:
+        raise InputError(f"data.modalities={list(modalities)}: choose one plane of {', '.join(MRNET_PLANES)}")
+    if task not in MRNET_TASKS:
+        raise InputError(f"data.task={task}: choose from {', '.join(MRNET_TASKS)}")
     cases = []
-    for folder, split in SPLITS.items():
+    for folder, split in MRNET_SPLITS.items():
         labels = read_labels(root / f"{folder}-{task}.csv")
         for path in files_in(root / folder / modalities[0], NUMPY_SUFFIXES):
             if labels and path.stem not in labels:

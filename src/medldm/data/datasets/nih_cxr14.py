@@ -30,7 +30,7 @@ def index(root: str | Path, task: str | None = None) -> list[Case]:
     files = sorted(path for folder in folders for path in files_in(folder, (".png",)))
     if not files:
         raise InputError(f"{root}: holds no images_001/images/*.png and no images/*.png; unpack an archive")
-    rows = read_table(root)
+    rows = read_findings(root)
     listed = [file for file in files if rows is None or file.name in rows]
     if rows is not None:
         if len(files) > len(listed):
@@ -60,7 +60,7 @@ def make_case(file: Path, row: dict[str, str], task: str | None) -> Case:
     return Case(file.stem, subject, {"image": str(file)}, {k: v for k, v in attributes.items() if v})
 
 
-def read_table(root: Path) -> dict[str, dict[str, str]] | None:
+def read_findings(root: Path) -> dict[str, dict[str, str]] | None:
     """Rows of Data_Entry_2017*.csv by file name; None where there is no table."""
     path = next(iter(sorted(root.glob("Data_Entry_2017*.csv"))), None)
     if path is None:

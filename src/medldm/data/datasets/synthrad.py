@@ -9,16 +9,16 @@ from pathlib import Path
 from medldm.data.case import Case, stem_of
 from medldm.data.raw.layouts import (
     VOLUME_SUFFIXES,
-    check_modalities,
-    existing,
+    check_modality_choice,
+    existing_volume,
     files_below,
     folder_pairs,
     map_folder,
     modality_cases,
+    read_split_table,
     require_cases,
     require_root,
-    split_of,
-    stated_split,
+    stated_split_of,
 )
 from medldm.errors import InputError
 
@@ -34,7 +34,7 @@ def index(root: str | Path, modalities: Sequence[str] = ("mr",), label_dir: str 
     out. The body mask goes along for `preprocess.mask_out`.
     """
     root = require_root(root, "Task1/pelvis/1PA001/mr.nii.gz and so on, or train/mr/ and test/mr/")
-    check_modalities(modalities, MODALITIES)
+    check_modality_choice(modalities, MODALITIES)
     cases = windows(root, modalities) or published(root, modalities, map_folder(root, label_dir))
     return require_cases(cases, root, "Task1/pelvis/<patient>/{mr,ct,mask}.nii.gz")
 
@@ -53,18 +53,18 @@ def windows(root: Path, modalities: Sequence[str]) -> list[Case]:
 
 
 def published(root: Path, modalities: Sequence[str], maps: Path | None) -> list[Case]:
-    stated, cases = stated_split(root), []
+    stated, cases = read_split_table(root), []
     volumes = files_below(root, VOLUME_SUFFIXES)
     for folder in sorted({p.parent for p in volumes if stem_of(p) in modalities}):
         name = folder.name
-        images = {key: existing(folder / f"{key}.nii.gz") for key in modalities}
+        images = {key: existing_volume(folder / f"{key}.nii.gz") for key in modalities}
         missing = [key for key, path in images.items() if path is None]
         if missing:
             raise InputError(f"{folder}: has no {missing[0]}.nii.gz; add it, or remove the folder")
         wanted = maps / f"{name}_ct_label.nii.gz" if maps else None
-        label = existing(wanted) if wanted else None
+        label = existing_volume(wanted) if wanted else None
         if wanted and label is None:
             raise InputError(f"{wanted}: missing, though {folder} is there; add it, or remove the folder")
-        others = {"mask": label, "body": existing(folder / "mask.nii.gz")}
-        cases += modality_cases(name, images, others, **split_of(name, stated, root / "splits.csv"))
+        others = {"mask": label, "body": existing_volume(folder / "mask.nii.gz")}
+        cases += modality_cases(name, images, others, **stated_split_of(name, stated, root / "splits.csv"))
     return cases

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from medldm.data.case import Case, stem_of
 from medldm.data.raw.layouts import (
-    existing,
+    existing_volume,
     folder_pairs,
     require_cases,
     require_root,
@@ -21,7 +21,7 @@ CLASSES = (
     "humerus", "scapula", "clavicula", "femur", "hip", "sacrum", "autochthon", "iliopsoas",
     "urinary_bladder", "skin", "spleen", "fat", "skeletal_muscle",
 )  # fmt: skip
-VESSELS = ("aorta", "inferior_vena_cava", "portal_vein_and_splenic_vein", "iliac_artery", "iliac_vena")
+VESSEL_NAMES = ("aorta", "inferior_vena_cava", "portal_vein_and_splenic_vein", "iliac_artery", "iliac_vena")
 
 
 def index(root: str | Path) -> list[Case]:
@@ -35,7 +35,7 @@ def index(root: str | Path) -> list[Case]:
 
 def class_of(stem: str) -> int | None:
     """The class of a segmentation by its file name: kidney_left and kidney are 1; None: not among the 30."""
-    if stem.startswith(VESSELS):
+    if stem.startswith(VESSEL_NAMES):
         return 1 + CLASSES.index("vessels")
     for name in (stem, *(stem.rsplit("_", k)[0] for k in range(1, stem.count("_") + 1))):
         if name in CLASSES:
@@ -46,7 +46,7 @@ def class_of(stem: str) -> int | None:
 def published(root: Path) -> list[Case]:
     cases, split = [], meta_split(root)
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and re.fullmatch(r"s\d+", p.name)):
-        image = existing(folder / "mri.nii.gz")
+        image = existing_volume(folder / "mri.nii.gz")
         if image is None:
             raise InputError(f"{folder / 'mri.nii.gz'}: missing; restore it, or remove the folder")
         if not (folder / "segmentations").is_dir():

@@ -11,9 +11,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from medldm.attributes import TABLES, UNKNOWN
+from medldm.attributes import TABLES
 from medldm.batch import Batch
 from medldm.data.datasets import published_splits
+from medldm.data.loading.augment import CenterCrop, RandomCrop, RandomFlip
 from medldm.data.loading.dataset import (
     ARRAY_DTYPES,
     CaseDataset,
@@ -22,15 +23,15 @@ from medldm.data.loading.dataset import (
     as_is,
     case_items,
     expand,
-    single_threaded,
+    single_threaded_worker,
 )
+from medldm.data.loading.facts import FACTS, typical_volume, unknown_attributes, view_weights
 from medldm.data.loading.latents import check_latents
 from medldm.data.loading.pairs import OF_SOURCE, PairDataset, check_pairs, pair_items
 from medldm.data.loading.record import training_record
 from medldm.data.loading.sampler import ResumableSampler
 from medldm.data.loading.synthetic import TRAIN_ON, SyntheticImages
 from medldm.data.preparation.edges import EdgeDegrade, EdgeRecipe
-from medldm.data.preparation.transforms import CenterCrop, RandomCrop, RandomFlip
 from medldm.data.prepared import load_index
 from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
 from medldm.devices import choose_settings
@@ -39,23 +40,6 @@ from medldm.files import read_json
 
 log = logging.getLogger(__name__)
 CONTOURS = "contours"  # an edge level: the class map's outlines alone
-FACTS = (
-    "spatial_dims",
-    "image_channels",
-    "num_classes",
-    "label_names",
-    "num_views",
-    "view_names",
-    "num_phases",
-    "phase_names",
-    "num_labels",
-    "label_values",
-    "multi_label",
-    "image_size",
-    "orientation",
-    "has_images",
-    "preprocess",
-)
 FRACTIONS = {"val": 0.1, "test": 0.1}
 
 
@@ -445,7 +429,7 @@ class CaseDataModule(pl.LightningDataModule):
             workers = {
                 "persistent_workers": True,
                 "multiprocessing_context": self.worker_context,
-                "worker_init_fn": single_threaded,
+                "worker_init_fn": single_threaded_worker,
             }
         return CaseLoader(
             dataset,
@@ -517,24 +501,6 @@ class CaseLoader(DataLoader):
         return map(expand, batches) if self.expand_here else batches
 
 
-def typical_volume(index: dict) -> dict:
-    """Medians over the prepared volumes: `spacing`, mm, and `intensity_ranges`, [low, high] of each label (0
-    where the dataset has none), in raw units. None where there are no volumes.
-    """
-    cases = [case for case in index["cases"] if "intensity_range" in case]
-    if not cases or index["spatial_dims"] != 3:
-        return {"spacing": None, "intensity_ranges": None}
-    ranges: dict[int, list] = {}
-    for case in cases:
-        label = case.get("label", UNKNOWN) if index.get("label_values") else 0
-        if label != UNKNOWN:
-            ranges.setdefault(label, []).append(case["intensity_range"])
-    return {
-        "spacing": np.median([case["spacing"] for case in cases], axis=0).tolist(),
-        "intensity_ranges": {label: np.median(r, axis=0).tolist() for label, r in ranges.items()},
-    }
-
-
 def check_edge_level(level: float | str | None, keys: Sequence[str]) -> None:
     if level is None:
         return
@@ -545,15 +511,3 @@ def check_edge_level(level: float | str | None, keys: Sequence[str]) -> None:
             raise InputError("edge_level=contours: this model reads no class maps; give a number in [0, 1]")
     elif isinstance(level, str) or not 0 <= level <= 1:
         raise InputError(f"edge_level={level}: give a number in [0, 1], or contours")
-
-
-def view_weights(items: Sequence[Item]) -> np.ndarray:
-    """Weight of each item such that every view is drawn equally often; the unknown one counts as a view."""
-    _, place, counts = np.unique([item.view for item in items], return_inverse=True, return_counts=True)
-    return 1 / counts[place]
-
-
-def unknown_attributes(items: Sequence[Item]) -> list[str]:
-    """Attributes that some of the items do not state."""
-    names = (*TABLES, "slice_position")
-    return [name for name in names if not all(item.stated(name) for item in items)]

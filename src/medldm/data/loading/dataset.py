@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.batch import Batch
 from medldm.data.hdf5 import HDF5Reader, open_hdf5
-from medldm.data.loading.sampler import Request
+from medldm.data.loading.sampler import ItemRequest
 from medldm.data.loading.synthetic import SyntheticImages
 from medldm.data.preparation.edges import EdgeDegrade
 from medldm.errors import InputError
@@ -96,7 +96,7 @@ def case_items(index: dict, case: int) -> list[Item]:
     ]
 
 
-def content_of(entry: dict) -> dict[str, str]:
+def array_digests(entry: dict) -> dict[str, str]:
     """Digests of a case's arrays from its entry of the index; {} where an older medldm prepared it."""
     return entry.get("content") or {}
 
@@ -142,10 +142,10 @@ class CaseDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, request: int | Request) -> Batch:
+    def __getitem__(self, request: int | ItemRequest) -> Batch:
         return expand(self.__getitems__([request]))
 
-    def __getitems__(self, requests: Sequence[int | Request]) -> Batch:
+    def __getitems__(self, requests: Sequence[int | ItemRequest]) -> Batch:
         pairs = [request if isinstance(request, tuple) else (0, int(request)) for request in requests]
         return self.collate([self.load(epoch, i) for epoch, i in pairs], [self.items[i] for _, i in pairs])
 
@@ -163,7 +163,7 @@ class CaseDataset(Dataset):
         None where an older medldm prepared the case.
         """
         entry = self.cases[case]
-        content = content_of(entry)
+        content = array_digests(entry)
         if not content:
             return None
         arrays = {key: content[key] for key in self.stored_keys if key in content}
@@ -179,7 +179,7 @@ class CaseDataset(Dataset):
         """
         reader, entry = open_hdf5(self.path(key, case)), self.cases[case]
         if key == "latent":
-            stated, expected = reader.stamps.get("image_digest"), content_of(entry).get("image")
+            stated, expected = reader.stamps.get("image_digest"), array_digests(entry).get("image")
             mend = "run `medldm encode` again"
         else:
             stated, expected = reader.stamps.get("fingerprint"), entry.get("fingerprint")
@@ -315,5 +315,5 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
-def single_threaded(worker: int) -> None:
+def single_threaded_worker(worker: int) -> None:
     cv2.setNumThreads(0)

@@ -4,7 +4,7 @@ import logging
 import shlex
 from pathlib import Path
 
-from medldm.data.loading.dataset import content_of
+from medldm.data.loading.dataset import array_digests
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def check_latents(folder: Path, facts: dict, index: dict) -> None:
     mend = (
         f"run `{encode_command(facts.get('checkpoint', 'CKPT'), folder.parents[1], index['spatial_dims'])}`"
     )
-    images = {case["id"]: content_of(case).get("image") for case in index["cases"]}
+    images = {case["id"]: array_digests(case).get("image") for case in index["cases"]}
     cached = facts.get("cases")
     if cached is None and any(images.values()):
         raise InputError(f"{folder}: does not say which images it was made from; {mend}")

@@ -10,8 +10,8 @@ import numpy as np
 from medldm.attributes import UNKNOWN
 from medldm.batch import Batch
 from medldm.data.case import visit_of
-from medldm.data.loading.dataset import CaseDataset, Item, content_of
-from medldm.data.loading.sampler import Request
+from medldm.data.loading.dataset import CaseDataset, Item, array_digests
+from medldm.data.loading.sampler import ItemRequest
 from medldm.data.raw.grids import REGISTER, difference_of
 from medldm.errors import InputError
 from medldm.files import safe_name
@@ -20,7 +20,7 @@ PAIRINGS = (None, "random", "all")
 OF_SOURCE = {"source": "image", "source_latent": "latent"}  # key of a batch -> what is read of the source
 
 
-class Pair(NamedTuple):
+class ItemPair(NamedTuple):
     source: Item
     target: Item
 
@@ -41,7 +41,7 @@ def check_pairs(pairs: str | None, pair_labels: Any, keys: Sequence[str], label_
 
 def pair_items(
     index: dict, items: Sequence[Item], pair_labels: Sequence[Sequence[str]] | None
-) -> list[list[Pair]]:
+) -> list[list[ItemPair]]:
     """The ordered pairs of every subject that has two images or more, in the order of subjects in the index;
     of a subject who came several times (attribute `visit`) those of each visit.
 
@@ -54,23 +54,23 @@ def pair_items(
         by_visit[entry["subject"], visit_of(entry)].append(item)
     names = index["label_values"]
     wanted = None if pair_labels is None else {tuple(names.index(name) for name in p) for p in pair_labels}
-    check_stated(index, items)
+    check_modalities_stated(index, items)
     groups = []
     for members in by_visit.values():
         if wanted is not None:
             members = [item for item in members if any(item.label in labels for labels in wanted)]
         for place in [members] if index["spatial_dims"] == 3 else places(index, members):
             place = sorted(place, key=lambda item: item.label)
-            pairs = [Pair(source, target) for source, target in permutations(place, 2)]
+            pairs = [ItemPair(source, target) for source, target in permutations(place, 2)]
             pairs = [p for p in pairs if p.source.label != p.target.label]
             groups.append([p for p in pairs if wanted is None or (p.source.label, p.target.label) in wanted])
     groups = [group for group in groups if group]
     if index["spatial_dims"] == 3:
-        check_volumes(index, groups)
+        check_pair_grids(index, groups)
     return groups
 
 
-def check_volumes(index: dict, groups: Sequence[Sequence[Pair]]) -> None:
+def check_pair_grids(index: dict, groups: Sequence[Sequence[ItemPair]]) -> None:
     """InputError where the voxels of a pair lie at different places."""
     cases = {tuple(sorted((p.source.case, p.target.case))) for group in groups for p in group}
     for pair in sorted(cases):
@@ -108,7 +108,7 @@ def places(index: dict, members: Sequence[Item]) -> list[list[Item]]:
     return list(groups.values())
 
 
-def check_stated(index: dict, items: Sequence[Item]) -> None:
+def check_modalities_stated(index: dict, items: Sequence[Item]) -> None:
     """InputError for an image that could be of any modality: a pair needs to know."""
     unknown = next((item for item in items if item.label == UNKNOWN), None)
     if unknown is not None:
@@ -126,12 +126,12 @@ class PairDataset(CaseDataset):
     `source_label` the source's. Both are cropped and flipped alike.
     """
 
-    def __init__(self, root: Any, index: dict, groups: Sequence[Sequence[Pair]], **settings: Any) -> None:
+    def __init__(self, root: Any, index: dict, groups: Sequence[Sequence[ItemPair]], **settings: Any) -> None:
         super().__init__(root, index, [group[0].target for group in groups], **settings)
         self.groups = [tuple(group) for group in groups]
         self.label_values = index["label_values"]
 
-    def __getitems__(self, requests: Sequence[int | Request]) -> Batch:
+    def __getitems__(self, requests: Sequence[int | ItemRequest]) -> Batch:
         drawn = [request if isinstance(request, tuple) else (0, int(request)) for request in requests]
         pairs = [self.pick(epoch, i) for epoch, i in drawn]
         arrays = [self.load_pair(pair, epoch, i) for pair, (epoch, i) in zip(pairs, drawn, strict=True)]
@@ -140,12 +140,12 @@ class PairDataset(CaseDataset):
         batch["case_id"] = [self.pair_id(pair) for pair in pairs]
         return batch
 
-    def pick(self, epoch: int, i: int) -> Pair:
+    def pick(self, epoch: int, i: int) -> ItemPair:
         group = self.groups[i]
         # A stream of its own: transforms draw from (seed, epoch, i).
         return group[int(np.random.default_rng((self.seed, epoch, i, 1)).integers(len(group)))]
 
-    def load_pair(self, pair: Pair, epoch: int, i: int) -> dict:
+    def load_pair(self, pair: ItemPair, epoch: int, i: int) -> dict:
         arrays = {
             key: self.read(OF_SOURCE.get(key, key), pair.source if key in OF_SOURCE else pair.target)
             for key in self.keys
@@ -159,7 +159,7 @@ class PairDataset(CaseDataset):
                 )
         return self.augment(arrays, epoch, i)
 
-    def pair_id(self, pair: Pair) -> str:
+    def pair_id(self, pair: ItemPair) -> str:
         """`<subject>_<source>_to_<target>`; where there are visits, the cases' own name instead of the
         subject's.
         """
@@ -179,7 +179,7 @@ class PairDataset(CaseDataset):
                 "id": self.pair_id(pair),
                 "source_label": names[pair.source.label],
                 "target_label": names[pair.target.label],
-                "source_content": content_of(self.cases[pair.source.case]),
+                "source_content": array_digests(self.cases[pair.source.case]),
             }
             for pair, *_ in self.groups
         ]

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from medldm.data.loading.dataset import content_of
+from medldm.data.loading.dataset import array_digests
 from medldm.data.loading.pairs import OF_SOURCE
 from medldm.data.splits import SUBSETS
 from medldm.fingerprints import digest
@@ -40,6 +40,6 @@ def content_digest(module: "CaseDataModule", entries: list[dict]) -> str | None:
     """Of the arrays that the model reads; a latent stands for its image. None where they are not known."""
     images = dict.fromkeys(("latent", *OF_SOURCE), "image")
     keys = sorted({images.get(key, key) for key in module.keys})
-    if not all(content_of(entry) for entry in entries):
+    if not all(array_digests(entry) for entry in entries):
         return None
-    return digest({entry["id"]: [content_of(entry).get(key) for key in keys] for entry in entries})
+    return digest({entry["id"]: [array_digests(entry).get(key) for key in keys] for entry in entries})

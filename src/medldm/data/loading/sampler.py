@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-Request = tuple[int, int]  # (epoch, item): all that an item's randomness may depend on, beside the seed
+ItemRequest = tuple[int, int]  # (epoch, item): all that an item's randomness may depend on, beside the seed
 
 
-class ResumableSampler(Sampler[list[Request]]):
+class ResumableSampler(Sampler[list[ItemRequest]]):
     """A batch sampler: global batch k of an epoch is `order[k * W * B : (k + 1) * W * B]`, rank r takes its
     r-th part.
 
@@ -71,7 +71,7 @@ class ResumableSampler(Sampler[list[Request]]):
             return generator.choice(self.num_items, self.num_items, p=self.weights)
         return generator.permutation(self.num_items)
 
-    def __iter__(self) -> Iterator[list[Request]]:
+    def __iter__(self) -> Iterator[list[ItemRequest]]:
         epoch, order = self.epoch, self.order(self.epoch)
         whole = self.batch_size * self.world_size
         for k in range(self.start, len(self)):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.phantoms.scene import Progress, Scene, check_volumes
+from medldm.data.phantoms.files import Progress
+from medldm.data.phantoms.scene import Scene, check_volume_request
 from medldm.files import replacing
 
 CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")
@@ -120,7 +121,7 @@ def write_brats(
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
     """`BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz`... Returns the root."""
-    root, size = Path(root), check_volumes(num_subjects, size)
+    root, size = Path(root), check_volume_request(num_subjects, size)
     for number in range(num_subjects):
         scene, images = brain(size, np.random.default_rng((seed, number)))
         name = f"BraTS2021_{number:05d}"
@@ -138,7 +139,7 @@ def write_ixi(
     """`output/IXI002-Guys-0800/{T1w,T2,PD}.nii.gz`... with `train_subs.csv` and `test_subs.csv` (a fifth, one
     at least where there are two subjects).
     """
-    root, size = Path(root), check_volumes(num_subjects, size)
+    root, size = Path(root), check_volume_request(num_subjects, size)
     names = [f"IXI{2 + k:03d}-Guys-{800 + k:04d}" for k in range(num_subjects)]
     for number, name in enumerate(names):
         scene, images = brain(size, np.random.default_rng((seed, number)), kind="ixi")

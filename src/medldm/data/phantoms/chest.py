@@ -5,16 +5,13 @@ exponentiate; pneumonia is one or two soft opacities in a lung.
 """
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from medldm.errors import InputError
+from medldm.data.phantoms.files import Progress, check_picture_request
 from medldm.files import replacing
-
-Progress = Callable[[], None]
 
 
 def smooth_step(distance: np.ndarray, width: float) -> np.ndarray:
@@ -85,20 +82,13 @@ def save_grey(path: Path, image: np.ndarray, suffix: str) -> None:
         temporary.write_bytes(data.tobytes())
 
 
-def check(num_subjects: int, image_size: int) -> None:
-    if num_subjects < 1:
-        raise InputError(f"num_subjects={num_subjects}: give 1 or more")
-    if image_size < 32:
-        raise InputError(f"image_size={image_size}: give 32 pixels or more")
-
-
 def write_chestxray(
     root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 256,
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
     """One picture a patient in NORMAL/ and PNEUMONIA/, named as Kermany et al. do. Returns the root."""
     root = Path(root)
-    check(num_subjects, image_size)
+    check_picture_request(num_subjects, image_size)
     for number in range(1, num_subjects + 1):
         g = np.random.default_rng((seed, number))
         is_sick = number % 2 == 0
@@ -115,7 +105,7 @@ def write_nih_cxr14(
 ) -> Path:  # fmt: skip
     """One or two pictures a patient in images_001/images/ and Data_Entry_2017.csv. Returns the root."""
     root = Path(root)
-    check(num_subjects, image_size)
+    check_picture_request(num_subjects, image_size)
     rows = []
     for number in range(1, num_subjects + 1):
         g = np.random.default_rng((seed, number))

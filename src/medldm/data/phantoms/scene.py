@@ -4,16 +4,14 @@ Coordinates are the patient's: x to the left, y to the back, z up. One scene hol
 T1, T2...), so that contrasts are functions of the same tissues.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from medldm.data.phantoms.cardiac import save
+from medldm.data.phantoms.files import save_nifti
 from medldm.errors import InputError
-
-Progress = Callable[[], None]
 
 
 class Scene:
@@ -116,10 +114,10 @@ class Scene:
         return affine
 
     def save(self, path: Path, array: np.ndarray) -> None:
-        save(path, array, self.spacing, self.affine)
+        save_nifti(path, array, self.spacing, self.affine)
 
 
-def check_volumes(num_subjects: int, size: Sequence[int]) -> tuple[int, ...]:
+def check_volume_request(num_subjects: int, size: Sequence[int]) -> tuple[int, ...]:
     if num_subjects < 1:
         raise InputError(f"num_subjects={num_subjects}: give 1 or more")
     if len(size) != 3 or min(size) < 16:
@@ -127,6 +125,6 @@ def check_volumes(num_subjects: int, size: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(n) for n in size)
 
 
-def columns(table: Mapping[str, Mapping[str, float]], channels: Sequence[str]) -> dict[str, list[float]]:
+def per_channel(table: Mapping[str, Mapping[str, float]], channels: Sequence[str]) -> dict[str, list[float]]:
     """tissue -> one value a channel."""
     return {tissue: [values[channel] for channel in channels] for tissue, values in table.items()}

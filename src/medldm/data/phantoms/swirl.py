@@ -31,7 +31,7 @@ def distance_to_swirl(points: np.ndarray) -> np.ndarray:
     return cKDTree(swirl(np.linspace(0, 1, 100_001))).query(points)[0]
 
 
-def to_unit(points: np.ndarray) -> Tensor:
+def points_to_unit(points: np.ndarray) -> Tensor:
     """Grid units 0 .. 255 -> [-1, 1], rounded to the grid."""
     levels = np.clip(np.rint(points), 0, NUM_LEVELS - 1)
     return torch.from_numpy(levels * (2 / (NUM_LEVELS - 1)) - 1).float()
@@ -46,7 +46,7 @@ class SwirlPoints(torch.utils.data.Dataset):
     def __init__(self, num_points: int, seed: int) -> None:
         generator = np.random.default_rng(seed)
         u, noise = generator.uniform(size=num_points), generator.normal(size=(num_points, 2))
-        self.points = to_unit(swirl(u, noise))
+        self.points = points_to_unit(swirl(u, noise))
 
     def __len__(self) -> int:
         return len(self.points)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.phantoms.scene import Progress, Scene, check_volumes
+from medldm.data.phantoms.files import Progress
+from medldm.data.phantoms.scene import Scene, check_volume_request
 
 CHANNELS = ("ct", "mr")
-TISSUE = {  # HU, and relative T1-weighted signal
+TORSO_SIGNAL = {  # HU, and relative T1-weighted signal
     "air": (-1000, 0.01), "skin": (20, 0.45), "fat": (-100, 0.95), "muscle": (55, 0.38), "bone": (700, 0.08),
     "spongy": (250, 0.62), "disc": (90, 0.3), "lung": (-840, 0.06), "blood": (45, 0.15), "liver": (62, 0.55),
     "spleen": (52, 0.33), "kidney": (38, 0.42), "stomach": (28, 0.4), "gas": (-900, 0.02), "gut": (32, 0.42),
@@ -17,11 +18,13 @@ TISSUE = {  # HU, and relative T1-weighted signal
     "gland": (35, 0.45), "vessel": (130, 1.1),
 }  # fmt: skip
 # Class numbers of the 30 structures that Med-LSDM uses (medldm.data.datasets.totalsegmentator_mri.CLASSES).
-KIDNEY, VESSELS, GALLBLADDER, LIVER, STOMACH, PANCREAS, ADRENAL, LUNG, VERTEBRAE, ESOPHAGUS = range(1, 11)
+KIDNEY, TORSO_VESSELS, GALLBLADDER, LIVER, STOMACH, PANCREAS, ADRENAL, LUNG, VERTEBRAE, ESOPHAGUS = range(
+    1, 11
+)
 TRACHEA, HEART, PULMONARY, SMALL_BOWEL, DUODENUM, COLON, RIBS, HUMERUS, SCAPULA, CLAVICULA = range(11, 21)
 FEMUR, HIP, SACRUM, AUTOCHTHON, ILIOPSOAS, BLADDER, SKIN, SPLEEN, FAT, MUSCLE = range(21, 31)
 # z in mm: 0 is the dome of the liver; shoulders near 210, the pelvic floor near -330
-REGIONS = {  # extent (x, y, z) and centre of the field of view
+TORSO_REGIONS = {  # extent (x, y, z) and centre of the field of view
     "torso": ((430.0, 320.0, 560.0), (0.0, 0.0, -60.0)),
     "pelvis": ((430.0, 320.0, 250.0), (0.0, 0.0, -265.0)),
 }
@@ -64,7 +67,7 @@ def draw_spine(scene: Scene, tissue: dict) -> None:
     scene.paint(scene.ellipsoid((0, 86, 0), (8, 7, 4000), jitter=0.02), tissue["cord"])
 
 
-def draw_chest(scene: Scene, tissue: dict, body: np.ndarray, cavity: np.ndarray) -> None:
+def draw_torso_chest(scene: Scene, tissue: dict, body: np.ndarray, cavity: np.ndarray) -> None:
     x, y, z = scene.points
     thorax = np.maximum(np.maximum(body + 30, -z - 70), z - 205)
     slope = (z + 0.45 * y + 0.0008 * x * x) / 25.0  # ribs run down to the front
@@ -97,14 +100,14 @@ def draw_chest(scene: Scene, tissue: dict, body: np.ndarray, cavity: np.ndarray)
         scene.paint(scene.ellipsoid(offset, (21, 17, 26), (0.2, 0.5, 0.4)), tissue["blood"], HEART)
     scene.paint(scene.tube([(12, -36, 84), (26, -18, 102), (40, 10, 108)], 12), tissue["blood"], PULMONARY)
     arch = [(8, -32, 84), (4, -34, 122), (16, 10, 138), (24, 40, 118), (20, 40, 0), (8, 36, -120)]
-    scene.paint(scene.tube(arch, 12.5), tissue["blood"], VESSELS)
+    scene.paint(scene.tube(arch, 12.5), tissue["blood"], TORSO_VESSELS)
     scene.paint(scene.tube([(0, 30, 260), (2, 34, 100), (8, 22, -10)], 7), tissue["muscle"], ESOPHAGUS)
     scene.paint(scene.tube([(0, 4, 260), (0, 14, 115)], 9), tissue["gas"], TRACHEA)
     for side in (-1, 1):
         scene.paint(scene.tube([(0, 14, 115), (side * 34, 18, 88)], 6.5), tissue["gas"], TRACHEA)
 
 
-def draw_abdomen(scene: Scene, tissue: dict, cavity: np.ndarray) -> None:
+def draw_torso_abdomen(scene: Scene, tissue: dict, cavity: np.ndarray) -> None:
     x, y, z = scene.points
     coils = np.abs(scene.waves(1.0, 34.0, 6)) - 0.75
     scene.paint(
@@ -146,9 +149,9 @@ def draw_abdomen(scene: Scene, tissue: dict, cavity: np.ndarray) -> None:
             scene.ellipsoid((side * 44, 40, -58), (13, 6, 13), (0, 0.5 * side, 0)), tissue["spleen"], ADRENAL
         )
         legs = [(side * 5, 38, -180), (side * 46, 28, -258), (side * 70, -24, -330)]
-        scene.paint(scene.tube(legs, 6.5), tissue["blood"], VESSELS)
-    scene.paint(scene.tube([(14, 38, -60), (10, 38, -185)], 10), tissue["blood"], VESSELS)
-    scene.paint(scene.tube([(-18, 36, 10), (-16, 40, -185)], 11), tissue["blood"], VESSELS)
+        scene.paint(scene.tube(legs, 6.5), tissue["blood"], TORSO_VESSELS)
+    scene.paint(scene.tube([(14, 38, -60), (10, 38, -185)], 10), tissue["blood"], TORSO_VESSELS)
+    scene.paint(scene.tube([(-18, 36, 10), (-16, 40, -185)], 11), tissue["blood"], TORSO_VESSELS)
 
 
 def draw_pelvis(scene: Scene, tissue: dict, body: np.ndarray) -> None:
@@ -182,16 +185,16 @@ def trunk(
     size: tuple[int, ...], generator: np.random.Generator, region: str
 ) -> tuple[Scene, dict, np.ndarray]:
     """A scene, its int16 images `ct` (HU) and `mr`, and the body mask uint8."""
-    extent, center = REGIONS[region]
-    background = [TISSUE["air"][k] for k in range(2)]
+    extent, center = TORSO_REGIONS[region]
+    background = [TORSO_SIGNAL["air"][k] for k in range(2)]
     scene = Scene(size, extent, CHANNELS, generator, center=center, warp=4.5, background=background)
-    spread = generator.uniform(0.96, 1.04, (len(TISSUE), 2))
-    tissue = {name: np.array(v) * s for (name, v), s in zip(TISSUE.items(), spread, strict=True)}
-    tissue["air"] = np.array(TISSUE["air"], float)
+    spread = generator.uniform(0.96, 1.04, (len(TORSO_SIGNAL), 2))
+    tissue = {name: np.array(v) * s for (name, v), s in zip(TORSO_SIGNAL.items(), spread, strict=True)}
+    tissue["air"] = np.array(TORSO_SIGNAL["air"], float)
     body, cavity = draw_body(scene, tissue)
     if region == "torso":
-        draw_chest(scene, tissue, body, cavity)
-    draw_abdomen(scene, tissue, cavity)
+        draw_torso_chest(scene, tissue, body, cavity)
+    draw_torso_abdomen(scene, tissue, cavity)
     draw_spine(scene, tissue)
     draw_pelvis(scene, tissue, body)
     inside = body < 0
@@ -209,7 +212,7 @@ def write_autopet(
     """`FDG-PET-CT-Lesions/PETCT_00000000/study/CTres.nii.gz` with maps in `labels/` (the first 30 of 37
     classes). Returns the root.
     """
-    root, size = Path(root), check_volumes(num_subjects, size)
+    root, size = Path(root), check_volume_request(num_subjects, size)
     for number in range(num_subjects):
         scene, images, _ = trunk(size, np.random.default_rng((seed, number)), "torso")
         patient, study = f"PETCT_{number:08x}", "01-01-2003-NA-PET-CT"
@@ -227,7 +230,7 @@ def write_totalsegmentator_mri(
     """`s0001/mri.nii.gz` and `s0001/segmentations/<organ>.nii.gz`, one binary mask an organ."""
     from medldm.data.datasets.totalsegmentator_mri import CLASSES
 
-    root, size = Path(root), check_volumes(num_subjects, size)
+    root, size = Path(root), check_volume_request(num_subjects, size)
     for number in range(num_subjects):
         scene, images, _ = trunk(size, np.random.default_rng((seed, number)), "torso")
         folder = root / f"s{number + 1:04d}"
@@ -244,7 +247,7 @@ def write_synthrad(
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
     """`Task1/pelvis/1PA001/{mr,ct,mask}.nii.gz` with maps `labels/1PA001_ct_label.nii.gz`."""
-    root, size = Path(root), check_volumes(num_subjects, size)
+    root, size = Path(root), check_volume_request(num_subjects, size)
     for number in range(1, num_subjects + 1):
         scene, images, body = trunk(size, np.random.default_rng((seed, number)), "pelvis")
         name = f"1PA{number:03d}"
@@ -295,7 +298,7 @@ def write_duke(
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
     """`final_labeled_mr/Breast_MRI_001_0.nii.gz` with `final_label/`, Med-LSDM's NIfTI layout."""
-    root, size = Path(root), check_volumes(num_subjects, size)
+    root, size = Path(root), check_volume_request(num_subjects, size)
     for number in range(1, num_subjects + 1):
         scene, image = breast(size, np.random.default_rng((seed, number)))
         name = f"Breast_MRI_{number:03d}_0.nii.gz"

@@ -53,7 +53,7 @@ def make_tables(cases: Sequence[Case], modalities: Sequence[str] | None = None) 
 
 
 @dataclass(frozen=True)
-class Job:
+class FileJob:
     """One file to write: all acquisitions of a subject in 2D, one volume in 3D; or the frames of its CINE."""
 
     id: str
@@ -120,7 +120,7 @@ def make_jobs(
     *,
     command: str,
     earlier: Mapping[str, dict],
-) -> list[Job]:
+) -> list[FileJob]:
     """`command` makes them; `earlier` are the index entries of an earlier preparation by id. CINE frames get
     no edges: what reads edges does not read them.
     """
@@ -129,7 +129,7 @@ def make_jobs(
     for case in cases:
         groups[file_of(case, recipe.spatial_dims), case.subject].append(case)
     return [
-        Job(
+        FileJob(
             name, subject, tuple(members), root / "cases" / f"{name}.h5", dataset,
             replace(recipe, edges=None) if members[0].is_cine else recipe, tables, command, earlier.get(name),
         )
@@ -149,7 +149,7 @@ def file_of(case: Case, spatial_dims: int) -> str:
     return case.subject if visit is None else safe_name(f"{case.subject}_{visit}")
 
 
-def number(value: Any, names: Sequence[str]) -> int:
+def number_of(value: Any, names: Sequence[str]) -> int:
     """Place of a stated value among the names; UNKNOWN where nothing is stated."""
     return UNKNOWN if value is None or value == "" else names.index(str(value))
 
@@ -160,17 +160,19 @@ def findings(case: Case) -> list[str]:
 
 
 def finding_numbers(case: Case, tables: Tables) -> list[int]:
-    return sorted({number(name, tables.labels) for name in findings(case)})
+    return sorted({number_of(name, tables.labels) for name in findings(case)})
 
 
-def has_findings(job: Job) -> bool:
+def has_findings(job: FileJob) -> bool:
     return any("labels" in case.attributes for case in job.cases)
 
 
 def numbers_of(case: Case, tables: Tables) -> dict[str, int]:
     """View, phase and label of a case as files store them."""
     names = (tables.views, tables.phases, tables.labels)
-    return {kind: number(case.attributes.get(kind), known) for kind, known in zip(TABLES, names, strict=True)}
+    return {
+        kind: number_of(case.attributes.get(kind), known) for kind, known in zip(TABLES, names, strict=True)
+    }
 
 
 def check_numbers(path: Path, stored: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
@@ -184,7 +186,7 @@ def check_numbers(path: Path, stored: Mapping[str, Any], stated: Mapping[str, An
             )
 
 
-def root_attributes(job: Job, fingerprint: str) -> dict:
+def root_attributes(job: FileJob, fingerprint: str) -> dict:
     known = {key: str(value) for key, value in common_attributes(job.cases).items() if key not in PER_SLICE}
     return {
         **known,
@@ -207,13 +209,13 @@ def common_attributes(cases: Sequence[Case]) -> dict:
     }
 
 
-def original_names(job: Job) -> dict[str, str]:
+def original_names(job: FileJob) -> dict[str, str]:
     """`original_subject`, and of a volume `original_id`, where they were no safe file names."""
     names = job.cases[0].original
     return names if job.recipe.spatial_dims == 3 else {k: v for k, v in names.items() if k != "original_id"}
 
 
-def entry_of(job: Job, path: Path, arrays: Mapping[str, np.ndarray | None]) -> dict:
+def shared_entry(job: FileJob, path: Path, arrays: Mapping[str, np.ndarray | None]) -> dict:
     """The part of an index entry that 2D and 3D share; `content` are the digests of what is stored."""
     return {
         "id": job.id,
@@ -229,12 +231,12 @@ def entry_of(job: Job, path: Path, arrays: Mapping[str, np.ndarray | None]) -> d
     }
 
 
-def check_range(path: Path, image: np.ndarray, limit: float = 1) -> None:
+def check_stored_range(path: Path, image: np.ndarray, limit: float = 1) -> None:
     if not (np.isfinite(image).all() and np.abs(image).max() <= limit):
         raise InputError(f"{path}: image values leave [-1, 1]; delete it and run `medldm prepare` again")
 
 
-def check_classes(path: Path, mask: np.ndarray, job: Job) -> int:
+def check_classes(path: Path, mask: np.ndarray, job: FileJob) -> int:
     """The largest class; InputError where it has no name."""
     largest, names = int(mask.max()), job.recipe.labels.names
     if names is not None and largest >= len(names):

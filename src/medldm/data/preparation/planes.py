@@ -14,13 +14,17 @@ import numpy as np
 
 from medldm.data.preparation.recipe import Recipe
 from medldm.data.raw.grids import edges_of, turned
-from medldm.data.raw.image import Image
+from medldm.data.raw.image import RawImage
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
-PLANES = ("sagittal", "coronal", "axial")  # cut across the left-right, the front-back and the head-feet axis
+BODY_PLANES = (
+    "sagittal",
+    "coronal",
+    "axial",
+)  # cut across the left-right, the front-back and the head-feet axis
 # How much an axis wants to run along R, A and S: as rows and columns of a slice, and from slice to slice.
-ROWS, COLUMNS, STACK = np.array([(0, -0.5, -1), (-1, -0.5, 0), (-1, 1, 0.5)])
+ALONG_ROWS, ALONG_COLUMNS, ALONG_STACK = np.array([(0, -0.5, -1), (-1, -0.5, 0), (-1, 1, 0.5)])
 STRAIGHT = np.cos(np.deg2rad(30))  # axes further off the body's than this make a volume oblique
 THICK = 1.5  # slices this much further apart than pixels are the acquired ones
 
@@ -38,7 +42,7 @@ class Planes(NamedTuple):
     plane: str
 
 
-def as_volume(image: Image, path: str) -> Image:
+def as_volume(image: RawImage, path: str) -> RawImage:
     """(X, Y, Z) where the file says where it lies, (H, W) where not. InputError for anything else."""
     array = image.array
     if image.affine is None:
@@ -55,7 +59,7 @@ def as_volume(image: Image, path: str) -> Image:
     return image._replace(array=array.reshape((*array.shape, 1)[:3]))
 
 
-def find_cut(image: Image, recipe: Recipe, path: str) -> Cut | None:
+def find_cut(image: RawImage, recipe: Recipe, path: str) -> Cut | None:
     """How a volume becomes slices; None for a picture. `slice_axis` is an axis of the body, 0 left-right,
     1 front-back, 2 head-feet; with `slice_orientation: stored` of the array, which is taken as it lies.
 
@@ -72,10 +76,10 @@ def find_cut(image: Image, recipe: Recipe, path: str) -> Cut | None:
     first, second = (i for i in range(3) if i != depth)
     rows, columns = max(
         ((second, first), (first, second)),
-        key=lambda axes: abs(ROWS @ directions[axes[0]]) + abs(COLUMNS @ directions[axes[1]]),
+        key=lambda axes: abs(ALONG_ROWS @ directions[axes[0]]) + abs(ALONG_COLUMNS @ directions[axes[1]]),
     )
     order = (depth, rows, columns)
-    wanted = zip((STACK, ROWS, COLUMNS), order, strict=True)
+    wanted = zip((ALONG_STACK, ALONG_ROWS, ALONG_COLUMNS), order, strict=True)
     return Cut(order, tuple(-1 if want @ directions[axis] < 0 else 1 for want, axis in wanted), plane)
 
 
@@ -92,19 +96,19 @@ def slicing_axis(
     depth = axes.index(slice_axis)
     if single and depth not in single:
         raise InputError(
-            f"{path}: is a single {PLANES[axes[single[-1]]]} slice, not {PLANES[slice_axis]}; set "
+            f"{path}: is a single {BODY_PLANES[axes[single[-1]]]} slice, not {BODY_PLANES[slice_axis]}; set "
             f"data.preprocess.slice_axis={axes[single[-1]]}, or take it out"
         )
     if is_thick and widest != depth and not single:
         log.warning(
             "%s: acquired as %s slices %.3g mm apart and cut across them; data.preprocess.slice_axis=%d "
             "takes them as they are",
-            *(path, PLANES[axes[widest]], edges[widest], axes[widest]),
+            *(path, BODY_PLANES[axes[widest]], edges[widest], axes[widest]),
         )
-    return depth, PLANES[slice_axis]
+    return depth, BODY_PLANES[slice_axis]
 
 
-def cut_planes(image: Image, cut: Cut | None) -> Planes:
+def cut_planes(image: RawImage, cut: Cut | None) -> Planes:
     if cut is None:
         return Planes(image.array[None], image.spacing or (1.0, 1.0), None, "picture")
     array, affine = turned(image.array, image.affine, cut.order, cut.signs)

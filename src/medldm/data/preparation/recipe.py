@@ -7,12 +7,16 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from medldm.data.preparation.edges import EdgeRecipe
-from medldm.data.preparation.transforms import INVERSIONS, Intensity, Labels, Resize
+from medldm.data.preparation.intensity import INVERSIONS, Intensity
+from medldm.data.preparation.labels import Labels
+from medldm.data.preparation.resize import Resize
 from medldm.errors import InputError
 from medldm.fingerprints import digest
 
 SCHEMA_VERSION = 1
-BACKGROUND = "background"  # of `foreground_above`: whatever differs from the value that all corners share
+FROM_BACKGROUND = (
+    "background"  # of `foreground_above`: whatever differs from the value that all corners share
+)
 DTYPES = ("float16", "float32")
 COMPRESSION: dict[str, dict] = {
     "none": {},
@@ -20,7 +24,7 @@ COMPRESSION: dict[str, dict] = {
     "gzip": {"compression": "gzip", "compression_opts": 4, "shuffle": True},
 }
 BEFORE = {"slice_orientation": "stored"}  # what folders were prepared with that do not say it
-CHOICES: dict[str, tuple] = {
+RECIPE_CHOICES: dict[str, tuple] = {
     "dtype": DTYPES,
     "compression": tuple(COMPRESSION),
     "slice_axis": (0, 1, 2),
@@ -84,17 +88,19 @@ def make_recipe(
     if image_size is None and spatial_dims == 2:
         image_size = 256
     size = (image_size,) * spatial_dims if isinstance(image_size, int) else image_size and tuple(image_size)
-    check_size(image_size, size, spatial_dims)
+    check_grid_size(image_size, size, spatial_dims)
     options = dict(preprocess)
-    for key, choices in CHOICES.items():
+    for key, choices in RECIPE_CHOICES.items():
         if options[key] not in choices:
             raise InputError(
                 f"data.preprocess.{key}={options[key]}: choose from {', '.join(map(str, choices))}"
             )
     check_orientation(options["orientation"])
     above = options["foreground_above"]
-    if isinstance(above, str) and above != BACKGROUND:
-        raise InputError(f"data.preprocess.foreground_above={above}: give a number, null or {BACKGROUND}")
+    if isinstance(above, str) and above != FROM_BACKGROUND:
+        raise InputError(
+            f"data.preprocess.foreground_above={above}: give a number, null or {FROM_BACKGROUND}"
+        )
     margin = options["crop_label_margin"]
     if margin is not None and (margin < 0 or spatial_dims != 2):
         raise InputError(f"data.preprocess.crop_label_margin={margin}: give a share of at least 0, in 2D")
@@ -113,7 +119,7 @@ def make_recipe(
         resize=Resize(**options.pop("resize")),
         intensity=Intensity(**intensity),
         labels=Labels(
-            class_names(labels.get("names")),
+            numbered_names(labels.get("names")),
             {int(k): int(v) for k, v in mapping.items()} if mapping else None,
         ),
         edges=EdgeRecipe(**edges) if edges is not None and spatial_dims == 2 else None,
@@ -123,14 +129,14 @@ def make_recipe(
     )
 
 
-def class_names(names: int | Sequence[str] | None) -> tuple[str, ...] | None:
+def numbered_names(names: int | Sequence[str] | None) -> tuple[str, ...] | None:
     """A number stands for classes whose names are not published."""
     if isinstance(names, int):
         return ("background", *(f"class {i}" for i in range(1, names)))
     return tuple(names) if names else None
 
 
-def check_size(
+def check_grid_size(
     given: Any, size: Sequence[int | None] | None, spatial_dims: int, key: str = "image_size"
 ) -> None:
     """A 3D size may leave an axis open (null); a 2D one may not."""
@@ -152,7 +158,7 @@ def check_min_size(given: int | Sequence[int | None] | None, spatial_dims: int) 
             f"data.preprocess.min_size={given}: pads volumes; set it to null, slices have data.image_size"
         )
     least = (given,) * spatial_dims if isinstance(given, int) else tuple(given)
-    check_size(given, least, spatial_dims, "preprocess.min_size")
+    check_grid_size(given, least, spatial_dims, "preprocess.min_size")
     return least
 
 

@@ -11,22 +11,24 @@ import numpy as np
 
 from medldm.attributes import TABLES
 from medldm.data.case import Case
+from medldm.data.preparation.casts import exact, finite, within
 from medldm.data.preparation.edges import EdgeRecipe
+from medldm.data.preparation.intensity import looks_inverted, scale_to_unit
 from medldm.data.preparation.jobs import (
     PER_SLICE,
-    Job,
+    FileJob,
     Tables,
     check_classes,
     check_numbers,
-    check_range,
-    entry_of,
+    check_stored_range,
     finding_numbers,
     has_findings,
     numbers_of,
+    shared_entry,
 )
+from medldm.data.preparation.labels import relabelled
 from medldm.data.preparation.planes import Planes, as_volume, cut_planes, find_cut
 from medldm.data.preparation.recipe import COMPRESSION, Recipe
-from medldm.data.preparation.transforms import exact, finite, looks_inverted, renumber, to_unit, within
 from medldm.data.raw.grids import is_same_grid, on_grid_of
 from medldm.data.raw.readers import read_image, read_mask
 from medldm.errors import InputError
@@ -57,7 +59,7 @@ def read_slices(case: Case, recipe: Recipe) -> tuple[Planes, np.ndarray | None]:
         mask = as_volume(read_mask(mask_path), mask_path) if case.has_image else image
         on_grid = on_grid_of(image, mask, mask_path, recipe.mask_grid)
         lying = cut_planes(image._replace(array=on_grid), cut).array
-        classes = recipe.labels(renumber(lying, case.relabel), mask_path + case.numbering)
+        classes = recipe.labels(relabelled(lying, case.relabel), mask_path + case.numbering)
     if not case.has_image:
         planes = planes._replace(array=np.zeros(planes.array.shape, np.float32))
     return planes, classes
@@ -88,14 +90,14 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> Part:
     affine = np.eye(4) if planes.affine is None else planes.affine
     if recipe.crop_label_margin is not None:
         box = label_box(classes, spacing, recipe.crop_label_margin, case)
-        volume, classes = cut(volume, box, low), cut(classes, box, 0)
+        volume, classes = cut_box(volume, box, low), cut_box(classes, box, 0)
         affine = affine @ shift(0, *(start for start, _ in box))
     images, ranges = [], []
     for plane in volume:
         resized = recipe.resize.image(plane, spacing, size, fill=low)
         if recipe.intensity.mode == "slice_minmax":
             low, high = float(resized.min()), float(resized.max())
-        images.append(to_unit(resized, low, high))
+        images.append(scale_to_unit(resized, low, high))
         ranges.append((low, high))
     out: dict[str, np.ndarray] = {"images": np.stack(images)} if case.has_image else {}
     if classes is not None:
@@ -137,10 +139,12 @@ def slice_numbers(case: Case, tables: Tables, count: int) -> dict[str, np.ndarra
     }
 
 
-Box = tuple[tuple[int, int], tuple[int, int]]  # (start, stop) of rows and columns; may reach beyond the slice
+PixelBox = tuple[
+    tuple[int, int], tuple[int, int]
+]  # (start, stop) of rows and columns; may reach beyond the slice
 
 
-def label_box(classes: np.ndarray | None, spacing: Sequence[float], margin: float, case: Case) -> Box:
+def label_box(classes: np.ndarray | None, spacing: Sequence[float], margin: float, case: Case) -> PixelBox:
     """The square, in mm, about every labelled pixel of a stack (N, H, W), wider by `margin` of its side at
     each edge: one box for all slices. InputError where nothing is labelled.
     """
@@ -161,7 +165,7 @@ def label_box(classes: np.ndarray | None, spacing: Sequence[float], margin: floa
     return tuple(box)
 
 
-def cut(x: np.ndarray, box: Box, fill: float) -> np.ndarray:
+def cut_box(x: np.ndarray, box: PixelBox, fill: float) -> np.ndarray:
     """(N, H, W) -> what lies in `box`, `fill` where it reaches beyond the slice."""
     out = np.full((len(x), *(stop - start for start, stop in box)), fill, x.dtype)
     inside = [(max(0, start), min(n, stop)) for (start, stop), n in zip(box, x.shape[1:], strict=True)]
@@ -193,7 +197,7 @@ def number_grids(parts: Sequence[Part]) -> list[int]:
     return numbers
 
 
-def write_slices(job: Job, file: h5py.File) -> None:
+def write_slices(job: FileJob, file: h5py.File) -> None:
     parts = [prepare_slices(case, job.recipe, job.tables) for case in job.cases]
     arrays = {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays}
     counts = [part.shape[0] for part in parts]
@@ -214,7 +218,7 @@ def write_slices(job: Job, file: h5py.File) -> None:
         file.create_dataset(key, data=np.repeat(values, counts).tolist(), dtype=h5py.string_dtype())
 
 
-def stated_numbers(job: Job, slice_index: np.ndarray) -> dict[str, np.ndarray]:
+def stated_numbers(job: FileJob, slice_index: np.ndarray) -> dict[str, np.ndarray]:
     """View, phase and label of every slice of a file as its acquisitions state them, one after another."""
     stated = [numbers_of(case, job.tables) for case in job.cases]
     return {kind: np.array([n[kind] for n in stated])[acquisitions(slice_index)] for kind in TABLES}
@@ -225,7 +229,7 @@ def acquisitions(slice_index: np.ndarray) -> np.ndarray:
     return np.cumsum(slice_index == 0) - 1
 
 
-def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
+def describe_slices(file: h5py.File, path: Path, job: FileJob) -> dict:
     arrays = {key: file[key][()] for key in file if key not in TEXTS}
     lengths = {key: len(array) for key, array in arrays.items()}
     needed = {
@@ -249,7 +253,7 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
         )
     check_numbers(path, arrays, stated_numbers(job, arrays["slice_index"]))
     if "images" in arrays:
-        check_range(path, arrays["images"])
+        check_stored_range(path, arrays["images"])
     if any(arrays[key].max() > 1 for key in ("edges", "edges_levels") if key in arrays):
         raise InputError(f"{path}: edges are not 0 and 1; delete it and prepare again")
     shapes = {arrays[key].shape for key in ("images", "semantic_maps", "edges") if key in arrays}
@@ -258,7 +262,7 @@ def describe_slices(file: h5py.File, path: Path, job: Job) -> dict:
             f"{path}: images, maps and edges have shapes {sorted(shapes)}; delete it and prepare again"
         )
     stored = {"image": "images", "mask": "semantic_maps", "edges": "edges", "edges_levels": "edges_levels"}
-    entry = entry_of(job, path, {key: arrays.get(name) for key, name in stored.items()})
+    entry = shared_entry(job, path, {key: arrays.get(name) for key, name in stored.items()})
     entry["num_slices"] = lengths["slice_index"]
     entry["shape"] = list(job.recipe.image_size)
     entry["spacing"] = [float(s) for s in arrays["spacing"][0]]

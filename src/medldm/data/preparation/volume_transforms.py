@@ -20,12 +20,13 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from medldm.data.preparation.recipe import BACKGROUND, Recipe
-from medldm.data.preparation.transforms import axial_axis, remove_artifacts, to_unit
+from medldm.data.preparation.intensity import remove_artifacts, scale_to_unit
+from medldm.data.preparation.recipe import FROM_BACKGROUND, Recipe
+from medldm.data.raw.grids import body_axis
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
-FOREGROUND = 0.005  # of the intensity range: a voxel above it is no background
+FOREGROUND_SHARE = 0.005  # of the intensity range: a voxel above it is no background
 SPLINE = {"linear": "bilinear", "bspline": 3}  # MONAI's name, or SciPy's order
 
 
@@ -73,7 +74,7 @@ def prepare_volume(
     image = clean(image, body, affine, recipe)
     low, high = rule.volume_range(image)
     fill = -1.0 if rule.region == "volume" else float(image.min())
-    arrays = {"image": to_unit(image, low, high, clip=rule.clip) if rule.region == "volume" else image}
+    arrays = {"image": scale_to_unit(image, low, high, clip=rule.clip) if rule.region == "volume" else image}
     if mask is not None:
         arrays["mask"] = mask
     if recipe.crop_foreground:
@@ -84,13 +85,13 @@ def prepare_volume(
     }
     with warnings.catch_warnings():  # of scale_extent: places are right, see the tests
         warnings.filterwarnings("ignore", "align_corners")
-        resampled = Compose(to_grid(list(item), recipe, shape, affine))(item)
+        resampled = Compose(onto_grid(list(item), recipe, shape, affine))(item)
     grid_affine = resampled["image"].affine.numpy().copy()
-    item = Compose(to_box(list(item), recipe, fill))(resampled)
+    item = Compose(onto_box(list(item), recipe, fill))(resampled)
     x = item["image"].as_tensor().numpy()
     if rule.region == "box":
         low, high = rule.volume_range(x)
-        x = to_unit(x, low, high, clip=rule.clip)
+        x = scale_to_unit(x, low, high, clip=rule.clip)
     final_affine = item["image"].affine.numpy().astype(np.float64)
     offset = np.linalg.solve(grid_affine[:3, :3], final_affine[:3, 3] - grid_affine[:3, 3])
     start = np.rint(offset).astype(int)
@@ -129,7 +130,7 @@ def lower_background(image: np.ndarray, recipe: Recipe) -> np.ndarray:
     """
     background = background_of(image)
     low, high = recipe.intensity.volume_range(image)
-    if background is None or background <= low + FOREGROUND * (high - low):
+    if background is None or background <= low + FOREGROUND_SHARE * (high - low):
         return image
     inside = image != background
     log.warning(
@@ -148,9 +149,9 @@ def find_foreground(image: np.ndarray, recipe: Recipe) -> np.ndarray:
     inside = image
     if image.dtype != bool:
         low, high = recipe.intensity.volume_range(image)
-        least, background = FOREGROUND * (high - low), background_of(image)
+        least, background = FOREGROUND_SHARE * (high - low), background_of(image)
         threshold = recipe.foreground_above
-        if threshold == BACKGROUND:
+        if threshold == FROM_BACKGROUND:
             inside = image > 0 if background is None else image != background
         elif threshold is None and background is not None and background > low + least:
             inside = np.abs(image - background) > least
@@ -161,7 +162,7 @@ def find_foreground(image: np.ndarray, recipe: Recipe) -> np.ndarray:
     return inside
 
 
-def to_grid(keys: list[str], recipe: Recipe, shape: Sequence[int], affine: np.ndarray) -> list[Transform]:
+def onto_grid(keys: list[str], recipe: Recipe, shape: Sequence[int], affine: np.ndarray) -> list[Transform]:
     """Axes along `orientation`, voxels of `spacing` mm, or in-plane squares of `in_plane_size` voxels.
 
     The latter pads to a square by its edge and scales all three axes alike: voxels keep their proportions.
@@ -172,7 +173,7 @@ def to_grid(keys: list[str], recipe: Recipe, shape: Sequence[int], affine: np.nd
         steps.append(Spacingd(keys, pixdim=recipe.spacing, mode=modes, padding_mode="border"))
     if recipe.in_plane_size is not None:
         raw = axis_order(affine, recipe.orientation)
-        depth = axial_axis(recipe.orientation)
+        depth = body_axis(recipe.orientation)
         side = max(shape[raw[i]] for i in range(3) if i != depth)
         square = [-1 if i == depth else side for i in range(3)]
         sizes = np.linalg.norm(affine[:3, :3], axis=0)[raw] * (side / recipe.in_plane_size)
@@ -196,7 +197,7 @@ def axis_order(affine: np.ndarray, orientation: str) -> list[int]:
     ]
 
 
-def to_box(keys: list[str], recipe: Recipe, fill: float) -> list[Transform]:
+def onto_box(keys: list[str], recipe: Recipe, fill: float) -> list[Transform]:
     """Cut the empty border, then crop or pad about the centre; an axis without a size is padded to its
     `min_size` and to a multiple.
     """
@@ -204,7 +205,7 @@ def to_box(keys: list[str], recipe: Recipe, fill: float) -> list[Transform]:
     if recipe.crop_foreground:
         steps.append(CropForegroundd(keys, source_key="foreground", allow_smaller=True))
     size = recipe.image_size or (None,) * 3
-    depth = axial_axis(recipe.orientation)
+    depth = body_axis(recipe.orientation)
     if recipe.in_plane_size is not None and recipe.image_size is None:
         size = tuple(None if i == depth else recipe.in_plane_size for i in range(3))
     least = tuple(m or -1 if n is None else -1 for n, m in zip(size, recipe.min_size or size, strict=True))
@@ -239,7 +240,7 @@ def restore_volume(array: np.ndarray, record: Mapping[str, Any]) -> tuple[np.nda
     shape = tuple(record["original_shape"])
     low, high = record["intensity_range"]
     to_prepared = np.linalg.solve(np.asarray(record["affine"], np.float64), affine)
-    on_source = (move_voxels if is_exact(to_prepared, shape) else interpolate)(x, to_prepared, shape)
+    on_source = (move_voxels if is_exact(to_prepared, shape) else interpolate_onto)(x, to_prepared, shape)
     return (on_source + 1) * np.float32((high - low) / 2) + np.float32(low), affine
 
 
@@ -270,7 +271,7 @@ def move_voxels(x: np.ndarray, to_prepared: np.ndarray, shape: tuple[int, ...]) 
     return out
 
 
-def interpolate(x: np.ndarray, to_prepared: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def interpolate_onto(x: np.ndarray, to_prepared: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """`x` at the voxels of the source, linearly; -1 beyond the outer faces of its voxels."""
     matrix, offset = to_prepared[:3, :3], to_prepared[:3, 3]
     values = ndimage.affine_transform(x, matrix, offset, shape, order=1, mode="nearest")

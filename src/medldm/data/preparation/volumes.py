@@ -7,20 +7,21 @@ import numpy as np
 
 from medldm.attributes import TABLES
 from medldm.data.case import Case
+from medldm.data.preparation.casts import finite, within
 from medldm.data.preparation.jobs import (
-    Job,
+    FileJob,
     check_classes,
     check_numbers,
-    check_range,
-    entry_of,
+    check_stored_range,
     finding_numbers,
     has_findings,
     numbers_of,
+    shared_entry,
 )
+from medldm.data.preparation.labels import relabelled
 from medldm.data.preparation.recipe import COMPRESSION, Recipe
-from medldm.data.preparation.transforms import finite, renumber, within
 from medldm.data.raw.grids import REGISTER, on_grid_of
-from medldm.data.raw.image import Image
+from medldm.data.raw.image import RawImage
 from medldm.data.raw.readers import read_image, read_mask
 from medldm.errors import InputError
 
@@ -35,23 +36,23 @@ RECORD = (
 )
 
 
-def read_volume(path: str, *, is_mask: bool = False) -> Image:
+def read_volume(path: str, *, is_mask: bool = False) -> RawImage:
     """(X, Y, Z) with its affine. InputError where the file holds anything else."""
     image = (read_mask if is_mask else read_image)(path)
     shape = image.array.shape
     if image.affine is None or len(shape) < 3 or any(n != 1 for n in shape[3:]):
         raise InputError(f"{path}: is no 3D volume (shape {shape}); give NIfTI files with three axes")
-    return Image(image.array.reshape(shape[:3]), image.affine, image.spacing[:3])
+    return RawImage(image.array.reshape(shape[:3]), image.affine, image.spacing[:3])
 
 
-def read_classes(case: Case, image: Image, recipe: Recipe) -> np.ndarray:
+def read_classes(case: Case, image: RawImage, recipe: Recipe) -> np.ndarray:
     """The class map of a case on the grid of its image: one file, or binary masks merged in the order of
     their classes.
     """
     if "mask" in case.paths:
         path = case.paths["mask"]
         on_grid = on_grid_of(image, read_volume(path, is_mask=True), path, recipe.mask_grid)
-        return recipe.labels(renumber(on_grid, case.relabel), path + case.numbering)
+        return recipe.labels(relabelled(on_grid, case.relabel), path + case.numbering)
     parts = [(int(key.split(":")[1]), path) for key, path in case.paths.items() if key.startswith("mask:")]
     merged = np.zeros(image.array.shape, np.uint8 if max(parts)[0] < 256 else np.uint16)
     for class_number, path in sorted(parts):
@@ -85,7 +86,7 @@ def prepare_case(case: Case, recipe: Recipe):  # noqa: ANN201 - Volume, of a mod
         raise InputError(f"{path}: {error}") from error
 
 
-def write_volume(job: Job, file: h5py.File) -> None:
+def write_volume(job: FileJob, file: h5py.File) -> None:
     (case,), recipe = job.cases, job.recipe
     volume = prepare_case(case, recipe)
     layout = COMPRESSION[recipe.compression]
@@ -103,15 +104,15 @@ def write_volume(job: Job, file: h5py.File) -> None:
     )
 
 
-def describe_volume(file: h5py.File, path: Path, job: Job) -> dict:
+def describe_volume(file: h5py.File, path: Path, job: FileJob) -> dict:
     case = job.cases[0]
     image, mask = (file[key][()] if key in file else None for key in ("image", "mask"))
     if image is not None:
-        check_range(path, image, limit=1 if job.recipe.intensity.clip else np.inf)
+        check_stored_range(path, image, limit=1 if job.recipe.intensity.clip else np.inf)
     shapes = {array.shape for array in (image, mask) if array is not None}
     if (case.has_image, case.has_mask) != (image is not None, mask is not None) or len(shapes) != 1:
         raise InputError(f"{path}: image and mask do not match; delete it and prepare again")
-    entry = entry_of(job, path, {"image": image, "mask": mask})
+    entry = shared_entry(job, path, {"image": image, "mask": mask})
     for key in RECORD:
         entry[key] = np.asarray(file.attrs[key]).tolist()
     check_numbers(path, file.attrs, numbers_of(case, job.tables))

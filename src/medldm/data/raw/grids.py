@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medldm.data.case import visit_of
-from medldm.data.raw.image import Image
+from medldm.data.raw.image import RawImage
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def turned_onto(array: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tup
 # ---- maps and their images ----
 
 
-def on_grid_of(image: Image, other: Image, path: str, rule: str, mend: str | None = None) -> np.ndarray:
+def on_grid_of(image: RawImage, other: RawImage, path: str, rule: str, mend: str | None = None) -> np.ndarray:
     """The array of `other` on the grid of `image`: turned and mirrored where it is the same grid with other
     axes. Where it is another one, `resample` takes the nearest voxel in the scanner and `trust` the voxels as
     they lie; `same` is an InputError, with a `mend` where it is not these two. So is a map beside its image.
@@ -103,7 +103,7 @@ def on_grid_of(image: Image, other: Image, path: str, rule: str, mend: str | Non
     )
 
 
-def on_picture(image: Image, other: Image, path: str) -> np.ndarray:
+def on_picture(image: RawImage, other: RawImage, path: str) -> np.ndarray:
     """The array of `other` where one of them does not say where it lies; InputError where that leaves open
     which pixel belongs to which.
     """
@@ -119,7 +119,7 @@ def on_picture(image: Image, other: Image, path: str) -> np.ndarray:
     return other.array
 
 
-def resampled(image: Image, array: np.ndarray, affine: np.ndarray, path: str) -> np.ndarray:
+def resampled(image: RawImage, array: np.ndarray, affine: np.ndarray, path: str) -> np.ndarray:
     """The nearest voxel of a map at every voxel of the image, 0 outside it. InputError where they do not
     overlap; a warning where the map covers a part of the image only.
     """
@@ -195,3 +195,8 @@ def warn_of_grids(cases: Sequence[Mapping[str, Any]]) -> None:
             "single images, refused as pairs; for translation %s",
             *(len(apart), len(members), apart[0], REGISTER),
         )
+
+
+def body_axis(orientation: str) -> int:
+    """Which axis of a volume in this orientation runs along the body."""
+    return next(i for i, letter in enumerate(orientation) if letter in "SI")

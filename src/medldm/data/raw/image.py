@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = (
 )
 
 
-class Image(NamedTuple):
+class RawImage(NamedTuple):
     array: np.ndarray  # (X, Y[, Z[, T]]) of a NIfTI file, (H, W) of a picture
     affine: np.ndarray | None  # 4x4, mm; None for pictures
     spacing: tuple[float, ...] | None  # mm per array axis
@@ -35,8 +35,8 @@ def require_file(path: Path) -> Path:
     return path
 
 
-def with_spacing(array: np.ndarray, affine: np.ndarray) -> Image:
-    return Image(array, affine, tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()))
+def with_spacing(array: np.ndarray, affine: np.ndarray) -> RawImage:
+    return RawImage(array, affine, tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()))
 
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and Slicer count to the left and back, NIfTI does not

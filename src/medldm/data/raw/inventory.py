@@ -14,8 +14,8 @@ from medldm.data.raw.readers import files_of
 from medldm.data.splits import describe_split
 from medldm.files import is_hidden, walk
 
-NAMED = 200  # names kept of one reason; the count is of all
-SHOWN = 3  # of which the screen shows these
+NUM_NAMES_KEPT = 200  # names kept of one reason; the count is of all
+NUM_NAMES_SHOWN = 3  # of which the screen shows these
 
 
 def take_inventory(
@@ -48,7 +48,8 @@ def take_inventory(
         "cases": len(labelled),
         "subjects": len({case.subject for case in labelled}),
         "left_out": [
-            {"why": why, "count": len(names), "names": names[:NAMED]} for why, names in reasons.items()
+            {"why": why, "count": len(names), "names": names[:NUM_NAMES_KEPT]}
+            for why, names in reasons.items()
         ],
         "notes": list(notes),
     }
@@ -131,7 +132,9 @@ def summary(inventory: dict[str, Any], splits: dict[str, Any]) -> list[str]:
         + f": {inventory['cases']} cases of {inventory['subjects']} subjects."
     ]
     for part in inventory["left_out"]:
-        shown = ", ".join(part["names"][:SHOWN]) + (", ..." if part["count"] > SHOWN else "")
+        shown = ", ".join(part["names"][:NUM_NAMES_SHOWN]) + (
+            ", ..." if part["count"] > NUM_NAMES_SHOWN else ""
+        )
         lines.append(f"{part['why'].capitalize()}: {part['count']} ({shown})")
     lines += [f"Note: {note}" for note in inventory["notes"]]
     return [*lines, describe_split(splits.get("default", {}))]

@@ -13,7 +13,7 @@ from medldm.data.splits import subset_of
 from medldm.errors import InputError
 from medldm.files import is_hidden, walk
 
-SPLITS = ("train", "val", "test")
+SPLIT_FOLDERS = ("train", "val", "test")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES[::-1], *META_SUFFIXES, *NRRD_SUFFIXES)  # the usual one first
 # A map beside its image: t1_mask, t1_bet_mask (FSL), t1_brain_mask, t1_seg...
 OF_IMAGE = re.compile(r"(.+?)((?:_bet|_brain)?)_(?:mask|seg|label|labels)", re.IGNORECASE)
@@ -72,7 +72,7 @@ def looks_like_map(path: Path) -> bool:
     return any(map(MAP_NAME.search, (path.parent.name, stem_of(path))))
 
 
-def name_of(path: Path) -> str:
+def image_name(path: Path) -> str:
     """A file's name without its suffix; that of a DICOM folder whole."""
     return path.name if path.is_dir() else stem_of(path)
 
@@ -82,7 +82,7 @@ def volume_files(folder: Path) -> list[Path]:
     return files_in(folder, VOLUME_SUFFIXES)
 
 
-def existing(*candidates: Path) -> Path | None:
+def existing_volume(*candidates: Path) -> Path | None:
     """The first of these `.nii.gz` that is a file, with any other suffix of volumes as good."""
     for path in candidates:
         stem = path.name.removesuffix(".gz").removesuffix(".nii")
@@ -104,7 +104,7 @@ def split_folders(root: Path) -> dict[str, str]:
     """{folder below the root: train | val | test} of train/, Validation/, ... in that order."""
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     found = {name: subset_of(name) for name in names}
-    return {name: part for part in SPLITS for name, own in found.items() if own == part}
+    return {name: part for part in SPLIT_FOLDERS for name, own in found.items() if own == part}
 
 
 # ---- cases ----
@@ -133,7 +133,7 @@ def folder_pairs(
             if image.name.startswith(skip):
                 continue
             stem = stem_of(image)
-            label = existing(folder / label_dir / f"{stem}.nii.gz")
+            label = existing_volume(folder / label_dir / f"{stem}.nii.gz")
             if label is None:
                 wanted = folder / label_dir / image.name
                 raise InputError(f"{wanted}: missing, though {image} is there; add it, or remove the image")
@@ -170,7 +170,7 @@ def modality_cases(
     ]
 
 
-def check_modalities(modalities: Sequence[str], known: Mapping[str, object] | Sequence[str]) -> None:
+def check_modality_choice(modalities: Sequence[str], known: Mapping[str, object] | Sequence[str]) -> None:
     unknown = [name for name in modalities if name not in known]
     if unknown or len(set(modalities)) != len(modalities):
         raise InputError(f"data.modalities={list(modalities)}: choose from {', '.join(known)}, each once")
@@ -184,7 +184,7 @@ def read_table(path: Path, column: str) -> list[dict[str, str]]:
     return [row.cells for row in read_rows(path, [column])]
 
 
-def stated_split(root: Path) -> dict[str, str]:
+def read_split_table(root: Path) -> dict[str, str]:
     """{subject: train | val | test} of `splits.csv` with the columns id and split, where there is one."""
     path = root / "splits.csv"
     if not path.is_file():
@@ -195,11 +195,13 @@ def stated_split(root: Path) -> dict[str, str]:
     stated = {row.cells["id"]: subset_of(row.cells["split"]) for row in rows}
     wrong = next((row.cells for row in rows if stated[row.cells["id"]] is None), None)
     if wrong:
-        raise InputError(f"{path}: split '{wrong['split']}' of {wrong['id']} is none of {', '.join(SPLITS)}")
+        raise InputError(
+            f"{path}: split '{wrong['split']}' of {wrong['id']} is none of {', '.join(SPLIT_FOLDERS)}"
+        )
     return stated
 
 
-def split_of(
+def stated_split_of(
     subject: str, stated: Mapping[str, str], path: Path, patient: str | None = None
 ) -> dict[str, str]:
     """The attribute `split` of a subject, or of the `patient` it is a visit of; InputError where a table is

@@ -10,24 +10,24 @@ from pathlib import Path
 import numpy as np
 
 from medldm.data.hdf5 import file_identity
-from medldm.data.raw.image import Image, has_suffix, require_file
+from medldm.data.raw.image import RawImage, has_suffix, require_file
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a NIfTI header, beside mm
 
 
-def nifti_volume(file: Path, key: str) -> Image:
+def nifti_volume(file: Path, key: str) -> RawImage:
     """Volume number `key` of a 4D file."""
     image = whole_nifti(file, file_identity(file))
     array = image.array
     if array.ndim != 4 or not key.isdigit() or int(key) >= array.shape[3]:
         raise InputError(f"{file}: has no volume {key} (shape {array.shape}); restore it, or remove its case")
-    return Image(np.array(array[..., int(key)]), image.affine.copy(), image.spacing[:3])
+    return RawImage(np.array(array[..., int(key)]), image.affine.copy(), image.spacing[:3])
 
 
 @lru_cache(maxsize=1)
-def whole_nifti(file: Path, identity: tuple[int, int, int]) -> Image:
+def whole_nifti(file: Path, identity: tuple[int, int, int]) -> RawImage:
     """The file that was read last, kept for its other volumes; `identity` tells a file that has changed."""
     return read_nifti(file)
 
@@ -40,7 +40,7 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
         return tuple(map(int, nibabel.load(path).shape))
 
 
-def read_nifti(path: Path) -> Image:
+def read_nifti(path: Path) -> RawImage:
     import nibabel
 
     if has_suffix(path, (".gz",)) and not is_gzip(path):
@@ -54,7 +54,7 @@ def read_nifti(path: Path) -> Image:
         raise InputError(f"{path}: holds no voxels (shape {array.shape}); remove its case")
     affine = nifti_affine(image.header, voxel_sizes[: array.ndim], path)
     spacing = [*np.linalg.norm(affine[:3, :3], axis=0).tolist(), *[1.0] * array.ndim]
-    return Image(array, affine, tuple(spacing[: array.ndim]))
+    return RawImage(array, affine, tuple(spacing[: array.ndim]))
 
 
 @contextmanager

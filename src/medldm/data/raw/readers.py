@@ -17,7 +17,7 @@ from medldm.data.raw.image import (
     NRRD_SUFFIXES,
     NUMPY_SUFFIXES,
     RASTER_SUFFIXES,
-    Image,
+    RawImage,
     has_suffix,
     require_file,
     with_spacing,
@@ -51,7 +51,7 @@ def files_of(path: str | Path) -> list[Path]:
     return [file] if data is None else [file, data]
 
 
-def read_image(path: str | Path) -> Image:
+def read_image(path: str | Path) -> RawImage:
     """Read `file` or `file::dataset` with its values unchanged, but complex ones as their magnitude.
     InputError where it is missing or damaged.
     """
@@ -65,7 +65,7 @@ def read_image(path: str | Path) -> Image:
     return image
 
 
-def read_any(file: Path, key: str | None) -> Image:
+def read_any(file: Path, key: str | None) -> RawImage:
     if file.is_dir():
         return with_spacing(*read_dicom_series(file))
     require_file(file)
@@ -77,22 +77,22 @@ def read_any(file: Path, key: str | None) -> Image:
         return with_spacing(*read_meta_image(file))
     if has_suffix(file, RASTER_SUFFIXES):
         picture = decode_raster(file)
-        return Image(to_grey(picture), None, None, is_coloured(picture))
+        return RawImage(to_grey(picture), None, None, is_coloured(picture))
     if has_suffix(file, NUMPY_SUFFIXES):
         array, affine = read_numpy(file)
-        return Image(array, None, None) if affine is None else with_spacing(array, affine)
+        return RawImage(array, None, None) if affine is None else with_spacing(array, affine)
     if has_suffix(file, HDF5_SUFFIXES):
         if key is None:
             raise InputError(f"{file}: name the dataset inside as {file.name}::dataset")
-        return Image(np.asarray(open_hdf5(file).read(key)), None, None)
+        return RawImage(np.asarray(open_hdf5(file).read(key)), None, None)
     raise InputError(
         f"{file}: unknown file type; use NIfTI, NRRD, MetaImage, a folder of DICOM, PNG, JPEG, NumPy or HDF5"
     )
 
 
-def read_mask(path: str | Path) -> Image:
+def read_mask(path: str | Path) -> RawImage:
     """As `read_image`, but what holds no class numbers (colours, JPEG) is an InputError."""
     file, key = split_path(path)
     if key is None and has_suffix(file, RASTER_SUFFIXES):
-        return Image(read_raster_mask(require_file(file)), None, None)
+        return RawImage(read_raster_mask(require_file(file)), None, None)
     return read_image(path)

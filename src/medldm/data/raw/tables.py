@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 Note = Callable[[str], None]  # takes a line that `medldm prepare` prints and keeps in index.json
 DELIMITERS = (",", ";", "\t")
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")  # as pandas writes row numbers
-MISSING = {"", "nan", "<na>", "n/a", "#n/a", "null"}  # a cell that says nothing, in lower case
+UNNAMED_COLUMN = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")  # as pandas writes row numbers
+EMPTY_CELLS = {"", "nan", "<na>", "n/a", "#n/a", "null"}  # a cell that says nothing, in lower case
 
 
 class Row(NamedTuple):
@@ -69,7 +69,7 @@ def read_rows(
         raise InputError(f"{path}: has the column '{twice}' twice; rename or remove one of them")
     rows, has_unnamed = [], False
     for cells in reader:
-        cells = ["" if cell.strip().lower() in MISSING else cell.strip() for cell in cells]
+        cells = ["" if cell.strip().lower() in EMPTY_CELLS else cell.strip() for cell in cells]
         if any(cells[len(columns) :]):
             raise InputError(
                 f"{path}: line {reader.line_num} has more cells than the header; put a value that holds a "
@@ -99,4 +99,4 @@ def find_delimiter(text: str, needs: Collection[str]) -> str | None:
 def header_names(cells: list[str], known: dict[str, str]) -> list[str]:
     """Column names in their known spelling; "" for one without a name."""
     names = [cell.strip() for cell in cells]
-    return ["" if UNNAMED.fullmatch(name) else known.get(name.lower(), name) for name in names]
+    return ["" if UNNAMED_COLUMN.fullmatch(name) else known.get(name.lower(), name) for name in names]
