@@ -11,7 +11,7 @@ UNFINISHED = "unfinished"  # key of an index whose cases are being replaced: the
 
 
 def load_index(root: str | Path) -> dict:
-    """The `index.json` of a prepared folder, or the same facts derived from the index of ldm-medical-image."""
+    """The `index.json` of a prepared folder, or the same facts of a folder of ldm-medical-image."""
     root = Path(root)
     mend = f"run `medldm prepare data.raw=RAW data.root={root}` first"
     if not root.is_dir():

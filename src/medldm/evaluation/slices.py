@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medldm.data.preparation import transforms
+from medldm.data.raw.grids import body_axis
 from medldm.metrics.image import ImageFunction
 
 PIECE_ELEMENTS = 2**20  # 16 slices of 256 x 256
@@ -16,7 +16,7 @@ def axial_axis(facts: Mapping, attributes: Mapping) -> int:
     """The spatial axis along which axial slices lie: from the orientation that the data were prepared in,
     from the affine of a NIfTI file, else the first.
     """
-    return transforms.axial_axis(orientation_of(facts, attributes))
+    return body_axis(orientation_of(facts, attributes))
 
 
 def orientation_of(facts: Mapping, attributes: Mapping) -> str:

@@ -5,7 +5,10 @@ Borders and class maps follow from the same distances, so that they fit each oth
 
 import numpy as np
 
-from medldm.data.phantoms.heart import CARDIAC_SIGNAL
+CARDIAC_SIGNAL = {  # balanced steady-state signal relative to blood
+    "air": 0.02, "lung": 0.06, "fat": 0.88, "muscle": 0.27, "bone": 0.10, "marrow": 0.48, "liver": 0.36,
+    "vessel": 0.72, "myocardium": 0.31, "blood": 0.93, "spleen": 0.52, "cord": 0.66,
+}  # fmt: skip
 
 
 class Canvas:

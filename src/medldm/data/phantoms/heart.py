@@ -5,12 +5,7 @@ Textures hang on the anatomy, so that edges and class map determine much of the 
 
 import numpy as np
 
-from medldm.data.phantoms.canvas import Canvas, draw_lobes
-
-CARDIAC_SIGNAL = {  # balanced steady-state signal relative to blood
-    "air": 0.02, "lung": 0.06, "fat": 0.88, "muscle": 0.27, "bone": 0.10, "marrow": 0.48, "liver": 0.36,
-    "vessel": 0.72, "myocardium": 0.31, "blood": 0.93, "spleen": 0.52, "cord": 0.66,
-}  # fmt: skip
+from medldm.data.phantoms.canvas import CARDIAC_SIGNAL, Canvas, draw_lobes
 
 
 class Anatomy:
