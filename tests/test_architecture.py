@@ -117,6 +117,7 @@ TO_RENAME = {
     "LAYOUTS",
     "Measured",
     "NUM_NAMED",
+    "Step",
     "UNITS",
     "Values",
     "candidates",
@@ -162,4 +163,4 @@ def test_no_public_name_is_defined_twice():
         and name not in SHARED_NAMES | TO_RENAME
         and not (name in SHARED_BY_DATASETS and all(module.startswith("data.datasets") for module in found))
     }
-    assert not twice
+    assert not twice, f"rename one of each, or list it above with its reason: {twice}"

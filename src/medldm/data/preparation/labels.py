@@ -9,7 +9,7 @@ import numpy as np
 from medldm.data.preparation.casts import exact
 from medldm.errors import InputError
 
-MAX_CLASSES = 2**16  # that a stored map can number
+NUM_STORABLE = 2**16  # that a stored map can number
 
 
 def as_classes(x: np.ndarray, what: str) -> np.ndarray:
@@ -26,10 +26,10 @@ class Labels:
 
     def __post_init__(self) -> None:
         for value in (self.mapping or {}).values():
-            if value not in range(MAX_CLASSES):
+            if value not in range(NUM_STORABLE):
                 raise InputError(
                     f"data.preprocess.labels.mapping: {value} is no class; give whole numbers from 0 to "
-                    f"{MAX_CLASSES - 1}"
+                    f"{NUM_STORABLE - 1}"
                 )
 
     def __call__(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
@@ -50,7 +50,7 @@ class Labels:
         values = np.unique(rounded).astype(np.int64)
         if self.mapping is not None:
             return self.remap(rounded, values, path)
-        known = range(len(self.names)) if self.names is not None else range(MAX_CLASSES)
+        known = range(len(self.names)) if self.names is not None else range(NUM_STORABLE)
         self.reject(values, known, path, f"0..{len(known) - 1}")
         return as_classes(rounded, path)
 
