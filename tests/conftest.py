@@ -1,6 +1,8 @@
 """Phantom data and a first stage, made once a session."""
 
 import os
+import sys
+from pathlib import Path
 
 # Tests fork trainings that they then kill: a pool of OpenMP threads does not survive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -8,6 +10,27 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest  # noqa: E402
 
 from tests.helpers import compose_config
+
+
+@pytest.fixture(autouse=True)
+def without_installed_weights(request, monkeypatch):
+    """Whatever weights are installed here, a test sees them only where it asks for `published_weights`."""
+    if "published_weights" not in request.fixturenames:
+        monkeypatch.setattr("medldm.networks.weights.installed_file", lambda package: None)
+
+
+@pytest.fixture(scope="session")
+def published_weights():
+    """The weights of FID and LPIPS from the packages that `make install` brings; a test that asks for them
+    fails where they are missing, and is left out only where `make install` could not reach the index.
+    """
+    from medldm.networks import features, weights
+
+    packages = [features.INCEPTION_WEIGHTS.package, *(w.package for w in features.LPIPS_WEIGHTS.values())]
+    missing = [package.install for package in packages if weights.installed_file(package) is None]
+    if missing and (Path(sys.prefix) / ".weights-unreachable").exists():
+        pytest.skip("the package index could not be reached for the weights of FID and LPIPS")
+    assert not missing, f"run `make install`, or: {missing[0]}"
 
 
 @pytest.fixture(scope="session")

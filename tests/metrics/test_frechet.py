@@ -27,6 +27,7 @@ from medldm.networks.features import (
     check_fid_features,
     to_uint8,
 )
+from medldm.networks.weights import file_sha256
 
 
 def gaussian_features(num: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -185,7 +186,7 @@ def test_inception_loads_local_weights_and_gives_2048_features(inception_folder)
     network = build_features("inception", spatial_dims=2, weights_dir=inception_folder)
     assert network(torch.rand(2, 1, 32, 32) * 2 - 1).shape == (2, 2048)
     path = inception_folder / "weights-inception-2015-12-05-6726825d.pth"
-    assert network.sha256 == feature_nets.file_sha256(path)
+    assert network.sha256 == file_sha256(path)
 
 
 FID_FEATURES = (64, 2048, 192, 768)

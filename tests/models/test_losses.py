@@ -138,10 +138,9 @@ def test_the_perceptual_network_is_frozen_unregistered_and_in_eval_mode_inside_t
 
 
 def test_lpips_stays_in_eval_mode_inside_train(monkeypatch, tmp_path):
-    (tmp_path / "weights").write_bytes(b"")
-    monkeypatch.setattr(features, "find_weights", lambda *_: tmp_path / "weights")
-    monkeypatch.setattr(features, "torchvision_state", lambda path: {})
-    monkeypatch.setattr(features.LPIPS, "load_backbone", lambda self, state: None)
+    found = features.FoundWeights(tmp_path / "weights", "0", None)
+    monkeypatch.setattr(features, "find_weights", lambda *_: found)
+    monkeypatch.setattr(features.LPIPS, "load_backbone", lambda self, found: None)
     loss = losses.PerceptualLoss("lpips_alex")
     network = loss.build().train()
     dropouts = [m for m in network.modules() if isinstance(m, nn.Dropout)]

