@@ -5,7 +5,6 @@ import itertools
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -43,7 +42,7 @@ def chosen(name: str) -> Iterator[str]:
 
 
 def named_in(*folders: str) -> set[str]:
-    """Members that code, tests and scripts choose: model/network=unet3d, "network/unet3d", data.dataset's name."""
+    """Members that code, tests and scripts choose: model/network=unet3d, "network/unet3d", "adni" of data."""
     files = [
         path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")
     ]
