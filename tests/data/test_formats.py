@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medldm.commands import prepare
-from medldm.data.datasets import duke
+from medldm.data.datasets import duke, folder
 from medldm.data.prepared import load_index
 from medldm.data.raw.nrrd import read_nrrd
 from medldm.data.raw.readers import files_of, is_image, read_image
@@ -326,3 +326,107 @@ def test_monochrome1_is_turned_and_every_slice_has_its_own_slope(volume, tmp_pat
     change_dicom(tmp_path / "series", change)
     expected = (-1 - volume.astype(np.float32)) * np.arange(1, volume.shape[2] + 1)
     np.testing.assert_array_equal(read_image(tmp_path / "series").array, expected)
+
+
+def write_radiograph(path, stored, **changes):
+    """A computed radiograph of 12 stored bits: no place in a volume, 0.15 mm a pixel at the detector."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = generate_uid(), ExplicitVRLittleEndian
+    data = pydicom.dataset.FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.SeriesInstanceUID, data.Modality = generate_uid(), "CR"
+    data.Rows, data.Columns = stored.shape[:2]
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
+    data.ImagerPixelSpacing = [0.15, 0.2]
+    for name, value in changes.items():
+        setattr(data, name, value)
+    data.PixelData = stored.astype(np.uint16).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+STORED = np.random.default_rng(3).integers(0, 4096, (20, 24))
+
+
+def modality_lut(values, bits):
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    item.LUTDescriptor, item.ModalityLUTType, item.LUTData = (
+        [len(values), 0, bits],
+        "US",
+        values.astype(np.uint16).tobytes(),
+    )
+    return [item]
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, STORED),
+        ({"RescaleSlope": 2, "RescaleIntercept": -7}, 2 * STORED - 7),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, 4095 - STORED),
+        ({"ModalityLUTSequence": "squares"}, STORED**2 // 4096),
+        ({"ModalityLUTSequence": "squares", "PhotometricInterpretation": "MONOCHROME1"},
+         4095 - STORED**2 // 4096),
+    ],
+)  # fmt: skip
+def test_a_radiograph_is_a_picture_in_the_values_it_means(tmp_path, changes, expected):
+    if "ModalityLUTSequence" in changes:
+        pytest.importorskip("pydicom")
+        changes = changes | {"ModalityLUTSequence": modality_lut(np.arange(4096) ** 2 // 4096, 12)}
+    write_radiograph(tmp_path / "a.dcm", STORED, **changes)
+    image = read_image(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(image.array, expected)
+    assert image.affine is None and image.spacing == (0.15, 0.2)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "a.dcm: RGB pictures, no grey slices"),
+        ({"NumberOfFrames": 2}, "a.dcm: several frames"),
+        ({"PixelData": b"", "Rows": 999}, "a.dcm: not a readable DICOM picture"),
+    ],
+)
+def test_a_radiograph_that_is_no_one_picture_is_refused(tmp_path, changes, message):
+    write_radiograph(tmp_path / "a.dcm", STORED, **changes)
+    with pytest.raises(InputError, match=message):
+        read_image(tmp_path / "a.dcm")
+
+
+def test_radiographs_are_an_image_each_and_series_one_volume(volume, tmp_path):
+    for name in ("p1", "p2"):
+        write_radiograph(tmp_path / "images" / f"{name}.dcm", STORED, PhotometricInterpretation="MONOCHROME1")
+    write_dicom(tmp_path / "images" / "series", volume)
+    cases = folder.index(tmp_path)
+    assert [case.id for case in cases] == ["p1", "p2", "series"]
+    with pytest.raises(InputError, match="000.dcm: one slice of a volume; name the folder of its series"):
+        read_image(tmp_path / "images" / "series" / "000.dcm")
+
+
+def test_class_folders_of_radiographs_are_prepared_once_turned(tmp_path):
+    """MONOCHROME1 is turned by the reader; no rule of the recipe turns it again."""
+    ramp = np.broadcast_to(np.arange(24) * 150, (20, 24))
+    for label in ("normal", "pneumonia"):
+        for i in range(2):
+            write_radiograph(
+                tmp_path / "raw" / label / f"{i}.dcm", ramp, PhotometricInterpretation="MONOCHROME1"
+            )
+    options = (f"data.raw={tmp_path / 'raw'}", f"data.root={tmp_path / 'out'}", "data.num_workers=0")
+    prepare.task(
+        compose_config(
+            "prepare", "data=class_folders", "data.image_size=16", "data.preprocess.invert=auto", *options
+        )
+    )
+    index = load_index(tmp_path / "out")
+    assert index["label_values"] == ["normal", "pneumonia"] and len(index["cases"]) == 4
+    assert index["inventory"]["files_used"] == 4 and index["inventory"]["left_out"] == []
+    record = next(read_images(tmp_path / "out"))
+    assert record.image[0, 8, 0] > 0 > record.image[0, 8, -1]
+    np.testing.assert_allclose(record.attributes["spacing"], (0.15 * 20 / 16, 0.2 * 24 / 16), rtol=1e-6)

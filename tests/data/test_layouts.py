@@ -585,3 +585,22 @@ def test_the_advice_on_an_unknown_label_works_when_pasted(names, mapping, values
 def test_a_mapping_is_written_as_a_shell_takes_it():
     assert shlex.split(mapping_override({0: 0, 255: 1})) == ["+data.preprocess.labels.mapping={0: 0, 255: 1}"]
     assert settings()["preprocess"]["labels"]["mapping"] is None
+
+
+@pytest.mark.parametrize("inner", ["00000057_brain_{key}.nii", "BraTS20_Training_001_{key}.nii"])
+def test_brats_with_every_file_in_a_folder_of_its_name(tmp_path, inner):
+    """As copies on Kaggle hold it: the folder's name tells subject and modality, whatever lies inside."""
+    subject = tmp_path / "BraTS20_Training_001"
+    for key in (*OLD, "seg"):
+        touch(subject / f"BraTS20_Training_001_{key}.nii" / inner.format(key=key))
+    cases = brats.index(tmp_path)
+    assert [case.id for case in cases] == [f"BraTS20_Training_001_{key}" for key in OLD]
+    assert {case.subject for case in cases} == {"BraTS20_Training_001"}
+    for case in cases:
+        key = case.attributes["label"]
+        assert Path(case.paths["image"]).parent.name == f"BraTS20_Training_001_{key}.nii"
+        assert Path(case.paths["mask"]).parent.name == "BraTS20_Training_001_seg.nii"
+        assert case.paths["foreground"] == cases[0].paths["image"]
+    touch(subject / "BraTS20_Training_001_t1.nii" / "another.nii")
+    with pytest.raises(InputError, match=r"BraTS20_Training_001_t1.nii: holds 2 files"):
+        brats.index(tmp_path)

@@ -204,3 +204,76 @@ def test_labels_are_rounded_where_they_are_whole_but_for_their_slope():
     assert Labels()(np.float32([0, 0.9999, 2.0001]), "a").tolist() == [0, 1, 2]
     with pytest.raises(InputError, match="labels.mapping: -1 is no class"):
         Labels(mapping={0: 0, 1: -1})
+
+
+def test_a_sform_that_disagrees_with_its_qform_is_told(tmp_path, caplog):
+    """A registration that wrote the sform alone, say. Rounding of the quaternion is no disagreement."""
+    image = nibabel.Nifti1Image(ARRAY, AFFINE)
+    moved = AFFINE.copy()
+    moved[0, 3] += 12
+    image.set_qform(moved, 1)
+    nibabel.save(image, tmp_path / "moved.nii.gz")
+    np.testing.assert_allclose(read_image(tmp_path / "moved.nii.gz").affine, AFFINE)
+    (line,) = caplog.messages
+    assert "moved.nii.gz: its sform and qform disagree by up to 12 mm; the sform is taken" in line
+    caplog.clear()
+    turn = np.deg2rad(33)
+    oblique = AFFINE.copy()
+    oblique[:2, :2] = 2 * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    image = nibabel.Nifti1Image(ARRAY, oblique)
+    image.set_qform(oblique, 1)
+    nibabel.save(image, tmp_path / "oblique.nii.gz")
+    read_image(tmp_path / "oblique.nii.gz")
+    assert not caplog.messages
+
+
+CORNERS = np.array([[10, 60, 110, 160], [20, 70, 120, 170], [30, 80, 130, 180]], np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_their_exif_says(tmp_path, orientation, suffix):
+    """As Pillow turns them, which follows the EXIF standard; cells are as large as JPEG's blocks."""
+    from PIL import ImageOps
+
+    stored = Picture.fromarray(np.kron(CORNERS, np.ones((16, 16), np.uint8)))
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    stored.save(path, exif=exif, **({} if suffix == ".png" else {"quality": 100}))
+    with Picture.open(path) as picture:
+        seen = np.asarray(ImageOps.exif_transpose(picture))
+    got = read_image(path).array
+    assert got.shape == seen.shape
+    assert np.abs(got.astype(int) - seen).max() <= 1
+    if suffix == ".png":
+        np.testing.assert_array_equal(read_mask(path).array, seen)
+
+
+def test_colours_that_become_grey_are_told_once_for_a_folder(tmp_path):
+    (tmp_path / "raw" / "images").mkdir(parents=True)
+    grey = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
+    colours = np.stack([grey, grey // 2, grey], -1)
+    for name, picture in {"a": grey, "b": np.stack([grey] * 3, -1), "c": colours, "d": colours}.items():
+        cv2.imwrite(str(tmp_path / "raw" / "images" / f"{name}.png"), picture)
+    arguments = {"dataset": "folder", "raw": tmp_path / "raw", "root": tmp_path / "out"} | settings(
+        edges=None
+    )
+    for _ in range(2):  # files that were kept tell it too
+        notes = load_index(prepare_dataset(**arguments))["inventory"]["notes"]
+        assert [note for note in notes if "colours" in note] == [
+            "2 pictures hold colours, such as c; they were made grey by their luminance (ITU-R BT.601)"
+        ]
+
+
+def test_a_damaged_meta_image_is_told_in_our_line_alone(tmp_path, capfd):
+    """MetaIO writes lines of its own to stderr."""
+    SimpleITK = pytest.importorskip("SimpleITK")  # noqa: N806
+    image = SimpleITK.GetImageFromArray(np.zeros((5, 6, 7), np.int16))
+    for name, is_packed in (("raw.mha", False), ("packed.mha", True)):
+        SimpleITK.WriteImage(image, str(tmp_path / name), is_packed)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-9])
+        with pytest.raises(InputError, match=f"{name}: not a complete MetaImage"):
+            read_image(tmp_path / name)
+    assert capfd.readouterr().err == ""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.raw.image import NIFTI_SUFFIXES
+from medldm.data.raw.image import NIFTI_SUFFIXES, has_suffix
 from medldm.data.raw.layouts import (
     check_modality_choice,
     existing_volume,
@@ -22,6 +22,7 @@ from medldm.data.raw.layouts import (
     stated_split_of,
 )
 from medldm.data.raw.tables import Note
+from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 MODALITIES = ("t1", "t1ce", "t2", "flair")
@@ -41,7 +42,8 @@ TASK01_CHANNELS = {"flair": 0, "t1": 1, "t1ce": 2, "t2": 3}
 
 def index(root: str | Path, modalities: Sequence[str] = MODALITIES, *, note: Note = log.info) -> list[Case]:
     """Cases of `<subject>_{t1,t1ce,t2,flair,seg}.nii[.gz]`, of `BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}`,
-    at any depth below the root, or of the 4D `imagesTr/BRATS_001.nii.gz` with `labelsTr/`.
+    at any depth below the root (also with each file in a folder of its own name, as copies on Kaggle have
+    it), or of the 4D `imagesTr/BRATS_001.nii.gz` with `labelsTr/`.
 
     One case a modality; one that is missing is left out, a subject without any is no subject. The crop of
     all modalities is that of the first of `modalities` that is there. Visits of a patient (the last number
@@ -78,12 +80,32 @@ def scans_of(files: Sequence[Path]) -> dict[tuple[Path, str], dict[str, Path]]:
     """{(folder, name): {modality or seg: file}}; of `.nii` and `.nii.gz` of one name the latter."""
     scans: dict[tuple[Path, str], dict[str, Path]] = defaultdict(dict)
     for path in files:
-        match = FILE.fullmatch(stem_of(path))
+        folder, stem = scan_place(path)
+        match = FILE.fullmatch(stem)
         if match:
-            own = scans[path.parent, match["name"]]
+            own = scans[folder, match["name"]]
+            if folder != path.parent:
+                own[RELEASE_NAMES[match["key"].lower()]] = only_file_of(path)
+                continue
             key = RELEASE_NAMES[match["key"].lower()]
             own[key] = existing_volume(path.with_name(f"{stem_of(own.get(key, path))}.nii.gz")) or path
     return scans
+
+
+def scan_place(path: Path) -> tuple[Path, str]:
+    """The folder of a scan and its name. Copies on Kaggle hold each scan in a folder that is named like the
+    file, such as BraTS20_Training_001_flair.nii/00000057_brain_flair.nii: the outer name counts.
+    """
+    above = path.parent
+    return (above.parent, stem_of(above)) if has_suffix(above, NIFTI_SUFFIXES) else (above, stem_of(path))
+
+
+def only_file_of(path: Path) -> Path:
+    """`path`, where its folder, named like a file, holds nothing else."""
+    beside = files_in(path.parent, NIFTI_SUFFIXES)
+    if len(beside) > 1:
+        raise InputError(f"{path.parent}: holds {len(beside)} files and is named like one; keep one of them")
+    return path
 
 
 def misnamed_map(folder: Path, files: Sequence[Path], scans: Mapping, note: Note) -> Path | None:
@@ -91,7 +113,7 @@ def misnamed_map(folder: Path, files: Sequence[Path], scans: Mapping, note: Note
     W39_1998.09.19_Segm.nii of BraTS20_Training_355.
     """
     used = {path for found in scans.values() for path in found.values()}
-    odd = [p for p in files if p.parent == folder and p not in used and "seg" in p.name.lower()]
+    odd = [p for p in files if scan_place(p)[0] == folder and p not in used and "seg" in p.name.lower()]
     is_alone = sum(parent == folder for parent, _ in scans) == 1
     if len(odd) != 1 or not is_alone:
         return None

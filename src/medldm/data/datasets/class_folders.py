@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.raw.image import RASTER_SUFFIXES
-from medldm.data.raw.layouts import files_below, require_root, split_folders
+from medldm.data.raw.layouts import pictures_below, require_root, split_folders
 from medldm.errors import InputError
 from medldm.files import is_hidden
 
@@ -43,9 +42,12 @@ def class_folder_cases(root: Path, split: str | None) -> list[Case]:
 
 
 def class_cases(folder: Path, split: str | None) -> list[Case]:
-    files = files_below(folder, RASTER_SUFFIXES)
+    files = pictures_below(folder)
     if not files:
-        raise InputError(f"{folder}: holds no PNG or JPEG pictures; fill the class folder, or remove it")
+        raise InputError(
+            f"{folder}: holds no PNG or JPEG pictures and no DICOM radiographs; fill the class folder, or "
+            "remove it"
+        )
     prefix = f"{split}-" if split else ""
     attributes = {"label": folder.name} | ({"split": split} if split else {})
     cases = []

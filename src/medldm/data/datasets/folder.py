@@ -36,7 +36,7 @@ REFUSED = {
     ("slice_index", "num_slices", "source", "source_label", "target_label", "row", "dataset", "fingerprint",
      "label_names", "preprocess_hash", "preprocess_json", "schema_version", "created_with", "intensity_range",
      "original_affine", "original_shape", "box_start", "box_end", "rescaled", "dropped", "spatial_dims",
-     "made_from"),
+     "made_from", "coloured"),
     "medldm writes it itself",
 )  # fmt: skip
 # What is probably meant by other names, where the column itself is not there.

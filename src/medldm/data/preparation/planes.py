@@ -40,6 +40,7 @@ class Planes(NamedTuple):
     spacing: tuple[float, float]  # mm per pixel (H, W)
     affine: np.ndarray | None  # (slice, row, column) -> RAS, mm; None for a picture
     plane: str
+    is_coloured: bool = False  # a picture whose colours were made grey
 
 
 def as_volume(image: RawImage, path: str) -> RawImage:
@@ -110,6 +111,6 @@ def slicing_axis(
 
 def cut_planes(image: RawImage, cut: Cut | None) -> Planes:
     if cut is None:
-        return Planes(image.array[None], image.spacing or (1.0, 1.0), None, "picture")
+        return Planes(image.array[None], image.spacing or (1.0, 1.0), None, "picture", image.is_coloured)
     array, affine = turned(image.array, image.affine, cut.order, cut.signs)
     return Planes(np.ascontiguousarray(array), tuple(edges_of(affine)[1:].tolist()), affine, cut.plane)

@@ -32,7 +32,7 @@ from medldm.data.preparation.slices import describe_slices, warn_of_planes, writ
 from medldm.data.preparation.volumes import describe_volume, write_volume
 from medldm.data.prepared import UNFINISHED
 from medldm.data.raw.grids import warn_of_grids
-from medldm.data.raw.inventory import same_images, take_inventory
+from medldm.data.raw.inventory import coloured_pictures, same_images, take_inventory
 from medldm.data.splits import make_splits, write_splits_once
 from medldm.errors import InputError
 from medldm.files import nothing_empty, read_json, replacing, write_json
@@ -136,7 +136,7 @@ def prepare_dataset(
     subjects = [job.subject for job in jobs]
     published = published_splits(dataset, subjects)
     drawn = make_splits(subjects, fractions=splits, seed=splits["seed"], stated=stated, published=published)
-    inventory["notes"] += same_images(entries)
+    inventory["notes"] += [*same_images(entries), *coloured_pictures(entries)]
     index = make_index(dataset, recipe, jobs, entries)
     index |= {"raw": str(Path(raw).resolve()), "inventory": inventory}
     warn_of_planes(entries)

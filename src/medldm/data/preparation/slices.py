@@ -29,6 +29,7 @@ from medldm.data.preparation.jobs import (
 from medldm.data.preparation.labels import relabelled
 from medldm.data.preparation.planes import Planes, as_volume, cut_planes, find_cut
 from medldm.data.preparation.recipe import COMPRESSION, Recipe
+from medldm.data.raw.dicom import is_dicom
 from medldm.data.raw.grids import is_same_grid, on_grid_of
 from medldm.data.raw.readers import read_image, read_mask
 from medldm.errors import InputError
@@ -44,6 +45,7 @@ class Part(NamedTuple):
     plane: str
     shape: tuple[int, ...]
     affine: np.ndarray  # (slice, row, column) -> RAS, mm; -> pixels of a picture
+    is_coloured: bool  # a picture whose colours were made grey
 
 
 def read_slices(case: Case, recipe: Recipe) -> tuple[Planes, np.ndarray | None]:
@@ -68,8 +70,8 @@ def read_slices(case: Case, recipe: Recipe) -> tuple[Planes, np.ndarray | None]:
 def is_inverted(case: Case, volume: np.ndarray, rule: str) -> bool:
     """Whether a picture shows air bright (MONOCHROME1): `declared` by its manifest, or seen by `auto`."""
     stated = str(case.attributes.get("photometric", "")).upper()
-    if rule == "none":
-        return False
+    if rule == "none" or is_dicom(case.main_path):
+        return False  # what reads DICOM has turned MONOCHROME1 already
     if stated or rule == "declared":
         return stated == "MONOCHROME1"
     inverted = looks_inverted(volume[len(volume) // 2])
@@ -110,7 +112,7 @@ def prepare_slices(case: Case, recipe: Recipe, tables: Tables) -> Part:
     )
     out["orig_shape"] = np.tile(np.int32(volume.shape[1:]), (count, 1))
     out["intensity_range"] = np.float32(ranges)
-    return Part(out, planes.plane, volume.shape, affine)
+    return Part(out, planes.plane, volume.shape, affine, planes.is_coloured)
 
 
 def edge_maps(
@@ -214,6 +216,9 @@ def write_slices(job: FileJob, file: h5py.File) -> None:
     if "edges_levels" in file:
         file["edges_levels"].attrs["parameters"] = json.dumps(list(map(dict, job.recipe.edges.levels)))
     texts = {"source": [Path(case.main_path).name for case in job.cases], "plane": [p.plane for p in parts]}
+    coloured = [case.id for case, part in zip(job.cases, parts, strict=True) if part.is_coloured]
+    if coloured:
+        file.attrs["coloured"] = coloured
     for key, values in texts.items():
         file.create_dataset(key, data=np.repeat(values, counts).tolist(), dtype=h5py.string_dtype())
 
@@ -271,6 +276,8 @@ def describe_slices(file: h5py.File, path: Path, job: FileJob) -> dict:
         of_case = [finding_numbers(case, job.tables) for case in job.cases]
         entry["slices"]["labels"] = [of_case[i] for i in acquisitions(arrays["slice_index"])]
     entry["slices"]["source"] = file["source"].asstr()[()].tolist()
+    if "coloured" in file.attrs:
+        entry["coloured"] = list(map(str, file.attrs["coloured"]))
     entry["planes"] = sorted(set(file["plane"].asstr()[()].tolist()))
     entry["max_class"] = (
         check_classes(path, arrays["semantic_maps"], job) if "semantic_maps" in arrays else None

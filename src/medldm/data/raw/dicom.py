@@ -1,4 +1,6 @@
-"""DICOM: a folder that holds the slices of one series becomes a volume."""
+"""DICOM: a folder that holds the slices of one series becomes a volume, a file that states no place in one (a
+radiograph, a mammogram) a picture.
+"""
 
 import re
 from collections.abc import Sequence
@@ -7,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from medldm.data.raw.image import LPS_TO_RAS
+from medldm.data.raw.image import LPS_TO_RAS, RawImage
 from medldm.errors import InputError
 
 DICOM_SUFFIXES = (".dcm", ".ima")
+PLACE = ("ImagePositionPatient", "ImageOrientationPatient")  # what makes a file a slice of a volume
 EVEN = 0.1  # of a slice distance: how far one step between DICOM slices may be from the usual one
 
 
@@ -30,8 +33,56 @@ def is_dicom_file(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+def is_dicom(path: str | Path) -> bool:
+    """Whether what a case names is a DICOM file, or a folder, which holds a DICOM series."""
+    return Path(path).is_dir() or is_dicom_file(Path(path))
+
+
 def is_dicom_folder(path: Path) -> bool:
-    return path.is_dir() and any(map(is_dicom_file, path.iterdir()))
+    """Whether the DICOM files right inside a folder are slices of a volume: judged by the first of them."""
+    files = dicom_files(path) if path.is_dir() else []
+    return bool(files) and not is_radiograph(files[0])
+
+
+def is_radiograph(path: Path) -> bool:
+    """Whether a DICOM file states no place in a volume, and so is a picture by itself. A file whose header
+    cannot be read is none: reading it tells why.
+    """
+    try:
+        import pydicom
+        from pydicom.errors import InvalidDicomError
+    except ImportError:
+        return False
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*PLACE, "Rows"])
+    except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError):
+        return False
+    return "Rows" in header and not all(header.get(name) for name in PLACE)
+
+
+def radiographs_in(folder: Path) -> list[Path]:
+    """The DICOM files right inside a folder where they are pictures, each an image of its own."""
+    files = dicom_files(folder)
+    return files if files and is_radiograph(files[0]) else []
+
+
+def read_radiograph(path: Path) -> RawImage:
+    """(H, W) float32 in the units of the modality LUT or the rescale slope, much shown bright, with the mm of
+    a pixel where the file states them (of the detector where it states no others).
+
+    InputError where the file is damaged, or holds colours or several frames.
+    """
+    (picture,) = read_dicom_files([path])
+    try:
+        check_grey(path, picture)
+        array = dicom_plane(picture).astype(np.float32)
+        spacing = picture.get("PixelSpacing") or picture.get("ImagerPixelSpacing")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (AttributeError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a readable DICOM picture ({reason}); convert it to PNG") from error
+    return RawImage(array, None, None if not spacing else tuple(float(mm) for mm in spacing))
 
 
 def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +91,9 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
     InputError where files are damaged or unequal, belong to several series, or are not evenly spaced.
     """
-    slices = read_dicom_files(folder)
+    slices = read_dicom_files(dicom_files(folder))
+    if not slices:
+        raise InputError(f"{folder}: holds no DICOM files; restore them, or remove its case")
     try:
         row, column = np.reshape(np.float64(slices[0].ImageOrientationPatient), (2, 3))
         normal = np.cross(row, column)
@@ -64,20 +117,20 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(planes, -1).transpose(1, 0, 2).astype(np.float32), LPS_TO_RAS @ affine
 
 
-def read_dicom_files(folder: Path) -> list:
+def read_dicom_files(paths: Sequence[Path]) -> list:
+    """The files with their pixels. InputError names one that is damaged."""
     try:
         import pydicom
         from pydicom.errors import InvalidDicomError
     except ImportError as error:
-        raise InputError(f"{folder}: DICOM needs pydicom; run `pip install 'medldm[dicom]'`") from error
+        where = paths[0].parent if paths else "DICOM"
+        raise InputError(f"{where}: DICOM needs pydicom; run `pip install 'medldm[dicom]'`") from error
     slices = []
-    for path in dicom_files(folder):
+    for path in paths:
         try:
             slices.append(pydicom.dcmread(path))
         except (InvalidDicomError, OSError, EOFError) as error:
             raise InputError(f"{path}: not a complete DICOM file; copy or download it again") from error
-    if not slices:
-        raise InputError(f"{folder}: holds no DICOM files; restore them, or remove its case")
     return slices
 
 
@@ -87,20 +140,25 @@ def check_one_series(folder: Path, slices: Sequence[Any]) -> None:
     for s in slices:
         if getattr(s, "SeriesInstanceUID", None) != getattr(first, "SeriesInstanceUID", None):
             raise InputError("holds several series; keep one series a folder")
-        if int(getattr(s, "NumberOfFrames", None) or 1) > 1:
-            raise InputError(f"several frames in one file; convert it: dcm2niix '{folder}'")
-        if not str(s.PhotometricInterpretation).startswith("MONOCHROME"):
-            raise InputError(f"{s.PhotometricInterpretation} pictures, no grey slices; remove its case")
+        check_grey(folder, s)
         for key in ("ImageOrientationPatient", "PixelSpacing"):
             if np.abs(np.float64(s[key].value) - np.float64(first[key].value)).max() > 1e-3:
                 raise InputError(f"slices differ in {key}; keep one series a folder")
 
 
-def dicom_plane(s: Any) -> np.ndarray:
-    """(rows, columns) of one file in the units of its own rescale slope.
+def check_grey(path: Path, s: Any) -> None:
+    """InputError where a file holds several frames or colours."""
+    if int(getattr(s, "NumberOfFrames", None) or 1) > 1:
+        raise InputError(f"several frames in one file; convert it: dcm2niix '{path}'")
+    if not str(s.PhotometricInterpretation).startswith("MONOCHROME"):
+        raise InputError(f"{s.PhotometricInterpretation} pictures, no grey slices; remove its case")
 
-    MONOCHROME1 shows high numbers dark: they are turned within their bits. Of CT and PET, whose numbers are
-    physical, it is not said whether the writer has turned them: InputError.
+
+def dicom_plane(s: Any) -> np.ndarray:
+    """(rows, columns) of one file in the units of its own modality LUT or rescale slope.
+
+    MONOCHROME1 shows high numbers dark: they are turned within their bits, or within the values of the LUT.
+    Of CT and PET, whose numbers are physical, it is not said whether the writer has turned them: InputError.
     """
     stored = s.pixel_array.astype(np.float64)
     if s.PhotometricInterpretation == "MONOCHROME1":
@@ -109,8 +167,22 @@ def dicom_plane(s: Any) -> np.ndarray:
                 f"{s.Modality} as MONOCHROME1, where it is open whether its units are turned; save it again "
                 "as MONOCHROME2, or give NIfTI"
             )
-        stored = (-1 if s.PixelRepresentation else 2**s.BitsStored - 1) - stored
+        if "ModalityLUTSequence" not in s:
+            stored = (-1 if s.PixelRepresentation else 2**s.BitsStored - 1) - stored
+    if "ModalityLUTSequence" in s:
+        return through_lut(s)
     return stored * float(getattr(s, "RescaleSlope", 1)) + float(getattr(s, "RescaleIntercept", 0))
+
+
+def through_lut(s: Any) -> np.ndarray:
+    """(rows, columns) float64: the entries of the modality LUT (PS3.3 C.11.1), turned for MONOCHROME1."""
+    from pydicom.pixels import apply_modality_lut
+
+    values = apply_modality_lut(s.pixel_array, s).astype(np.float64)
+    if s.PhotometricInterpretation != "MONOCHROME1":
+        return values
+    bits = int(s.ModalityLUTSequence[0].LUTDescriptor[2])
+    return 2**bits - 1 - values
 
 
 def slice_step(folder: Path, origins: np.ndarray, normal: np.ndarray) -> np.ndarray:

@@ -1,12 +1,32 @@
 """MetaImage files and NumPy arrays."""
 
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from medldm.data.raw.image import LPS_TO_RAS
 from medldm.errors import InputError
+
+
+@contextmanager
+def no_output_of_libraries() -> Iterator[None]:
+    """Nothing that compiled code writes to stderr: of a damaged file it tells in lines of its own, before the
+    exception that is turned into ours.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def read_meta_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -16,7 +36,8 @@ def read_meta_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise InputError(f"{path}: MetaImage needs SimpleITK; run `pip install 'medldm[itk]'`") from error
     try:
-        image = SimpleITK.ReadImage(str(path), imageIO="MetaImageIO")
+        with no_output_of_libraries():
+            image = SimpleITK.ReadImage(str(path), imageIO="MetaImageIO")
     except RuntimeError as error:
         raise InputError(f"{path}: not a complete MetaImage file; copy or download it again") from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:

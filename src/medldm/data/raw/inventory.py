@@ -123,6 +123,17 @@ def same_images(entries: Sequence[dict]) -> list[str]:
     ]
 
 
+def coloured_pictures(entries: Sequence[dict]) -> list[str]:
+    """A note on pictures whose colours were made grey: burnt-in marks and colour maps become grey values."""
+    names = [name for entry in entries for name in entry.get("coloured", ())]
+    if not names:
+        return []
+    return [
+        f"{len(names)} pictures hold colours, such as {names[0]}; they were made grey by their luminance "
+        "(ITU-R BT.601)"
+    ]
+
+
 def summary(inventory: dict[str, Any], splits: dict[str, Any]) -> list[str]:
     """The lines that `medldm prepare` ends with."""
     elsewhere = inventory["files_used_elsewhere"]

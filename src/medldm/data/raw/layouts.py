@@ -6,7 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.raw.image import IMAGE_SUFFIXES, META_SUFFIXES, NIFTI_SUFFIXES, NRRD_SUFFIXES, has_suffix
+from medldm.data.raw.dicom import radiographs_in
+from medldm.data.raw.image import (
+    IMAGE_SUFFIXES,
+    META_SUFFIXES,
+    NIFTI_SUFFIXES,
+    NRRD_SUFFIXES,
+    RASTER_SUFFIXES,
+    has_suffix,
+)
 from medldm.data.raw.readers import is_image
 from medldm.data.raw.tables import read_rows
 from medldm.data.splits import subset_of
@@ -39,6 +47,15 @@ def files_below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
+def pictures_below(root: Path) -> list[Path]:
+    """PNG, JPEG, BMP and TIFF files and DICOM radiographs at any depth; links are followed, hidden
+    files left out.
+    """
+    return sorted(
+        [*files_below(root, RASTER_SUFFIXES), *(p for f, _ in walk(root) for p in radiographs_in(f))]
+    )
+
+
 def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """Files with one of these suffixes right inside a folder, hidden ones left out; nothing where it is not
     there.
@@ -50,15 +67,15 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def images_below(
     root: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, *, with_maps: bool = False
 ) -> list[Path]:
-    """Every image file with one of these suffixes and every DICOM folder at any depth; `with_maps` also maps
-    that lie beside their image.
+    """Every image file with one of these suffixes and every DICOM folder or radiograph at any depth;
+    `with_maps` also maps that lie beside their image.
     """
     found: list[Path] = []
     for folder, names in walk(root) if root.is_dir() else ():
         images = [folder / name for name in names if has_suffix(name, suffixes)]
         stems = set() if with_maps else {stem_of(path) for path in images}
         found += [path for path in images if path.is_file() and not is_map_of(stem_of(path), stems)]
-        found += [folder] if is_image(folder) else []
+        found += [folder] if is_image(folder) else radiographs_in(folder)
     return sorted(found)
 
 

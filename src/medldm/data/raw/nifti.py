@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medldm.data.hdf5 import file_identity
+from medldm.data.raw.grids import distance, is_same_grid
 from medldm.data.raw.image import RawImage, has_suffix, require_file
 from medldm.errors import InputError
 
@@ -81,10 +82,11 @@ def is_gzip(path: Path) -> bool:
 
 def nifti_affine(header, voxel_sizes: Sequence[float], path: Path) -> np.ndarray:  # noqa: ANN001
     """Voxels -> RAS, mm (4, 4): the sform, or the qform where the former is empty. A file that names neither
-    is taken as nibabel takes it, with a warning.
+    is taken as nibabel takes it, with a warning; so is the sform where the qform says another place.
 
     InputError where voxels get no size: `voxel_sizes` are those of the file, of which nibabel turns 0 into 1.
     """
+    shape = header.get_data_shape()[:3]
     stated = {"sform": header.get_sform, "qform": header.get_qform}
     readers = {name: read for name, read in stated.items() if int(header[f"{name}_code"]) > 0}
     if not readers:
@@ -105,6 +107,13 @@ def nifti_affine(header, voxel_sizes: Sequence[float], path: Path) -> np.ndarray
     if affines.keys() != readers.keys() and "sform" not in affines:
         log.warning("%s: its sform is empty; its qform is taken", path)
     affine = next(iter(affines.values()))
+    if {"sform", "qform"} <= affines.keys() and not is_same_grid(shape, affine, shape, affines["qform"]):
+        apart = distance(shape, affine, affines["qform"])
+        log.warning(
+            "%s: its sform and qform disagree by up to %.3g mm; the sform is taken, as nibabel does",
+            path,
+            apart,
+        )
     unit, in_mm = MM.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
     if unit != "mm":
         log.warning("%s: its lengths are in %s; converted to mm", path, unit)

@@ -8,6 +8,18 @@ import numpy as np
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
+EXIF_SUFFIXES = (".png", ".jpg", ".jpeg")
+EXIF_ORIENTATION = 0x0112
+# EXIF 2.3, tag Orientation: what brings the stored rows and columns to what is to be seen; 1 leaves them.
+EXIF_TURNS = {
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: np.swapaxes(x, 0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.swapaxes(np.rot90(x, 2), 0, 1),
+    8: np.rot90,
+}
 COLOUR_ROUNDING = 3 / 255  # of the largest value: how far JPEG drives the channels of a grey picture apart
 
 
@@ -20,7 +32,7 @@ def read_raster_mask(path: Path) -> np.ndarray:
     if data.startswith(b"\xff\xd8"):
         raise InputError(f"{path}: JPEG changes class numbers; save the mask as PNG, from its source")
     if data[:2] in (b"\x89P", b"BM") and (numbers := palette_numbers(path)) is not None:
-        return numbers
+        return turned_by_exif(numbers, path)
     if picture.ndim == 3 and (picture != picture[..., :1]).any():
         raise InputError(
             f"{path}: a mask must hold class numbers in one channel, not colours; save it as grey"
@@ -29,7 +41,8 @@ def read_raster_mask(path: Path) -> np.ndarray:
 
 
 def decode_raster(path: Path) -> np.ndarray:
-    """(H, W), or (H, W, 3) blue, green, red, of a PNG, JPEG, BMP or TIFF with its bit depth kept.
+    """(H, W), or (H, W, 3) blue, green, red, of a PNG, JPEG, BMP or TIFF with its bit depth kept, turned as
+    its EXIF orientation says (PNG, JPEG).
 
     InputError where the file is damaged or has several pages.
     """
@@ -47,7 +60,24 @@ def decode_raster(path: Path) -> np.ndarray:
         raise InputError(f"{path}: holds {pages} pages; save one picture a file, or the stack as NIfTI")
     if array.ndim == 3 and array.shape[-1] == 4 and np.ptp(array[..., 3]) > 0:
         log.warning("%s: partly transparent; its colours are taken as they lie", path)
-    return array if array.ndim == 2 else np.ascontiguousarray(array[..., :3])
+    return turned_by_exif(array if array.ndim == 2 else np.ascontiguousarray(array[..., :3]), path)
+
+
+def turned_by_exif(picture: np.ndarray, path: Path) -> np.ndarray:
+    """A decoded picture (H, W[, 3]) as it is to be seen: cameras and phones store it as their sensor lay,
+    and say in EXIF how to turn it.
+    """
+    from PIL import Image as Picture
+
+    if path.suffix.lower() not in EXIF_SUFFIXES:
+        return picture
+    try:
+        with Picture.open(path) as header:
+            orientation = header.getexif().get(EXIF_ORIENTATION, 1)
+    except (OSError, ValueError, SyntaxError):  # a header that Pillow does not understand says nothing
+        return picture
+    turn = EXIF_TURNS.get(orientation)
+    return picture if turn is None else np.ascontiguousarray(turn(picture))
 
 
 def to_grey(picture: np.ndarray) -> np.ndarray:

@@ -7,7 +7,14 @@ import numpy as np
 
 from medldm.data.case import split_path
 from medldm.data.hdf5 import open_hdf5
-from medldm.data.raw.dicom import dicom_files, is_dicom_folder, read_dicom_series
+from medldm.data.raw.dicom import (
+    dicom_files,
+    is_dicom_file,
+    is_dicom_folder,
+    is_radiograph,
+    read_dicom_series,
+    read_radiograph,
+)
 from medldm.data.raw.formats import detached_data, read_meta_image, read_numpy
 from medldm.data.raw.image import (
     HDF5_SUFFIXES,
@@ -31,13 +38,15 @@ log = logging.getLogger(__name__)
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether `read_image` reads this: a file of a known kind, or a folder with DICOM files right inside.
+    """Whether `read_image` reads this: a file of a known kind, or a folder with the DICOM slices of a volume.
     Hidden files, such as the `._` ones of a Mac, are none.
     """
     path = Path(path)
     if path.name.startswith("."):
         return False
-    return is_dicom_folder(path) if path.is_dir() else path.is_file() and has_suffix(path, IMAGE_SUFFIXES)
+    if path.is_dir():
+        return is_dicom_folder(path)
+    return path.is_file() and (has_suffix(path, IMAGE_SUFFIXES) or is_dicom_file(path))
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -85,8 +94,14 @@ def read_any(file: Path, key: str | None) -> RawImage:
         if key is None:
             raise InputError(f"{file}: name the dataset inside as {file.name}::dataset")
         return RawImage(np.asarray(open_hdf5(file).read(key)), None, None)
+    if is_dicom_file(file):
+        if is_radiograph(file):
+            return read_radiograph(file)
+        raise InputError(
+            f"{file}: one slice of a volume; name the folder of its series, or convert it to NIfTI"
+        )
     raise InputError(
-        f"{file}: unknown file type; use NIfTI, NRRD, MetaImage, a folder of DICOM, PNG, JPEG, NumPy or HDF5"
+        f"{file}: unknown file type; use NIfTI, NRRD, MetaImage, DICOM, PNG, JPEG, NumPy or HDF5"
     )
 
 
