@@ -77,3 +77,15 @@ def check_order(trained: Mapping[str, Any], given: Mapping[str, Any], what: str)
                 f"{what}: numbers {table} as {', '.join(known)}, the data as {', '.join(own)}; prepare the "
                 "data in that order"
             )
+
+
+def check_nulls(embedded: Sequence[str], nulls: Sequence[str], unstated: Sequence[str], what: str) -> None:
+    """InputError where images do not state an attribute that a model embeds, and training never shows the
+    model an unknown one: its null would be an untrained vector. `what` names the images.
+    """
+    for name in unstated:
+        if name in embedded and name not in nulls:
+            raise InputError(
+                f"{what} state no {name}, and training never sees an unknown one; state it for them and "
+                "prepare again, or train with model.conditioner.drop_all_prob=0.1"
+            )

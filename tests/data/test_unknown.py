@@ -8,6 +8,7 @@ import h5py
 import pytest
 
 from medldm.attributes import UNKNOWN, check_class_names, check_order
+from medldm.commands import train
 from medldm.commands.sample import number_as_trained
 from medldm.data import build_datamodule
 from medldm.data.loading.dataset import Item
@@ -18,6 +19,7 @@ from medldm.data.records import read_images
 from medldm.errors import InputError
 from medldm.evaluation.pairs import group_members, make_pairs
 from tests.data.test_prepare import prepare_folder, write_pictures
+from tests.helpers import compose_config
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,32 @@ def test_weights_go_on_only_under_the_same_numbers(table):
     check_order({table: ["a", "b"]}, {table: ["c", "d"]}, "init_from=x")  # another task
     with pytest.raises(InputError, match=f"init_from=x: numbers {table} as a, b, the data as b, a"):
         check_order({table: ["a", "b"]}, {table: ["b", "a"]}, "init_from=x")
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+def test_validation_images_alone_without_a_label_need_a_trained_null(root, tmp_path, drop):
+    """They would be judged under a null that no training step has touched."""
+    folder = shutil.copytree(root, tmp_path / "data")
+    split = {"train": ["p1", "p3"], "val": ["p2"], "test": []}
+    (folder / "splits.json").write_text(json.dumps({"default": split}))
+    cfg = compose_config(
+        "train", "experiment=cardiac2d/ldm", "data=folder", f"data.root={folder}", "debug=tiny",
+        "model/conditioner=label", f"model.conditioner.drop_all_prob={drop}", "model/first_stage=pixel",
+        "data.num_workers=0", "data.edge_degrade=null",
+    )  # fmt: skip
+    cfg.run_dir = str(tmp_path / "run")
+    datamodule = build(folder)
+    module_config = train_config(cfg)
+    assert datamodule.unstated("train") == ["phase", "slice_position"]
+    assert datamodule.unstated("val") == ["view", "phase", "label", "slice_position"]
+    if drop:
+        assert train.make_module(cfg, module_config, datamodule, None, None).conditioner.null_attributes
+    else:
+        with pytest.raises(InputError, match="some images of val state no label, and training never sees"):
+            train.make_module(cfg, module_config, datamodule, None, None)
+
+
+def train_config(cfg):
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg.model, resolve=True)

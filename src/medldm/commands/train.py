@@ -352,7 +352,7 @@ def make_module(
     """The module with its description, after checking that its data are those of a resumed run and held-out
     subjects are unseen.
     """
-    from medldm.attributes import check_order
+    from medldm.attributes import check_nulls, check_order
     from medldm.build import build_module
     from medldm.checkpoints import describe
 
@@ -369,6 +369,10 @@ def make_module(
         module.description["init_from"] = initialise(module, cfg.init_from, datamodule.facts)
     if record is not None:
         check_stages(cfg, module.description, datamodule)
+        conditioner = getattr(module, "conditioner", None)
+        if conditioner is not None:
+            what = f"{datamodule.root}: some images of val"
+            check_nulls(conditioner.attributes, conditioner.null_attributes, datamodule.unstated("val"), what)
     return module
 
 

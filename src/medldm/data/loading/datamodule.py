@@ -138,7 +138,11 @@ class CaseDataModule(pl.LightningDataModule):
         """
         self.setup()
         facts = {name: self.index.get(name) for name in FACTS} | typical_volume(self.index)
-        return facts | {"unknown_attributes": unknown_attributes(self.items("train"))}
+        return facts | {"unknown_attributes": self.unstated("train")}
+
+    def unstated(self, subset: str) -> list[str]:
+        """The attributes that some image of a subset does not state."""
+        return unknown_attributes(self.items(subset))
 
     @property
     def record(self) -> dict:

@@ -175,14 +175,17 @@ def dicom_plane(s: Any) -> np.ndarray:
 
 
 def through_lut(s: Any) -> np.ndarray:
-    """(rows, columns) float64: the entries of the modality LUT (PS3.3 C.11.1), turned for MONOCHROME1."""
-    from pydicom.pixels import apply_modality_lut
-
-    values = apply_modality_lut(s.pixel_array, s).astype(np.float64)
-    if s.PhotometricInterpretation != "MONOCHROME1":
-        return values
-    bits = int(s.ModalityLUTSequence[0].LUTDescriptor[2])
-    return 2**bits - 1 - values
+    """(rows, columns) float64: the entries of the modality LUT (PS3.3 C.11.1.1), of any number of bits,
+    turned for MONOCHROME1. Stored values before the first entry or after the last take that entry.
+    """
+    lut = s.ModalityLUTSequence[0]
+    count, first, bits = (int(number) for number in lut.LUTDescriptor)
+    entries = lut.LUTData
+    if isinstance(entries, bytes):
+        entries = np.frombuffer(entries, np.uint8 if len(entries) == (count or 2**16) else "<u2")
+    entries = np.asarray(entries, np.float64)[: count or 2**16]
+    values = entries[np.clip(s.pixel_array.astype(np.int64) - first, 0, len(entries) - 1)]
+    return 2**bits - 1 - values if s.PhotometricInterpretation == "MONOCHROME1" else values
 
 
 def slice_step(folder: Path, origins: np.ndarray, normal: np.ndarray) -> np.ndarray:
