@@ -7,6 +7,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from medldm.attributes import KnownAttributes, known_attributes
+
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -22,6 +24,11 @@ def compose_part(path: str):
     for key in path.split("/")[:-1]:
         cfg = cfg[key]
     return instantiate(OmegaConf.to_container(cfg, resolve=True))
+
+
+def stated(**facts) -> KnownAttributes:
+    """What a model is told of data with these facts (num_views=2...), all of which state everything."""
+    return known_attributes({"unknown_attributes": (), **facts})
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from pytorch_lightning import LightningModule
 from torch import nn
 
-from medldm.attributes import check_class_names
+from medldm.attributes import check_class_names, known_attributes
 from medldm.checkpoints import FORMAT, read_hashed
 from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.diffusion.translation import TranslationConditioner
@@ -111,7 +111,7 @@ def build_diffusion_module(
     sizes = {}
     if make_conditioner.func is TranslationConditioner:
         check_translator(model, facts, first_stage)
-        sizes["latent_channels"] = first_stage.latent_channels
+        sizes |= {"latent_channels": first_stage.latent_channels, "num_labels": facts["num_labels"]}
     if map_stage is not None:
         sizes["map_latent_channels"] = map_stage.latent_channels
     conditioner = make_conditioner(
@@ -119,10 +119,7 @@ def build_diffusion_module(
         **sizes,
         spatial_dims=facts["spatial_dims"],
         downsampling=first_stage.downsampling,
-        num_views=facts["num_views"] or 0,
-        num_phases=facts["num_phases"] or 0,
-        num_labels=facts["num_labels"] or 0,
-        **unknowns(facts),
+        known=known_attributes(facts),
         embedding_dim=make_network.keywords["embedding_channels"],
     )
     network = make_network(
@@ -133,16 +130,6 @@ def build_diffusion_module(
         context_channels=conditioner.context_dim or None,
     )
     return DiffusionModule(first_stage, conditioner, network, map_stage=map_stage, **parts)
-
-
-def unknowns(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a conditioner is told of attributes that nobody stated. Facts of earlier versions say nothing:
-    missing ones were class 0 then, and a slice without a stack stood in the middle of one.
-    """
-    stated = facts.get("unknown_attributes")
-    return (
-        {"unknown_attributes": (), "lone_position": 0.5} if stated is None else {"unknown_attributes": stated}
-    )
 
 
 def check_translator(model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: nn.Module) -> None:
@@ -161,9 +148,7 @@ def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any])
         None,
         spatial_dims=facts["spatial_dims"],
         downsampling=(1,) * facts["spatial_dims"],
-        num_labels=facts["num_labels"] or 0,
-        num_views=facts["num_views"] or 0,
-        **unknowns(facts),
+        known=known_attributes(facts),
         embedding_dim=make_network.keywords["embedding_channels"],
     )
     codec = parts.pop("codec")(

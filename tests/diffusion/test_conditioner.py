@@ -1,16 +1,17 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from tests.helpers import stated
 
 from medldm.diffusion.conditioner import (
     Condition,
     NullConditioner,
     SpatialConditioner,
     concatenate,
-    stage_strides,
-    unshuffle,
 )
+from medldm.diffusion.encoders import SPATIAL_ENCODERS, stage_strides, unshuffle
 from medldm.errors import InputError
 
 ENCODERS = ["nearest_1x1", "rescaler", "unshuffle", "strided_cnn"]
@@ -41,9 +42,7 @@ ATTRIBUTES = {
     "use_phase": True,
     "use_label": True,
     "use_slice_position": True,
-    "num_views": 2,
-    "num_phases": 2,
-    "num_labels": 3,
+    "known": stated(num_views=2, num_phases=2, num_labels=3),
     "embedding_dim": 16,
 }
 
@@ -212,7 +211,7 @@ def test_unknown_attributes_enter_as_the_null_and_never_as_class_0():
 
 
 def test_several_labels_enter_as_the_sum_of_their_embeddings():
-    conditioner = build(use_label=True, num_labels=3, embedding_dim=16)
+    conditioner = build(use_label=True, known=stated(num_labels=3), embedding_dim=16)
     labels = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
     null, *rows = conditioner.embeddings["label"].weight
     got = conditioner.embed({"labels": labels}, None)
@@ -227,11 +226,14 @@ def test_several_labels_enter_as_the_sum_of_their_embeddings():
 
 
 def test_a_null_counts_as_trained_where_training_dropped_or_met_the_unknown():
+    some_unstated = replace(ATTRIBUTES["known"], unstated=("label", "text"))
     assert build(**ATTRIBUTES).null_attributes == ()
-    assert build(**ATTRIBUTES, unknown_attributes=("label", "text")).null_attributes == ("label",)
+    assert build(**ATTRIBUTES | {"known": some_unstated}).null_attributes == ("label",)
     names = ("view", "phase", "label", "slice_position")
     assert build(**ATTRIBUTES, drop_all_prob=0.1).null_attributes == names == build(**ATTRIBUTES).attributes
-    old = build(**ATTRIBUTES, lone_position=0.5)  # trained when a slice alone stood in the middle
+    old = build(
+        **ATTRIBUTES | {"known": replace(ATTRIBUTES["known"], lone_position=0.5)}
+    )  # trained when a slice alone stood in the middle
     assert old.null_attributes == ("slice_position",)
     places = [{**batch(), "slice_position": torch.full((3,), place)} for place in (math.nan, 0.5)]
     assert torch.equal(*(old.embed(data, None) for data in places))
@@ -239,7 +241,7 @@ def test_a_null_counts_as_trained_where_training_dropped_or_met_the_unknown():
 
 def test_auto_embeds_what_the_dataset_states():
     auto = dict.fromkeys(["use_view", "use_phase", "use_label", "use_slice_position"], "auto")
-    conditioner = build(**{**ATTRIBUTES, **auto, "num_labels": 0})
+    conditioner = build(**{**ATTRIBUTES, **auto, "known": stated(num_views=2, num_phases=2)})
     assert set(conditioner.embeddings) == {"view", "phase"}
     data = batch()
     with_position = conditioner(data).embedding
@@ -280,6 +282,12 @@ def test_concatenation_doubles_the_batch_field_by_field():
         ({"drop_all_prob": 1.5}, "drop_all_prob"),
         ({"use_edges": False, "drop_edges_prob": 0.1}, "drop_edges_prob"),
         ({"use_view": True}, "use_view"),
+        (
+            {"attributes": {"age": True}},
+            r"age=true but the dataset has no age \(it declares none\)",
+        ),
+        ({"attributes": {"age": "maybe"}}, "attributes.age=maybe is none of true, false, auto"),
+        ({"use_age": True}, "conditioner.use_age: no such key"),
         ({"use_edges": False, "use_mask": False}, "encoder=null"),
     ],
 )
@@ -297,3 +305,20 @@ def test_a_dataset_without_masks_and_a_batch_without_edges_are_told_apart():
         build()(data)
     with pytest.raises(InputError, match="crop or pad"):
         build()(batch((20, 24)))
+
+
+@pytest.mark.parametrize("name", SPATIAL_ENCODERS)
+def test_encoders_state_the_channels_that_they_give(name):
+    encoder = SPATIAL_ENCODERS[name](5, 3, (4, 4))
+    assert encoder.out_channels == encoder(torch.zeros(1, 5, 8, 8)).shape[1] == (5 if name == "area" else 3)
+
+
+def test_the_weights_of_earlier_checkpoints_have_the_same_names():
+    conditioner = build(**ATTRIBUTES, spade="segconv", spade_out_channels=2)
+    names = {key.split(".")[0] for key in conditioner.state_dict()}
+    assert names == {"encoder", "spade_encoder", "embeddings", "position"}
+    kept = [key for key in conditioner.state_dict() if key.startswith(("embeddings", "position"))]
+    assert kept == [
+        *(f"embeddings.{kind}.weight" for kind in ("view", "phase", "label")),
+        *(f"position.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")),
+    ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from tests.helpers import stated
 
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.objective import guided
@@ -15,9 +16,7 @@ DERIVED = {
     "downsampling": (4, 4),
     "spatial_dims": 2,
     "embedding_dim": 16,
-    "num_views": 2,
-    "num_phases": 2,
-    "num_labels": 0,
+    "known": stated(num_views=2, num_phases=2),
 }
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.helpers import stated
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -49,7 +50,7 @@ def parts(is_discrete):
             drop_all_prob=0.1,
             use_view=True,
             use_slice_position=True,
-            num_views=2,
+            known=stated(num_views=2),
             embedding_dim=8,
         )
     batch = {

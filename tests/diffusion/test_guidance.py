@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.helpers import stated
 
 from medldm.diffusion.conditioner import NullConditioner, SpatialConditioner, check_drop
 from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, check_guidance, override_sampler
@@ -10,7 +11,11 @@ from medldm.errors import InputError
 
 
 def spatial(**probs):
-    attributes = {"use_view": True, "num_views": 2, "embedding_dim": 8} if probs.pop("view", False) else {}
+    attributes = (
+        {"use_view": True, "known": stated(num_views=2), "embedding_dim": 8}
+        if probs.pop("view", False)
+        else {}
+    )
     return SpatialConditioner(4, downsampling=(8, 8), **probs, **attributes)
 
 

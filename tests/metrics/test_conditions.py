@@ -1,6 +1,7 @@
 """What provenance.json says about conditions decides what is matched and how edges are read."""
 
 import pytest
+from tests.helpers import stated
 
 from medldm.diffusion.conditioner import NullConditioner, SpatialConditioner
 from medldm.evaluation.conditions import Conditions, read_conditions
@@ -30,7 +31,7 @@ def test_the_image_is_no_condition():
 
 
 def test_conditioners_name_their_attributes():
-    options = {"downsampling": (4, 4), "num_views": 2, "num_labels": 3, "embedding_dim": 8}
+    options = {"downsampling": (4, 4), "known": stated(num_views=2, num_labels=3), "embedding_dim": 8}
     told = SpatialConditioner(3, **options, use_view=True, use_label="auto", use_slice_position=True)
     assert told.attributes == ("view", "label", "slice_position")
     assert SpatialConditioner(3, **options).attributes == ()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from medldm.diffusion.conditioner import Condition, SegConv, SpatialConditioner
+from medldm.diffusion.conditioner import Condition, SpatialConditioner
+from medldm.diffusion.encoders import SegConv
 from medldm.errors import InputError
 from medldm.networks.discriminator import PatchDiscriminator
 from medldm.networks.factorised import (

@@ -28,7 +28,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from medldm.attributes import TABLES, check_class_names, renumber
+from medldm.attributes import check_class_names, names_of, renumber
 from medldm.commands import clean_after_failure, run_command
 from medldm.errors import InputError
 
@@ -218,21 +218,22 @@ def task(cfg: Any) -> None:
 def number_as_trained(
     dataset: Any, facts: dict[str, Any], kinds: tuple[str, ...], nulls: tuple[str, ...]
 ) -> None:
-    """Gives the views, phases and labels of `kinds` the model's numbers for their names. InputError for an
+    """Gives the attributes of `kinds` the model's numbers for their names. InputError for an
     image of a name that the model has not, and for one that states none where no null (`nulls`) was trained.
     """
     items = dataset.every_item()
+    dataset.conditions = tuple(kinds)
     if dataset.num_findings and "label" in kinds and not facts.get("multi_label"):
         raise InputError(f"{dataset.root}: has several labels an image, the model was trained with one each")
     for kind in kinds:
-        own, known = dataset.names.get(kind) or [], facts.get(TABLES.get(kind)) or []
+        own, known = dataset.names.get(kind) or [], names_of(facts, kind)
         missing = [item for item in items if not item.stated(kind)]
         if missing:
             tell_missing(kind, missing, dataset, kind in nulls)
         if not own or not known:
             continue
         for item in items:
-            for number in item.stated(kind):
+            for number in map(int, item.stated(kind)):
                 if own[number] not in known:
                     raise InputError(
                         f"{dataset.root}: '{dataset.item_id(item)}' has the {kind} '{own[number]}', the "
@@ -250,7 +251,7 @@ def tell_missing(kind: str, items: list[Any], dataset: Any, has_null: bool) -> N
             f"{what}, and the model never saw an unknown one; state it (data=folder: the column {kind} of "
             "manifest.csv) and prepare again, or train with model.conditioner.drop_all_prob=0.1"
         )
-    if kind in TABLES:
+    if kind != "slice_position":
         log.warning("%s; they are sampled as unknown", what)
 
 

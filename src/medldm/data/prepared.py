@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from medldm.attributes import with_unknown
+from medldm.attributes import with_attributes, with_unknown
 from medldm.data.datasets.mnms2 import AUTHOR_INDEX, load_author_index
 from medldm.errors import InputError
 from medldm.files import read_json
@@ -17,7 +17,7 @@ def load_index(root: str | Path) -> dict:
     if not root.is_dir():
         raise InputError(f"data.root={root}: no such folder; {mend}")
     if not (root / "index.json").is_file() and (root / AUTHOR_INDEX).is_file():
-        return load_author_index(root)
+        return with_attributes(load_author_index(root))
     index = read_json(root / "index.json", mend)
     if UNFINISHED in index:
         raise InputError(
@@ -29,4 +29,4 @@ def load_index(root: str | Path) -> dict:
             f"{root / 'index.json'}: schema version {index.get('schema_version')} is not 1; prepare the "
             "data again"
         )
-    return with_unknown(index)
+    return with_attributes(with_unknown(index))

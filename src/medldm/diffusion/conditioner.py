@@ -1,18 +1,19 @@
 """From a batch to what the denoiser is conditioned on, with the dropping that guidance needs."""
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.batch import Batch, check_labels, expand_as, spatial_shape
+from medldm.attributes import Attribute, KnownAttributes
+from medldm.batch import Batch, check_labels, spatial_shape
+from medldm.diffusion.embeddings import embed_by_name, keep, scalar_mlp, unknown_values
+from medldm.diffusion.encoders import build_encoder
 from medldm.diffusion.latent import latent_shape
 from medldm.diffusion.schedule import at_least_float32
 from medldm.errors import InputError
-from medldm.networks.layers import conv, group_norm
 
 
 class Condition(NamedTuple):
@@ -66,136 +67,96 @@ class Conditioner(Protocol):
     ) -> Condition: ...
 
 
-class NearestEncoder(nn.Module):
-    """Nearest down-sampling, then a 1x1 convolution: keeps one pixel of f^d. For parity only."""
-
-    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
-        super().__init__()
-        self.downsampling = downsampling
-        self.project = conv(len(downsampling), in_channels, out_channels, kernel_size=1, bias=False)
-
-    def forward(self, planes: Tensor) -> Tensor:
-        return self.project(
-            F.interpolate(planes, latent_shape(spatial_shape(planes), self.downsampling), mode="nearest")
-        )
+PARITY_ENCODER = "nearest_1x1"
+OLDER_USES = ("view", "phase", "label", "slice_position")  # attributes with a key of their own, `use_<name>`
 
 
-class Rescaler(nn.Module):
-    """CompVis's SpatialRescaler: linear interpolation by 0.5 per factor of two, then a 1x1 convolution."""
+@dataclass(frozen=True)
+class PlaneOptions:
+    """Which planes enter, and how they reach the network.
 
-    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
-        super().__init__()
-        self.strides = stage_strides(downsampling)
-        self.mode = {2: "bilinear", 3: "trilinear"}[len(downsampling)]
-        self.project = conv(len(downsampling), in_channels, out_channels, kernel_size=1, bias=False)
-
-    def forward(self, planes: Tensor) -> Tensor:
-        for strides in self.strides:
-            planes = F.interpolate(
-                planes, latent_shape(spatial_shape(planes), strides), mode=self.mode, align_corners=False
-            )
-        return self.project(planes)
-
-
-class Unshuffle(nn.Module):
-    """Every pixel of a latent cell becomes a channel, then a 1x1 convolution. Shi et al. 2016."""
-
-    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
-        super().__init__()
-        self.downsampling = downsampling
-        cell = math.prod(downsampling)
-        self.project = conv(len(downsampling), in_channels * cell, out_channels, kernel_size=1)
-
-    def forward(self, planes: Tensor) -> Tensor:
-        return self.project(unshuffle(planes, self.downsampling))
-
-
-class SegConv(nn.Module):
-    """Med-LSDM's encoder of the map: convolution, ReLU and maximum per factor of two, widths 64, 128, 256 ..,
-    and a last convolution and ReLU.
-
-    Convolutions see one slice of a volume (1 x 3 x 3), and every output cell stands over its own block of the
-    map: the published padding shifted the depth by a slice for each convolution.
+    `encoder` brings them to the latent grid, to be concatenated to z_t. `spade` gives the SPADE norms their
+    map: "planes" are the planes themselves, "map_latent" the latents of an autoencoder of maps, and an
+    encoder's name `spade_out_channels` learned ones on the latent grid. None switches either off. `parity`
+    admits the encoder of the published code that loses most edges.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
-        super().__init__()
-        dims, layers, width = len(downsampling), [], in_channels
-        kernel = (1,) * (dims - 2) + (3, 3)
-        padding = tuple(size // 2 for size in kernel)
-        pool = getattr(nn, f"MaxPool{dims}d")
-        for stage, strides in enumerate(stage_strides(downsampling)):
-            hidden = 64 * 2**stage
-            layers += [conv(dims, width, hidden, kernel, padding=padding), nn.ReLU(), pool(strides)]
-            width = hidden
-        layers += [conv(dims, width, out_channels, kernel, padding=padding), nn.ReLU()]
-        self.layers = nn.Sequential(*layers)
+    use_edges: bool = True
+    use_mask: bool = True
+    encoder: str | None = "strided_cnn"
+    out_channels: int = 8
+    spade: str | None = None
+    spade_out_channels: int = 64
+    parity: bool = False
 
-    def forward(self, planes: Tensor) -> Tensor:
-        return self.layers(planes)
-
-
-class AreaEncoder(nn.Module):
-    """The share of every plane in each latent cell: nothing learned, and no class lost."""
-
-    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
-        super().__init__()
-        self.pool = getattr(nn, f"AvgPool{len(downsampling)}d")(downsampling)
-
-    def forward(self, planes: Tensor) -> Tensor:
-        return self.pool(planes)
-
-
-class StridedCNN(nn.Module):
-    """Convolutions of stride 2, GroupNorm and SiLU down to the latent grid, widths 32, 64, 128, 128 ..."""
-
-    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
-        super().__init__()
-        dims, layers, width = len(downsampling), [], in_channels
-        for stage, strides in enumerate(stage_strides(downsampling)):
-            hidden = min(32 * 2**stage, 128)
-            layers += [
-                conv(dims, width, hidden, kernel_size=3, stride=strides, padding=1),
-                group_norm(hidden, groups=8),
-                nn.SiLU(),
-            ]
-            width = hidden
-        layers.append(conv(dims, width, out_channels, kernel_size=3, padding=1))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, planes: Tensor) -> Tensor:
-        return self.layers(planes)
+    def check(self, num_planes: int, map_latent_channels: int) -> None:
+        """InputError where the options do not fit each other or the number of planes."""
+        uses_parity = PARITY_ENCODER in (self.encoder, self.spade)
+        if self.use_edges and uses_parity and not self.parity:
+            raise InputError(
+                f"model.conditioner: {PARITY_ENCODER} loses nine edge cells in ten; "
+                "choose strided_cnn, unshuffle or rescaler, or set model.conditioner.parity=true"
+            )
+        if self.parity and not uses_parity:
+            raise InputError(
+                f"model.conditioner.parity=true has an effect with {PARITY_ENCODER} alone; set it to false"
+            )
+        if not num_planes and (self.encoder or self.spade):
+            raise InputError(
+                "model.conditioner: neither edges nor mask are used; set encoder=null and spade=null"
+            )
+        if (self.spade == "map_latent") != bool(map_latent_channels):
+            raise InputError(
+                "model.conditioner.spade=map_latent and model.map_stage belong together: give both or neither"
+            )
 
 
-SPATIAL_ENCODERS = {
-    "nearest_1x1": NearestEncoder,
-    "rescaler": Rescaler,
-    "unshuffle": Unshuffle,
-    "strided_cnn": StridedCNN,
-    "segconv": SegConv,
-    "area": AreaEncoder,  # as many channels as planes, whatever is asked for
-}
+@dataclass(frozen=True)
+class ConditionPlanes:
+    """Edges and a one-hot class map as planes on the image grid: [edges, classes], as many as are used."""
+
+    use_edges: bool
+    num_classes: int  # 0 where the class map is not used
+    downsampling: tuple[int, ...]
+
+    @property
+    def num_planes(self) -> int:
+        return int(self.use_edges) + self.num_classes
+
+    def __call__(self, batch: Batch, dropped: Mapping[str, Tensor]) -> Tensor:
+        """(B, num_planes, *S) float32 in {0, 1}; zero where `dropped` (by group, (B,) each) says so, which no
+        real one-hot map is.
+        """
+        reference = require(batch, "edges" if self.use_edges else "mask")
+        latent_shape(spatial_shape(reference), self.downsampling)  # raises where the grid does not divide
+        shape = (len(reference), self.num_planes, *spatial_shape(reference))
+        planes = torch.zeros(shape, dtype=torch.float32, device=reference.device)
+        if self.use_edges:
+            planes[:, :1] = keep(require(batch, "edges").float(), dropped.get("edges"))
+        if self.num_classes:
+            mask = require(batch, "mask").long()
+            check_labels(mask, self.num_classes)
+            kept = keep(torch.ones_like(mask, dtype=torch.float32), dropped.get("mask"))
+            planes[:, int(self.use_edges) :].scatter_(1, mask, kept)
+        return planes
 
 
 class SpatialConditioner(nn.Module):
-    """Edges and a one-hot mask as planes on the image grid, and attributes of the sample as embeddings.
+    """Edges and a class map as planes (`PlaneOptions`), and attributes of the image as embeddings.
 
-    Planes are [edges, one-hot classes], as many as are used. `encoder` brings them to the latent grid for
-    `concat`; `spade` is "planes" for the planes themselves as the SPADE map, "map_latent" for the latents of
-    a map autoencoder (`model.map_stage`), or an encoder's name for `spade_out_channels` learned ones on the
-    latent grid; None switches either off. Embeddings (view, phase, label, slice position) are summed to
-    `embedding_dim`.
+    Attributes are those that the data declare in index.json: view, phase, label and slice_position, chosen by
+    `use_<name>`, and any other (age, sex, vendor, field strength) by `attributes`, a mapping of names to true
+    (which the data must have), "auto" (embedded where they have it) or false. Their embeddings are summed to
+    `embedding_dim` and added to the embedding of time.
 
     Groups that drop: "edges", "mask", "attributes". Each sample loses edges with `drop_edges_prob`, the mask
-    with `drop_mask_prob`, independently, and everything with `drop_all_prob`. A dropped plane is all zeros,
-    which no real one-hot mask is; a dropped attribute contributes its learned null (index 0) or, for the
-    slice position, nothing. An unknown attribute (-1, and NaN for the slice position) counts as dropped.
-    Several labels of an image (`labels`) enter as the sum of their embeddings. `use_*` "auto" embeds an
-    attribute where the dataset states it.
+    with `drop_mask_prob`, independently, and everything with `drop_all_prob`. A dropped plane is all zeros; a
+    dropped attribute contributes its learned null, or, for the slice position, nothing. An unknown attribute
+    (-1, and NaN of a number) counts as dropped. Several labels of an image (`labels`) enter as the sum of
+    their embeddings.
 
-    What a dataset decides (`num_*`, `downsampling`, `spatial_dims`, `embedding_dim`, and
-    `unknown_attributes`, those that some training image does not state) is passed by the model, not by a
-    config. `lone_position` is the place of a slice without a stack for models that were trained with one.
+    What the data decide (`num_classes`, `downsampling`, `known`) and the network (`embedding_dim`,
+    `map_latent_channels`) is passed by the builder, not by a config.
     """
 
     def __init__(
@@ -204,27 +165,14 @@ class SpatialConditioner(nn.Module):
         *,
         downsampling: tuple[int, ...],
         spatial_dims: int | None = None,
-        encoder: str | None = "strided_cnn",
-        out_channels: int = 8,
-        spade: str | None = None,
-        spade_out_channels: int = 64,
-        use_edges: bool = True,
-        use_mask: bool = True,
+        map_latent_channels: int = 0,
+        known: KnownAttributes | None = None,
+        embedding_dim: int = 0,
+        attributes: Mapping[str, bool | str] | None = None,
         drop_edges_prob: float = 0.0,
         drop_mask_prob: float = 0.0,
         drop_all_prob: float = 0.0,
-        use_view: bool | str = False,
-        use_phase: bool | str = False,
-        use_label: bool | str = False,
-        use_slice_position: bool | str = False,
-        num_views: int = 0,
-        num_phases: int = 0,
-        num_labels: int = 0,
-        map_latent_channels: int = 0,
-        embedding_dim: int = 0,
-        unknown_attributes: Sequence[str] = (),
-        lone_position: float | None = None,
-        parity: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         downsampling = tuple(int(factor) for factor in downsampling)
@@ -232,81 +180,56 @@ class SpatialConditioner(nn.Module):
             raise ValueError(
                 f"downsampling={downsampling} does not have one factor for each of {spatial_dims} axes"
             )
-        if use_mask and not num_classes:
-            raise InputError("model.conditioner.use_mask=true but the dataset has no masks; set it to false")
-        if use_edges and "nearest_1x1" in (encoder, spade) and not parity:
-            raise InputError(
-                "model.conditioner: nearest_1x1 loses nine edge cells in ten; "
-                "choose strided_cnn, unshuffle or rescaler, or set model.conditioner.parity=true"
-            )
-        if parity and "nearest_1x1" not in (encoder, spade):
-            raise InputError(
-                "model.conditioner.parity=true has an effect with nearest_1x1 alone; set it to false"
-            )
-        self.downsampling = downsampling
-        self.num_classes = num_classes if use_mask else 0
-        self.use_edges, self.use_mask = use_edges, use_mask
+        uses = {name: options.pop(f"use_{name}", False) for name in OLDER_USES} | dict(attributes or {})
+        self.build_planes(plane_options(options), num_classes, downsampling, map_latent_channels)
+        self.build_embeddings(uses, known or KnownAttributes(), embedding_dim)
         self.context_dim = 0
-
-        num_planes = int(use_edges) + self.num_classes
-        if not num_planes and (encoder or spade):
-            raise InputError(
-                "model.conditioner: neither edges nor mask are used; set encoder=null and spade=null"
-            )
-        self.encoder = build_encoder(encoder, num_planes, out_channels, downsampling)
-        self.concat_channels = encoded_channels(encoder, num_planes, out_channels)
-        if (spade == "map_latent") != bool(map_latent_channels):
-            raise InputError(
-                "model.conditioner.spade=map_latent and model.map_stage belong together: give both or neither"
-            )
-        self.spade = spade
-        learned = None if spade in ("planes", "map_latent") else spade
-        self.spade_encoder = build_encoder(learned, num_planes, spade_out_channels, downsampling)
-        fixed = {"planes": num_planes, "map_latent": map_latent_channels}
-        self.spade_channels = fixed.get(spade, encoded_channels(spade, num_planes, spade_out_channels))
-
-        counts = {"view": num_views, "phase": num_phases, "label": num_labels}
-        uses = {
-            "view": use_view,
-            "phase": use_phase,
-            "label": use_label,
-            "slice_position": use_slice_position,
-        }
-        for name, use in uses.items():
-            if use not in (True, False, "auto"):
-                raise InputError(f"model.conditioner.use_{name}={use} is none of true, false, auto")
-            if use is True and counts.get(name) == 0:
-                raise InputError(
-                    f"model.conditioner.use_{name}=true but the dataset has no {name}; set it to false"
-                )
-        counts = {name: count for name, count in counts.items() if count and uses[name]}
-        uses_attributes = bool(counts) or bool(use_slice_position)
-        if uses_attributes and embedding_dim < 1:
-            raise ValueError(
-                f"embedding_dim={embedding_dim}: embeddings of attributes need the size of the time embedding"
-            )
-        self.embedding_dim = embedding_dim if uses_attributes else 0
-        self.embeddings = nn.ModuleDict(
-            {name: nn.Embedding(count + 1, embedding_dim) for name, count in counts.items()}
-        )
-        self.position = scalar_mlp(embedding_dim) if use_slice_position else None
-        self.needs_position, self.lone_position = use_slice_position is True, lone_position
-        self.unknown_attributes = tuple(unknown_attributes)
-
-        used = {"edges": use_edges, "mask": use_mask, "attributes": uses_attributes}
-        self.groups = tuple(name for name, is_used in used.items() if is_used)
         probs = {"edges": drop_edges_prob, "mask": drop_mask_prob, "attributes": 0.0}
-        for key, prob in {**probs, "all": drop_all_prob}.items():
-            if not 0 <= prob <= 1:
-                raise InputError(f"model.conditioner.drop_{key}_prob={prob} must lie in [0, 1]")
-            if prob and key != "all" and key not in self.groups:
-                raise InputError(f"model.conditioner.drop_{key}_prob={prob} but use_{key}=false; set it to 0")
+        used = {"edges": self.use_edges, "mask": self.use_mask, "attributes": bool(self.embedding_dim)}
+        self.groups = tuple(name for name, is_used in used.items() if is_used)
+        check_probs({**probs, "all": drop_all_prob}, self.groups)
         self.drop_probs = tuple(probs[name] for name in self.groups)
         self.drop_all_prob = drop_all_prob
 
+    def build_planes(
+        self, options: PlaneOptions, num_classes: int | None, downsampling: tuple[int, ...], map_channels: int
+    ) -> None:
+        if options.use_mask and not num_classes:
+            raise InputError("model.conditioner.use_mask=true but the dataset has no masks; set it to false")
+        self.use_edges, self.use_mask = options.use_edges, options.use_mask
+        self.planes = ConditionPlanes(options.use_edges, num_classes if options.use_mask else 0, downsampling)
+        num_planes = self.planes.num_planes
+        options.check(num_planes, map_channels)
+        self.encoder = build_encoder(options.encoder, num_planes, options.out_channels, downsampling)
+        self.concat_channels = self.encoder.out_channels if self.encoder else 0
+        self.spade = options.spade
+        learned = None if options.spade in ("planes", "map_latent") else options.spade
+        self.spade_encoder = build_encoder(learned, num_planes, options.spade_out_channels, downsampling)
+        fixed = {"planes": num_planes, "map_latent": map_channels, None: 0}
+        self.spade_channels = self.spade_encoder.out_channels if self.spade_encoder else fixed[options.spade]
+
+    def build_embeddings(
+        self, uses: Mapping[str, bool | str], known: KnownAttributes, embedding_dim: int
+    ) -> None:
+        """The place in the stack keeps the module, and nothing for a null, that older checkpoints have."""
+        chosen = chosen_attributes(uses, known.declared)
+        use_position = bool(uses["slice_position"])
+        if (chosen or use_position) and embedding_dim < 1:
+            raise ValueError(
+                f"embedding_dim={embedding_dim}: embeddings of attributes need the size of the time embedding"
+            )
+        self.embedding_dim = embedding_dim if chosen or use_position else 0
+        older = {name: attribute for name, attribute in chosen.items() if name in OLDER_USES}
+        further = {name: attribute for name, attribute in chosen.items() if name not in OLDER_USES}
+        self.embeddings = nn.ModuleDict(embed_by_name(older, embedding_dim))
+        self.position = scalar_mlp(embedding_dim) if use_position else None
+        self.embeddings.update(embed_by_name(further, embedding_dim))
+        self.needs_position, self.lone_position = uses["slice_position"] is True, known.lone_position
+        self.unknown_attributes = tuple(known.unstated)
+
     @property
     def attributes(self) -> tuple[str, ...]:
-        """What is embedded of view, phase, label and slice_position."""
+        """The names of what is embedded."""
         return (*self.embeddings, *(("slice_position",) if self.position is not None else ()))
 
     @property
@@ -375,31 +298,16 @@ class SpatialConditioner(nn.Module):
             return keep(batch["map_latent"], drop)
         return self.spade_encoder(planes) if self.spade_encoder else planes if self.spade else None
 
-    def planes(self, batch: Batch, dropped: dict[str, Tensor]) -> Tensor:
-        """(B, edges + classes, *S) float32 in {0, 1}, zero where dropped; edges, if used, are channel 0."""
-        reference = require(batch, "edges" if self.use_edges else "mask")
-        latent_shape(spatial_shape(reference), self.downsampling)  # raises where the grid does not divide
-        first_class = int(self.use_edges)
-        shape = (len(reference), first_class + self.num_classes, *spatial_shape(reference))
-        planes = torch.zeros(shape, dtype=torch.float32, device=reference.device)
-        if self.use_edges:
-            planes[:, :1] = keep(require(batch, "edges").float(), dropped.get("edges"))
-        if self.use_mask:
-            mask = require(batch, "mask").long()
-            check_labels(mask, self.num_classes)
-            kept = keep(torch.ones_like(mask, dtype=torch.float32), dropped.get("mask"))
-            planes[:, first_class:].scatter_(1, mask, kept)
-        return planes
-
     def embed(self, batch: Batch, drop: Tensor | None) -> Tensor | None:
         """(B, embedding_dim), to be added to the time embedding; None where the batch states nothing."""
         terms = []
         for name, embedding in self.embeddings.items():
             if name == "label" and "labels" in batch:
-                terms.append(embed_several(embedding.weight, batch["labels"], drop))
-                continue
-            index = require(batch, name).long() + 1
-            terms.append(embedding(index if drop is None else index.masked_fill(drop, 0)))
+                terms.append(embedding.several(batch["labels"], drop))
+            elif name in batch or name not in self.null_attributes or name in OLDER_USES:
+                terms.append(embedding(require(batch, name), drop))
+            else:  # data that do not have the attribute at all
+                terms.append(embedding(unknown_values(embedding, batch), drop))
         if self.position is not None and (self.needs_position or "slice_position" in batch):
             position = require(batch, "slice_position").float()
             if self.lone_position is not None:
@@ -407,6 +315,45 @@ class SpatialConditioner(nn.Module):
             unknown = position.isnan() if drop is None else position.isnan() | drop
             terms.append(keep(self.position(position.nan_to_num()[:, None]), unknown))
         return sum(terms) if terms else None
+
+
+def plane_options(options: Mapping[str, Any]) -> PlaneOptions:
+    """From plain config values; InputError for a key that no conditioner has."""
+    names = {option.name for option in fields(PlaneOptions)}
+    unknown = sorted(options.keys() - names)
+    if unknown:
+        keys = (*sorted(names), *(f"use_{name}" for name in OLDER_USES), "attributes")
+        raise InputError(f"model.conditioner.{unknown[0]}: no such key; it has {', '.join(keys)}")
+    return PlaneOptions(**options)
+
+
+def chosen_attributes(
+    uses: Mapping[str, bool | str], declared: Mapping[str, Attribute]
+) -> dict[str, Attribute]:
+    """What is embedded by a table or a network of its own, in the order of `uses`. InputError for a choice
+    that is none, and for an attribute that is asked for and not declared.
+    """
+    for name, use in uses.items():
+        key = f"use_{name}" if name in OLDER_USES else f"attributes.{name}"
+        if use not in (True, False, "auto"):
+            raise InputError(f"model.conditioner.{key}={use} is none of true, false, auto")
+        if use is True and name not in declared and name != "slice_position":
+            there = ", ".join(sorted(declared)) or "none"
+            raise InputError(
+                f"model.conditioner.{key}=true but the dataset has no {name} (it declares {there}); set "
+                "it to false"
+            )
+    chosen = (name for name, use in uses.items() if use and name in declared and name != "slice_position")
+    return {name: declared[name] for name in chosen}
+
+
+def check_probs(probs: Mapping[str, float], groups: tuple[str, ...]) -> None:
+    """InputError for a probability that is none, or drops what is not used."""
+    for key, prob in probs.items():
+        if not 0 <= prob <= 1:
+            raise InputError(f"model.conditioner.drop_{key}_prob={prob} must lie in [0, 1]")
+        if prob and key != "all" and key not in groups:
+            raise InputError(f"model.conditioner.drop_{key}_prob={prob} but use_{key}=false; set it to 0")
 
 
 class NullConditioner(nn.Module):
@@ -442,15 +389,6 @@ class NullConditioner(nn.Module):
         return Condition()
 
 
-def embed_several(table: Tensor, labels: Tensor, drop: Tensor | None) -> Tensor:
-    """The sum of the rows of a (1 + K, E) table that (B, K) labels mark, or its null, row 0, where they mark
-    none or are dropped.
-    """
-    unknown = labels.sum(1) == 0
-    unknown = unknown if drop is None else unknown | drop
-    return torch.where(unknown[:, None], table[0], labels.to(table.dtype) @ table[1:])
-
-
 def fixed_drop(
     groups: tuple[str, ...], batch_size: int, names: tuple[str, ...] | None, device: torch.device | None
 ) -> Tensor:
@@ -479,24 +417,6 @@ def check_drop(conditioner: Conditioner, names: tuple[str, ...]) -> None:
         )
 
 
-def build_encoder(
-    name: str | None, in_channels: int, out_channels: int, downsampling: tuple[int, ...]
-) -> nn.Module | None:
-    if name is None:
-        return None
-    if name not in SPATIAL_ENCODERS:
-        raise InputError(f"model.conditioner: encoder '{name}' is none of {', '.join(SPATIAL_ENCODERS)}")
-    return SPATIAL_ENCODERS[name](in_channels, out_channels, downsampling)
-
-
-def encoded_channels(name: str | None, num_planes: int, out_channels: int) -> int:
-    return 0 if name is None else num_planes if name == "area" else out_channels
-
-
-def scalar_mlp(embedding_dim: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(1, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
-
-
 def require(batch: Batch, key: str) -> Tensor:
     if key not in batch:
         raise InputError(
@@ -504,29 +424,3 @@ def require(batch: Batch, key: str) -> Tensor:
             "it (model.conditioner.use_*)"
         )
     return batch[key]
-
-
-def keep(x: Tensor, drop: Tensor | None) -> Tensor:
-    """`x` with the dropped samples (B,) set to zero."""
-    return x if drop is None else x.masked_fill(expand_as(drop, x), 0)
-
-
-def stage_strides(downsampling: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Strides of one and two with product `downsampling`: (1, 4, 8) -> (1, 2, 2), (1, 2, 2), (1, 1, 2)."""
-    exponents = [factor.bit_length() - 1 for factor in downsampling]
-    if any(factor != 2**exponent for factor, exponent in zip(downsampling, exponents, strict=True)):
-        raise ValueError(
-            f"downsampling={downsampling} must be powers of two; choose the encoder unshuffle instead"
-        )
-    return [tuple(2 if stage < e else 1 for e in exponents) for stage in range(max(exponents))]
-
-
-def unshuffle(x: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """(B, C, *S) -> (B, C prod(f), *S/f) for any number of axes and a factor for each."""
-    dims = len(factors)
-    cells = [
-        size for pair in zip(latent_shape(spatial_shape(x), factors), factors, strict=True) for size in pair
-    ]
-    x = x.reshape(*x.shape[:2], *cells)  # (B, C, s1, f1, s2, f2 ..)
-    grid, within = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
-    return x.permute(0, 1, *within, *grid).flatten(1, 1 + dims)

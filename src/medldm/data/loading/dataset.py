@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from medldm.attributes import TABLES, UNKNOWN
+from medldm.attributes import TABLES, UNKNOWN, further_attributes, further_entries, names_of, stated_number
 from medldm.batch import Batch
 from medldm.data.hdf5 import HDF5Reader, open_hdf5
 from medldm.data.loading.sampler import ItemRequest
@@ -46,12 +46,21 @@ class Item(NamedTuple):
     slice_position: float  # 0 first, 1 last of its stack; NaN where it has none
     is_synthetic: bool = False  # a generated image under the case's own map
     labels: tuple[int, ...] = ()  # several at once, where the dataset states them so
+    further: tuple[tuple[str, float], ...] = ()  # other declared attributes: name, and number or NaN
+
+    def value(self, kind: str) -> float:
+        """The number of an attribute; UNKNOWN, or NaN of a scalar, where it is unknown or not there."""
+        return (
+            getattr(self, kind)
+            if kind in (*TABLES, "slice_position")
+            else dict(self.further).get(kind, UNKNOWN)
+        )
 
     def stated(self, kind: str) -> tuple[int, ...]:
-        """The numbers of a view, phase or label, or the place in the stack; nothing where it is unknown."""
+        """The numbers of an attribute, several of a label; nothing where it is unknown."""
         if kind == "label" and self.labels:
             return self.labels
-        value = getattr(self, kind)
+        value = self.value(kind)
         return () if value == UNKNOWN or math.isnan(value) else (value,)
 
 
@@ -82,7 +91,8 @@ def case_items(index: dict, case: int) -> list[Item]:
     entry = index["cases"][case]
     if index["spatial_dims"] == 3:
         numbers = (entry.get(kind, UNKNOWN) for kind in TABLES)
-        return [Item(case, 0, *numbers, math.nan, labels=tuple(entry.get("labels", ())))]
+        further = further_numbers(index, entry, 0)
+        return [Item(case, 0, *numbers, math.nan, labels=tuple(entry.get("labels", ())), further=further)]
     slices, count = entry["slices"], entry["num_slices"]
     columns = (slices.get(name, [UNKNOWN] * count) for name in (*TABLES, "slice_index", "num_slices"))
     findings = slices.get("labels", [()] * count)
@@ -91,9 +101,19 @@ def case_items(index: dict, case: int) -> list[Item]:
             *(case, row, view, phase, label),
             slice_position=place / (depth - 1) if depth > 1 else math.nan,
             labels=tuple(findings[row]),
+            further=further_numbers(index, entry, row),
         )
         for row, (view, phase, label, place, depth) in enumerate(zip(*columns, strict=True))
     ]
+
+
+def further_numbers(index: dict, entry: dict, row: int) -> tuple[tuple[str, float], ...]:
+    """The declared attributes beyond view, phase and label of one image, from the slice or the whole case."""
+    slices, stated = entry.get("slices", {}), entry.get("attributes") or {}
+    return tuple(
+        (name, stated_number(declared, slices[name][row] if name in slices else stated.get(name)))
+        for name, declared in further_entries(index).items()
+    )
 
 
 def array_digests(entry: dict) -> dict[str, str]:
@@ -135,7 +155,9 @@ class CaseDataset(Dataset):
         has_levels = edge_degradation is not None and "image" not in keys and index.get("num_edge_levels")
         self.stored_keys = (*self.keys, "edges_levels") if has_levels else self.keys
         self.cached: dict[tuple[str, int], Tensor] = {}
-        self.names: dict[str, list[str]] = {kind: index.get(table) or [] for kind, table in TABLES.items()}
+        self.further = further_attributes(index)
+        self.names: dict[str, list[str]] = {kind: names_of(index, kind) for kind in (*TABLES, *self.further)}
+        self.conditions: tuple[str, ...] = ()  # attributes that a model is told of
         self.num_findings = len(self.names["label"]) if index.get("multi_label") else 0
         self.numbering: dict[str, Sequence[int]] = {}  # kind -> the model's number for each of the data's
 
@@ -171,6 +193,8 @@ class CaseDataset(Dataset):
             arrays["source"] = entry["source_content"].get("image", "")
         slices = entry.get("slices", {})
         facts = [[entry.get(name), slices.get(name)] for name in CASE_FACTS]
+        told = (name for name in self.conditions if name in self.further)
+        facts += [[name, (entry.get("attributes") or {}).get(name), slices.get(name)] for name in told]
         return arrays | {"facts": digest(facts)}
 
     def reader(self, key: str, case: int) -> HDF5Reader:
@@ -225,6 +249,9 @@ class CaseDataset(Dataset):
         batch: Batch = {key: self.stack(key, [a[key] for a in arrays], items) for key in self.keys}
         for kind in TABLES:
             batch[kind] = torch.tensor([self.number(kind, item) for item in items], dtype=torch.int64)
+        for kind, attribute in self.further.items():
+            numbers = [self.number(kind, item) for item in items]
+            batch[kind] = torch.tensor(numbers, dtype=torch.float32 if attribute.is_scalar else torch.int64)
         if self.num_findings:
             batch["labels"] = self.multi_hot(items)
         batch["slice_position"] = torch.tensor([item.slice_position for item in items], dtype=torch.float32)
@@ -243,13 +270,13 @@ class CaseDataset(Dataset):
         """All that batches may hold, the sources of pairs included."""
         return self.items
 
-    def number(self, kind: str, item: Item) -> int:
-        """View, phase or label of an item as the model numbers it."""
-        own = getattr(item, kind)
+    def number(self, kind: str, item: Item) -> float:
+        """An attribute of an item as the model numbers it."""
+        own = item.value(kind)
         return own if own == UNKNOWN else self.renumbered(kind, own)
 
-    def renumbered(self, kind: str, own: int) -> int:
-        return self.numbering[kind][own] if kind in self.numbering else own
+    def renumbered(self, kind: str, own: float) -> float:
+        return self.numbering[kind][int(own)] if kind in self.numbering else own
 
     def multi_hot(self, items: Sequence[Item]) -> Tensor:
         """(B, K): 1 at each of the labels that an image has; zeros where none is known."""

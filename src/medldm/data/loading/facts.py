@@ -18,6 +18,7 @@ FACTS = (
     "phase_names",
     "num_labels",
     "label_values",
+    "attributes",
     "multi_label",
     "image_size",
     "orientation",
@@ -52,5 +53,6 @@ def view_weights(items: Sequence[Item]) -> np.ndarray:
 
 def unknown_attributes(items: Sequence[Item]) -> list[str]:
     """Attributes that some of the items do not state."""
-    names = (*TABLES, "slice_position")
+    further = (name for name, _ in items[0].further) if items else ()
+    names = (*TABLES, "slice_position", *further)
     return [name for name in names if not all(item.stated(name) for item in items)]

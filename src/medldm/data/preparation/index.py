@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medldm.attributes import declared_by, with_attributes
 from medldm.data.preparation.jobs import FileJob, has_findings
 from medldm.data.preparation.labels import mapping_override
 from medldm.data.preparation.recipe import SCHEMA_VERSION, Recipe
@@ -45,7 +46,7 @@ def make_index(dataset: str, recipe: Recipe, jobs: Sequence[FileJob], entries: S
     shapes = {tuple(entry["shape"]) for entry in entries}
     names = recipe.labels.names
     num_classes = count_classes(recipe, jobs, entries)
-    return {
+    index = {
         "schema_version": SCHEMA_VERSION,
         "dataset": dataset,
         "spatial_dims": recipe.spatial_dims,
@@ -59,6 +60,7 @@ def make_index(dataset: str, recipe: Recipe, jobs: Sequence[FileJob], entries: S
         "num_labels": len(tables.labels),
         "label_values": tables.labels,
         "multi_label": any(map(has_findings, jobs)),
+        "attributes": declared_by(entries),
         "image_size": list(shapes.pop()) if len(shapes) == 1 else None,
         "has_images": jobs[0].cases[0].has_image,
         "has_edges": recipe.edges is not None,
@@ -69,6 +71,7 @@ def make_index(dataset: str, recipe: Recipe, jobs: Sequence[FileJob], entries: S
         "cases": [entry for job, entry in both if not job.is_cine],
         **({"cine": cine} if cine else {}),
     }
+    return with_attributes(index)
 
 
 def verify(root: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from medldm.attributes import TABLES
+from medldm.attributes import NO_CONDITIONS, TABLES
 from medldm.data.case import Case
 from medldm.data.preparation.casts import exact, finite, within
 from medldm.data.preparation.edges import EdgeRecipe
@@ -229,6 +229,12 @@ def stated_numbers(job: FileJob, slice_index: np.ndarray) -> dict[str, np.ndarra
     return {kind: np.array([n[kind] for n in stated])[acquisitions(slice_index)] for kind in TABLES}
 
 
+def differing(cases: Sequence[Case]) -> list[str]:
+    """The attributes to condition on that not all acquisitions of a file agree on."""
+    names = {name for case in cases for name in case.attributes} - NO_CONDITIONS
+    return sorted(name for name in names if len({str(case.attributes.get(name, "")) for case in cases}) > 1)
+
+
 def acquisitions(slice_index: np.ndarray) -> np.ndarray:
     """The number of the acquisition that each slice of a file belongs to."""
     return np.cumsum(slice_index == 0) - 1
@@ -275,6 +281,9 @@ def describe_slices(file: h5py.File, path: Path, job: FileJob) -> dict:
     if has_findings(job):
         of_case = [finding_numbers(case, job.tables) for case in job.cases]
         entry["slices"]["labels"] = [of_case[i] for i in acquisitions(arrays["slice_index"])]
+    for name in differing(job.cases):
+        stated = [case.attributes.get(name, "") for case in job.cases]
+        entry["slices"][name] = [stated[i] for i in acquisitions(arrays["slice_index"])]
     entry["slices"]["source"] = file["source"].asstr()[()].tolist()
     if "coloured" in file.attrs:
         entry["coloured"] = list(map(str, file.attrs["coloured"]))

@@ -1,0 +1,162 @@
+"""Encoders that bring planes on the image grid to the latent grid: class maps, edges.
+
+Each is built from (in_channels, out_channels, downsampling) and states the `out_channels` that it gives.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medldm.batch import spatial_shape
+from medldm.diffusion.latent import latent_shape
+from medldm.errors import InputError
+from medldm.networks.layers import conv, group_norm
+
+
+class NearestEncoder(nn.Module):
+    """Nearest down-sampling, then a 1x1 convolution: keeps one pixel of f^d. For parity only."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.downsampling = downsampling
+        self.project = conv(len(downsampling), in_channels, out_channels, kernel_size=1, bias=False)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.project(
+            F.interpolate(planes, latent_shape(spatial_shape(planes), self.downsampling), mode="nearest")
+        )
+
+
+class Rescaler(nn.Module):
+    """CompVis's SpatialRescaler: linear interpolation by 0.5 per factor of two, then a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.strides = stage_strides(downsampling)
+        self.mode = {2: "bilinear", 3: "trilinear"}[len(downsampling)]
+        self.project = conv(len(downsampling), in_channels, out_channels, kernel_size=1, bias=False)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        for strides in self.strides:
+            planes = F.interpolate(
+                planes, latent_shape(spatial_shape(planes), strides), mode=self.mode, align_corners=False
+            )
+        return self.project(planes)
+
+
+class Unshuffle(nn.Module):
+    """Every pixel of a latent cell becomes a channel, then a 1x1 convolution. Shi et al. 2016."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.downsampling = downsampling
+        cell = math.prod(downsampling)
+        self.project = conv(len(downsampling), in_channels * cell, out_channels, kernel_size=1)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.project(unshuffle(planes, self.downsampling))
+
+
+class SegConv(nn.Module):
+    """Med-LSDM's encoder of the map: convolution, ReLU and maximum per factor of two, widths 64, 128, 256 ..,
+    and a last convolution and ReLU.
+
+    Convolutions see one slice of a volume (1 x 3 x 3), and every output cell stands over its own block of the
+    map: the published padding shifted the depth by a slice for each convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        dims, layers, width = len(downsampling), [], in_channels
+        kernel = (1,) * (dims - 2) + (3, 3)
+        padding = tuple(size // 2 for size in kernel)
+        pool = getattr(nn, f"MaxPool{dims}d")
+        for stage, strides in enumerate(stage_strides(downsampling)):
+            hidden = 64 * 2**stage
+            layers += [conv(dims, width, hidden, kernel, padding=padding), nn.ReLU(), pool(strides)]
+            width = hidden
+        layers += [conv(dims, width, out_channels, kernel, padding=padding), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.layers(planes)
+
+
+class AreaEncoder(nn.Module):
+    """The share of every plane in each latent cell: nothing learned, and no class lost."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = in_channels
+        self.pool = getattr(nn, f"AvgPool{len(downsampling)}d")(downsampling)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.pool(planes)
+
+
+class StridedCNN(nn.Module):
+    """Convolutions of stride 2, GroupNorm and SiLU down to the latent grid, widths 32, 64, 128, 128 ..."""
+
+    def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        dims, layers, width = len(downsampling), [], in_channels
+        for stage, strides in enumerate(stage_strides(downsampling)):
+            hidden = min(32 * 2**stage, 128)
+            layers += [
+                conv(dims, width, hidden, kernel_size=3, stride=strides, padding=1),
+                group_norm(hidden, groups=8),
+                nn.SiLU(),
+            ]
+            width = hidden
+        layers.append(conv(dims, width, out_channels, kernel_size=3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        return self.layers(planes)
+
+
+SPATIAL_ENCODERS = {
+    "nearest_1x1": NearestEncoder,
+    "rescaler": Rescaler,
+    "unshuffle": Unshuffle,
+    "strided_cnn": StridedCNN,
+    "segconv": SegConv,
+    "area": AreaEncoder,  # as many channels as planes, whatever is asked for
+}
+
+
+def build_encoder(
+    name: str | None, in_channels: int, out_channels: int, downsampling: tuple[int, ...]
+) -> nn.Module | None:
+    if name is None:
+        return None
+    if name not in SPATIAL_ENCODERS:
+        raise InputError(f"model.conditioner: encoder '{name}' is none of {', '.join(SPATIAL_ENCODERS)}")
+    return SPATIAL_ENCODERS[name](in_channels, out_channels, downsampling)
+
+
+def stage_strides(downsampling: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Strides of one and two with product `downsampling`: (1, 4, 8) -> (1, 2, 2), (1, 2, 2), (1, 1, 2)."""
+    exponents = [factor.bit_length() - 1 for factor in downsampling]
+    if any(factor != 2**exponent for factor, exponent in zip(downsampling, exponents, strict=True)):
+        raise ValueError(
+            f"downsampling={downsampling} must be powers of two; choose the encoder unshuffle instead"
+        )
+    return [tuple(2 if stage < e else 1 for e in exponents) for stage in range(max(exponents))]
+
+
+def unshuffle(x: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """(B, C, *S) -> (B, C prod(f), *S/f) for any number of axes and a factor for each."""
+    dims = len(factors)
+    cells = [
+        size for pair in zip(latent_shape(spatial_shape(x), factors), factors, strict=True) for size in pair
+    ]
+    x = x.reshape(*x.shape[:2], *cells)  # (B, C, s1, f1, s2, f2 ..)
+    grid, within = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    return x.permute(0, 1, *within, *grid).flatten(1, 1 + dims)
