@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sampling": {"inference", "models", "diffusion", "networks", "data"},
     "outputs": {"data", "callbacks", "plots"},
     "evaluation": {"data", "metrics", "networks"},
-    "reporting": {"evaluation", "data"},
+    "reporting": {"evaluation", "data", "metrics"},
     "planning": {"build", "checkpoints", "models", "networks", "losses", "data"},
     "cli": set(),
     "overrides": set(),

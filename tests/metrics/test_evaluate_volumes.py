@@ -17,13 +17,14 @@ from medldm.commands import evaluate
 from medldm.evaluation import slices
 from medldm.evaluation.baselines import make_rows
 from medldm.evaluation.diversity import draw_pairs
-from medldm.evaluation.measure import Segmenter, Tools, measure_dice
+from medldm.evaluation.measure import measure_dice
 from medldm.evaluation.pairs import make_pairs
 from medldm.evaluation.panels import folded, upright
 from medldm.evaluation.regions import region_masks
 from medldm.evaluation.screen import brief, deviation_cell
 from medldm.evaluation.slices import SliceFeatures, axial_axis, fold
 from medldm.evaluation.stored import StoredImage, load
+from medldm.evaluation.tools import Segmenter, Tools
 from medldm.metrics.bootstrap import bootstrap_ratio
 from medldm.networks.features import MedicalNetFeatures
 
@@ -73,7 +74,7 @@ def test_volumes_are_compared_whole_and_by_axial_slice(call, volumes, monkeypatc
     diversity = results["diversity"]
     assert diversity["num_scales"] == 2 and diversity["ms_ssim"]["generated"]["n_pairs"] == 6
     assert diversity["ms_ssim"]["generated"]["mean"] < diversity["ms_ssim"]["real"]["mean"] < 1
-    assert out.count("fid_3d and kid_3d left out") == 1
+    assert out.count("fid_3d, kid_3d, precision_3d, recall_3d, density_3d and coverage_3d left out") == 1
 
 
 def test_identical_volumes_score_perfectly(call, volumes):

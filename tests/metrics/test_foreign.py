@@ -162,6 +162,31 @@ def test_another_grid_is_refused_and_taken_as_it_lies_on_request(prepared):
         largest_errors(root, **reading)
 
 
+def test_what_cleaning_took_from_the_reference_is_taken_from_the_same_image_of_others_too(tmp_path):
+    recipe = make_recipe(
+        3, None, settings(intensity=HU, spacing=[2.0, 2.0, 2.0], remove_artifacts=True)["preprocess"]
+    )
+    raw = np.full((24, 40, 12), -1024, np.int16)
+    raw[6:18, 3:15, 2:10] = np.random.default_rng(0).integers(-100, 1400, (12, 12, 8))  # a patient
+    raw[4:20, 37:] = 1000  # on a table
+    prepare(tmp_path / "data", recipe, {"v0": raw})
+    save(tmp_path / "made", {"v0": raw}, code="RAS")
+    real = load(make_real(tmp_path))
+    assert real.max() > 0.5 and real[:, :, :6].max() == -1  # of the 30 voxels of 2 mm, the table is the last
+    assert largest_errors(tmp_path)[0] < 2e-3
+
+
+@pytest.mark.parametrize("place", ["samples", "data/cases"])
+def test_files_that_a_mac_left_beside_the_others_are_none_of_them(call, folders, place):
+    (folders / place / "._001.h5").write_bytes(b"\x00\x05\x16\x07")
+    paths = (f"generated={folders}/samples", f"reference={folders}/data", f"output={folders}/evaluation")
+    quick = ("metrics.features=[]", "metrics.lpips=null", "metrics.image=[psnr]", "metrics.baselines=[]")
+    status, out, err = call(evaluate, *paths, *quick, "paths.weights=null")
+    assert status == 0, err
+    results = json.loads((folders / "evaluation" / "metrics.json").read_text())
+    assert results["n"]["images"] == 24
+
+
 # ---- range ----
 
 

@@ -4,8 +4,10 @@ import torch
 from skimage.metrics import structural_similarity
 
 from medldm.errors import InputError
+from medldm.metrics import bootstrap
 from medldm.metrics.adherence import edge_f1
-from medldm.metrics.bootstrap import bootstrap_mean
+from medldm.metrics.bootstrap import bootstrap_mean, bootstrap_ratio
+from medldm.metrics.catalogue import select_metrics
 from medldm.metrics.image import (
     PairedMetric,
     mae,
@@ -13,7 +15,6 @@ from medldm.metrics.image import (
     nmse_var,
     psnr,
     rmse,
-    select_metrics,
     ssim_gaussian,
     to_unit,
 )
@@ -160,6 +161,15 @@ def test_bootstrap_resamples_subjects_reproducibly():
     assert first == again
     assert first.mean == 5.5 and first.num_subjects == 3 and first.num_images == 12
     assert first.low >= values[:6].mean() and first.high <= values[9:].mean()
+
+
+def test_bootstrap_in_blocks_gives_the_numbers_of_one_block(monkeypatch):
+    values, subjects = np.random.default_rng(0).normal(size=60), [f"s{i // 3}" for i in range(60)]
+    whole = bootstrap_mean(values, subjects), bootstrap_ratio(values + 5, values + 9, subjects)
+    monkeypatch.setattr(bootstrap, "BLOCK_ELEMENTS", 20 * 7)  # 7 resamples of 20 subjects at once
+    sizes = {len(block) for block in bootstrap.resamples(20, 2000, 0)}
+    assert sizes == {7, 2000 % 7}
+    assert whole == (bootstrap_mean(values, subjects), bootstrap_ratio(values + 5, values + 9, subjects))
 
 
 def test_bootstrap_interval_is_wider_over_subjects_than_over_images():

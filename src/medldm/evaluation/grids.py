@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from medldm.data.preparation.intensity import remove_artifacts, scale_to_unit
 from medldm.data.preparation.recipe import Recipe
 from medldm.data.records import ImageRecord
 from medldm.errors import InputError
@@ -66,11 +67,13 @@ def prepared_like(
 def on_grid(
     x: np.ndarray, affine: np.ndarray, real: ImageRecord, recipe: Recipe | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """A volume in [-1, 1] on the grid of its reference, and where it has voxels there (or the source has none
-    either). None where it lies on neither the prepared nor the source's grid.
+    """A volume, -1 to 1 and beyond, on the grid of its reference, and where it has voxels there (or the
+    source has none either). None where it lies on neither the prepared nor the source's grid.
+
+    What lies on the source's grid is cleaned, clipped, resampled and cut as its reference was.
     """
     shape, attributes = tuple(real.image.shape[1:]), real.attributes
-    placed = voxels_to(x, affine, attributes["affine"], shape)
+    placed = voxels_to(clipped(x, recipe), affine, attributes["affine"], shape)
     if "original_affine" not in attributes:
         return placed
     source = tuple(int(n) for n in attributes["original_shape"])
@@ -81,8 +84,25 @@ def on_grid(
     on_source = voxels_to(x, affine, attributes["original_affine"], source)
     if on_source is None or recipe is None:
         return None
-    y, inside = prepared_like(*on_source, attributes, shape, recipe)
+    moved, has_voxels = on_source
+    if recipe.remove_artifacts:
+        moved = without_artifacts(moved, attributes)
+    y, inside = prepared_like(clipped(moved, recipe), has_voxels, attributes, shape, recipe)
     return (without_fringe(y, load(real.image)[0]) if recipe.crop_foreground else y), inside
+
+
+def clipped(x: np.ndarray, recipe: Recipe | None) -> np.ndarray:
+    """`x` within [-1, 1], where a recipe clips before it resamples."""
+    is_cut = recipe is not None and recipe.intensity.clip and recipe.intensity.region == "volume"
+    return np.clip(x, -1, 1) if is_cut else x
+
+
+def without_artifacts(x: np.ndarray, attributes: Mapping) -> np.ndarray:
+    """A CT on its source's grid with nothing beside the patient, found in HU as it was for the reference."""
+    low, high = attributes["intensity_range"]
+    spacing = np.linalg.norm(np.asarray(attributes["original_affine"])[:3, :3], axis=0)
+    hounsfield = low + (x + 1) * ((high - low) / 2)
+    return scale_to_unit(remove_artifacts(hounsfield, spacing), low, high, clip=False)
 
 
 def without_fringe(x: np.ndarray, real: np.ndarray) -> np.ndarray:

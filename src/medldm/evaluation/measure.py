@@ -1,39 +1,26 @@
-"""Every number of every image: paired metrics, edges found again, LPIPS, and features of whole sets."""
+"""Every number of every image: paired metrics, edges found again, LPIPS, Dice; and features of whole sets."""
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from medldm.data.preparation.edges import EdgeRecipe
 from medldm.errors import InputError
 from medldm.evaluation.pairs import Pair
-from medldm.evaluation.regions import check_regions, region_masks
-from medldm.evaluation.slices import SliceFeatures, slicewise
+from medldm.evaluation.regions import region_masks
+from medldm.evaluation.slices import slicewise
 from medldm.evaluation.stored import Image, load
+from medldm.evaluation.tools import Tools
 from medldm.metrics.adherence import edge_f1
-from medldm.metrics.frechet import frechet_from_features, kernel_distance
-from medldm.metrics.image import REGION_METRICS, SLICE_METRICS, ImageFunction, is_higher_better, to_unit
+from medldm.metrics.catalogue import IMAGE_METRICS, find_metric
+from medldm.metrics.image import to_unit
 from medldm.metrics.memorization import nearest_distance, thumbnails
 from medldm.metrics.overlap import dice
 from medldm.metrics.summary import combine_samples
-from medldm.networks.features import (
-    FEATURE_NETS,
-    FEATURE_SETS,
-    LPIPS,
-    FeatureNet,
-    build_features,
-    check_fid_features,
-    feature_sets,
-)
 
-log = logging.getLogger(__name__)
 Images = Sequence[Image | None]
 CHUNK_ELEMENTS = 2**21  # 32 slices of 256 x 256, one volume of 128^3
 ROW_ORDER = (
@@ -50,136 +37,6 @@ ROW_ORDER = (
     "real",
 )
 FEATURE_ROWS = ("generated", "reconstruction", "mean_image")
-
-
-class Segmenter(NamedTuple):
-    """A trained segmenter: `segment` (B, C, *S) in [-1, 1] -> (B, 1, *S) class map."""
-
-    segment: Callable[[Tensor], Tensor]
-    class_names: Sequence[str]  # of the foreground
-
-
-@dataclass
-class Tools:
-    """What is measured and with which networks; `missing` says in one line why a metric is not there.
-
-    `axial_axis` is None for 2D images.
-    """
-
-    functions: Mapping[str, ImageFunction]
-    recipe: EdgeRecipe
-    view_names: Sequence[str] = ()
-    tolerances: Sequence[int] = ()
-    edges_given: bool = True  # whether images were made from edges that are known
-    networks: dict[str, nn.Module] = field(default_factory=dict)
-    fid_features: Sequence[int] = (2048,)  # the sets of features that a pass of Inception gives
-    lpips: nn.Module | None = None
-    segmenter: Segmenter | None = None
-    axial_axis: int | None = None
-    regions: Sequence[str] = ()
-    train_thumbnails: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def lpips_name(self) -> str:
-        return "lpips" if self.axial_axis is None else "lpips" + BY_SLICE
-
-    def feature_sizes(self, key: str) -> dict[str, int]:
-        """The number of features of every set that a pass of a network gives, side by side."""
-        names = sets_of(key, self.fid_features)
-        sizes = self.fid_features if len(names) > 1 else [self.networks[key].num_features]
-        return dict(zip(names, sizes, strict=True))
-
-    def recipe_for(self, pair: Pair) -> EdgeRecipe:
-        """The edge recipe of the view that the image shows."""
-        view = pair.attributes.get("view")
-        named = view is not None and int(view) < len(self.view_names)
-        return self.recipe.for_view(self.view_names[int(view)] if named else None)
-
-    def to(self, device: torch.device) -> "Tools":
-        self.device = device
-        for network in (*self.networks.values(), *([self.lpips] if self.lpips else [])):
-            network.to(device)
-        return self
-
-
-def build_tools(
-    functions: Mapping[str, ImageFunction],
-    *,
-    recipe: EdgeRecipe,
-    view_names: Sequence[str],
-    tolerances: Sequence[int],
-    networks: Sequence[str],
-    lpips: str | None,
-    weights_dir: Path | None,
-    image_shape: tuple[int, ...],
-    axial_axis: int | None = None,
-    num_slices: int = 0,
-    segmenter: Segmenter | None = None,
-    regions: Sequence[str] = (),
-    fid_features: Sequence[int] = (2048,),
-) -> Tools:
-    """Build the networks that can be built; what cannot is noted. An unknown name is an InputError.
-
-    Volumes have an `axial_axis`: 2D networks and metrics then see axial slices, `num_slices` of each volume
-    where features are taken.
-    """
-    bound = bind_slices(functions, axial_axis)
-    tools = Tools(bound, recipe, view_names, tolerances, segmenter=segmenter)
-    tools.axial_axis, tools.regions = axial_axis, check_regions(regions, functions)
-    tools.fid_features = check_fid_features(fid_features, networks)
-    channels = image_shape[0]
-    for name in networks:
-        if name not in FEATURE_NETS:
-            raise InputError(f"metrics.features: no network {name!r}; choose from {', '.join(FEATURE_NETS)}")
-        by_slice = axial_axis is not None and 3 not in FEATURE_NETS[name].spatial_dims
-        key, dims = (name + BY_SLICE, 2) if by_slice else (name, len(image_shape) - 1)
-        options = {"fid_features": tools.fid_features} if name == "inception" else {}
-        try:
-            network = build_features(
-                name, spatial_dims=dims, image_channels=channels, weights_dir=weights_dir, **options
-            )
-        except InputError as error:
-            for entry in map(entry_of, sets_of(key, tools.fid_features)):
-                tools.missing |= {entry.frechet_name: str(error), entry.kernel_name: str(error)}
-            continue
-        tools.networks[key] = SliceFeatures(network, axial_axis, num_slices) if by_slice else network
-    if lpips is not None:
-        try:
-            tools.lpips = LPIPS(lpips, weights_dir=weights_dir)
-        except InputError as error:
-            tools.missing[tools.lpips_name] = str(error)
-    return tools
-
-
-BY_SLICE = "_slices"  # a 2D network that sees the axial slices of volumes
-
-
-def sets_of(key: str, fid_features: Sequence[int]) -> list[str]:
-    """The sets of features that a pass of a network in use gives, by key, side by side."""
-    name = key.removesuffix(BY_SLICE)
-    return [found + key.removeprefix(name) for found in feature_sets(name, fid_features)]
-
-
-def entry_of(key: str) -> FeatureNet:
-    """The entry of a set of features; the names of its distances end in `_slices` where it is of slices."""
-    entry = FEATURE_SETS[key.removesuffix(BY_SLICE)]
-    if not key.endswith(BY_SLICE):
-        return entry
-    names = {part: getattr(entry, part) + BY_SLICE for part in ("frechet_name", "kernel_name")}
-    return entry._replace(description=f"{entry.description}; of axial slices", **names)
-
-
-def bind_slices(functions: Mapping[str, ImageFunction], axial_axis: int | None) -> dict[str, ImageFunction]:
-    """The functions, those of slices bound to the axis of the volumes."""
-    sliced = [name for name in functions if name in SLICE_METRICS]
-    if sliced and axial_axis is None:
-        raise InputError(f"metrics.image: {sliced[0]} takes volumes, these images are 2D")
-    return {
-        name: slicewise(function, axial_axis) if name in sliced else function
-        for name, function in functions.items()
-    }
 
 
 class Chunk(NamedTuple):
@@ -221,7 +78,7 @@ def measure_regions(x_hat: Tensor, x: Tensor, pairs: Sequence[Pair], tools: Tool
     for region in tools.regions:
         inside = region_masks(region, pairs, x)
         for name in tools.functions:
-            scores = REGION_METRICS[name](x_hat, x, region=inside)
+            scores = IMAGE_METRICS[name].function(x_hat, x, region=inside)
             values[f"{name}_{region}"] = scores.double().cpu().numpy()
     return values
 
@@ -346,7 +203,7 @@ class Measuring:
         measured = [measure_images(sample, real, chunk.pairs, self.tools) for sample in samples]
         for name in measured[0]:
             values = np.stack([values[name] for values in measured])
-            mean, best = combine_samples(values, is_higher_better(name))
+            mean, best = combine_samples(values, bool(find_metric(name).higher_is_better))
             self.store("generated_mean_of_k", index, {name: mean})
             self.store("generated_best_of_k", index, {name: best})
         self.store("generated_mean_of_k", index, {"diversity_rmse": diversity(samples)})
@@ -378,55 +235,3 @@ def measure(
         measuring.add(chunk)
         advance(len(chunk.pairs))
     return measuring.result()
-
-
-def compare_sets(generated: Tensor, real: Tensor, network: str, kernel: Mapping[str, int], seed: int) -> dict:
-    """Frechet and kernel distance of two feature sets (N, D), or (N, n, D) of slices, each with both n."""
-    entry, num_volumes = entry_of(network), len(generated)
-    generated, real = generated.flatten(0, -2), real.flatten(0, -2)
-    sizes = {"n": len(generated), "n_reference": len(real)}
-    if len(generated) > num_volumes:
-        sizes["n_volumes"] = num_volumes
-    if min(sizes.values()) < 2:
-        return {}
-    distance = kernel_distance(generated, real, seed=seed, **kernel)
-    return {
-        entry.frechet_name: {"value": frechet_from_features(generated, real), **sizes},
-        entry.kernel_name: {
-            "value": distance.mean,
-            "std_over_subsets": distance.std,
-            "subset_size": distance.subset_size,
-            "num_subsets": distance.num_subsets,
-            **sizes,
-        },
-    }
-
-
-def split_real(subjects: Sequence[str], seed: int) -> np.ndarray:
-    """A boolean mask that puts a random half of the subjects on one side."""
-    names = np.unique(subjects)
-    half = np.random.default_rng(seed).permutation(names)[: len(names) // 2]
-    return np.isin(subjects, half)
-
-
-def distances(
-    measured: Measured, subjects: Sequence[str], keep: np.ndarray, kernel: Mapping[str, int], seed: int
-) -> dict[str, dict]:
-    """Distribution metrics of the images in `keep`, by row.
-
-    `real_halves` is one half of the real subjects against the other: what real images score, at half the n.
-    """
-    table: dict[str, dict] = {}
-    where = torch.from_numpy(np.flatnonzero(keep))
-    side = torch.from_numpy(split_real(np.asarray(subjects)[keep].tolist(), seed))
-    for network, rows in measured.features.items():
-        real = rows["real"][where]
-        for row in FEATURE_ROWS:
-            if row in rows:
-                on = measured.present[row]  # a row on some of the images meets the real ones of these alone
-                made, partners = (torch.from_numpy(np.flatnonzero(part)) for part in (keep[on], keep & on))
-                scores = compare_sets(rows[row][made], rows["real"][partners], network, kernel, seed)
-                table.setdefault(row, {}).update(scores)
-        halves = compare_sets(real[side], real[~side], network, kernel, seed)
-        table.setdefault("real_halves", {}).update(halves)
-    return {row: scores for row, scores in table.items() if scores}

@@ -8,6 +8,7 @@ from typing import Any
 from medldm.data.hdf5 import made_from, open_hdf5
 from medldm.data.loading.dataset import array_digests
 from medldm.errors import InputError
+from medldm.evaluation.stored import hdf5_files
 from medldm.fingerprints import digest, file_sha256
 from medldm.held_out import Seen
 
@@ -85,7 +86,7 @@ def check_cases(
         check_one_run(folders[name])
         stale = [
             path.stem
-            for path in sorted(folders[name].glob("*.h5"))
+            for path in hdf5_files(folders[name])
             if is_changed(made_from(path), expected_content(path.stem, cases))
         ]
         if not stale:
@@ -100,7 +101,7 @@ def check_one_run(folder: Path) -> None:
     """InputError where files of several runs of `medldm sample` lie in a folder: provenance.json speaks of
     one.
     """
-    runs = {path: open_hdf5(path).attributes.get("settings_digest") for path in sorted(folder.glob("*.h5"))}
+    runs = {path: open_hdf5(path).attributes.get("settings_digest") for path in hdf5_files(folder)}
     if len(set(runs.values())) > 1:
         first = next(iter(runs.values()))
         other = next(path for path, run in runs.items() if run != first)
@@ -143,7 +144,7 @@ def images_digest(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     content = []
-    for path in (path for path in sorted(folder.rglob("*")) if path.is_file()):
+    for path in (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."):
         stated = open_hdf5(path).attributes if path.suffix == ".h5" else {}
         name = str(path.relative_to(folder))
         content.append(

@@ -21,7 +21,7 @@ from medldm.evaluation.conditions import Conditions
 from medldm.evaluation.foreign import EXTREMES, Reading, look, sample_places, settle, settle_reference
 from medldm.evaluation.slices import axial_axis
 from medldm.evaluation.stacks import holds_slices, read_stacks
-from medldm.evaluation.stored import Image, load, store
+from medldm.evaluation.stored import Image, hdf5_files, load, store
 
 IDENTITY = ("view", "phase", "slice_index")
 KINDS = ("view", "phase", "label", "pair")
@@ -71,7 +71,7 @@ class Pair:
 def stored_names(path: Path) -> dict[str, str]:
     """Name by position -> name by row of the prepared case, for files that hold some of its slices."""
     names: dict[str, str] = {}
-    for file in sorted(path.glob("*.h5")):
+    for file in hdf5_files(path):
         try:
             reader = open_hdf5(file)
         except InputError:  # named with all others, when the images are read
@@ -185,7 +185,7 @@ def count_samples(file: Path) -> int:
 def read_samples(path: Path) -> list[dict[str, ImageRecord]]:
     """The K samples of every condition: `images_1`, ... in the HDF5 files, or folders `sample_1/`, ..."""
     folders = [place for place in sample_places(path) if place != path]
-    files = sorted(path.glob("*.h5"))
+    files = hdf5_files(path)
     num_samples = int(path in sample_places(path))
     counts = {file: count_samples(file) for file in files}
     if counts:

@@ -9,13 +9,9 @@ from torch import Tensor
 from medldm.errors import InputError
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.stored import load
-from medldm.metrics.image import REGION_METRICS
+from medldm.metrics.catalogue import REGIONAL, REGIONS
 
 FOREGROUND = -0.99  # an image in [-1, 1] is background up to here: half a percent of its range
-REGIONS = {
-    "brain": "where the source is not background",
-    "tumour": "where the map of the target is not 0; left out where there is none",
-}
 
 
 def check_regions(regions: Sequence[str], metrics: Collection[str]) -> Sequence[str]:
@@ -23,10 +19,10 @@ def check_regions(regions: Sequence[str], metrics: Collection[str]) -> Sequence[
     for region in regions:
         if region not in REGIONS:
             raise InputError(f"metrics.regions: no region '{region}'; choose from {', '.join(REGIONS)}")
-    unfit = [name for name in metrics if name not in REGION_METRICS]
+    unfit = [name for name in metrics if name not in REGIONAL]
     if regions and unfit:
         raise InputError(
-            f"metrics.image: {unfit[0]} is not defined in a region; choose from {', '.join(REGION_METRICS)}"
+            f"metrics.image: {unfit[0]} is not defined in a region; choose from {', '.join(REGIONAL)}"
         )
     return regions
 

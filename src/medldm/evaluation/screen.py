@@ -1,13 +1,15 @@
 """The results as rich tables: what one reads in a terminal. The same formatting serves the HTML page."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
+from medldm.metrics.catalogue import better
+
 STAR = "* on other images than `generated`: see the table of the same images"
-MARKS = {"nearest_train_rmse": "as real"}  # where neither end is the better one
 
 
 class Lines(NamedTuple):
@@ -80,12 +82,11 @@ def main_table(results: Mapping) -> Table:
         table.add_column(row.replace("_", " "), justify="right", no_wrap=row == "generated")
     table.add_row("images (subjects)", *(row_sizes(results, row) for row in rows))
     for name in metric_names(rows):
-        mark = "higher" if name in results["higher_is_better"] else MARKS.get(name, "lower")
         cells = (
             cell(scores.get(name), interval=row == "generated", row_n=row_facts(results, row)["n"])
             for row, scores in rows.items()
         )
-        table.add_row(f"{name} ({mark})", *cells)
+        table.add_row(f"{name} ({better(name)})", *cells)
     return table
 
 
@@ -98,7 +99,8 @@ def distribution_table(results: Mapping) -> Table:
         table.add_column(row.replace("_", " "), justify="right")
     for name in dict.fromkeys(name for scores in rows.values() for name in scores):
         scores = [row.get(name) for row in rows.values()]
-        table.add_row(name, *(f"{brief(s['value'])} ({set_sizes(s)})" if s else "-" for s in scores))
+        cells = (f"{brief(s['value'])} ({set_sizes(s)}{tested(s)})" if s else "-" for s in scores)
+        table.add_row(f"{name} ({better(name)})", *cells)
     return table
 
 
@@ -106,6 +108,26 @@ def set_sizes(score: Mapping) -> str:
     """'65', or '34 against 31' where the sets differ in number."""
     n, other = score["n"], score["n_reference"]
     return str(n) if n == other else f"{n} against {other}"
+
+
+def tested(score: Mapping) -> str:
+    """', p = 0.001' where a permutation test was made."""
+    return f", p = {score['p_value']:.2g}" if "p_value" in score else ""
+
+
+def by_n_lines(results: Mapping) -> Iterator[Lines]:
+    """How much of a Frechet distance is bias: its values of fewer images, beside what real images score."""
+    rows = []
+    for row in ("generated", "generated_halves", "real_halves"):
+        for name, score in results["distribution"].get(row, {}).items():
+            if score.get("by_n"):
+                parts = [f"{brief(value)} ({n})" for n, value in score["by_n"].items()]
+                rows.append([name, row.replace("_", " "), *parts, f"{brief(score['value'])} ({score['n']})"])
+    widest = max((len(row) for row in rows), default=0)
+    rows = [[*row[:2], *["-"] * (widest - len(row)), *row[2:]] for row in rows]
+    if rows:
+        head = ["metric", "row", *["of fewer images (n)"] * (widest - 3), "of all (n)"]
+        yield Lines("Frechet distances fall as n grows: compare at equal n only", head, sorted(rows))
 
 
 def same_images_lines(results: Mapping) -> Iterator[Lines]:
@@ -173,6 +195,17 @@ def text_table(lines: Lines) -> Table:
     return table
 
 
+def print_tables(tables: Iterable[Table | Lines], notes: Iterable[str]) -> None:
+    """Tables and a line a note, on the terminal, or as wide as a log file can bear."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    for table in tables:
+        console.print(text_table(table) if isinstance(table, Lines) else table)
+    for line in notes:
+        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
 def dice_lines(results: Mapping) -> Iterator[Lines]:
     """What a segmenter reads in generated images over what it reads in real ones, class by class."""
     ratios = results.get("dice_ratio") or {}
@@ -204,7 +237,7 @@ def diversity_lines(results: Mapping) -> Iterator[Lines]:
         yield Lines(title, ["set", "mean +- deviation over pairs", "pairs", "subjects"], rows)
 
 
-LINES = (same_images_lines, dice_lines, diversity_lines, translation_lines)
+LINES = (by_n_lines, same_images_lines, dice_lines, diversity_lines, translation_lines)
 
 
 def group_size(scores: Mapping[str, Mapping]) -> tuple[int, int]:
@@ -243,7 +276,8 @@ def notes(results: Mapping) -> Iterator[str]:
     for name, facts in results["networks"].items():
         if "missing" in facts:
             whys.setdefault(facts["missing"], []).append(name)
-    yield from (f"{' and '.join(names)} left out: {why}" for why, names in whys.items())
+    for why, (*names, last) in whys.items():
+        yield f"{', '.join(names)}{' and ' if names else ''}{last} left out: {why}"
     yield from results["warnings"]
     if missing := results.get("diversity", {}).get("missing"):
         yield missing

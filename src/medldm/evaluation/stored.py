@@ -40,3 +40,8 @@ def store(record: ImageRecord, file: Path | None, sample: int = 0) -> ImageRecor
         if (array := getattr(record, part)) is not None
     }
     return record._replace(**stored)
+
+
+def hdf5_files(folder: Path) -> list[Path]:
+    """The HDF5 files of a folder, in order, without hidden ones: macOS leaves `._name.h5` on shared disks."""
+    return [file for file in sorted(folder.glob("*.h5")) if not file.name.startswith(".")]

@@ -1,8 +1,11 @@
 """Confidence intervals: subjects, not images, are independent, so subjects are what is resampled."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+BLOCK_ELEMENTS = 2**21  # counts of resampled subjects in memory at once
 
 
 class Interval(NamedTuple):
@@ -29,6 +32,16 @@ class Interval(NamedTuple):
         }
 
 
+def resamples(num_subjects: int, num: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each subject is drawn in each of `num` resamples, (r, num_subjects) at a time: the numbers do
+    not depend on the size of these blocks.
+    """
+    rng, share = np.random.default_rng(seed), np.full(num_subjects, 1 / num_subjects)
+    rows = max(1, BLOCK_ELEMENTS // num_subjects)
+    for start in range(0, num, rows):
+        yield rng.multinomial(num_subjects, share, size=min(rows, num - start))
+
+
 def bootstrap_mean(
     values: np.ndarray, subjects: list[str], *, num_resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
@@ -50,11 +63,8 @@ def bootstrap_mean(
     std = float(values[valid].std(ddof=1)) if num > 1 and np.isfinite(mean) else None
     if len(names) < 2 or not np.isfinite(mean):
         return Interval(mean, None, None, num, len(names), excluded, std)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=num_resamples
-    )  # (R, subjects)
-    means = (weights @ sums) / (weights @ counts)
+    blocks = resamples(len(names), num_resamples, seed)
+    means = np.concatenate([(weights @ sums) / (weights @ counts) for weights in blocks])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), num, len(names), excluded, std)
 
@@ -82,8 +92,7 @@ def bootstrap_ratio(
     ratio = float(sums[0].sum() / sums[1].sum())
     if len(names) < 2:
         return Interval(ratio, None, None, int(valid.sum()), len(names), excluded)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_resamples)
-    tops, bottoms = weights @ sums[0], weights @ sums[1]
+    blocks = resamples(len(names), num_resamples, seed)
+    tops, bottoms = np.concatenate([weights @ sums.T for weights in blocks]).T
     low, high = np.quantile(tops[bottoms > 0] / bottoms[bottoms > 0], [(1 - level) / 2, (1 + level) / 2])
     return Interval(ratio, float(low), float(high), int(valid.sum()), len(names), excluded)

@@ -78,10 +78,15 @@ def frechet_from_features(features1: Tensor, features2: Tensor) -> float:
     return float(distance_from_factors(means[0], factors[0], means[1], factors[1]))
 
 
+def polynomial_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """(x.y / D + 1)^3 of every row of (N, D) with every row of (M, D), float64; with itself without `y`."""
+    x = x.double()
+    return (x @ (x if y is None else y.double()).T / x.shape[1] + 1) ** 3
+
+
 def polynomial_mmd(x: Tensor, y: Tensor) -> Tensor:
     """Unbiased MMD^2 with the kernel (x.y / D + 1)^3, float64; may be slightly negative."""
-    x, y = x.double(), y.double()
-    kxx, kyy, kxy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    kxx, kyy, kxy = polynomial_kernel(x), polynomial_kernel(y), polynomial_kernel(x, y)
     m, n = len(x), len(y)
     within_x = (kxx.sum() - kxx.diagonal().sum()) / (m * (m - 1))
     within_y = (kyy.sum() - kyy.diagonal().sum()) / (n * (n - 1))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from medldm.errors import InputError
 from medldm.metrics.similarity import ssim
 
 ImageFunction = Callable[[Tensor, Tensor], Tensor]
@@ -70,48 +69,6 @@ def nmse_energy(generated: Tensor, reference: Tensor, *, region: Tensor | None =
 
 
 ssim_gaussian = partial(ssim, window="gaussian", size=11, sigma=1.5, sample_covariance=False)
-
-IMAGE_METRICS: dict[str, ImageFunction] = {
-    "ssim": ssim,
-    "ssim_gaussian": ssim_gaussian,
-    "nmse_var": nmse_var,
-    "nmse_energy": nmse_energy,
-    "psnr": psnr,
-    "rmse": rmse,
-    "mae": mae,
-}
-SLICE_METRICS: dict[str, ImageFunction] = {"ssim_slices": ssim_gaussian}  # of axial slices, volumes only
-REGION_METRICS: dict[str, Callable] = {  # take `region`
-    "ssim_gaussian": ssim_gaussian,
-    "nmse_energy": nmse_energy,
-    "psnr": psnr,
-    "rmse": rmse,
-    "mae": mae,
-}
-DEFINITIONS = {
-    "ssim": "uniform window 7, sample covariance: scikit-image's default; data range 1 on [0, 1]",
-    "ssim_gaussian": "Gaussian window 11 along every axis (3D: 11^3), sigma 1.5, population covariance "
-    "(Wang et al. 2004); data range 1 on [0, 1]",
-    "ssim_slices": "mean of ssim_gaussian over the axial slices of a volume (11 x 11 windows); range 1",
-    "nmse_var": "MSE / unbiased variance of the real image; 1 flat at its mean, 2 an independent image",
-    "nmse_energy": "||x - y||^2 / ||x||^2 with x the real image in [0, 1] (fastMRI)",
-    "psnr": "10 log10(1 / MSE) in dB, data range 1 on [0, 1]",
-    "rmse": "root of the mean squared error on [0, 1]",
-    "mae": "mean absolute error on [0, 1]",
-}
-
-
-def is_higher_better(name: str) -> bool:
-    return name.startswith(("ssim", "psnr", "edge_f1", "dice"))
-
-
-def select_metrics(names: list[str]) -> dict[str, ImageFunction]:
-    """The functions of these names; InputError for a name that does not exist."""
-    known = IMAGE_METRICS | SLICE_METRICS
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise InputError(f"metrics.image: no metric {unknown[0]!r}; choose from {', '.join(known)}")
-    return {name: known[name] for name in names}
 
 
 class PairedMetric(Metric):

@@ -224,14 +224,23 @@ class RandomConvFeatures(nn.Module):
         return torch.cat(features, 1)
 
 
+MANIFOLD_NAMES = ("precision", "recall", "density", "coverage")
+
+
 class FeatureNet(NamedTuple):
     """An entry; `build(weights_dir, spatial_dims, image_channels)` gives `num_features` and `sha256` too."""
 
     frechet_name: str
     kernel_name: str
+    manifold_names: tuple[str, ...]  # of precision, recall, density and coverage; none where not taken
     spatial_dims: tuple[int, ...]
     description: str
     build: Callable[..., nn.Module]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all metrics that are taken of these features."""
+        return self.frechet_name, self.kernel_name, *self.manifold_names
 
 
 def build_inception(
@@ -276,6 +285,7 @@ def inception_entry(size: int) -> FeatureNet:
     return FeatureNet(
         f"fid{suffix}",
         f"kid{suffix}",
+        MANIFOLD_NAMES if size == 2048 else (),
         (2,),
         f"Inception-v3 {INCEPTION_LAYERS[size]}, {size}-d (TensorFlow weights of 2015-12-05 by "
         "torch-fidelity); images rounded to 8 bit, grey repeated to 3 channels, resized to 299 inside the "
@@ -289,6 +299,7 @@ FEATURE_NETS: dict[str, FeatureNet] = {
     "medicalnet": FeatureNet(
         "fid_3d",
         "kid_3d",
+        tuple(f"{name}_3d" for name in MANIFOLD_NAMES),
         (3,),
         "MedicalNet ResNet-50, global average of the last maps, 2048-d; input in [0, 1] on the prepared grid",
         build_medicalnet_features,
@@ -296,6 +307,7 @@ FEATURE_NETS: dict[str, FeatureNet] = {
     "random_conv": FeatureNet(
         "frechet_random_conv",
         "kernel_random_conv",
+        tuple(f"{name}_random_conv" for name in MANIFOLD_NAMES),
         (2, 3),
         "three fixed-seed random 3x3 stride-2 conv layers, mean and standard deviation of each map, 224-d; "
         "not FID, comparable only on one data set",

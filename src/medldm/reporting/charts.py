@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medldm.evaluation.screen import MARKS
+from medldm.metrics.catalogue import better
 
 INK = "#010203"  # drawn in this colour, then replaced by the page's own
 COLOURS = {"train": "#3f7fd9", "val": "#e0792b", "": "#3f7fd9"}
@@ -120,7 +120,7 @@ def as_float(value: object) -> float:
     return math.nan if value is None else float(value)
 
 
-def score_chart(rows: Mapping[str, Mapping], names: Sequence[str], higher: Sequence[str]) -> str:
+def score_chart(rows: Mapping[str, Mapping], names: Sequence[str]) -> str:
     """One small panel a metric, one line a row: the mean as a dot, its interval as a bar."""
     from matplotlib.ticker import MaxNLocator
 
@@ -133,9 +133,9 @@ def score_chart(rows: Mapping[str, Mapping], names: Sequence[str], higher: Seque
         axis.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
         for y, row in enumerate(order):
             draw_score(axis, y, row, rows[row].get(name))
-        better = f"{'higher' if name in higher else MARKS.get(name, 'lower')} is better"
+        direction = f"{better(name)} is better"
         axis.set_title(f"{name}\n", loc="left", fontsize=10, color=INK, fontweight="bold")
-        axis.text(0, 1.03, better, transform=axis.transAxes, fontsize=8, color=INK, alpha=0.65)
+        axis.text(0, 1.03, direction, transform=axis.transAxes, fontsize=8, color=INK, alpha=0.65)
         axis.set_yticks(range(len(order)), [row.replace("_", " ") for row in order])
         axis.set_ylim(-0.6, len(order) - 0.4)
     return to_svg(figure)

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from medldm.errors import InputError
-from medldm.evaluation.screen import brief, cell
+from medldm.evaluation.screen import brief, cell, row_facts
 from medldm.reporting.charts import level_chart
 from medldm.reporting.page import element, escape, page, section, table
 
-METRICS = ("ssim", "nmse_var", "psnr", "edge_f1_1px", "edge_f1_2px")
+LEVEL_HEAD = ("checkpoint", "level", "images (subjects)")
+SHOWN = ("ssim", "nmse_var", "psnr", "edge_f1_1px", "edge_f1_2px")
 NOTE = (
-    "Level: the roughness of the condition's edges, 0 as detected, 1 the worst of data.edge_degrade; "
+    "EdgeLevel: the roughness of the condition's edges, 0 as detected, 1 the worst of data.edge_degrade; "
     "contours: those of the class map alone. Edge F1 compares the edges found in the sample with the edges "
     "that it was given. Means over images, 95% intervals over subjects."
 )
@@ -38,7 +40,15 @@ def model_of(results: Mapping) -> str:
     return f"{made['checkpoint']}{dropped}"
 
 
-Series = dict[str, dict[float | str, Mapping]]  # model -> level -> scores
+class EdgeLevel(NamedTuple):
+    """The scores of a model at one roughness, on how many images of how many subjects."""
+
+    scores: Mapping
+    num_images: int
+    num_subjects: int
+
+
+Series = dict[str, dict[float | str, EdgeLevel]]  # model -> level
 
 
 def by_model(evaluations: Sequence[Mapping]) -> Series:
@@ -57,7 +67,9 @@ def by_model(evaluations: Sequence[Mapping]) -> Series:
                 f"evaluation: two of them are of {model_of(results)} at edge_level={level_of(results)}; "
                 "name each once"
             )
-        levels[level_of(results)] = results["rows"]["generated"]
+        facts = row_facts(results, "generated")
+        scores = results["rows"]["generated"]
+        levels[level_of(results)] = EdgeLevel(scores, facts["n"], facts["num_subjects"])
     names = short_names(list(series))
     ordered = {}
     for model, levels in series.items():
@@ -81,7 +93,8 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 
 def found_metrics(series: Series) -> list[str]:
-    return [name for name in METRICS if any(name in s for levels in series.values() for s in levels.values())]
+    known = [level.scores for levels in series.values() for level in levels.values()]
+    return [name for name in SHOWN if any(name in scores for scores in known)]
 
 
 def lines_of(series: Series) -> list[list[str]]:
@@ -90,25 +103,27 @@ def lines_of(series: Series) -> list[list[str]]:
         [
             model,
             level if isinstance(level, str) else brief(level),
-            *(cell(scores.get(name)) for name in names),
+            f"{found.num_images} ({found.num_subjects})",
+            *(cell(found.scores.get(name), row_n=found.num_images) for name in names),
         ]
         for model, levels in series.items()
-        for level, scores in levels.items()
+        for level, found in levels.items()
     ]
 
 
 def to_markdown(evaluations: Sequence[Mapping]) -> str:
     series = by_model(evaluations)
-    head = ["checkpoint", "level", *found_metrics(series)]
+    head = [*LEVEL_HEAD, *found_metrics(series)]
     rows = [head, ["---"] * len(head), *lines_of(series)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{NOTE}\n"
 
 
 def to_html(evaluations: Sequence[Mapping], folders: Sequence[str], subtitle: str) -> str:
     series = by_model(evaluations)
-    charts = [level_chart(name, series) for name in found_metrics(series)]
+    scores = {m: {at: found.scores for at, found in levels.items()} for m, levels in series.items()}
+    charts = [level_chart(name, scores) for name in found_metrics(series)]
     cards = element("div", "".join(element("div", c, class_="card") for c in charts), class_="charts")
-    head = ["checkpoint", "level", *found_metrics(series)]
+    head = [*LEVEL_HEAD, *found_metrics(series)]
     body = table(head, [[escape(text) for text in line] for line in lines_of(series)], caption=NOTE)
     made = element("ul", "".join(element("li", element("code", escape(folder))) for folder in folders))
     content = section("Scores by roughness", cards, body, anchor="levels")

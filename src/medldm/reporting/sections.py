@@ -8,7 +8,6 @@ import numpy as np
 
 from medldm.evaluation.screen import (
     LINES,
-    MARKS,
     STAR,
     brief,
     condition_lines,
@@ -17,7 +16,9 @@ from medldm.evaluation.screen import (
     number,
     row_facts,
     row_sizes,
+    tested,
 )
+from medldm.metrics.catalogue import better
 from medldm.reporting.charts import Curve, curve_chart, score_chart
 from medldm.reporting.page import (
     element,
@@ -121,14 +122,14 @@ def scores_table(results: Mapping) -> str:
         ]
         for row, scores in rows.items()
     ]
-    arrows = [f"{name} {arrow(name, results)}" for name in names]
+    arrows = [f"{name} {arrow(name)}" for name in names]
     head = ["", "images (subjects)", *arrows]
     return table(head, lines, caption=". ".join(facts) + ".", marked=["generated"])
 
 
-def arrow(name: str, results: Mapping) -> str:
+def arrow(name: str) -> str:
     """Where the better end lies; some metrics have none."""
-    return MARKS.get(name) or (UP if name in results["higher_is_better"] else DOWN)
+    return {"higher": UP, "lower": DOWN}.get(better(name), better(name))
 
 
 def set_cell(score: Mapping | None) -> str:
@@ -137,7 +138,7 @@ def set_cell(score: Mapping | None) -> str:
         return "-"
     spread = score.get("std_over_subsets")
     value = number(score["value"]) + (f" \u00b1 {brief(spread)}" if spread is not None else "")
-    sizes = f"n = {score['n']} against {score['n_reference']}"
+    sizes = f"n = {score['n']} against {score['n_reference']}{tested(score)}"
     return escape(value) + element("small", escape(sizes), class_="ci")
 
 
@@ -151,7 +152,8 @@ def sets_table(results: Mapping) -> str:
     ]
     missing = {name: facts["missing"] for name, facts in networks.items() if "missing" in facts}
     notes = (element("div", escape(f"{name}: {why}"), class_="note") for name, why in missing.items())
-    return table(["", *names], lines, marked=["generated"]) + "".join(notes)
+    head = ["", *(f"{name} {arrow(name)}" for name in names)]
+    return table(head, lines, marked=["generated"]) + "".join(notes)
 
 
 def difference_table(results: Mapping) -> str:
@@ -188,7 +190,7 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
     results = evaluation.results
     names = headline_names(results["rows"]["generated"])
     rows = {row: scores for row, scores in results["rows"].items() if row != "real"}
-    chart = score_chart(rows, names, results["higher_is_better"]) if names else ""
+    chart = score_chart(rows, names) if names else ""
     notes = list(results["warnings"])
     notes += [why] if (why := (results.get("diversity") or {}).get("missing")) else []
     notes = [f"Condition: {line}." for line in condition_lines(results)] + notes
