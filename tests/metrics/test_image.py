@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from skimage.metrics import structural_similarity
+from skimage.metrics import (
+    mean_squared_error,
+    normalized_root_mse,
+    peak_signal_noise_ratio,
+    structural_similarity,
+)
 
 from medldm.errors import InputError
 from medldm.metrics import bootstrap
@@ -122,6 +127,20 @@ def test_nmse_var_is_one_for_the_mean_image():
 def test_nmse_var_is_two_for_an_independent_image_of_equal_statistics():
     images = torch.randn(2, 1, 256, 256, generator=torch.Generator().manual_seed(0))
     assert float(nmse_var(images[:1], images[1:])) == pytest.approx(2, abs=0.03)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_errors_equal_scikit_image(spatial_dims):
+    y, x = (images.double() for images in pair(spatial_dims))
+    for i in range(len(x)):
+        real, made = x[i].numpy(), y[i].numpy()
+        noise = peak_signal_noise_ratio(real, made, data_range=1)
+        assert float(psnr(y, x)[i]) == pytest.approx(noise, rel=1e-9)
+        assert float(rmse(y, x)[i]) == pytest.approx(mean_squared_error(real, made) ** 0.5, rel=1e-9)
+        energy = normalized_root_mse(real, made, normalization="euclidean") ** 2
+        assert float(nmse_energy(y, x)[i]) == pytest.approx(energy, rel=1e-9)
+        variance = mean_squared_error(real, made) / real.var(ddof=1)
+        assert float(nmse_var(y, x)[i]) == pytest.approx(variance, rel=1e-9)
 
 
 def test_nmse_energy_and_errors_by_hand():
