@@ -14,6 +14,7 @@ from medldm.evaluation.notes import FRECHET, warn_small
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.results import describe_networks
 from medldm.evaluation.tools import build_tools
+from medldm.fingerprints import file_sha256
 from medldm.metrics.frechet import (
     FrechetDistance,
     accumulate,
@@ -31,7 +32,6 @@ from medldm.networks.features import (
     check_fid_features,
     to_uint8,
 )
-from medldm.networks.weights import file_sha256
 
 
 def gaussian_features(num: int, size: int, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,6 @@ opened, unpicklers know arrays and tensors alone, and packages are found by what
 are not imported.
 """
 
-import hashlib
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from medldm.errors import InputError
+from medldm.fingerprints import file_sha256
 
 
 class WeightsPackage(NamedTuple):
@@ -55,11 +55,6 @@ class FoundWeights(NamedTuple):
     path: Path
     sha256: str
     package: WeightsPackage | None
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def search_dirs(weights_dir: Path | str | None) -> list[Path]:

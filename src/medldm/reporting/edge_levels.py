@@ -10,8 +10,8 @@ from medldm.reporting.charts import level_chart
 from medldm.reporting.page import element, escape, page, section, table
 
 LEVEL_HEAD = ("checkpoint", "level", "images (subjects)")
-SHOWN = ("ssim", "nmse_var", "psnr", "edge_f1_1px", "edge_f1_2px")
-NOTE = (
+LEVEL_METRICS = ("ssim", "nmse_var", "psnr", "edge_f1_1px", "edge_f1_2px")
+LEVEL_NOTE = (
     "EdgeLevel: the roughness of the condition's edges, 0 as detected, 1 the worst of data.edge_degrade; "
     "contours: those of the class map alone. Edge F1 compares the edges found in the sample with the edges "
     "that it was given. Means over images, 95% intervals over subjects."
@@ -94,7 +94,7 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 def found_metrics(series: Series) -> list[str]:
     known = [level.scores for levels in series.values() for level in levels.values()]
-    return [name for name in SHOWN if any(name in scores for scores in known)]
+    return [name for name in LEVEL_METRICS if any(name in scores for scores in known)]
 
 
 def lines_of(series: Series) -> list[list[str]]:
@@ -115,7 +115,7 @@ def to_markdown(evaluations: Sequence[Mapping]) -> str:
     series = by_model(evaluations)
     head = [*LEVEL_HEAD, *found_metrics(series)]
     rows = [head, ["---"] * len(head), *lines_of(series)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{NOTE}\n"
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{LEVEL_NOTE}\n"
 
 
 def to_html(evaluations: Sequence[Mapping], folders: Sequence[str], subtitle: str) -> str:
@@ -124,7 +124,7 @@ def to_html(evaluations: Sequence[Mapping], folders: Sequence[str], subtitle: st
     charts = [level_chart(name, scores) for name in found_metrics(series)]
     cards = element("div", "".join(element("div", c, class_="card") for c in charts), class_="charts")
     head = [*LEVEL_HEAD, *found_metrics(series)]
-    body = table(head, [[escape(text) for text in line] for line in lines_of(series)], caption=NOTE)
+    body = table(head, [[escape(text) for text in line] for line in lines_of(series)], caption=LEVEL_NOTE)
     made = element("ul", "".join(element("li", element("code", escape(folder))) for folder in folders))
     content = section("Scores by roughness", cards, body, anchor="levels")
     content += section("Evaluations", made, anchor="evaluations")
