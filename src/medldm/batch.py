@@ -1,15 +1,12 @@
 """What a batch holds, and the only helpers that know about dimensions."""
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from medldm.devices import is_on_host
 from medldm.errors import InputError
-
-VOXELWISE_KEYS = {"segmentation": ("image", "mask"), "regression": ("image", "source")}
 
 
 class Batch(TypedDict, total=False):
@@ -33,29 +30,6 @@ class Batch(TypedDict, total=False):
     spacing: Tensor  # (B, len(S)) float32, mm
     affine: Tensor  # (B, 4, 4) float64
     case_id: list[str]
-
-
-def batch_keys(model: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[str, ...]:
-    """The arrays that batches hold for the model of a config, by `data.latents` from the cache or as images;
-    what is not named is never opened.
-    """
-    if model["kind"] == "autoencoder":
-        if model.get("reconstructs") == "mask":
-            return ("mask",)
-        return ("image", "mask") if model["decoder_sees_map"] else ("image",)
-    if model["kind"] in VOXELWISE_KEYS:
-        return VOXELWISE_KEYS[model["kind"]]
-    is_cached = bool(data.get("latents"))
-    if is_cached and model.get("objective", {}).get("pixel_weight") is not None:
-        raise InputError("data.latents: this objective compares images; set data.latents=null")
-    keys = ["latent" if is_cached else "image"]
-    conditions = model.get("conditioner") or {}
-    if model["kind"] == "translation" or "latents" in conditions:
-        keys.append("source_latent" if is_cached else "source")
-    return (
-        *keys,
-        *(key for key in ("mask", "edges") if conditions.get({"mask": "use_mask"}.get(key, "use_edges"))),
-    )
 
 
 def spatial_shape(x: Tensor) -> tuple[int, ...]:

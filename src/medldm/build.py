@@ -4,13 +4,11 @@ A config names its parts by `_target_`; what data and earlier stages decide (cha
 is passed to them here and nowhere else.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.utils import instantiate
-from pytorch_lightning import LightningModule
 from torch import nn
 
 from medldm.attributes import check_class_names, known_attributes
@@ -19,10 +17,21 @@ from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.diffusion.translation import TranslationConditioner
 from medldm.errors import InputError
 from medldm.models.autoencoder import AutoencoderModule
+from medldm.models.common import TrainedModule
 from medldm.models.diffusion import DiffusionModule
 from medldm.models.segmentation import RegressionModule, SegmentationModule
 from medldm.models.translation import TranslationModule
 from medldm.models.variational import VariationalModule
+
+
+class Earlier(NamedTuple):
+    """What checkpoints say of the stages that a model stands on; None for a stage that is to be loaded."""
+
+    first_stage: Mapping[str, Any] | None = None
+    map_stage: Mapping[str, Any] | None = None
+
+
+NOTHING_EARLIER = Earlier()
 
 
 def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
@@ -34,7 +43,9 @@ def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[s
     }
 
 
-def build_autoencoder_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> AutoencoderModule:
+def build_autoencoder_module(
+    model: Mapping[str, Any], facts: Mapping[str, Any], earlier: Earlier = NOTHING_EARLIER
+) -> AutoencoderModule:
     parts = instantiate_parts(model, skip=())
     channels = facts["image_channels"]
     for key, is_used in (
@@ -63,8 +74,11 @@ def build_discriminators(parts: dict[str, Any], facts: Mapping[str, Any], **size
 
 
 def build_translation_module(
-    model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: FirstStage
+    model: Mapping[str, Any], facts: Mapping[str, Any], earlier: Earlier
 ) -> TranslationModule:
+    first_stage, description = build_first_stage(model, facts, earlier.first_stage)
+    if description is None:
+        raise InputError("model.first_stage.checkpoint: translation needs an autoencoder; give one")
     parts = instantiate_parts(model, skip=("first_stage",))
     num_labels = num_modalities(facts)
     translator = parts.pop("translator")(
@@ -76,7 +90,9 @@ def build_translation_module(
     classes = num_labels + 1 if parts["adversarial"] is not None and parts["adversarial"].uses_label else 1
     sizes = {"in_channels": channels, "out_channels": classes}
     discriminators = build_discriminators(parts, facts, **sizes)
-    return TranslationModule(first_stage, translator, discriminators=discriminators, **parts)
+    module = TranslationModule(first_stage, translator, discriminators=discriminators, **parts)
+    module.first_stage_description = description
+    return module
 
 
 def continue_from(first_stage: FirstStage, translator: nn.Module) -> None:
@@ -100,11 +116,10 @@ def num_modalities(facts: Mapping[str, Any]) -> int:
 
 
 def build_diffusion_module(
-    model: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    first_stage: nn.Module,
-    map_stage: FirstStage | None = None,
+    model: Mapping[str, Any], facts: Mapping[str, Any], earlier: Earlier
 ) -> DiffusionModule:
+    map_stage, map_stage_description = build_map_stage(model, facts, earlier.map_stage)
+    first_stage, description = build_first_stage(model, facts, earlier.first_stage)
     parts = instantiate_parts(model, skip=("first_stage", "map_stage"))
     make_network = parts.pop("network")
     make_conditioner = parts.pop("conditioner")
@@ -129,19 +144,23 @@ def build_diffusion_module(
         spade_channels=conditioner.spade_channels or None,
         context_channels=conditioner.context_dim or None,
     )
-    return DiffusionModule(first_stage, conditioner, network, map_stage=map_stage, **parts)
+    module = DiffusionModule(first_stage, conditioner, network, map_stage=map_stage, **parts)
+    module.first_stage_description, module.map_stage_description = description, map_stage_description
+    return module
 
 
 def check_translator(model: Mapping[str, Any], facts: Mapping[str, Any], first_stage: nn.Module) -> None:
     num_modalities(facts)
-    if "spade" in model["conditioner"]["latents"] and getattr(first_stage, "translator", None) is None:
+    if "spade" in model["conditioner"]["latents"] and first_stage.translator is None:
         raise InputError(
             "model.first_stage.checkpoint: holds no translator, which model.conditioner.latents=[spade] "
             "needs; give the checkpoint of an msspade experiment"
         )
 
 
-def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> VariationalModule:
+def build_variational_module(
+    model: Mapping[str, Any], facts: Mapping[str, Any], earlier: Earlier = NOTHING_EARLIER
+) -> VariationalModule:
     parts = instantiate_parts(model, skip=())
     make_network = parts.pop("network")
     conditioner = parts.pop("conditioner")(
@@ -167,7 +186,9 @@ def build_variational_module(model: Mapping[str, Any], facts: Mapping[str, Any])
     return VariationalModule(codec, conditioner, network, **parts)
 
 
-def build_segmentation_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> SegmentationModule:
+def build_segmentation_module(
+    model: Mapping[str, Any], facts: Mapping[str, Any], earlier: Earlier = NOTHING_EARLIER
+) -> SegmentationModule:
     if not facts["num_classes"]:
         raise InputError("model=segmentation: the dataset has no masks to learn; prepare it with masks")
     parts = instantiate_parts(model, skip=())
@@ -178,61 +199,87 @@ def build_segmentation_module(model: Mapping[str, Any], facts: Mapping[str, Any]
     return SegmentationModule(network, num_classes=facts["num_classes"], label_names=names, **parts)
 
 
-def build_regression_module(model: Mapping[str, Any], facts: Mapping[str, Any]) -> RegressionModule:
+def build_regression_module(
+    model: Mapping[str, Any], facts: Mapping[str, Any], earlier: Earlier = NOTHING_EARLIER
+) -> RegressionModule:
     parts = instantiate_parts(model, skip=())
     channels = facts["image_channels"]
     network = parts.pop("network")(facts["spatial_dims"], in_channels=channels, out_channels=channels)
     return RegressionModule(network, **parts)
 
 
-BUILDERS = {  # model.kind -> (model, facts) -> module, of models without a first stage
-    "autoencoder": build_autoencoder_module,
-    "variational": build_variational_module,
-    "segmentation": build_segmentation_module,
-    "regression": build_regression_module,
+class Kind(NamedTuple):
+    """A kind of model: the module, and what builds it from a config, facts of the data and earlier stages."""
+
+    module: type[TrainedModule]
+    build: Callable[[Mapping[str, Any], Mapping[str, Any], Earlier], TrainedModule]
+
+
+KINDS = {  # by `model.kind`
+    "autoencoder": Kind(AutoencoderModule, build_autoencoder_module),
+    "diffusion": Kind(DiffusionModule, build_diffusion_module),
+    "regression": Kind(RegressionModule, build_regression_module),
+    "segmentation": Kind(SegmentationModule, build_segmentation_module),
+    "translation": Kind(TranslationModule, build_translation_module),
+    "variational": Kind(VariationalModule, build_variational_module),
 }
+
+
+def kind_of(model: Mapping[str, Any]) -> Kind:
+    if model.get("kind") not in KINDS:
+        raise InputError(f"model.kind={model.get('kind')} is none of {', '.join(KINDS)}")
+    return KINDS[model["kind"]]
+
+
+def module_class(model: Mapping[str, Any]) -> type[TrainedModule]:
+    """The class of the module that a model's config describes. InputError for an unknown kind."""
+    return kind_of(model).module
 
 
 def build_module(
     model: Mapping[str, Any],
     facts: Mapping[str, Any],
-    first_stage_description: Mapping[str, Any] | None = None,
-    map_stage_description: Mapping[str, Any] | None = None,
-) -> LightningModule:
+    first_stage: Mapping[str, Any] | None = None,
+    map_stage: Mapping[str, Any] | None = None,
+) -> TrainedModule:
     """The module of a config, with fresh weights.
 
-    A diffusion model takes its first stage from `model.first_stage.checkpoint`, and the encoder of its maps
-    from `model.map_stage.checkpoint`, unless their descriptions are given (their weights then come with the
-    checkpoint that is about to be loaded).
+    A second stage loads its first stage from `model.first_stage.checkpoint`, and the encoder of its maps from
+    `model.map_stage.checkpoint`. Where the description of a stage is given, the stage is built from that
+    instead, with fresh weights: those of the checkpoint that is about to be loaded replace them.
     """
-    if model["kind"] in BUILDERS:
-        return BUILDERS[model["kind"]](model, facts)
-    map_stage = None
-    if model.get("map_stage"):
-        map_stage, map_stage_description = build_stage(model["map_stage"], map_stage_description)
-        check_map_stage(map_stage_description, facts)
-        map_stage.fit(())
-    if model["kind"] == "translation":
-        build = build_translation_module
-    else:
-        build = partial(build_diffusion_module, map_stage=map_stage)
-    if model["first_stage"]["checkpoint"] is None and first_stage_description is None:
-        if model["kind"] == "translation":
-            raise InputError("model.first_stage.checkpoint: translation needs an autoencoder; give one")
-        stage = PixelStage(facts["image_channels"], spatial_dims=facts["spatial_dims"])
-        return build(model, facts, stage)
-    stage, first_stage_description = build_stage(model["first_stage"], first_stage_description)
-    if first_stage_description["model"].get("reconstructs") == "mask":
+    return kind_of(model).build(model, facts, Earlier(first_stage, map_stage))
+
+
+# ---- earlier stages ----
+
+
+def build_first_stage(
+    model: Mapping[str, Any], facts: Mapping[str, Any], description: Mapping[str, Any] | None
+) -> tuple[FirstStage | PixelStage, dict[str, Any] | None]:
+    """The first stage of a model with its description; the images themselves where it has none."""
+    if model["first_stage"]["checkpoint"] is None and description is None:
+        return PixelStage(facts["image_channels"], spatial_dims=facts["spatial_dims"]), None
+    stage, description = build_stage(model["first_stage"], description)
+    if description["model"].get("reconstructs") == "mask":
         raise InputError("model.first_stage.checkpoint: an autoencoder of maps; give one of images")
-    check_modalities(model, facts, first_stage_description)
-    if first_stage_description["model"].get("decoder_sees_map"):
+    check_modalities(facts, description)
+    if description["model"].get("decoder_sees_map"):
         what = "model.first_stage.checkpoint: decodes under"
-        check_class_names(first_stage_description["facts"], facts, what, "the dataset")
-    module = build(model, facts, stage)
-    module.first_stage_description = dict(first_stage_description)
-    if map_stage is not None:
-        module.map_stage_description = dict(map_stage_description)
-    return module
+        check_class_names(description["facts"], facts, what, "the dataset")
+    return stage, dict(description)
+
+
+def build_map_stage(
+    model: Mapping[str, Any], facts: Mapping[str, Any], description: Mapping[str, Any] | None
+) -> tuple[FirstStage | None, dict[str, Any] | None]:
+    """The encoder of a model's semantic maps with its description, None where it has none."""
+    if not model.get("map_stage"):
+        return None, None
+    stage, description = build_stage(model["map_stage"], description)
+    check_map_stage(description, facts)
+    stage.fit(())
+    return stage, dict(description)
 
 
 def build_stage(
@@ -257,7 +304,7 @@ def check_map_stage(description: Mapping[str, Any], facts: Mapping[str, Any]) ->
     check_class_names(description["facts"], facts, f"{key}: encodes", "the dataset")
 
 
-def as_first_stage(module: LightningModule, options: Mapping[str, Any]) -> FirstStage:
+def as_first_stage(module: TrainedModule, options: Mapping[str, Any]) -> FirstStage:
     """What comes before diffusion: an autoencoder under `options`, or a translator under its own."""
     if isinstance(module, AutoencoderModule):
         return FirstStage(module.autoencoder, **options)
@@ -269,9 +316,7 @@ def as_first_stage(module: LightningModule, options: Mapping[str, Any]) -> First
     return module.as_first_stage()
 
 
-def check_modalities(
-    model: Mapping[str, Any], facts: Mapping[str, Any], description: Mapping[str, Any]
-) -> None:
+def check_modalities(facts: Mapping[str, Any], description: Mapping[str, Any]) -> None:
     """A translator knows the classes of its data set in their order."""
     known = description["facts"].get("label_values")
     if description["stage"] == "translation" and known != facts.get("label_values"):
@@ -285,16 +330,16 @@ def load_first_stage(path: str | Path, **options: Any) -> tuple[FirstStage, dict
     """The frozen first stage in a checkpoint, and its description with the file's `sha256`."""
     content, sha256 = read_hashed(path)
     description = content["medldm"]
-    if description["stage"] not in ("autoencoder", "translation"):
+    module = restore(path, content, weights="ema")
+    if module.encodes is None:
         raise InputError(
             f"{path}: holds a {description['stage']} model; model.first_stage.checkpoint takes an "
             "autoencoder or a translator"
         )
-    module = restore(path, content, weights="ema")
     return as_first_stage(module, options), description | {"sha256": sha256}
 
 
-def load_module(path: str | Path, *, weights: str = "ema") -> LightningModule:
+def load_module(path: str | Path, *, weights: str = "ema") -> TrainedModule:
     """The trained module of a checkpoint, in eval mode, with the checkpoint's `description` and
     `checkpoint_sha256`. `weights`: "ema" (where there are any) or "raw".
     """
@@ -306,7 +351,7 @@ def load_module(path: str | Path, *, weights: str = "ema") -> LightningModule:
     return module
 
 
-def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> LightningModule:
+def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> TrainedModule:
     description = content["medldm"]
     if description["format"] > FORMAT:
         raise InputError(f"{path}: written by a newer medldm (format {description['format']}); update medldm")

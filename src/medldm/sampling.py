@@ -2,123 +2,73 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medldm.data.loading.dataset import CaseDataset
-from medldm.diffusion.windows import Windows
 from medldm.errors import InputError
 from medldm.inference import autocast, to_device
-from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.diffusion import DiffusionModule
-from medldm.models.segmentation import RegressionModule, SegmentationModule
-from medldm.models.translation import TranslationModule
-from medldm.networks.tiling import TiledAutoencoder
+from medldm.models.protocols import Output, Predictive, Request, Sampleable
+
+__all__ = ["Predictor", "Recorder", "Request", "interpolate", "predictor_of", "sample_cases", "spread"]
 
 STAGES = ("spade", "autoencoder")  # of a translation model, before its diffusion
 
 
-class Request(NamedTuple):
-    """What is asked of a model besides a batch; those that draw nothing ignore most of it."""
-
-    seed: int = 0
-    drop: tuple[str, ...] = ()  # groups of conditions to withhold
-    windows: Windows | None = None  # for latents larger than those of training
-    callback: Callable[[int, Tensor], None] | None = None  # sees (step, x0_hat)
-    precision: str = "auto"
-
-
 @dataclass(frozen=True)
 class Predictor:
-    """A model as seen from outside: the arrays of a batch that it needs, and `predict(batch, image_size,
-    request)` -> (B, C, *S) on its device. `stage` names what it is; `is_generative` says that seeds matter.
-    """
+    """One output of a trained model, computed as commands need it. `stage` is the output's name."""
 
     device: torch.device
-    keys: tuple[str, ...]
     stage: str
-    predict: Callable[[dict, tuple[int, ...], Request], Tensor]
-    is_generative: bool = False
+    output: Output
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.output.keys
+
+    @property
+    def is_generative(self) -> bool:
+        return self.output.is_generative
+
+    @property
+    def is_latent(self) -> bool:
+        return self.output.is_latent
 
     def __call__(self, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
-        """float32 in [-1, 1] on the host."""
+        """Images of the grid `size` for a batch: (B, C, *S) float32 in [-1, 1] on the host."""
         batch = to_device(batch, self.device)
         with torch.no_grad(), autocast(self.device, request.precision):
-            return self.predict(batch, size, request).float().clamp(-1, 1).cpu()
+            return self.output.predict(batch, size, request).float().clamp(-1, 1).cpu()
 
 
-def predictor_of(module: nn.Module, *, stage: str | None = None, tile: int | None = None) -> Predictor:
-    """`stage` (translation models): null is the diffusion where there is one, else `spade`. `tile`: edge of
-    the tiles in which volumes are decoded. InputError where the model has no use for them.
+def predictor_of(module: Predictive, *, stage: str | None = None, tile: int | None = None) -> Predictor:
+    """What a model is for, or, of a translation model, an earlier `stage` (one of STAGES).
+
+    `tile` is the edge of the tiles in which volumes are decoded. InputError where the model makes no images,
+    has no such stage, or has no use for tiles.
     """
-    name, device = type(module).__name__.removesuffix("Module").lower(), module.device
-    if isinstance(module, SegmentationModule):
-        raise InputError("checkpoint: holds a segmenter; `medldm evaluate segmenter=CKPT` takes it")
-    stage = translation_stage(module, stage)
-    if tile is not None:
-        check_tile(module, tile, stage)
-    if stage is not None:
-        keys = ("source", "image") if stage == "autoencoder" else ("source",)
-        return Predictor(device, keys, stage, partial(run_stage, module, stage))
-    if isinstance(module, RegressionModule):
-        return Predictor(device, ("source",), name, lambda batch, size, request: module(batch["source"]))
-    if isinstance(module, AutoencoderModule):
-        if module.reconstructs == "mask":
-            raise InputError("checkpoint: reconstructs class maps; `medldm sample` takes models of images")
-        keys = ("image",) if module.autoencoder.decoder_map_channels is None else ("image", "mask")
-        return Predictor(device, keys, name, partial(reconstruct, module, tile))
-    if tile is not None:
-        module.first_stage.tile = tile
-    return Predictor(device, module.condition_keys, name, partial(draw, module), is_generative=True)
-
-
-def translation_stage(module: nn.Module, stage: str | None) -> str | None:
     if stage not in (None, *STAGES):
         raise InputError(f"stage={stage} is none of null, {', '.join(STAGES)}")
-    if isinstance(module, TranslationModule):
-        return stage or "spade"
-    if stage is not None and getattr(getattr(module, "first_stage", None), "translator", None) is None:
-        raise InputError(f"stage={stage}: the checkpoint translates nothing; set it to null")
-    return stage
-
-
-def check_tile(module: nn.Module, tile: int, stage: str | None) -> None:
-    if tile < 8:
+    if tile is not None and tile < 8:
         raise InputError(f"tile={tile}: give at least 8 voxels")
-    if stage is not None or not isinstance(module, AutoencoderModule | DiffusionModule):
-        raise InputError("tile: needs an autoencoder or latent diffusion checkpoint; set it to null")
-    if isinstance(module, DiffusionModule) and not hasattr(module.first_stage, "tile"):
-        raise InputError("tile: this model has no first stage to decode with; set it to null")
-
-
-def run_stage(module: nn.Module, stage: str, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
-    """What a stage before diffusion makes of a batch of pairs."""
-    earlier = module.as_first_stage() if isinstance(module, TranslationModule) else module.first_stage
-    if stage == "autoencoder":
-        return earlier.reconstruct(batch["image"])
-    return earlier.translate_image(batch["source"], batch["label"])
-
-
-def reconstruct(
-    module: AutoencoderModule, tile: int | None, batch: dict, size: tuple[int, ...], request: Request
-) -> Tensor:
-    """The images through the autoencoder: the ceiling of stage two."""
-    if tile is None:
-        return module(batch["image"], module.decoder_map(batch))
-    tiled = TiledAutoencoder(module.autoencoder, tile)
-    h = module.autoencoder.quantize(tiled.encode(batch["image"]).to(module.device)).z
-    return tiled.decode(h, module.decoder_map(batch))
-
-
-def draw(module: nn.Module, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
-    """New images under the conditions of a batch."""
-    options = {"seed": request.seed, "drop": request.drop, "callback": request.callback}
-    if request.windows is not None:
-        options["windows"] = request.windows
-    return module.sample(batch, batch["case_id"], module.latent_shape(size), **options)
+    if tile is not None and stage is not None:
+        raise InputError(f"tile: has no effect with stage={stage}; set it to null")
+    outputs = module.outputs
+    if not outputs:
+        raise InputError(
+            "checkpoint: makes no images; give a segmenter to `medldm evaluate segmenter=CKPT`, and an "
+            "autoencoder of class maps to model.map_stage.checkpoint"
+        )
+    if stage is not None and stage not in outputs:
+        raise InputError(f"stage={stage}: the checkpoint translates nothing; set it to null")
+    name = next(iter(outputs)) if stage is None else stage
+    if tile is not None:
+        module.use_tiles(tile)
+    return Predictor(module.device, name, outputs[name])
 
 
 # ---- all cases ----
@@ -208,7 +158,7 @@ class Recorder:
         if step in self.steps:
             self.latents.append(x0_hat[-1:].clone())
 
-    def decoded(self, module: DiffusionModule, batch: dict) -> list[Tensor]:
+    def decoded(self, module: Sampleable, batch: dict) -> list[Tensor]:
         """(1, C, *S) images in [-1, 1] on the host."""
         last = to_device({key: value[-1:] for key, value in batch.items() if key == "mask"}, module.device)
         with torch.no_grad(), autocast(module.device, self.precision):

@@ -126,7 +126,7 @@ def decoded(module, x):
     f = module.encode(module.likelihood.observe(x), condition)
     draw(tuple(f.shape[1:]))
     noise = draw(tuple(f.shape[1:]))
-    return module.decode(module.objective.decoder_input(module.schedule, f, noise), condition)
+    return module.decoder_output(module.objective.decoder_input(module.schedule, f, noise), condition)
 
 
 def test_the_seed_preset_has_the_published_sizes():
@@ -160,7 +160,7 @@ def test_a_label_reaches_codec_and_score_network(film):
     x, f, t = images(2), torch.randn(2, 32), torch.tensor([500.0, 500.0])
     a, b = (module.condition({"label": torch.full((2,), k)}) for k in (0, 1))
     assert not torch.allclose(module.encode(x, a), module.encode(x, b))
-    assert not torch.allclose(module.decode(f, a), module.decode(f, b))
+    assert not torch.allclose(module.decoder_output(f, a), module.decoder_output(f, b))
     assert not torch.allclose(module.network(f, t, a), module.network(f, t, b))
 
 

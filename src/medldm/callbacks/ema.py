@@ -14,7 +14,7 @@ class EMA(Callback):
     """Exponential moving average of `module.ema_modules`, used in validation, sampling and export.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)). It is saved under the checkpoint's key "ema". A
-    module without `ema_modules` has no average.
+    module whose `ema_modules` is None has no average.
     """
 
     def __init__(self, decay: float = 0.9999, *, every_n_steps: int = 1) -> None:
@@ -43,7 +43,7 @@ class EMA(Callback):
         self.average.n_averaged += 1
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if getattr(module, "ema_modules", None) is None:
+        if module.ema_modules is None:
             return
         self.average = AveragedModel(module.ema_modules)
         self.average.requires_grad_(False)

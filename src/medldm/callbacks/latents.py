@@ -21,7 +21,7 @@ class LatentStatistics(Callback):
         self.datamodule = datamodule
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not hasattr(module, "fit_first_stage") or bool(module.first_stage.is_fitted):
+        if not module.needs_latent_statistics:
             return
         has_windows = getattr(self.datamodule, "crop_size", None) is not None
         dataset = self.datamodule.dataset("train", augment=has_windows)

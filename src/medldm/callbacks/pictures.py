@@ -58,7 +58,7 @@ class Pictures(Callback):
         if not any(due):
             return
         rows = module.picture(self._batch)
-        orientation = getattr(module, "description", {}).get("facts", {}).get("orientation")
+        orientation = module.description.get("facts", {}).get("orientation")
         if due[0]:
             self.write_pictures(trainer, module, rows, orientation)
         if due[1]:
@@ -72,8 +72,7 @@ class Pictures(Callback):
         self, trainer: Trainer, module: LightningModule, rows: list[Tensor], orientation: str | None
     ) -> None:
         pictures = {"step": grid(rows, orientation)} if rows else {}
-        if hasattr(module, "figures"):
-            pictures |= module.figures(self._batch)
+        pictures |= module.figures(self._batch)
         for name, picture in pictures.items():
             path = self.folder / f"{name}_{trainer.global_step:07d}.png"
             save_png(path, picture)

@@ -114,10 +114,9 @@ def task(cfg: Any) -> None:
     precision = inference_precision(cfg.precision, device)
     checkpoint = str(cfg.checkpoint)
     module = load_module(checkpoint)
-    if not hasattr(module, "autoencoder"):
-        raise InputError(f"{checkpoint}: not an autoencoder; `medldm encode` takes a stage-one checkpoint")
-    if getattr(module, "reconstructs", "image") == "mask":
-        raise InputError(f"{checkpoint}: encodes class maps; `medldm encode` takes an autoencoder of images")
+    if module.encodes != "image":
+        what = "not an autoencoder" if module.encodes is None else "encodes class maps"
+        raise InputError(f"{checkpoint}: {what}; `medldm encode` takes an autoencoder of images")
     data = OmegaConf.to_container(cfg.data, resolve=True) | {
         "latents": None,
         "crop_size": None,

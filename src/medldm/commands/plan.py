@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from medldm.batch import batch_keys
+from medldm.build import module_class
 from medldm.commands import CONFIG_DIR, experiment_name, run_command
 from medldm.devices import pick_device
 from medldm.errors import InputError
@@ -89,7 +89,8 @@ def measured(planner: Planner, found: Estimate, count: int) -> str:
 def describe(plan: Mapping[str, Any]) -> Job:
     """The job of a config, with the experiments beside it for stages that are not trained yet."""
     experiments = Experiments(experiment_name(), set(known_experiments()), compose_model)
-    return describe_job(plan, experiments, batch_keys(plan["model"], plan["data"]))
+    model, is_cached = plan["model"], bool(plan["data"].get("latents"))
+    return describe_job(plan, experiments, module_class(model).batch_keys(model, is_cached=is_cached))
 
 
 def known_experiments() -> Iterator[str]:

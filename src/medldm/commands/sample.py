@@ -38,13 +38,13 @@ WINDOW_OVERLAP, INTERPOLATION_TIME = 0.5, 0.5  # as in configs/sample.yaml
 SEED_STRIDE = 1_000_003  # between the samples of a condition
 
 
-def windows_of(cfg: Any, module: Any) -> Any:
+def windows_of(cfg: Any, module: Any, predictor: Any) -> Any:
     """InputError where the model denoises nothing larger than its training windows."""
     from medldm.diffusion.windows import Windows
 
     if cfg.windows.size is None:
         return None
-    check_latent(module, "windows.size")
+    check_latent(predictor, "windows.size")
     return Windows.of_image(tuple(cfg.windows.size), module.first_stage.downsampling, cfg.windows.overlap)
 
 
@@ -77,8 +77,8 @@ def choose_sampler(cfg: Any, module: Any) -> None:
     check_guidance(module.sampler, module.conditioner, tuple(cfg.drop))
 
 
-def check_latent(module: Any, key: str) -> None:
-    if not hasattr(module, "interpolate"):
+def check_latent(predictor: Any, key: str) -> None:
+    if not predictor.is_latent:
         raise InputError(f"{key}: needs a latent diffusion checkpoint; set it to its default")
 
 
@@ -119,11 +119,13 @@ def embedded(module: Any, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple
     """Attributes that a model makes use of, and those of them that may be unknown."""
     if "source" in keys:
         return ("label",), ()
-    conditioner = getattr(module, "conditioner", None)
-    return (conditioner.attributes, conditioner.null_attributes) if conditioner else ((), ())
+    conditioner = module.conditioner
+    return ((), ()) if conditioner is None else (conditioner.attributes, conditioner.null_attributes)
 
 
-def write_interpolations(cfg: Any, module: Any, dataset: Any, folder: Any, positions: list[int]) -> None:
+def write_interpolations(
+    cfg: Any, module: Any, windows: Any, dataset: Any, folder: Any, positions: list[int]
+) -> None:
     """Volumes between neighbouring cases: <output>/interpolation/<a>_to_<b>.{h5,gif}."""
     from rich.progress import track
 
@@ -134,7 +136,7 @@ def write_interpolations(cfg: Any, module: Any, dataset: Any, folder: Any, posit
     if count < 2 or len(positions) < 2:
         raise InputError(f"interpolate.count={count}: give 2 or more, and a split of two cases or more")
     shares = [k / (count - 1) for k in range(count)]
-    request = Request(cfg.seed, windows=windows_of(cfg, module), precision=cfg.precision)
+    request = Request(cfg.seed, windows=windows, precision=cfg.precision)
     for pair in track(list(zip(positions, positions[1:], strict=False)), "interpolating", transient=True):
         batch = dataset.__getitems__([(0, p) for p in pair])
         images = interpolate(module, batch, shares, time=cfg.interpolate.time, request=request)
@@ -162,10 +164,10 @@ def task(cfg: Any) -> None:
     check_request(cfg, predictor)
     if predictor.is_generative:
         choose_sampler(cfg, module)
-    windows, keys = windows_of(cfg, module), predictor.keys
+    windows, keys = windows_of(cfg, module, predictor), predictor.keys
     for key, is_set in (("trajectory", cfg.trajectory), ("interpolate.count", cfg.interpolate.count)):
         if is_set:
-            check_latent(module, key)
+            check_latent(predictor, key)
     if cfg.interpolate.count:
         keys = tuple(dict.fromkeys(("image", *keys)))
     dataset, datamodule = build_dataset(cfg, module, keys)
@@ -176,7 +178,7 @@ def task(cfg: Any) -> None:
     about |= check_subjects(cfg, module, datamodule, {dataset.cases[case]["subject"] for case, _ in cases})
     folder = SampleFolder(Path(cfg.output), dataset, about, png=cfg.png)
     if cfg.interpolate.count:
-        write_interpolations(cfg, module, dataset, folder, [positions[0] for _, positions in cases])
+        write_interpolations(cfg, module, windows, dataset, folder, [positions[0] for _, positions in cases])
         print(cfg.output)
         return
 
@@ -272,16 +274,17 @@ def describe_run(cfg: Any, module: Any, predictor: Any, precision: str) -> dict[
     """What provenance.json says: everything that decides what is written."""
     import torch
 
+    conditioner = module.conditioner
     return {
         "checkpoint": str(cfg.checkpoint),
         "checkpoint_sha256": module.checkpoint_sha256,
         "weights": cfg.weights,
         "stage": predictor.stage,
         "decoder": describe_decoder(module),
-        "condition_channels": getattr(getattr(module, "conditioner", None), "spade_channels", None),
+        "condition_channels": None if conditioner is None else conditioner.spade_channels,
         "sampler": describe_sampler(module) if predictor.is_generative else None,
         "condition": list(predictor.keys) if predictor.is_generative else None,
-        "attributes": list(getattr(getattr(module, "conditioner", None), "attributes", ())),
+        "attributes": [] if conditioner is None else list(conditioner.attributes),
         "dropped": list(cfg.drop),
         "edge_level": cfg.edge_level,
         "seed": cfg.seed,
@@ -327,11 +330,9 @@ def check_subjects(cfg: Any, module: Any, datamodule: Any, subjects: set[str]) -
 
 def describe_decoder(module: Any) -> str | None:
     """What decodes: "spade" where it sees the map, "plain" where not, None where there is no autoencoder."""
-    stage = getattr(module, "first_stage", module)
-    autoencoder = getattr(stage, "autoencoder", None)
-    if autoencoder is None:
+    if module.image_decoder is None:
         return None
-    return "plain" if autoencoder.decoder_map_channels is None else "spade"
+    return "plain" if module.image_decoder.decoder_map_channels is None else "spade"
 
 
 def describe_sampler(module: Any) -> dict[str, Any]:

@@ -441,7 +441,7 @@ def check_knobs(cfg: Any, model: dict[str, Any], module: Any, spatial_dims: int)
 
     typed = typed_keys(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
     options = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("data", "callbacks")}
-    conditioner = getattr(module, "conditioner", None)
+    conditioner = module.conditioner
     groups = () if conditioner is None else conditioner.groups
     refuse_idle(model, spatial_dims, groups, options=options, typed=typed)
     if conditioner is not None:
@@ -468,7 +468,7 @@ def task(cfg: Any) -> None:
     from omegaconf import OmegaConf
     from pytorch_lightning import seed_everything
 
-    from medldm.batch import batch_keys
+    from medldm.build import module_class
     from medldm.callbacks import EXIT_REQUEUE, Interrupted
     from medldm.data import build_datamodule
     from medldm.files import replacing
@@ -485,9 +485,9 @@ def task(cfg: Any) -> None:
     first_stage, _ = require_stages(model, content)
     data = OmegaConf.to_container(cfg.data, resolve=True)
     data["latents"] = find_latents(data, model, first_stage)
-    is_first_stage = model["kind"] == "autoencoder"
-    keys = batch_keys(model, data)
-    datamodule = build_datamodule(data, keys=keys, seed=cfg.seed, with_cine=is_first_stage)
+    kind = module_class(model)
+    keys = kind.batch_keys(model, is_cached=data["latents"] is not None)
+    datamodule = build_datamodule(data, keys=keys, seed=cfg.seed, with_cine=kind.takes_unlabelled)
     module = make_module(cfg, model, datamodule, resume, content)
     if settings.channels_last:
         module.use_channels_last()

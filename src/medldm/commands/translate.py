@@ -96,24 +96,20 @@ def translate(module: Any, x: Any, labels: list[int], source_label: int, names: 
     """(1, 1, *S) in [-1, 1] -> (K, 1, *S) float32 on the host, one for each label, as one batch."""
     import torch
 
-    from medldm.inference import autocast
+    from medldm.sampling import Request, predictor_of
 
-    is_fast = cfg.fast or not hasattr(module, "sample")
-    earlier = module.as_first_stage() if hasattr(module, "as_first_stage") else module.first_stage
-    steps = (1,) * (x.ndim - 2) if is_fast else module.network.downsampling
+    predictor = predictor_of(module, stage="spade" if cfg.fast else None)
+    factors = module.size_factors if predictor.is_generative else module.translation.downsampling
     size = tuple(x.shape[2:])
-    x = padded(x, tuple(f * s for f, s in zip(earlier.downsampling, steps, strict=True))).to(module.device)
+    x = padded(x, factors).to(module.device)
     batch = {
+        "case_id": names,
         "source": x.expand(len(labels), -1, -1, -1, -1),
         "label": torch.tensor(labels, device=module.device),
         "source_label": torch.full((len(labels),), source_label, device=module.device),
     }
-    with torch.no_grad(), autocast(module.device, cfg.precision):
-        if is_fast:
-            images = earlier.translate_image(batch["source"], batch["label"])
-        else:
-            images = module.sample(batch, names, module.latent_shape(tuple(x.shape[2:])), seed=cfg.seed)
-    return images[..., : size[0], : size[1], : size[2]].float().clamp(-1, 1).cpu()
+    images = predictor(batch, tuple(x.shape[2:]), Request(cfg.seed, precision=cfg.precision))
+    return images[..., : size[0], : size[1], : size[2]]
 
 
 def range_in(units: str, facts: dict[str, Any], target: int, own: tuple[float, float]) -> tuple[float, float]:
@@ -133,17 +129,16 @@ def load_translator(cfg: Any) -> Any:
     device = pick_device(cfg.device)
     inference_precision(cfg.precision, device)  # names an unknown one before anything is done
     module = load_module(cfg.checkpoint, weights=cfg.weights)
-    is_translator = hasattr(module, "as_first_stage")
-    has_translator = getattr(getattr(module, "first_stage", None), "translator", None) is not None
-    if not is_translator and not hasattr(getattr(module, "conditioner", None), "latents"):
+    diffuses = module.conditioner is not None and "source" in module.conditioner.batch_keys
+    if module.translation is None and not diffuses:
         raise InputError(f"{cfg.checkpoint}: translates nothing; give one of ALDM's msspade or ldm")
-    if cfg.fast and not (is_translator or has_translator):
+    if cfg.fast and module.translation is None:
         raise InputError("fast=true: the checkpoint has no MS-SPADE; set fast=false")
     sampler = OmegaConf.to_container(cfg.sampler)
     is_given = any(value is not None for value in sampler.values())
     if cfg.fast and is_given:
         raise InputError("sampler: has no effect with fast=true, which leaves out the diffusion; drop one")
-    if hasattr(module, "sample"):
+    if diffuses:
         module.sampler = override_sampler(module.sampler, sampler)
         check_guidance(module.sampler, module.conditioner)
     elif is_given:
@@ -192,7 +187,7 @@ def task(cfg: Any) -> None:
         "fast": bool(cfg.fast),
         "units": cfg.units,
         "weights": cfg.weights,
-        "sampler": None if cfg.fast or not hasattr(module, "sample") else str(module.sampler),
+        "sampler": None if cfg.fast or module.sampler is None else str(module.sampler),
         "seed": cfg.seed,
         "precision": inference_precision(cfg.precision, module.device),
         "torch": torch.__version__,

@@ -49,6 +49,7 @@ class Conditioner(Protocol):
     null_attributes: tuple[str, ...]
     dropped_groups: tuple[str, ...]
     trains_null: bool
+    batch_keys: tuple[str, ...]  # arrays of a batch that conditions are made of
     concat_channels: int
     spade_channels: int
     embedding_dim: int

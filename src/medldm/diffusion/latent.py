@@ -168,6 +168,8 @@ class FirstStage(nn.Module):
 class PixelStage(nn.Module):
     """The identity in the place of a first stage: diffusion of the images themselves."""
 
+    autoencoder = translator = None
+
     def __init__(self, image_channels: int, *, spatial_dims: int) -> None:
         super().__init__()
         self.spatial_dims = spatial_dims

@@ -1,5 +1,8 @@
 """Stage one: a vector-quantised autoencoder, with or without discriminators. Esser et al. 2021 (VQ-GAN)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,13 +14,17 @@ from medldm.losses import PIXEL_LOSSES, PerceptualLoss
 from medldm.metrics.image import psnr, ssim
 from medldm.metrics.overlap import dice
 from medldm.models.adversarial import AdversarialModule, GeneratorStep
+from medldm.models.protocols import Output, Request
 from medldm.networks.autoencoder import VQAutoencoder
+from medldm.networks.tiling import TiledAutoencoder
 
 
 class AutoencoderModule(AdversarialModule):
     """Trains `autoencoder` to reconstruct batch["image"], or, with `reconstructs` "mask", the one-hot planes
     of batch["mask"]: the encoder of semantic maps.
     """
+
+    takes_unlabelled = True
 
     def __init__(
         self,
@@ -46,7 +53,32 @@ class AutoencoderModule(AdversarialModule):
         self.pixel_loss = PIXEL_LOSSES[pixel_loss]
         self.pixel_weight, self.perceptual_weight = pixel_weight, perceptual_weight
         self.quantizer_weight = quantizer_weight
+        self.tile: int | None = None
         self.scores = nn.ModuleDict({name: MeanMetric() for name in self.score_names})
+
+    @staticmethod
+    def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
+        if model.get("reconstructs") == "mask":
+            return ("mask",)
+        return ("image", "mask") if model["decoder_sees_map"] else ("image",)
+
+    @property
+    def encodes(self) -> str:
+        return self.reconstructs
+
+    @property
+    def image_decoder(self) -> nn.Module:
+        return self.autoencoder
+
+    @property
+    def outputs(self) -> dict[str, Output]:
+        if self.reconstructs == "mask":
+            return {}
+        keys = ("image",) if self.autoencoder.decoder_map_channels is None else ("image", "mask")
+        return {"autoencoder": Output(keys, self.reconstruct)}
+
+    def use_tiles(self, size: int) -> None:
+        self.tile = size
 
     @property
     def size_factors(self) -> tuple[int, ...]:
@@ -75,6 +107,14 @@ class AutoencoderModule(AdversarialModule):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.autoencoder(x, mask)[0]
+
+    def reconstruct(self, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
+        """The images through the autoencoder: the ceiling of stage two."""
+        if self.tile is None:
+            return self(batch["image"], self.decoder_map(batch))
+        tiled = TiledAutoencoder(self.autoencoder, self.tile)
+        h = self.autoencoder.quantize(tiled.encode(batch["image"]).to(self.device)).z
+        return tiled.decode(h, self.decoder_map(batch))
 
     def decoder_map(self, batch: dict) -> Tensor | None:
         """One-hot map (B, K, *S) for a SPADE decoder, None for a plain one."""

@@ -5,9 +5,9 @@ numbers.
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -18,6 +18,7 @@ from medldm.devices import in_channels_last, to_channels_last
 from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.errors import InputError
+from medldm.models.protocols import Output
 from medldm.ranks import num_ranks
 
 log = logging.getLogger(__name__)
@@ -53,12 +54,20 @@ def build_optimizer(factory: Callable, modules: Sequence[nn.Module]) -> torch.op
 
 
 class TrainedModule(LightningModule):
-    """What every model shares: what its checkpoints say of it, the learning rate, clipping and memory layout.
+    """What every model shares: the defaults of `protocols.Trainable` and `protocols.Predictive`, the training
+    step of models with one optimiser, the learning rate, clipping and memory layout.
 
     `cosine_steps` are the updates of the half cosine down to `cosine_final` of the rate: null for a constant
     one, 0 or less for as many as the training has, by the trainer's max_steps or its max_epochs and the
     loader.
     """
+
+    takes_unlabelled: ClassVar[bool] = False
+    validation_metrics: tuple[str, ...] = ("val/loss",)
+    ema_modules: nn.ModuleDict | None = None
+    encodes: str | None = None
+    image_decoder: nn.Module | None = None
+    translation: FirstStage | None = None
 
     def __init__(
         self,
@@ -69,18 +78,52 @@ class TrainedModule(LightningModule):
         cosine_final: float = 0.0,
     ) -> None:
         super().__init__()
+        self.conditioner = self.sampler = self.first_stage = None
         if warmup_steps < 0:
             raise InputError(f"model.warmup_steps={warmup_steps}: the rate would be negative; give 0 or more")
         self.make_optimizer = optimizer
         self.warmup_steps, self.cosine_steps, self.cosine_final = warmup_steps, cosine_steps, cosine_final
         self.accumulate_grad_batches = 1  # of a module that steps by hand; else the trainer accumulates
         self.is_channels_last = False
-        self.description: dict = {}  # what checkpoints.describe says of this module
+        self.description: dict[str, Any] = {}
+        self.first_stage_description: dict[str, Any] | None = None
+        self.map_stage_description: dict[str, Any] | None = None
+        self.facts: Mapping[str, Any] = {}
 
     @property
     def size_factors(self) -> tuple[int, ...]:
-        """What images in training must divide by, for each axis; () where any size will do."""
         return ()
+
+    @property
+    def outputs(self) -> dict[str, Output]:
+        return {}
+
+    @property
+    def needs_latent_statistics(self) -> bool:
+        return self.first_stage is not None and not bool(self.first_stage.is_fitted)
+
+    def fit_first_stage(self, batches: Iterable[dict]) -> None:
+        """Set the latent statistics from the training set, once; a checkpoint that has them keeps them."""
+        fit_first_stage(self.first_stage, batches, self.device)
+
+    def figures(self, batch: dict) -> dict[str, Tensor]:
+        return {}
+
+    def use_tiles(self, size: int) -> None:
+        raise InputError("tile: needs an autoencoder or latent diffusion checkpoint; set it to null")
+
+    def losses(self, batch: dict, step: int) -> dict[str, Tensor]:
+        """ "loss", which is minimised, and the terms that are logged beside it; random numbers are a function
+        of `step`.
+        """
+        raise NotImplementedError
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor | None:
+        losses = self.losses(batch, self.trainer.fit_loop.total_batch_idx)
+        size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=size)
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=size)
+        return losses["loss"]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["medldm"] = self.description

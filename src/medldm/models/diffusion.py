@@ -1,28 +1,31 @@
 """Stage two: diffusion of a first stage's latents under a condition. Rombach et al. 2022."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medldm.batch import one_hot
-from medldm.diffusion.conditioner import Condition, in_float32
+from medldm.diffusion.conditioner import Condition, Conditioner, in_float32
+from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.diffusion.windows import Windows, windowed
+from medldm.errors import InputError
 from medldm.models.common import (
     TrainedModule,
     build_optimizer,
     case_generators,
     case_noise,
-    fit_first_stage,
     multiplied,
     rank_part,
     stage_latents,
     step_generator,
 )
+from medldm.models.protocols import Output, Request, translations
 
 
 def mix(condition: Condition, share: float) -> Condition:
@@ -42,7 +45,7 @@ class DiffusionModule(TrainedModule):
     def __init__(
         self,
         first_stage: nn.Module,
-        conditioner: nn.Module,
+        conditioner: Conditioner,
         network: nn.Module,
         *,
         map_stage: nn.Module | None = None,
@@ -59,6 +62,14 @@ class DiffusionModule(TrainedModule):
         self.map_stage = map_stage
         self.schedule, self.objective, self.sampler = schedule, objective, sampler
         self.seed = seed
+
+    @staticmethod
+    def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
+        conditions = model["conditioner"]
+        keys = ["latent" if is_cached else "image"]
+        if "latents" in conditions:  # of another modality
+            keys.append("source_latent" if is_cached else "source")
+        return (*keys, *(key for key in ("mask", "edges") if conditions.get(f"use_{key}")))
 
     @property
     def ema_modules(self) -> nn.ModuleDict:
@@ -79,6 +90,24 @@ class DiffusionModule(TrainedModule):
         return self.conditioner.batch_keys or ("image",)
 
     @property
+    def outputs(self) -> dict[str, Output]:
+        drawn = Output(self.condition_keys, self.draw, is_generative=True, is_latent=True)
+        return {"diffusion": drawn} | translations(self.translation)
+
+    @property
+    def translation(self) -> FirstStage | None:
+        return None if self.first_stage.translator is None else self.first_stage
+
+    @property
+    def image_decoder(self) -> nn.Module | None:
+        return self.first_stage.autoencoder
+
+    def use_tiles(self, size: int) -> None:
+        if self.image_decoder is None:
+            raise InputError("tile: this model has no first stage to decode with; set it to null")
+        self.first_stage.tile = size
+
+    @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network]
 
@@ -90,20 +119,8 @@ class DiffusionModule(TrainedModule):
         """Normalised latents z (B, Cz, *s) of a batch."""
         return stage_latents(self.first_stage, batch)
 
-    def fit_first_stage(self, batches: Iterable[dict]) -> None:
-        """Set the latent statistics from the training set, once; a checkpoint that has them keeps them."""
-        fit_first_stage(self.first_stage, batches, self.device)
-
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        z = self.latents(batch)
-        losses = self.losses(batch, z, self.trainer.fit_loop.total_batch_idx)
-        terms = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(terms, batch_size=len(z))
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(z))
-        return losses["loss"]
-
-    def losses(self, batch: dict, z: Tensor, step: int) -> dict[str, Tensor]:
-        rank, world = self.global_rank, self.trainer.world_size
+    def losses(self, batch: dict, step: int) -> dict[str, Tensor]:
+        z, rank, world = self.latents(batch), self.global_rank, self.trainer.world_size
         generator = step_generator(self.seed, step, z.device)
         t = self.objective.sample_times(world * len(z), self.schedule, z.device, generator)
         noise = torch.randn(world * len(z), *z.shape[1:], device=z.device, generator=generator)
@@ -140,6 +157,12 @@ class DiffusionModule(TrainedModule):
             return batch
         planes = one_hot(batch["mask"], self.map_stage.autoencoder.image_channels)
         return batch | {"map_latent": self.map_stage.encode(planes)}
+
+    def draw(self, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
+        """New images of the grid `size` under the conditions of a batch."""
+        options = {"seed": request.seed, "drop": request.drop, "callback": request.callback}
+        shape = self.latent_shape(size)
+        return self.sample(batch, batch["case_id"], shape, windows=request.windows, **options)
 
     @torch.no_grad()
     def sample(

@@ -4,7 +4,8 @@ The segmenter is the yardstick of synthesis: trained on real images and tested o
 way round. The regression network is the plain one-to-one baseline of translation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from medldm.devices import full_precision
 from medldm.metrics.image import psnr, to_unit
 from medldm.metrics.overlap import dice
 from medldm.models.common import TrainedModule, build_optimizer
+from medldm.models.protocols import Output, Request
 
 
 def apply_network(
@@ -80,11 +82,8 @@ class VoxelwiseModule(TrainedModule):
     def loss(self, answer: Tensor, batch: dict) -> Tensor:
         raise NotImplementedError
 
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        loss = self.loss(self.network(batch[self.input_key]).float(), batch)
-        self.log("train/loss", loss.detach(), batch_size=len(batch["image"]))
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
-        return loss
+    def losses(self, batch: dict, step: int) -> dict[str, Tensor]:
+        return {"loss": self.loss(self.network(batch[self.input_key]).float(), batch)}
 
 
 class SegmentationModule(VoxelwiseModule):
@@ -96,6 +95,10 @@ class SegmentationModule(VoxelwiseModule):
 
     input_key = "image"
     validation_metrics = ("val/loss", "val/dice")
+
+    @staticmethod
+    def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
+        return ("image", "mask")
 
     def __init__(
         self, network: nn.Module, *, num_classes: int, label_names: Sequence[str] | None = None, **options
@@ -145,6 +148,14 @@ class RegressionModule(VoxelwiseModule):
     input_key = "source"
     validation_metrics = ("val/loss", "val/psnr")
 
+    @staticmethod
+    def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
+        return ("image", "source")
+
+    @property
+    def outputs(self) -> dict[str, Output]:
+        return {"regression": Output(("source",), self.translate)}
+
     def __init__(self, network: nn.Module, **options) -> None:
         """`options`: what `VoxelwiseModule` takes."""
         super().__init__(network, **options)
@@ -154,6 +165,10 @@ class RegressionModule(VoxelwiseModule):
         """The target (B, C, *S), computed in float32: its values are an image."""
         with full_precision(x.device):
             return super().forward(x.float())
+
+    def translate(self, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
+        """batch["image"] as it is expected from batch["source"]."""
+        return self(batch["source"])
 
     def loss(self, answer: Tensor, batch: dict) -> Tensor:
         return F.l1_loss(answer, batch["image"])

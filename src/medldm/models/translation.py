@@ -3,8 +3,8 @@
 Kim and Park 2024, "Adaptive Latent Diffusion Model for 3D Medical Image to Image Translation".
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from medldm.errors import InputError
 from medldm.losses import PerceptualLoss
 from medldm.metrics.image import psnr, ssim
 from medldm.models.adversarial import AdversarialModule, GeneratorStep
-from medldm.models.common import fit_first_stage, stage_latents
+from medldm.models.common import stage_latents
+from medldm.models.protocols import Output, translations
 from medldm.networks.translator import MSSPADE
 
 
@@ -122,6 +123,7 @@ class TranslationModule(AdversarialModule):
     """
 
     validation_metrics = ("val/loss", "val/psnr", "val/ssim")
+    encodes = "image"
 
     def __init__(
         self,
@@ -142,6 +144,26 @@ class TranslationModule(AdversarialModule):
         first_stage.autoencoder.requires_grad_(objective.trains_autoencoder)
         self.val_psnr, self.val_ssim = MeanMetric(), MeanMetric()
         self.train()  # Lightning keeps modules in the mode that it finds them in
+
+    @staticmethod
+    def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
+        if not is_cached:
+            return ("image", "source")
+        if model["objective"].get("pixel_weight") is not None:
+            raise InputError("data.latents: this objective compares images; set data.latents=null")
+        return ("latent", "source_latent")
+
+    @property
+    def outputs(self) -> dict[str, Output]:
+        return translations(self.translation)
+
+    @property
+    def translation(self) -> FirstStage:
+        return self.as_first_stage()
+
+    @property
+    def image_decoder(self) -> nn.Module:
+        return self.autoencoder
 
     @property
     def size_factors(self) -> tuple[int, ...]:
@@ -188,10 +210,6 @@ class TranslationModule(AdversarialModule):
         if self.objective.trains_autoencoder:
             self.autoencoder.train(mode)  # the first stage pins it to eval
         return self
-
-    def fit_first_stage(self, batches: Iterable[dict]) -> None:
-        """Set the latent statistics from the training set, once."""
-        fit_first_stage(self.first_stage, batches, self.device)
 
     def encode(self, x: Tensor):
         """(B, C, *S) -> normalised latent with gradients, and what the quantiser says."""

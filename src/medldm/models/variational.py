@@ -4,13 +4,14 @@ Kingma et al. 2021.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medldm.batch import spatial_shape
-from medldm.diffusion.conditioner import Condition, in_float32
+from medldm.diffusion.conditioner import Condition, Conditioner, in_float32
 from medldm.diffusion.objective import guided, network_time
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
@@ -26,6 +27,7 @@ from medldm.models.common import (
     seed_of,
     step_generator,
 )
+from medldm.models.protocols import Output, Request
 from medldm.plots import grid, points_figure, schedule_figure
 
 PICTURE_STEPS = 100  # sampling steps at most where a picture is only for looking at
@@ -49,7 +51,7 @@ class VariationalModule(TrainedModule):
     def __init__(
         self,
         codec: nn.Module,
-        conditioner: nn.Module,
+        conditioner: Conditioner,
         network: nn.Module,
         *,
         schedule: NoiseSchedule,
@@ -85,6 +87,11 @@ class VariationalModule(TrainedModule):
 
     # ---- training --------------------------------------------------------------------------------------
 
+    @staticmethod
+    def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
+        conditions = model["conditioner"]
+        return ("image", *(key for key in ("mask", "edges") if conditions.get(f"use_{key}")))
+
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
         names = ("codec", "conditioner", "network", "schedule", "likelihood")
@@ -106,19 +113,16 @@ class VariationalModule(TrainedModule):
         return self.conditioner.batch_keys or ("image",)
 
     @property
+    def outputs(self) -> dict[str, Output]:
+        return {"variational": Output(self.condition_keys, self.draw, is_generative=True)}
+
+    @property
     def compiled_parts(self) -> list[nn.Module]:
         return [self.codec, self.network]
 
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, list(self.trained_parts.values()))
         return [optimizer], [{"scheduler": self.learning_rate(optimizer), "interval": "step"}]
-
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        x = batch["image"]
-        losses = self.losses(batch, self.trainer.fit_loop.total_batch_idx)
-        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(x))
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(x))
-        return losses["loss"]
 
     def losses(self, batch: dict, step: int) -> dict[str, Tensor]:
         """The bound and, where weighted, the two extra terms, of one training batch."""
@@ -140,7 +144,7 @@ class VariationalModule(TrainedModule):
         x_seen = self.likelihood.observe(x, u)
         f = self.encode(x_seen, condition)
         noise, noise_0 = draw(tuple(f.shape[1:])), draw(tuple(f.shape[1:]))
-        output = self.decode(self.objective.decoder_input(self.schedule, f, noise_0), condition)
+        output = self.decoder_output(self.objective.decoder_input(self.schedule, f, noise_0), condition)
         recon = self.likelihood.nats(output, x_seen, self.gamma_0())
         num_dims = x[0].numel()
         losses = self.objective(
@@ -210,13 +214,17 @@ class VariationalModule(TrainedModule):
         """(B, C, *S) in [-1, 1] -> f (B, Cz, *s)."""
         return self.codec.encode(x, condition.embedding).float()
 
-    def decode(self, z: Tensor, condition: Condition) -> Tensor:
+    def decoder_output(self, z: Tensor, condition: Condition) -> Tensor:
         """f (B, Cz, *s) -> the likelihood's parameters (B, C, *S)."""
         return self.codec.decode(z, condition.embedding).float()
 
-    def decode_image(self, z: Tensor, condition: Condition) -> Tensor:
+    def expected_image(self, z: Tensor, condition: Condition) -> Tensor:
         """f (B, Cz, *s) -> the expected image (B, C, *S) in [-1, 1]."""
-        return self.likelihood.mean(self.decode(z, condition))
+        return self.likelihood.mean(self.decoder_output(z, condition))
+
+    def decode(self, z: Tensor, batch: dict) -> Tensor:
+        """Latents (B, Cz, *s) -> images (B, C, *S) in [-1, 1] under the condition of a batch."""
+        return self.expected_image(z, self.condition(batch))
 
     def gamma_0(self) -> Tensor:
         return self.schedule.gamma(torch.zeros((), device=self.device))
@@ -236,7 +244,7 @@ class VariationalModule(TrainedModule):
         u = torch.rand(x.shape, device=noise_device, generator=generator).to(x.device)
         f = self.encode(self.likelihood.observe(x, u), condition)
         noise = torch.randn(f.shape, device=noise_device, generator=generator).to(f.device)
-        return self.decode_image(self.objective.decoder_input(self.schedule, f, noise), condition)
+        return self.expected_image(self.objective.decoder_input(self.schedule, f, noise), condition)
 
     @torch.no_grad()
     def recon(
@@ -257,13 +265,18 @@ class VariationalModule(TrainedModule):
         z_t = self.schedule.add_noise(f, noise, time)
         denoise = self.objective.denoiser(self.network, self.schedule, condition)
         z = sampler(denoise, self.schedule, z_t, generator, first=first)
-        return self.decode_image(self.clean(z, sampler), condition)
+        return self.expected_image(self.clean(z, sampler), condition)
 
     def clean(self, z: Tensor, sampler: Sampler) -> Tensor:
         """What the decoder expects from where a sampler stops: z_0 / alpha_0, or x0_hat as it is."""
         if sampler.clean_last_step:
             return z
         return z / torch.sigmoid(-self.gamma_0()).sqrt()
+
+    def draw(self, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
+        """New images of the grid `size` under the conditions of a batch."""
+        options = {"seed": request.seed, "drop": request.drop, "callback": request.callback}
+        return self.sample(batch, batch["case_id"], self.latent_shape(size), **options)
 
     @torch.no_grad()
     def sample(
@@ -293,7 +306,7 @@ class VariationalModule(TrainedModule):
         )
         generator = case_generators(names, seed, self.device)
         z = sampler(denoise, self.schedule, noise, generator, callback)
-        return self.decode_image(self.clean(z, sampler), condition)
+        return self.expected_image(self.clean(z, sampler), condition)
 
     def generate(
         self,
@@ -322,7 +335,7 @@ class VariationalModule(TrainedModule):
         x = self.likelihood.observe(x, torch.rand(x.shape, device=x.device, generator=generator))
         f = self.encode(x, condition)
         noise = torch.randn(f.shape, device=f.device, generator=generator)
-        output = self.decode(self.objective.decoder_input(self.schedule, f, noise), condition)
+        output = self.decoder_output(self.objective.decoder_input(self.schedule, f, noise), condition)
         recon = self.likelihood.nats(output, x, self.gamma_0())
         return self.objective.exact(
             self.network,
@@ -393,6 +406,6 @@ class VariationalModule(TrainedModule):
         for t in torch.linspace(0, 1, NOISING_TIMES, dtype=torch.float64, device=x.device):
             z_t = self.schedule.add_noise(f, noise, t.expand(1))
             alpha, _ = self.schedule.alpha_sigma(t.expand(1), f)
-            noised.append(self.decode_image(z_t / alpha, condition))
-            denoised.append(self.decode_image(self.predict(z_t, t.expand(1), condition)[1], condition))
+            noised.append(self.expected_image(z_t / alpha, condition))
+            denoised.append(self.expected_image(self.predict(z_t, t.expand(1), condition)[1], condition))
         return grid([torch.cat(noised), torch.cat(denoised)])

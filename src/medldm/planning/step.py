@@ -112,7 +112,7 @@ def random_batch(job: Job, module: nn.Module, batch_size: int, device: torch.dev
     def draw(channels: int, size: Sequence[int]) -> Tensor:
         return torch.randn(batch_size, channels, *size, device=device)
 
-    stage = getattr(module, "first_stage", None)
+    stage = module.first_stage
     batch: dict[str, Tensor] = {}
     for key in job.keys:
         if key in ("latent", "source_latent"):
@@ -132,7 +132,7 @@ def state_bytes(module: nn.Module, *, averages: bool) -> int:
     """Weights, buffers, Adam's moments and, where `averages`, the moving average of what it follows."""
     held = [*module.parameters(), *module.buffers()]
     trainable = num_trainable(module)
-    followed = getattr(module, "ema_modules", None) if averages else None
+    followed = module.ema_modules if averages else None
     copies = sum(p.numel() * p.element_size() for p in followed.parameters()) if followed is not None else 0
     return sum(x.numel() * x.element_size() for x in held) + ADAM_STATE * trainable + copies
 
