@@ -172,7 +172,7 @@ def test_guidance_ends_at_the_conditional_and_the_null_that_training_drops_to():
     assert torch.equal(null.embedding, module.conditioner(batch, None, drop).embedding)
     assert torch.equal(null.embedding, module.embed(torch.tensor([-1, -1])))
 
-    module.decode_image = lambda z, condition: z  # the decoder knows the label at every scale
+    module.expected_image = lambda z, condition: z  # the decoder knows the label at every scale
 
     def sampled(scale, label):
         sampler = AncestralSampler(num_steps=3, guidance_scale=scale)
