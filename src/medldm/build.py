@@ -215,7 +215,7 @@ class Kind(NamedTuple):
     build: Callable[[Mapping[str, Any], Mapping[str, Any], Earlier], TrainedModule]
 
 
-KINDS = {  # by `model.kind`
+MODELS = {  # by `model.kind`
     "autoencoder": Kind(AutoencoderModule, build_autoencoder_module),
     "diffusion": Kind(DiffusionModule, build_diffusion_module),
     "regression": Kind(RegressionModule, build_regression_module),
@@ -226,9 +226,9 @@ KINDS = {  # by `model.kind`
 
 
 def kind_of(model: Mapping[str, Any]) -> Kind:
-    if model.get("kind") not in KINDS:
-        raise InputError(f"model.kind={model.get('kind')} is none of {', '.join(KINDS)}")
-    return KINDS[model["kind"]]
+    if model.get("kind") not in MODELS:
+        raise InputError(f"model.kind={model.get('kind')} is none of {', '.join(MODELS)}")
+    return MODELS[model["kind"]]
 
 
 def module_class(model: Mapping[str, Any]) -> type[TrainedModule]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medldm.build import KINDS, load_module, module_class
+from medldm.build import MODELS, load_module, module_class
 from medldm.errors import InputError
 from medldm.models.protocols import Predictive, Sampleable, Trainable
 from medldm.sampling import predictor_of
@@ -21,9 +21,9 @@ def members(protocol: type) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_kind_of_model_states_its_batch_keys_and_metrics(kind):
-    module = KINDS[kind].module
+    module = MODELS[kind].module
     missing = {name for name in members(Trainable) if not hasattr(module, name)}
     assert missing <= {"description", "facts", "conditioner", "sampler", "first_stage"}  # of an instance
 
