@@ -4,15 +4,17 @@ A config names its parts by `_target_`; what data and earlier stages decide (cha
 is passed to them here and nowhere else.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.utils import instantiate
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medldm.attributes import check_class_names, known_attributes
-from medldm.checkpoints import FORMAT, read_hashed
+from medldm.checkpoints import fit_weights, read_hashed
 from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.diffusion.translation import TranslationConditioner
 from medldm.errors import InputError
@@ -22,6 +24,10 @@ from medldm.models.diffusion import DiffusionModule
 from medldm.models.segmentation import RegressionModule, SegmentationModule
 from medldm.models.translation import TranslationModule
 from medldm.models.variational import VariationalModule
+from medldm.parts import in_place
+
+SLACK = 2**30  # bytes that building a model may take beside its weights: discriminators, tables
+LARGEST_COUNT = 100_000  # tensors made while a model is built
 
 
 class Earlier(NamedTuple):
@@ -37,7 +43,7 @@ NOTHING_EARLIER = Earlier()
 def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
     """Every dict of the config becomes what its `_target_` names; numbers and strings stay."""
     return {
-        key: instantiate(value) if isinstance(value, Mapping) else value
+        key: instantiate(in_place(value)) if isinstance(value, Mapping) else value
         for key, value in model.items()
         if key not in ("kind", *skip)
     }
@@ -290,8 +296,50 @@ def build_stage(
     path = options.pop("checkpoint")
     if description is None:
         return load_first_stage(path, **options)
-    module = build_module(description["model"], description["facts"], description.get("first_stage"))
-    return as_first_stage(module, options), description
+    return as_first_stage(rebuild(description, f"the stage of {path}"), options), description
+
+
+def rebuild(description: Mapping[str, Any], place: str, largest: int | None = None) -> TrainedModule:
+    """The module that a checkpoint describes, with fresh weights.
+
+    They have at most `largest` bytes, by default half of this machine's memory. InputError, in one line,
+    where nothing can be built from the description.
+    """
+    stages = (description.get("first_stage"), description.get("map_stage"))
+    try:
+        with Allowance(largest or memory_of_machine() // 2):
+            return build_module(description["model"], description["facts"], *stages)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise InputError(f"{place}: its config builds no model: {text}") from error
+
+
+def memory_of_machine() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Allowance(TorchDispatchMode):
+    """Tensors that are made meanwhile have at most `num_bytes` together, and are not more than LARGEST_COUNT:
+    InputError before the one that is too much is allocated.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        self.num_bytes, self.bytes_left, self.count_left = num_bytes, num_bytes, LARGEST_COUNT
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "device" in {argument.name for argument in func._schema.arguments} and not types:
+            like = func(*args, **(kwargs | {"device": "meta"}))
+            self.bytes_left -= like.numel() * like.element_size()
+            self.count_left -= 1
+            if self.bytes_left < 0 or self.count_left < 0:
+                limit = f"{self.num_bytes / 2**30:.3g} GiB in {LARGEST_COUNT} tensors"
+                raise InputError(f"the config asks for a model larger than its weights can be: {limit}")
+        return func(*args, **kwargs)
 
 
 def check_map_stage(description: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -352,18 +400,18 @@ def load_module(path: str | Path, *, weights: str = "ema") -> TrainedModule:
 
 
 def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> TrainedModule:
-    description = content["medldm"]
-    if description["format"] > FORMAT:
-        raise InputError(f"{path}: written by a newer medldm (format {description['format']}); update medldm")
-    stages = (description.get("first_stage"), description.get("map_stage"))
-    module = build_module(description["model"], description["facts"], *stages)
-    module.load_state_dict(content["state_dict"])
+    description, state = content["medldm"], content.get("state_dict", {})
+    held = sum(value.numel() * value.element_size() for value in state.values())
+    module = rebuild(description, str(path), largest=SLACK + 4 * held)
+    fit_weights(module, state, f"{path}: state_dict")
     if weights == "ema" and "ema" in content:
         averaged = {
             key.removeprefix("module."): value
             for key, value in content["ema"].items()
             if key.startswith("module.")
         }
-        module.ema_modules.load_state_dict(averaged)
+        if module.ema_modules is None:
+            raise InputError(f"{path}: holds a moving average, which a {description['stage']} model has not")
+        fit_weights(module.ema_modules, averaged, f"{path}: ema")
     module.facts, module.description = description["facts"], description
     return module.eval()

@@ -1,24 +1,30 @@
 """Checkpoints that describe themselves: one file rebuilds its model, and is written whole or not at all.
 
 Under the key "medldm" a checkpoint holds plain data: the stage, the resolved model config, facts of the data
-and, for a second stage, the first stage's own description. It loads under `weights_only=True`, strictly.
+and, for a second stage, the first stage's own description. It may come from anyone: it is read under
+`weights_only=True`, and its whole structure is checked before anything is made of it.
 """
 
 import hashlib
-import pickle
+import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from hydra.utils import get_class
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningModule
+from torch import Tensor, nn
 
 from medldm.errors import InputError
 from medldm.files import replacing
+from medldm.parts import TRUSTED, check_plain, check_stored, find_part, known_parts, targets_in
 
 FORMAT = 1
+EARLIER_STAGES = ("first_stage", "map_stage")  # what a second stage stands on
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -56,14 +62,79 @@ def existing(path: str | Path) -> Path:
 
 def read_content(file: BinaryIO, path: str | Path, map_location: Any) -> dict[str, Any]:
     try:
+        check_archive(file)
         content = torch.load(file, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
         raise InputError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); take another one of the run"
         ) from error
     if not isinstance(content, Mapping) or "medldm" not in content:
         raise InputError(f"{path}: not a medldm checkpoint; give one that `medldm train` wrote")
+    check_description(content["medldm"], str(path))
+    for key in ("state_dict", "ema"):
+        check_weights(content.get(key, {}), f"{path}: {key}")
     return content
+
+
+def check_archive(file: BinaryIO) -> None:
+    """ValueError for an archive whose content is larger than the file: torch writes without compression."""
+    if zipfile.is_zipfile(file):
+        file.seek(0)
+        entries = zipfile.ZipFile(file).infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed")
+    file.seek(0)
+
+
+def check_description(description: Any, place: str) -> None:
+    """InputError where what a checkpoint says of its model, or of a stage below it, is not of the form that
+    `describe` gives it, or where its config names what it may not.
+    """
+    if not isinstance(description, Mapping):
+        raise InputError(f"{place}: does not describe its model; give one that `medldm train` wrote")
+    for key, kind in (("format", int), ("stage", str), ("model", Mapping), ("facts", Mapping)):
+        if not isinstance(description.get(key), kind):
+            raise InputError(f"{place}: its description has no valid `{key}`")
+    if description["format"] > FORMAT:
+        raise InputError(
+            f"{place}: written by a newer medldm (format {description['format']}); update medldm"
+        )
+    if description["model"].get("kind") != description["stage"]:
+        raise InputError(f"{place}: says that it is a {description['stage']} model, and its config another")
+    check_stored(description["model"], f"{place}: its config")
+    check_plain(description["facts"], f"{place}: the facts of its data")
+    for key in EARLIER_STAGES:
+        if description.get(key) is not None:
+            check_description(description[key], f"{place}: its {key}")
+        elif (description["model"].get(key) or {}).get("checkpoint") is not None:
+            raise InputError(f"{place}: lacks the description of its {key}, which its config names")
+
+
+def check_weights(weights: Any, place: str) -> None:
+    """InputError for weights that are not plain tensors by name, each with all its values in the file."""
+    if not isinstance(weights, Mapping):
+        raise InputError(f"{place} is no table of weights")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"{place}: {name!r:.120} is no named tensor")
+        is_plain = value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
+        if not is_plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f"{place}: {name:.120} {tuple(value.shape)} has not as many values in the file")
+
+
+def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
+    """Load the weights into the module. InputError that names every key which is missing, unknown to the
+    module, or of another shape.
+    """
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = [f"{name} is missing" for name in own if name not in given]
+    wrong += [f"{name} is not the model's" for name in given if name not in own]
+    both = [name for name in own if name in given]
+    wrong += [f"{name} is {given[name]}, not {own[name]}" for name in both if given[name] != own[name]]
+    if wrong:
+        raise InputError(f"{place} does not fit the model of its config: {'; '.join(wrong)}")
+    module.load_state_dict(weights)
 
 
 def encoder_sha256(description: Mapping[str, Any], sha256: str) -> str:
@@ -72,7 +143,7 @@ def encoder_sha256(description: Mapping[str, Any], sha256: str) -> str:
     """
     is_shared = (
         description["stage"] == "translation"
-        and not get_class(description["model"]["objective"]["_target_"]).trains_autoencoder
+        and not find_part(description["model"]["objective"]["_target_"]).trains_autoencoder
     )
     return description["first_stage"]["sha256"] if is_shared else sha256
 
@@ -99,7 +170,9 @@ def describe(
         "facts": dict(facts),
         "data": data,
     }
-    for stage in ("first_stage", "map_stage"):
+    for name in sorted(set(targets_in(model)) - set(known_parts())):
+        log.warning("%s is none of medldm's parts: to load the checkpoints, set %s=%s", name, TRUSTED, name)
+    for stage in EARLIER_STAGES:
         if getattr(module, f"{stage}_description", None):
             description[stage] = getattr(module, f"{stage}_description")
     return description

@@ -58,7 +58,7 @@ def test_a_second_stage_holds_its_first_stage_once_and_no_training_networks(diff
 def test_loading_is_strict(diffusion, tmp_path):
     content = load(diffusion)
     content["state_dict"].popitem()
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(InputError, match="is missing"):
         load_module(save(content, tmp_path / "short.ckpt"))
 
 
