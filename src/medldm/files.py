@@ -2,22 +2,38 @@
 walks through folders that follow links.
 """
 
+import errno
+import glob
 import hashlib
+import io
 import json
 import os
 import re
+import socket
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import h5py
     import numpy as np
 
 from medldm.errors import InputError
 
+TEMPORARY = ".tmp"
+ABANDONED = 86_400  # seconds after which a temporary file of another host is taken for left over
+AGAIN = "then run the same command again: what is finished stays"
+DISK_FAULTS = {
+    errno.ENOSPC: f"the disk is full; free some space, {AGAIN}",
+    errno.EDQUOT: f"your quota is used up; free some space, {AGAIN}",
+    errno.EROFS: f"the file system is read-only; make it writable or choose another folder, {AGAIN}",
+    errno.EACCES: f"you have no permission; change it or choose another folder, {AGAIN}",
+    errno.EPERM: f"it is not permitted; change that or choose another folder, {AGAIN}",
+}
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # in no file name of one system or another
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
 LONGEST = 180  # bytes of a name, which leaves room for what commands append to it
@@ -27,17 +43,69 @@ LONGEST = 180  # bytes of a name, which leaves room for what commands append to 
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it takes `path`'s place only if the block ends well.
 
-    File and folder are synced: a crash at any moment leaves the old file or the new one.
+    File and folder are synced: a crash at any moment leaves the old file or the new one. What a killed
+    process left of the same file is removed. InputError where the disk is full or takes no writes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_in_one_line(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        temporary = path.with_name(f".{path.name}.{this_host()}-{os.getpid()}{TEMPORARY}")
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # a file system that failed meanwhile has told so already
+                temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of `path` whose process on this host is gone, or that are a day old."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        host, _, process = left.name.removesuffix(TEMPORARY).removeprefix(f".{path.name}.").rpartition("-")
+        with suppress(OSError):  # another process may have removed it
+            is_old = time.time() - left.stat().st_mtime > ABANDONED
+            if is_old or (host == this_host() and not is_alive(process)):
+                left.unlink()
+
+
+def this_host() -> str:
+    """Eight letters for this machine's name, so that temporary names stay short."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def is_alive(process: str) -> bool:
+    """Whether a process of this number runs on this host; it may be another user's."""
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def disk_in_one_line(path: Path) -> Iterator[None]:
+    """A disk that is full or takes no writes becomes an InputError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:  # torch.save has a RuntimeError for a full disk
+        reason = disk_fault(error)
+        if reason is None and isinstance(error, RuntimeError) and "StreamWriter" in str(error):
+            reason = DISK_FAULTS[errno.ENOSPC]
+        if reason is None:
+            raise
+        raise InputError(f"{path}: not written: {reason}") from error
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What is wrong with the disk and how to mend it, or None where `error` has another reason."""
+    number = getattr(error, "errno", None)
+    if number is None and (told := re.search(r"errno = (\d+)", str(error))):  # of HDF5
+        number = int(told[1])
+    return DISK_FAULTS.get(number)
 
 
 def sync(path: Path) -> None:
@@ -135,6 +203,21 @@ def nothing_empty(folder: Path) -> Iterator[None]:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
         raise
+
+
+@contextmanager
+def writing_hdf5(path: Path) -> Iterator["h5py.File"]:
+    """A new HDF5 file that is made in memory and written in one piece when the block ends well.
+
+    On a full disk the HDF5 library prints a line for every open object and may crash the interpreter, whereas
+    a failed write of bytes is an OSError.
+    """
+    import h5py
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        yield file
+    path.write_bytes(buffer.getbuffer())
 
 
 def write_nifti(path: Path, array: "np.ndarray", affine: "np.ndarray") -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from medldm.data.loading.dataset import CaseDataset
 from medldm.data.preparation.labels import as_classes
 from medldm.errors import InputError
-from medldm.files import replacing, write_json, write_nifti
+from medldm.files import replacing, write_json, write_nifti, writing_hdf5
 from medldm.fingerprints import digest
 from medldm.plots import middle_slice, save_gif, save_png, to_uint8
 
@@ -143,7 +143,7 @@ class SampleFolder:
     def write_series(self, name: str, images: Tensor, shares: Sequence[float]) -> None:
         """(N, C, *S) images between two cases, as HDF5 and GIF."""
         path = self.root / f"{name}.h5"
-        with replacing(path) as aside, h5py.File(aside, "w") as file:
+        with replacing(path) as aside, writing_hdf5(aside) as file:
             file["images"] = images[:, 0].numpy()
             file["share"] = np.asarray(shares, np.float32)
         self.write_gif(name, images[:, None].unbind(0))
@@ -157,7 +157,7 @@ class SampleFolder:
     ) -> None:
         rows = [self.dataset.items[p].row for p in positions]
         source = self.dataset.reader("image", case)
-        with replacing(self.path(case)) as aside, h5py.File(aside, "w") as file:
+        with replacing(self.path(case)) as aside, writing_hdf5(aside) as file:
             for k, images in enumerate(samples):
                 array = images[:, 0].numpy()
                 file.create_dataset(
@@ -210,7 +210,7 @@ def write_volumes(
     for k, volume in enumerate(volumes):
         path = root / "nifti_samples" / f"{name}_{k}.nii.gz" if k else root / f"{name}.nii.gz"
         write_nifti(path, *restore_volume(volume, record))
-    with replacing(root / f"{name}.h5") as aside, h5py.File(aside, "w") as file:
+    with replacing(root / f"{name}.h5") as aside, writing_hdf5(aside) as file:
         for k, volume in enumerate(volumes):
             file[f"images_{k}" if k else "images"] = np.asarray(volume, np.float32)
         if mask is not None:

@@ -472,7 +472,7 @@ def test_a_subject_in_two_parts_of_the_stated_split_is_named(tmp_path):
 )
 def test_a_safe_name_is_one_visible_file_inside_its_folder_anywhere(tmp_path, name):
     (safe,) = safe_names([name]).values()
-    path = (tmp_path / f".{safe}_t1_to_flair.nii.gz.1234567.tmp").resolve()
+    path = (tmp_path / f".{safe}_t1_to_flair.nii.gz.0123abcd-1234567.tmp").resolve()
     path.write_text("")
     assert path.parent == tmp_path and len(list(tmp_path.iterdir())) == 1
     assert (

@@ -15,7 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from medldm.cli import asks_for_help, explanation
 from medldm.errors import InputError
-from medldm.files import nothing_empty
+from medldm.files import disk_fault, nothing_empty
 from medldm.overrides import check_dashes, explain, misread_path, renamed
 
 Task = Callable[[DictConfig], None]
@@ -45,6 +45,9 @@ def user_message(error: BaseException, name: str) -> str | None:
         if isinstance(link, InputError):
             # A loader's worker sends its traceback along, the message last.
             return one_line(str(link).rpartition("InputError: ")[2])
+    for link in chain:
+        if isinstance(link, OSError) and (reason := disk_fault(link)):
+            return one_line(f"{link.filename}: {reason}" if link.filename else reason)
     for link in chain:
         if isinstance(link, MissingMandatoryValue):
             return f"{link.full_key}: not given; write {link.full_key}=... on the command line"

@@ -97,7 +97,6 @@ def pending_cases(dataset: Any, cases: dict[int, list[int]], folder: Path) -> di
 
 
 def task(cfg: Any) -> None:
-    import h5py
     from omegaconf import OmegaConf
     from rich.progress import track
 
@@ -106,7 +105,7 @@ def task(cfg: Any) -> None:
     from medldm.data import build_datamodule
     from medldm.data.loading.dataset import array_digests
     from medldm.devices import inference_precision, pick_device
-    from medldm.files import replacing, write_json
+    from medldm.files import replacing, write_json, writing_hdf5
     from medldm.held_out import check_held_out, seen_subjects
     from medldm.inference import items_by_case
 
@@ -136,7 +135,7 @@ def task(cfg: Any) -> None:
     for case, positions in track(pending.items(), "encoding", total=len(pending)):
         latents = encode_case(module, dataset, positions, data["batch_size"], device, cfg.tile, precision)
         path = folder / f"{dataset.cases[case]['id']}.h5"
-        with replacing(path) as aside, h5py.File(aside, "w") as file:
+        with replacing(path) as aside, writing_hdf5(aside) as file:
             file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
             file.attrs["encoder_sha256"] = encoder
             if images[case] is not None:

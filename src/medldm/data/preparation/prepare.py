@@ -35,7 +35,7 @@ from medldm.data.raw.grids import warn_of_grids
 from medldm.data.raw.inventory import coloured_pictures, same_images, take_inventory
 from medldm.data.splits import make_splits, write_splits_once
 from medldm.errors import InputError
-from medldm.files import nothing_empty, read_json, replacing, write_json
+from medldm.files import nothing_empty, read_json, replacing, write_json, writing_hdf5
 from medldm.fingerprints import recall
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def run_job(job: FileJob) -> Prepared:
             log.debug("%s: made anew (%s)", job.path, error)
             reason = job.reason_to_renew()
     with replacing(job.path) as temporary:
-        with h5py.File(temporary, "w") as file:
+        with writing_hdf5(temporary) as file:
             file.attrs.update(root_attributes(job, fingerprint))
             (write_slices if job.recipe.spatial_dims == 2 else write_volume)(job, file)
         entry = describe_file(temporary, job, fingerprint)
