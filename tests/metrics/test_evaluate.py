@@ -203,6 +203,8 @@ def test_copies_of_training_images_are_counted(call, folders, tmp_path):
     assert results["rows"]["generated"]["nearest_train_rmse"]["mean"] < 0.005
     assert results["rows"]["real"]["nearest_train_rmse"]["mean"] > 0.01
     assert results["memorization"]["memorized_share"] == 1
+    audit, closest = (results["memorization"][key] for key in ("audit", "closest"))
+    assert audit["num_copies"] == audit["num_images"] and closest[0]["correlation"] > 0.99
     assert "100.0% of the generated images lie as near" in out
     assert run(call, folders)[0]["memorization"] == {}
 

@@ -1,9 +1,18 @@
 """Copies of training images are found, new images are not taken for copies."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
-from medldm.metrics.memorization import memorized_share, nearest_distance, thumbnails
+from medldm.metrics.memorization import (
+    audit_copies,
+    memorized_share,
+    nearest_correlation,
+    nearest_distance,
+    thumbnail_shape,
+    thumbnails,
+)
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (20, 24, 28)])
@@ -21,6 +30,63 @@ def test_the_nearest_of_several_parts_is_the_nearest_of_all(monkeypatch):
     expected = ((images[:, None] - train) ** 2).mean(2).sqrt().amin(1)
     monkeypatch.setattr("medldm.metrics.memorization.CHUNK_BYTES", 4 * 5 * 8)  # eight at a time
     torch.testing.assert_close(nearest_distance(images, train), expected)
+
+
+def scans(num: int, seed: int, spatial_dims: int = 2) -> torch.Tensor:
+    """Smooth images of one anatomy, 64 pixels or 32 voxels a side: what all share, and each one's own."""
+    size = {2: 64, 3: 32}[spatial_dims]
+    shape = (size,) * spatial_dims
+    common = gaussian_filter(np.random.default_rng(99).normal(size=shape), 6)
+    own = gaussian_filter(np.random.default_rng(seed).normal(size=(num, *shape)), (0, *[4] * spatial_dims))
+    images = common / common.std() + own / own.std()
+    return torch.from_numpy(images[:, None] / 4).float().clamp(-1, 1)
+
+
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    return x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+CHANGES = {
+    "exact": lambda x: x,
+    "mirrored": lambda x: x.flip(-1),
+    "upside down": lambda x: x.flip((-1, -2)),
+    "shifted": lambda x: x.roll((2, -2), (-1, -2)),
+    "noisy": noisy,
+    "re-windowed": lambda x: (0.5 * x + 0.3).clamp(-1, 1),
+    "all of these": lambda x: noisy((0.6 * x - 0.1).flip(-1).roll(2, -1)),
+}
+
+
+def correlations(images: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+    shape = thumbnail_shape(images.shape[1:])
+    return nearest_correlation(*(thumbnails(x).view(-1, *shape) for x in (images, train)))
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("change", CHANGES)
+def test_planted_copies_are_found_however_they_were_changed(change, spatial_dims):
+    """A tenth of 40 images are copies: all four are found, and of the others none."""
+    train, real, made = (scans(40, seed, spatial_dims) for seed in (1, 2, 3))
+    made[:4] = CHANGES[change](train[10:14])
+    values = correlations(made, train)
+    audit = audit_copies(values, correlations(real, train))
+    assert (values[:4] > audit.threshold).all()
+    assert audit.num_copies <= 4 + 2 and audit.false_positive_rate == 1 / 41
+
+
+def test_held_out_images_are_called_copies_at_the_stated_rate():
+    train = scans(40, 1)
+    sets = ((scans(20, 10 + i), scans(19, 60 + i)) for i in range(30))
+    values = ([correlations(images, train) for images in both] for both in sets)
+    counts = [audit_copies(*both).num_copies for both in values]
+    assert sum(counts) / (30 * 20) < 0.09  # 1 / 20 in the mean over draws
+
+
+def test_a_constant_image_correlates_with_nothing_and_a_tiny_one_is_refused():
+    train = torch.rand(3, 1, 8, 8)
+    assert nearest_correlation(torch.zeros(1, 1, 8, 8), train).item() == 0
+    with pytest.raises(ValueError, match="too small to be shifted"):
+        nearest_correlation(train[..., :4], train[..., :4])
 
 
 def test_the_memorized_share_is_the_quantile_for_like_sets_and_one_for_copies():

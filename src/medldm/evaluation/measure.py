@@ -17,7 +17,7 @@ from medldm.evaluation.tools import Tools
 from medldm.metrics.adherence import edge_f1
 from medldm.metrics.catalogue import IMAGE_METRICS, find_metric
 from medldm.metrics.image import to_unit
-from medldm.metrics.memorization import nearest_distance, thumbnails
+from medldm.metrics.memorization import nearest_correlation, nearest_distance, thumbnail_shape, thumbnails
 from medldm.metrics.overlap import dice
 from medldm.metrics.summary import combine_samples
 
@@ -106,12 +106,18 @@ def measure_dice(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[st
 
 
 def measure_nearest(images: Tensor, tools: Tools) -> dict[str, np.ndarray]:
-    """Distance of each image to the nearest training image of its shape; nothing where none is known."""
+    """How near each image is to the nearest training image of its shape; nothing where none is known."""
     train = tools.train_thumbnails.get(tuple(images.shape[1:]))
     if train is None:
         return {}
-    distance = nearest_distance(thumbnails(images).cpu(), train) / 2  # on [0, 1]
-    return {"nearest_train_rmse": distance.double().numpy()}
+    small = thumbnails(images).cpu()
+    distance = nearest_distance(small, train) / 2  # on [0, 1]
+    values = {"nearest_train_rmse": distance.double().numpy()}
+    shape = thumbnail_shape(images.shape[1:])
+    if min(shape[1:]) >= 5:
+        correlation = nearest_correlation(small.view(-1, *shape), train.view(-1, *shape))
+        values["nearest_train_correlation"] = correlation.double().numpy()
+    return values
 
 
 def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from medldm.evaluation.notes import (
 from medldm.evaluation.pairs import Pair, count_subjects
 from medldm.evaluation.tools import Tools, entry_of
 from medldm.metrics.catalogue import define, find_metric
-from medldm.metrics.memorization import memorized_share
+from medldm.metrics.memorization import audit_copies, memorized_share
 from medldm.metrics.summary import Bootstrap, Table, paired_differences, select, summarise, summarise_groups
 
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
@@ -113,7 +113,7 @@ def dice_ratios(measured: Measured, subjects: Sequence[str], bootstrap: Bootstra
     return table
 
 
-def describe_memorization(measured: Measured) -> dict:
+def describe_memorization(pairs: Sequence[Pair], measured: Measured) -> dict:
     """How many generated images lie suspiciously near to a training image; {} without training images."""
     made, real = (measured.values.get(row, {}).get("nearest_train_rmse") for row in ("generated", "real"))
     if made is None or real is None:
@@ -122,7 +122,14 @@ def describe_memorization(measured: Measured) -> dict:
     if not len(made) or not len(real):
         return {}
     share = memorized_share(made, real, NEAR)
-    return {"memorized_share": share, "quantile": NEAR, "n": len(made), "n_real": len(real)}
+    found = {"memorized_share": share, "quantile": NEAR, "n": len(made), "n_real": len(real)}
+    rows = [measured.values[row].get("nearest_train_correlation") for row in ("generated", "real")]
+    if any(values is None for values in rows):
+        return found
+    audit = audit_copies(*(values[~np.isnan(values)] for values in rows))
+    closest = np.argsort(-np.nan_to_num(rows[0], nan=-1))[:NUM_NAMED]
+    listed = [{"id": pairs[i].id, "correlation": float(rows[0][i])} for i in closest]
+    return found | {"audit": audit._asdict(), "closest": listed}
 
 
 def spacing_of(pairs: Sequence[Pair]) -> object:
@@ -188,7 +195,7 @@ def build_results(
         "networks": networks,
         "warnings": warned,
         "condition": describe_condition(pairs, conditions),
-        "memorization": describe_memorization(measured),
+        "memorization": describe_memorization(pairs, measured),
         "dice_ratio": dice_ratios(measured, subjects, bootstrap),
         "diversity": dict(diversity),
         "axial_axis": tools.axial_axis,

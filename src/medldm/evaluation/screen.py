@@ -287,4 +287,12 @@ def notes(results: Mapping) -> Iterator[str]:
             f"{share:.1%} of the generated images lie as near to a training image as the nearest {near:.0%} "
             f"of the real ones (n = {memorization['n']} and {memorization['n_real']})"
         )
+    if audit := memorization.get("audit") if memorization else None:
+        names = ", ".join(f"{pair['id']} {pair['correlation']:.3f}" for pair in memorization["closest"])
+        yield (
+            f"{audit['num_copies']} of {audit['num_images']} generated images correlate with a training one "
+            f"(as it is, mirrored or shifted) more than all {audit['num_real']} real ones do, above "
+            f"{audit['threshold']:.3f}; by chance an image does so at a rate of "
+            f"{audit['false_positive_rate']:.2g}; the closest are {names}"
+        )
     yield from (f"condition: {line}" for line in condition_lines(results))

@@ -9,7 +9,7 @@ from medldm.metrics.adherence import definition, edge_f1
 from medldm.metrics.frechet import frechet_from_features, kernel_distance
 from medldm.metrics.image import ImageFunction, mae, nmse_energy, nmse_var, psnr, rmse, ssim_gaussian
 from medldm.metrics.manifold import manifold_scores
-from medldm.metrics.memorization import nearest_distance
+from medldm.metrics.memorization import nearest_correlation, nearest_distance
 from medldm.metrics.overlap import dice
 from medldm.metrics.similarity import ms_ssim, ssim
 from medldm.networks.features import LPIPS
@@ -132,6 +132,14 @@ OTHER_IMAGE_METRICS = {
         "repeated training images",
         "of the range",
         "0 to 1",
+        None,
+        "training images",
+    ),
+    "nearest_train_correlation": MetricInfo(
+        nearest_correlation,
+        "highest correlation with the thumbnail of a training image, over mirrorings and small shifts",
+        "",
+        "-1 to 1",
         None,
         "training images",
     ),

@@ -4,7 +4,9 @@ images.
 A model that memorises lies nearer to its training set than new real images do.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,75 @@ def nearest_distance(images: Tensor, train: Tensor) -> Tensor:
         for part in train.split(rows)
     ]
     return torch.stack(distances).amin(0) / images.shape[1] ** 0.5
+
+
+def thumbnail_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of the thumbnail (C, *s) of an image (C, *S)."""
+    return shape[0], *(min(s, POOLED[len(shape) - 1]) for s in shape[1:])
+
+
+def placings(small: Tensor) -> Iterator[Tensor]:
+    """Thumbnails (B, C, *s) mirrored along every choice of axes and shifted by up to one of their pixels,
+    without a border of one pixel: (B, C, *(s - 2)).
+    """
+    axes = range(2, small.ndim)
+    choices = (itertools.combinations(axes, num) for num in range(len(axes) + 1))
+    for flipped in itertools.chain.from_iterable(choices):
+        turned = small.flip(flipped) if flipped else small
+        for start in itertools.product(range(3), repeat=len(axes)):
+            part = turned
+            for axis, first in zip(axes, start, strict=True):
+                part = part.narrow(axis, first, small.shape[axis] - 2)
+            yield part
+
+
+def standardised_rows(x: Tensor) -> Tensor:
+    """(B, ...) -> (B, D) of mean 0 and length 1; a constant row becomes 0."""
+    flat = x.flatten(1).float()
+    centred = flat - flat.mean(1, keepdim=True)
+    return F.normalize(centred, eps=1e-6)
+
+
+def nearest_correlation(images: Tensor, train: Tensor) -> Tensor:
+    """(B, C, *s) and (N, C, *s) thumbnails -> (B,) in [-1, 1]: the highest correlation with one of the N.
+
+    It is taken over mirrorings and small shifts and does not see brightness or contrast: a mirrored, shifted,
+    noisy or re-windowed copy of a training image still comes near 1. ValueError for sides below 5 pixels.
+    """
+    if min(images.shape[2:]) < 5:
+        raise ValueError(f"thumbnails of {tuple(images.shape[2:])} pixels are too small to be shifted")
+    inner = train
+    for axis in range(2, train.ndim):
+        inner = inner.narrow(axis, 1, train.shape[axis] - 2)
+    known = standardised_rows(inner)
+    rows = max(1, CHUNK_BYTES // (4 * len(images)))
+    best = images.new_full((len(images),), -1.0, dtype=torch.float32)
+    for placed in placings(images):
+        made = standardised_rows(placed)
+        for part in known.split(rows):
+            best = torch.maximum(best, (made @ part.T).amax(1))
+    return best
+
+
+class Audit(NamedTuple):
+    """How many of `num_images` correlate with a training image more than all `num_real` held-out ones do.
+
+    An image that is drawn as those were does so by chance at `false_positive_rate`.
+    """
+
+    num_copies: int
+    num_images: int
+    num_real: int
+    threshold: float
+    false_positive_rate: float
+
+
+def audit_copies(generated: Sequence[float], real: Sequence[float]) -> Audit:
+    """From the correlations with the nearest training image (`nearest_correlation`) of both."""
+    made, held_out = (torch.as_tensor(values, dtype=torch.float64) for values in (generated, real))
+    threshold = float(held_out.max())
+    num = int((made > threshold).sum())
+    return Audit(num, len(made), len(held_out), threshold, 1 / (len(held_out) + 1))
 
 
 def memorized_share(generated: Sequence[float], real: Sequence[float], quantile: float = 0.05) -> float:
