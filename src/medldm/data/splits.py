@@ -76,9 +76,9 @@ def with_validation(split: Split, fraction: float, seed: int) -> Split:
 
 def make_splits(
     subjects: Sequence[str],
-    *,
     fractions: Mapping[str, float],
     seed: int,
+    *,
     stated: Mapping[str, str] | None = None,
     published: Mapping[str, Split] | None = None,
 ) -> dict[str, Split]:

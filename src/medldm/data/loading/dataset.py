@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ from torch.utils.data import Dataset, get_worker_info
 from medldm.attributes import TABLES, UNKNOWN, further_attributes, further_entries, names_of, stated_number
 from medldm.batch import Batch
 from medldm.data.hdf5 import HDF5Reader, open_hdf5
+from medldm.data.loading.degradation import EdgeDegradation
 from medldm.data.loading.sampler import ItemRequest
 from medldm.data.loading.synthetic import SyntheticImages
-from medldm.data.preparation.edges import EdgeDegrade
 from medldm.errors import InputError
 from medldm.fingerprints import digest
 
@@ -62,28 +61,6 @@ class Item(NamedTuple):
             return self.labels
         value = self.value(kind)
         return () if value == UNKNOWN or math.isnan(value) else (value,)
-
-
-@dataclass(frozen=True)
-class EdgeDegradation:
-    """`EdgeDegrade` at a level drawn uniformly from `levels`; the upper end grows over the first
-    `ramp_epochs`.
-    """
-
-    degrade: EdgeDegrade
-    levels: tuple[float, float] = (0.0, 1.0)
-    ramp_epochs: int = 0
-
-    def __call__(
-        self, item: dict, epoch: int, generator: np.random.Generator, view: str | None = None
-    ) -> dict:
-        ramp = min(1.0, (epoch + 1) / self.ramp_epochs) if self.ramp_epochs else 1.0
-        low, high = self.levels
-        level = float(generator.uniform(low, max(low, high * ramp)))
-        image, mask = (item[key][0] if key in item else None for key in ("image", "mask"))
-        degrade = self.degrade.for_view(view)
-        edges = degrade(item["edges"][0], level, generator, image, mask, item.get("edges_levels"))
-        return {**item, "edges": edges[None], "edge_level": level}
 
 
 def case_items(index: dict, case: int) -> list[Item]:

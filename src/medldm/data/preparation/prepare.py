@@ -129,13 +129,11 @@ def prepare_dataset(
     stated = stated_splits(cases)
     command = command or f"medldm prepare data.raw={raw} data.root={root}"
     jobs = make_jobs(cases, root, dataset, recipe, modalities, command=command, earlier=earlier_entries(root))
-    with nothing_empty(root / "cases"):
-        prepared = list(run_jobs(jobs, num_workers))
-    say_what_was_renewed(jobs, prepared)
-    entries = [one.entry for one in prepared]
+    entries = write_files(jobs, root, num_workers)
     subjects = [job.subject for job in jobs]
-    published = published_splits(dataset, subjects)
-    drawn = make_splits(subjects, fractions=splits, seed=splits["seed"], stated=stated, published=published)
+    drawn = make_splits(
+        subjects, splits, splits["seed"], stated=stated, published=published_splits(dataset, subjects)
+    )
     inventory["notes"] += [*same_images(entries), *coloured_pictures(entries)]
     index = make_index(dataset, recipe, jobs, entries)
     index |= {"raw": str(Path(raw).resolve()), "inventory": inventory}
@@ -146,6 +144,14 @@ def prepare_dataset(
     write_json(root / "index.json", index)
     verify(root)
     return root
+
+
+def write_files(jobs: Sequence[FileJob], root: Path, num_workers: int) -> list[dict]:
+    """Write what does not stand yet, and say what was renewed; the entries of the index."""
+    with nothing_empty(root / "cases"):
+        prepared = list(run_jobs(jobs, num_workers))
+    say_what_was_renewed(jobs, prepared)
+    return [one.entry for one in prepared]
 
 
 def earlier_entries(root: Path) -> dict[str, dict]:

@@ -229,10 +229,17 @@ def stated_numbers(job: FileJob, slice_index: np.ndarray) -> dict[str, np.ndarra
     return {kind: np.array([n[kind] for n in stated])[acquisitions(slice_index)] for kind in TABLES}
 
 
-def differing(cases: Sequence[Case]) -> list[str]:
-    """The attributes to condition on that not all acquisitions of a file agree on."""
-    names = {name for case in cases for name in case.attributes} - NO_CONDITIONS
-    return sorted(name for name in names if len({str(case.attributes.get(name, "")) for case in cases}) > 1)
+def differing_values(cases: Sequence[Case], slice_index: np.ndarray) -> dict[str, list]:
+    """The attributes to condition on that not all acquisitions of a file agree on, for every slice."""
+    columns = {
+        name: [case.attributes.get(name, "") for case in cases]
+        for name in sorted({name for case in cases for name in case.attributes} - NO_CONDITIONS)
+    }
+    return {
+        name: [column[i] for i in acquisitions(slice_index)]
+        for name, column in columns.items()
+        if len(set(map(str, column))) > 1
+    }
 
 
 def acquisitions(slice_index: np.ndarray) -> np.ndarray:
@@ -243,17 +250,7 @@ def acquisitions(slice_index: np.ndarray) -> np.ndarray:
 def describe_slices(file: h5py.File, path: Path, job: FileJob) -> dict:
     arrays = {key: file[key][()] for key in file if key not in TEXTS}
     lengths = {key: len(array) for key, array in arrays.items()}
-    needed = {
-        "slice_index",
-        "num_slices",
-        "view",
-        "phase",
-        "label",
-        "spacing",
-        "orig_shape",
-        "intensity_range",
-        "grid",
-    }
+    needed = {*PER_SLICE, "spacing", "orig_shape", "intensity_range", "grid"}
     needed |= {"images"} if job.cases[0].has_image else set()
     needed |= {"semantic_maps"} if "mask" in job.cases[0].paths else set()
     needed |= {"edges"} if job.recipe.edges is not None else set()
@@ -281,9 +278,7 @@ def describe_slices(file: h5py.File, path: Path, job: FileJob) -> dict:
     if has_findings(job):
         of_case = [finding_numbers(case, job.tables) for case in job.cases]
         entry["slices"]["labels"] = [of_case[i] for i in acquisitions(arrays["slice_index"])]
-    for name in differing(job.cases):
-        stated = [case.attributes.get(name, "") for case in job.cases]
-        entry["slices"][name] = [stated[i] for i in acquisitions(arrays["slice_index"])]
+    entry["slices"] |= differing_values(job.cases, arrays["slice_index"])
     entry["slices"]["source"] = file["source"].asstr()[()].tolist()
     if "coloured" in file.attrs:
         entry["coloured"] = list(map(str, file.attrs["coloured"]))

@@ -93,18 +93,22 @@ def prepare_volume(
         low, high = rule.volume_range(x)
         x = scale_to_unit(x, low, high, clip=rule.clip)
     final_affine = item["image"].affine.numpy().astype(np.float64)
-    offset = np.linalg.solve(grid_affine[:3, :3], final_affine[:3, 3] - grid_affine[:3, 3])
-    start = np.rint(offset).astype(int)
     return Volume(
         np.clip(x, -1, 1) if rule.clip else x,
         None if mask is None else item["mask"].as_tensor().numpy().astype(mask.dtype),
         final_affine,
         tuple(np.linalg.norm(final_affine[:3, :3], axis=0).tolist()),
         (low, high),
-        (start.tolist(), (start + item["image"].shape[1:]).tolist()),
+        box_within(grid_affine, final_affine, item["image"].shape[1:]),
         np.asarray(affine, np.float64),
         shape,
     )
+
+
+def box_within(grid: np.ndarray, affine: np.ndarray, shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """First and last voxel (start, end) of a box in the grid that it was cut from, by the affines of both."""
+    start = np.rint(np.linalg.solve(grid[:3, :3], affine[:3, 3] - grid[:3, 3])).astype(int)
+    return start.tolist(), (start + shape).tolist()
 
 
 def clean(image: np.ndarray, body: np.ndarray | None, affine: np.ndarray, recipe: Recipe) -> np.ndarray:
