@@ -268,10 +268,10 @@ def test_colours_that_become_grey_are_told_once_for_a_folder(tmp_path):
 
 def test_a_damaged_meta_image_is_told_in_our_line_alone(tmp_path, capfd):
     """MetaIO writes lines of its own to stderr."""
-    SimpleITK = pytest.importorskip("SimpleITK")  # noqa: N806
-    image = SimpleITK.GetImageFromArray(np.zeros((5, 6, 7), np.int16))
+    simple_itk = pytest.importorskip("SimpleITK")
+    image = simple_itk.GetImageFromArray(np.zeros((5, 6, 7), np.int16))
     for name, is_packed in (("raw.mha", False), ("packed.mha", True)):
-        SimpleITK.WriteImage(image, str(tmp_path / name), is_packed)
+        simple_itk.WriteImage(image, str(tmp_path / name), is_packed)
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[:-9])
         with pytest.raises(InputError, match=f"{name}: not a complete MetaImage"):

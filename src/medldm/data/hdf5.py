@@ -4,11 +4,15 @@ import json
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medldm.data.raw.image import require_file
 from medldm.errors import InputError
+
+if TYPE_CHECKING:
+    import h5py
 
 # Attributes that say what a file was made from: a prepared case of raw files and recipe, latents of an image.
 STAMPS = ("fingerprint", "image_digest")
@@ -40,7 +44,7 @@ class HDF5Reader:
         self.datasets: dict[str, h5py.Dataset] = {}
         self.maps: dict[str, np.ndarray] = {}
 
-    def dataset(self, key: str):  # noqa: ANN201 - h5py is imported lazily
+    def dataset(self, key: str) -> "h5py.Dataset":
         if key not in self.datasets:
             names = [name for name in DATASET_NAMES.get(key, (key,)) if name in self.file]
             if not names:
@@ -114,7 +118,7 @@ def file_identity(path: Path) -> tuple[int, int, int] | None:
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def find_row_offsets(dataset) -> np.ndarray | None:  # noqa: ANN001
+def find_row_offsets(dataset: "h5py.Dataset") -> np.ndarray | None:
     from h5py import h5d
 
     plain = dataset.dtype.isnative and dataset.ndim > 1 and dataset.id.get_create_plist().get_nfilters() == 0

@@ -19,7 +19,7 @@ from medldm.errors import InputError
 from medldm.files import read_json
 
 log = logging.getLogger(__name__)
-# The author's sample order.
+# In the order in which ldm-medical-image stores them.
 ACQUISITIONS = [(view, phase) for view in ("LA", "SA") for phase in ("ED", "ES")]
 SUBJECTS = [f"{i:03d}" for i in range(1, 361)]
 AUTHOR_INDEX = "dataset_index_mapping.json"  # beside the files of ldm-medical-image
@@ -132,7 +132,9 @@ def read_information(root: Path) -> dict[int, dict]:
 
 
 def author_slices(num_samples: int) -> dict[str, list[int]]:
-    """View and phase of the author's files, by position: LA ED, LA ES, then SA ED..., SA ES..."""
+    """View, phase and place of the slices of a file, which tells them by position: LA ED, LA ES, then all
+    slices of SA ED, then those of SA ES.
+    """
     per_phase = (num_samples - 2) // 2
     view = [1, 1] + [0] * (2 * per_phase)
     phase = [0, 1] + [0] * per_phase + [1] * per_phase
@@ -186,19 +188,19 @@ def load_author_index(root: Path) -> dict:
 
 
 def published_splits(subjects: Sequence[str]) -> dict[str, Split]:
-    """By name, the one of the cardiac report first; {} where the 360 subjects are not all there."""
+    """By name, that of ldm-medical-image first; {} where not all of the 360 subjects are there."""
     if sorted(set(subjects)) != SUBJECTS:
         return {}
     return {"seed42_350_10": seed42_350_10(), "official_160_40_160": official_160_40_160()}
 
 
 def seed42_350_10(num_val: int = 20) -> Split:
-    """The report's 350/10 split of M&Ms-2, whose ten held-out subjects are the test set.
+    """The split that ldm-medical-image drew with the seed 42: 350 subjects to train on and ten held out.
 
-    The report called the same ten subjects validation and test; here `num_val` of the 350 become the
-    validation set.
+    There the ten served as validation and as test; here they are the test set, and `num_val` of the 350
+    become the validation set.
     """
-    order = np.random.RandomState(42).permutation(360)  # the legacy generator that the author's code used
+    order = np.random.RandomState(42).permutation(360)  # NumPy's legacy generator, as published
     test, rest = order[:10], order[10:]
     names = {"test": test, "val": rest[:num_val], "train": rest[num_val:]}
     return {

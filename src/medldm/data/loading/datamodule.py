@@ -145,7 +145,7 @@ class CaseDataModule(pl.LightningDataModule):
     def read_split(self, index: dict) -> Split:
         subjects = sorted({case["subject"] for case in index["cases"]})
         path = self.root / "splits.json"
-        if not path.is_file() and "preprocess" in index:  # the author's folders have none
+        if not path.is_file() and "preprocess" in index:  # folders of ldm-medical-image have none
             log.warning("%s: not there; subjects are drawn with data.splits' defaults", path)
         splits = (
             read_splits(path)

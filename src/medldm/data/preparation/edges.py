@@ -1,8 +1,7 @@
-"""Edge conditions: the eight-step detector of the cardiac report, and the degradations that teach rough
-sketches.
+"""Edge conditions: an eight-step detector, and degradations that teach a model to follow rough sketches.
 
-Recipe: tonyyunyang/ldm-medical-image as described in specs/cardiac2d.md section 2, reimplemented;
-degradations: section 10.2. A binary edge map is never resized: resize the image, then detect.
+The detector's steps are those of the cardiac system (github.com/tonyyunyang/ldm-medical-image), written anew.
+A binary edge map is never resized: the image is resized first, and edges are detected after.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,13 @@ EIGHT = 8  # connectivity
 
 @dataclass(frozen=True)
 class EdgeRecipe:
-    """Parameters of `detect_edges`; the defaults are the published recipe, the switches after it ours.
+    """Parameters of `detect_edges`. The defaults of `bilateral_diameter` to `aperture` are those of the
+    published code; the others are additions and change nothing by default.
 
-    Lengths in pixels, intensities in grey levels 0..255. `thresholds` fixes (lower, upper) of Canny in place
-    of the median rule; `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}. `levels`
-    are replacements too, from fine to coarse, such as {"blur": 2, "min_length": 30}: edges that are stored
-    beside the others, for `EdgeDegrade` to choose from where training reads no images.
+    Lengths are in pixels, intensities in grey levels 0..255. `thresholds` fixes (lower, upper) of Canny in
+    place of the median rule. `per_view` holds replacements by view name, such as {"LA": {"sigma": 0.3}}.
+    `levels` are replacements too, from fine to coarse, such as {"blur": 2, "min_length": 30}: the edges of
+    each are stored beside the others, for `EdgeDegrade` to choose from where training reads no images.
     """
 
     source: str = "image"

@@ -17,7 +17,7 @@ class Resize:
     stretch: fill the grid, aspect ratio not kept (the published system). pad_square: keep the aspect ratio in
     mm and pad. spacing_crop: resample to `spacing` mm, then crop or pad about the centre. `antialias`
     averages when shrinking; without it image and class map go through SciPy's splines (cubic, nearest), as in
-    the author's code. `clip_overshoot` keeps the cubic kernel within the input's range.
+    the published code. `clip_overshoot` keeps the cubic kernel within the input's range.
     """
 
     mode: str = "stretch"

@@ -1,6 +1,7 @@
 """3D preparation: one volume becomes one HDF5 file."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -24,6 +25,9 @@ from medldm.data.raw.grids import REGISTER, on_grid_of
 from medldm.data.raw.image import RawImage
 from medldm.data.raw.readers import read_image, read_mask
 from medldm.errors import InputError
+
+if TYPE_CHECKING:
+    from medldm.data.preparation.volume_transforms import Volume
 
 RECORD = (
     "affine",
@@ -61,7 +65,7 @@ def read_classes(case: Case, image: RawImage, recipe: Recipe) -> np.ndarray:
     return recipe.labels(merged, case.main_path)
 
 
-def prepare_case(case: Case, recipe: Recipe):  # noqa: ANN201 - Volume, of a module that imports MONAI
+def prepare_case(case: Case, recipe: Recipe) -> "Volume":
     """Read the files of a case and prepare them: a `volumes.Volume`."""
     from medldm.data.preparation.volume_transforms import (
         prepare_volume,  # MONAI and torch: 2D workers do without

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
@@ -138,8 +138,12 @@ def require_cases(cases: Sequence[Case], root: Path, expected: str) -> list[Case
 
 
 def folder_pairs(
-    root: Path, image_dir: str, label_dir: str, subject_of=lambda stem: stem, skip: tuple[str, ...] = ()
-) -> list[Case]:  # noqa: ANN001
+    root: Path,
+    image_dir: str,
+    label_dir: str,
+    subject_of: Callable[[str], str] = str,
+    skip: tuple[str, ...] = (),
+) -> list[Case]:
     """Cases of Med-LSDM's own layout `[{train,val,test}/]<image_dir>/<name>.nii.gz` with a map of the same
     name in `<label_dir>/`. The folders' split is kept.
     """

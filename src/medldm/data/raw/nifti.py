@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from medldm.data.hdf5 import file_identity
 from medldm.data.raw.grids import distance, is_same_grid
 from medldm.data.raw.image import RawImage, has_suffix, require_file
 from medldm.errors import InputError
+
+if TYPE_CHECKING:
+    from nibabel import Nifti1Header
 
 log = logging.getLogger(__name__)
 MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a NIfTI header, beside mm
@@ -80,7 +84,7 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) in (b"\x1f\x8b", b"")  # an empty file is cut, which reading it says
 
 
-def nifti_affine(header, voxel_sizes: Sequence[float], path: Path) -> np.ndarray:  # noqa: ANN001
+def nifti_affine(header: "Nifti1Header", voxel_sizes: Sequence[float], path: Path) -> np.ndarray:
     """Voxels -> RAS, mm (4, 4): the sform, or the qform where the former is empty. A file that names neither
     is taken as nibabel takes it, with a warning; so is the sform where the qform says another place.
 
