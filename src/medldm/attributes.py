@@ -35,12 +35,13 @@ UNNAMED = "class "  # how a class is called whose name is not published
 
 
 def renumber(own: Sequence[str], known: Sequence[str]) -> list[int]:
-    """The number among `known` of each of `own`; UNKNOWN for a name that is not there."""
+    """For each name of `own` its place among `known`; UNKNOWN for a name that is not there."""
     return [known.index(name) if name in known else UNKNOWN for name in own]
 
 
 def with_unknown(index: dict) -> dict:
-    """An index of an earlier version, which wrote 0 for what nobody stated: UNKNOWN instead, in place.
+    """Change an index of an earlier version, which wrote 0 for what nobody stated, to UNKNOWN there, in
+    place.
 
     Nothing is stated where a case's numbers are all 0 and its acquisitions share no such attribute.
     """
@@ -225,13 +226,13 @@ def further_entries(index: Mapping[str, Any]) -> dict[str, dict]:
 
 
 def further_attributes(facts: Mapping[str, Any]) -> dict[str, Attribute]:
-    """Those of `further_entries`."""
+    """The attributes of `further_entries`."""
     return {name: Attribute.from_dict(entry) for name, entry in further_entries(facts).items()}
 
 
 def known_attributes(facts: Mapping[str, Any]) -> KnownAttributes:
-    """From the facts of a dataset or of a checkpoint. Those of earlier versions do not say what is unstated:
-    missing labels were class 0 then, and a slice without a stack stood in the middle of one.
+    """What the facts of a dataset or of a checkpoint say of attributes. Earlier versions do not say what is
+    unstated: missing labels were class 0 then, and a slice without a stack stood in the middle of one.
     """
     declared = {}
     for kind, table in TABLES.items():

@@ -37,7 +37,7 @@ def array_digest(array: np.ndarray) -> str:
 
 
 def state_of(path: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Path, and size and times of its files together."""
+    """The path, and the size, newest change and newest inode change of its files together."""
     states = [file.stat() for file in files]
     return {
         "path": str(path),

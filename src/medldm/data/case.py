@@ -43,7 +43,7 @@ class Case:
 
     @property
     def numbering(self) -> str:
-        """What a message about the map has to add where its labels are read as others."""
+        """For messages about the map: which of its labels are read as other numbers; empty where none are."""
         changes = [f"{raw} as {number}" for raw, number in self.relabel.items() if raw != number]
         return f" (its labels {', '.join(changes)})" if changes else ""
 

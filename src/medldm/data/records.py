@@ -38,10 +38,10 @@ def read_images(
     pictures.
 
     HDF5 and volumes at the top of the folder win over pictures below it, HDF5 over a volume of the same name.
-    Values: HDF5 as stored; integers of a
-    picture by the range of their type; a NIfTI already within [-1, 1] as it is, any other by its own 0.5 and
-    99.5 percentiles (`attributes["rescaled"]` says so). `subjects` and `ids` restrict what is read; `sample`
-    picks `images_<k>` where a file holds several samples a condition.
+    HDF5 keeps its values; integers of a picture are scaled by the range of their type; a NIfTI already within
+    [-1, 1] as it is, any other by its own 0.5 and 99.5 percentiles (`attributes["rescaled"]` says so).
+    `subjects` and `ids` restrict what is read; `sample` picks `images_<k>` where a file holds several samples
+    a condition.
     """
     path = Path(path)
     if not path.exists():
@@ -69,7 +69,7 @@ def iterate_records(
 
 
 def list_image_files(path: Path) -> list[tuple[Path, dict]]:
-    """Files to read with the case facts known about each."""
+    """The image files of a folder (or the one file), each with what is known of its case."""
     if path.is_file():
         return [(path, {"id": stem_of(path)})]
     if (path / "index.json").is_file() or (path / AUTHOR_INDEX).is_file():
@@ -137,12 +137,12 @@ def hdf5_records(
 
 
 def known(attributes: dict) -> dict:
-    """Without the view, phase or label that nobody stated."""
+    """The attributes without a view, phase or label that nobody stated."""
     return {k: value for k, value in attributes.items() if not (k in TABLES and value == UNKNOWN)}
 
 
 def to_unit_range(image: RawImage) -> tuple[np.ndarray, dict]:
-    """(1, *S) float32 in [-1, 1] and what was done."""
+    """(1, *S) float32 in [-1, 1], and the attributes that tell what was done to it."""
     array = image.array
     attributes: dict = {} if image.affine is None else {"affine": image.affine, "spacing": image.spacing}
     if image.affine is None and np.issubdtype(array.dtype, np.unsignedinteger):

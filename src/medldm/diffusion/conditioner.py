@@ -26,12 +26,14 @@ class Condition(NamedTuple):
 
 
 def in_float32(condition: Condition) -> Condition:
-    """Fit for a network in any precision: autocast rounds float32, and full precision does not take bf16."""
+    """The condition in float32, which suits a network of any precision: autocast rounds it where it is
+    wanted.
+    """
     return Condition(*(None if x is None else at_least_float32(x) for x in condition))
 
 
 def concatenate(first: Condition, second: Condition) -> Condition:
-    """Both along the batch axis, as one condition of 2B; the two have the same fields."""
+    """Two conditions with the same fields, one after the other along the batch axis: 2B samples."""
     pairs = zip(first, second, strict=True)
     return Condition(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
 
@@ -212,7 +214,7 @@ class SpatialConditioner(nn.Module):
     def build_embeddings(
         self, uses: Mapping[str, bool | str], known: KnownAttributes, embedding_dim: int
     ) -> None:
-        """The place in the stack keeps the module, and nothing for a null, that older checkpoints have."""
+        """The slice position has a module of its own and no null, as in earlier checkpoints."""
         chosen = chosen_attributes(uses, known.declared)
         use_position = bool(uses["slice_position"])
         if (chosen or use_position) and embedding_dim < 1:
@@ -358,7 +360,7 @@ def check_probs(probs: Mapping[str, float], groups: tuple[str, ...]) -> None:
 
 
 class NullConditioner(nn.Module):
-    """No condition at all; takes and disregards what a model passes to every conditioner."""
+    """No condition at all. What a model passes to every conditioner is accepted and not used."""
 
     groups: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()

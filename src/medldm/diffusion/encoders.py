@@ -15,7 +15,9 @@ from medldm.networks.layers import conv, group_norm
 
 
 class NearestEncoder(nn.Module):
-    """Nearest down-sampling, then a 1x1 convolution: keeps one pixel of f^d. For parity only."""
+    """Nearest down-sampling, then a 1x1 convolution: it keeps one pixel of f^d. Only for comparison
+    with the published code, which has it.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()

@@ -149,7 +149,7 @@ class CaseDataset(Dataset):
         return self.collate([self.load(epoch, i) for epoch, i in pairs], [self.items[i] for _, i in pairs])
 
     def as_cases(self) -> "CaseDataset":
-        """The dataset in which all that is written together is one case; pairs are made cases."""
+        """This dataset, with pairs made cases of their own: whatever is written into one file is one case."""
         return self
 
     def path(self, key: str, case: int) -> Path:
@@ -263,7 +263,7 @@ class CaseDataset(Dataset):
         return hot
 
     def item_id(self, item: Item) -> str:
-        """`<case>_<row>` for a slice, `<case>` for a volume: as in `readers.read_images`."""
+        """`<case>_<row>` for a slice, `<case>` for a volume: as in `records.read_images`."""
         name = self.cases[item.case]["id"]
         return name if self.spatial_dims == 3 else f"{name}_{item.row:03d}"
 

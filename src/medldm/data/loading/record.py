@@ -37,7 +37,9 @@ def training_record(module: "CaseDataModule") -> dict[str, Any]:
 
 
 def content_digest(module: "CaseDataModule", entries: list[dict]) -> str | None:
-    """Of the arrays that the model reads; a latent stands for its image. None where they are not known."""
+    """Digest of the arrays that the model reads, where a latent stands for its image. None where an array of
+    an older medldm has no digest.
+    """
     images = dict.fromkeys(("latent", *OF_SOURCE), "image")
     keys = sorted({images.get(key, key) for key in module.keys})
     if not all(array_digests(entry) for entry in entries):

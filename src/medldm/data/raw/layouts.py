@@ -90,7 +90,7 @@ def looks_like_map(path: Path) -> bool:
 
 
 def image_name(path: Path) -> str:
-    """A file's name without its suffix; that of a DICOM folder whole."""
+    """A file's name without its suffix; the whole name of a DICOM folder."""
     return path.name if path.is_dir() else stem_of(path)
 
 
@@ -100,7 +100,7 @@ def volume_files(folder: Path) -> list[Path]:
 
 
 def existing_volume(*candidates: Path) -> Path | None:
-    """The first of these `.nii.gz` that is a file, with any other suffix of volumes as good."""
+    """The first of these paths that is a file. In place of `.nii.gz` any other suffix of volumes will do."""
     for path in candidates:
         stem = path.name.removesuffix(".gz").removesuffix(".nii")
         for suffix in VOLUME_SUFFIXES:
@@ -172,8 +172,8 @@ def modality_cases(
     relabel: Mapping[int, int] | None = None,
     **attributes: str,
 ) -> list[Case]:
-    """One case a modality, `<name>_<modality>` (default: the subject's name); the first of `images` decides
-    the box of all; `others` are files they share.
+    """One case for each modality, named `<name>_<modality>`; `name` is the subject's where it is not given.
+    The content of the first of `images` decides the crop of all. `others` are files that they share.
     """
     if not images:
         return []

@@ -23,7 +23,7 @@ MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a 
 
 
 def nifti_volume(file: Path, key: str) -> RawImage:
-    """Volume number `key` of a 4D file."""
+    """The volume of number `key` of a 4D file."""
     image = whole_nifti(file, file_identity(file))
     array = image.array
     if array.ndim != 4 or not key.isdigit() or int(key) >= array.shape[3]:
@@ -125,7 +125,7 @@ def nifti_affine(header: "Nifti1Header", voxel_sizes: Sequence[float], path: Pat
 
 
 def valid_affine(read: Callable[[], np.ndarray]) -> np.ndarray | None:
-    """What `read` gives, or None where voxels have no volume in it."""
+    """The affine that `read` gives, or None where it is no affine: voxels would have no volume."""
     from nibabel.spatialimages import HeaderDataError
 
     try:
