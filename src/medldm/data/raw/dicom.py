@@ -23,12 +23,13 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def is_dicom_file(path: Path) -> bool:
-    if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
         return False
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return True
-    if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):  # some other format; `1.2.840.7` has no suffix
+    is_named = path.suffix.lower() in DICOM_SUFFIXES
+    if not is_named and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):  # `1.2.840.7` has no suffix
         return False
+    if is_named or not path.is_file():
+        return path.is_file()
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
 
@@ -60,10 +61,12 @@ def is_radiograph(path: Path) -> bool:
     return "Rows" in header and not all(header.get(name) for name in PLACE)
 
 
-def radiographs_in(folder: Path) -> list[Path]:
-    """The DICOM files right inside a folder where they are pictures, each an image of its own."""
+def dicom_images(folder: Path) -> list[Path]:
+    """The images that the DICOM files right inside a folder make up: the folder itself, as one volume, or
+    every file of radiographs. Nothing where there are none.
+    """
     files = dicom_files(folder)
-    return files if files and is_radiograph(files[0]) else []
+    return files if not files or is_radiograph(files[0]) else [folder]
 
 
 def read_radiograph(path: Path) -> RawImage:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.case import Case, stem_of
-from medldm.data.raw.dicom import radiographs_in
+from medldm.data.raw.dicom import dicom_images
 from medldm.data.raw.image import (
     IMAGE_SUFFIXES,
     META_SUFFIXES,
@@ -15,7 +15,6 @@ from medldm.data.raw.image import (
     RASTER_SUFFIXES,
     has_suffix,
 )
-from medldm.data.raw.readers import is_image
 from medldm.data.raw.tables import read_rows
 from medldm.data.splits import subset_of
 from medldm.errors import InputError
@@ -51,9 +50,8 @@ def pictures_below(root: Path) -> list[Path]:
     """PNG, JPEG, BMP and TIFF files and DICOM radiographs at any depth; links are followed, hidden
     files left out.
     """
-    return sorted(
-        [*files_below(root, RASTER_SUFFIXES), *(p for f, _ in walk(root) for p in radiographs_in(f))]
-    )
+    radiographs = [path for folder, _ in walk(root) for path in dicom_images(folder) if path != folder]
+    return sorted([*files_below(root, RASTER_SUFFIXES), *radiographs])
 
 
 def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -75,7 +73,7 @@ def images_below(
         images = [folder / name for name in names if has_suffix(name, suffixes)]
         stems = set() if with_maps else {stem_of(path) for path in images}
         found += [path for path in images if path.is_file() and not is_map_of(stem_of(path), stems)]
-        found += [folder] if is_image(folder) else radiographs_in(folder)
+        found += dicom_images(folder)
     return sorted(found)
 
 
