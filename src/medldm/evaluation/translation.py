@@ -1,6 +1,6 @@
 """Translations matched with their sources and targets: `<subject>_<source>_to_<target>` is one pair."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from medldm.data.records import ImageRecord
@@ -17,6 +17,7 @@ from medldm.evaluation.pairs import (
 )
 
 SEPARATOR = "_to_"
+Records = Mapping[str, ImageRecord]  # by the name of their image
 
 
 def split_name(name: str, reference: Path, cases: dict[str, dict]) -> tuple[str, str, str, str]:
@@ -29,9 +30,8 @@ def split_name(name: str, reference: Path, cases: dict[str, dict]) -> tuple[str,
         )
     subject, stated = cases[source_id]["subject"], cases[source_id].get("attributes", {})
     if "visit" in stated and source_id.endswith(f"_{stated['label']}"):
-        scan = source_id.removesuffix(
-            f"_{stated['label']}"
-        )  # a subject's name would not tell its visits apart
+        # A subject's name alone would not tell its visits apart.
+        scan = source_id.removesuffix(f"_{stated['label']}")
         return subject, stated["label"], target, f"{scan}_{target}"
     return subject, source_id.removeprefix(f"{subject}_"), target, f"{subject}_{target}"
 
@@ -59,40 +59,49 @@ def make_translation_pairs(
     reading.recipe = volume_recipe(known_facts(reference))
     targets = {name: reals[parts[3]] for name, parts in names.items()}
     samples = [settle(generated, sample, targets, reading) for sample in samples]
-    rebuilt = {}
-    if reconstruction:
-        stored = read_folder(reconstruction)
-        rebuilt = {name: stored.get(name, stored.get(parts[3])) for name, parts in names.items()}
-        check_some(rebuilt.values(), reconstruction, generated)
-        rebuilt = settle(reconstruction, found(rebuilt), targets, reading, "reconstruction")
-    more = {}
-    for row, folder in others.items():
-        stored = read_folder(folder)
-        chosen = {name: stored.get(name) for name in names}
-        check_some(chosen.values(), folder, generated)
-        more[row] = settle(folder, found(chosen), targets, reading, row)
-    pairs = []
-    for name, (subject, source, target, target_id) in names.items():
-        real, rows = reals[target_id], {row: records.get(name) for row, records in more.items()}
-        for record in (*(sample[name] for sample in samples), *rows.values(), rebuilt.get(name)):
-            if record is not None:
-                check_pair(record._replace(attributes={}), real, generated)
-        pairs.append(
-            Pair(
-                id=name,
-                subject=subject,
-                real=real.image,
-                generated=[sample[name].image for sample in samples],
-                reconstruction=None if rebuilt.get(name) is None else rebuilt[name].image,
-                edges=None,
-                mask=real.mask,
-                edges_from_real=None,
-                attributes={**real.attributes, "label": target, "pair": f"{source} to {target}"},
-                source=reals[name.rpartition(SEPARATOR)[0]].image,
-                others={row: None if record is None else record.image for row, record in rows.items()},
-            )
-        )
-    return pairs
+    rows: dict[str, Records] = {}
+    for row, folder in (("reconstruction", reconstruction), *others.items()):
+        if folder:
+            stored = read_folder(folder)
+            is_rebuilt = row == "reconstruction"  # which may be named like the target's case
+            chosen = {
+                name: stored.get(name, stored.get(parts[3]) if is_rebuilt else None)
+                for name, parts in names.items()
+            }
+            check_some(chosen.values(), folder, generated)
+            rows[row] = settle(folder, found(chosen), targets, reading, row)
+    return [translation_pair(name, parts, reals, samples, rows, generated) for name, parts in names.items()]
+
+
+def translation_pair(
+    name: str,
+    parts: tuple[str, str, str, str],
+    reals: Records,
+    samples: Sequence[Records],
+    rows: Mapping[str, Records],
+    generated: Path,
+) -> Pair:
+    """One translation; `parts` as of `split_name`, `rows` the same image by other means, as far as known."""
+    subject, source, target, target_id = parts
+    real = reals[target_id]
+    beside = {row: records.get(name) for row, records in rows.items()}
+    for record in (*(sample[name] for sample in samples), *beside.values()):
+        if record is not None:
+            check_pair(record._replace(attributes={}), real, generated)
+    images = {row: None if record is None else record.image for row, record in beside.items()}
+    return Pair(
+        id=name,
+        subject=subject,
+        real=real.image,
+        generated=[sample[name].image for sample in samples],
+        reconstruction=images.pop("reconstruction", None),
+        edges=None,
+        mask=real.mask,
+        edges_from_real=None,
+        attributes={**real.attributes, "label": target, "pair": f"{source} to {target}"},
+        source=reals[name.rpartition(SEPARATOR)[0]].image,
+        others=images,
+    )
 
 
 def found(records: dict[str, ImageRecord | None]) -> dict[str, ImageRecord]:
