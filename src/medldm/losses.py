@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from medldm.attributes import UNKNOWN
 from medldm.errors import InputError
-from medldm.networks.features import LPIPS, RandomConvFeatures, build_medicalnet
+from medldm.networks.features import RandomConvFeatures, build_medicalnet
+from medldm.networks.lpips import LPIPS
 from medldm.networks.medicalnet import standardised
 from medldm.ranks import mean_over_ranks
 

@@ -24,14 +24,15 @@ from medldm.metrics.frechet import (
     polynomial_mmd,
 )
 from medldm.networks import features as feature_nets
+from medldm.networks import lpips as lpips_module
 from medldm.networks.features import (
-    LPIPS,
     MANIFOLD_NAMES,
     RandomConvFeatures,
     build_features,
     check_fid_features,
     to_uint8,
 )
+from medldm.networks.lpips import LPIPS
 
 
 def gaussian_features(num: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -330,15 +331,15 @@ def test_missing_weights_are_said_of_every_layer(tmp_path):
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])
 def test_lpips_names_its_missing_file(net, tmp_path):
-    with pytest.raises(InputError, match=feature_nets.LPIPS_WEIGHTS[net].names[0]):
+    with pytest.raises(InputError, match=lpips_module.LPIPS_WEIGHTS[net].names[0]):
         LPIPS(net, weights_dir=tmp_path)
 
 
 def test_lpips_loads_a_torchvision_file(tmp_path, monkeypatch):
     import torchvision
 
-    weights = {"alex": feature_nets.LPIPS_WEIGHTS["alex"]._replace(sha256="")}
-    monkeypatch.setattr(feature_nets, "LPIPS_WEIGHTS", weights)
+    weights = {"alex": lpips_module.LPIPS_WEIGHTS["alex"]._replace(sha256="")}
+    monkeypatch.setattr(lpips_module, "LPIPS_WEIGHTS", weights)
     backbone = torchvision.models.alexnet(weights=None)
     torch.save(backbone.state_dict(), tmp_path / "alexnet-owt-7be5be79.pth")
     lpips = LPIPS("alex", weights_dir=tmp_path).train()

