@@ -124,7 +124,6 @@ TO_RENAME = {
     "candidates",
     "check_subjects",
     "describe",
-    "file_sha256",
     "folded",
     "known_facts",
     "new_figure",
