@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "inference": {"data"},
     "sampling": {"inference", "models", "diffusion", "networks", "data"},
     "outputs": {"data", "callbacks", "plots"},
-    "evaluation": {"data", "metrics", "networks"},
+    "evaluation": {"build", "data", "inference", "metrics", "models", "networks"},
     "reporting": {"evaluation", "data", "metrics"},
     "planning": {"build", "checkpoints", "models", "networks", "losses", "data"},
     "cli": set(),

@@ -36,45 +36,65 @@ examples
   medldm evaluate compare=[runs/a/evaluation,runs/b/evaluation] output=runs/comparison
 """
 
-import csv
-import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-from medldm.commands import clean_after_failure, run_command
+from omegaconf import DictConfig, OmegaConf
 
-log = logging.getLogger(__name__)
-PANEL_ORDER = ("nmse_var", "dice_mean", "psnr")  # by which best, median and worst are chosen
+from medldm.checkpoints import read_checkpoint
+from medldm.commands import clean_after_failure, run_command
+from medldm.devices import inference_precision, pick_device
+from medldm.errors import InputError
+from medldm.evaluation.compare import compare_evaluations, comparison_lines, read_evaluated
+from medldm.evaluation.foreign import Reading
+from medldm.evaluation.origins import check_cases, check_subjects
+from medldm.evaluation.results import jsonable
+from medldm.evaluation.run import (
+    Folders,
+    Inputs,
+    check_settings,
+    judge,
+    make_tools,
+    read_inputs,
+    show,
+    write_panels,
+    write_results,
+)
+from medldm.evaluation.screen import print_tables
+from medldm.evaluation.segmenter import load_segmenter
+from medldm.files import write_json
+from medldm.held_out import seen_subjects
+from medldm.metrics.summary import Bootstrap
+
+ROLES = ("generated", "reference", "output", "reconstruction", "train", "spade", "regression")
 
 
 @clean_after_failure("output")
-def task(cfg) -> None:  # noqa: ANN001 - a Hydra config
-    from omegaconf import OmegaConf
-
-    from medldm.metrics.catalogue import select_metrics
-    from medldm.metrics.summary import Bootstrap
-
+def task(cfg: DictConfig) -> None:
     settings = OmegaConf.to_container(cfg.metrics, resolve=True, throw_on_missing=True)
-    if cfg.compare is not None:
-        return compare(cfg.compare, Path(cfg.output), Bootstrap(**settings["bootstrap"], seed=cfg.seed))
-    names = ("generated", "reference", "output", "reconstruction", "train", "spade", "regression")
-    folders = {name: cfg[name] for name in names}
-    folders = {name: None if folder is None else Path(folder) for name, folder in folders.items()}
-    functions = select_metrics(settings["image"])
-    check_baselines(settings["baselines"])
     bootstrap = Bootstrap(**settings["bootstrap"], seed=cfg.seed)
-    run(folders, functions, settings, bootstrap, cfg)
+    if cfg.compare is not None:
+        return compare(cfg.compare, Path(cfg.output), bootstrap)
+    check_settings(settings)
+    device = pick_device(cfg.device)
+    precision = inference_precision(cfg.precision, device)
+    inputs = read_inputs(folders_of(cfg), settings, reading_of(cfg))
+    origins = check_origins(cfg, inputs)
+    shape = inputs.pairs[0].real.shape
+    segmenter = load_segmenter(cfg.segmenter, shape, device, inputs.facts, precision)
+    tools = make_tools(inputs, settings, cfg.paths.weights, segmenter).to(device)
+    outcome = judge(inputs, tools, settings, bootstrap, train_split=cfg.train_split)
+    outcome.results["warnings"] += origins
+    output = inputs.folders["output"]
+    write_results(output, outcome)
+    write_panels(output, inputs, outcome, cfg.panel_rows)
+    show(outcome.results)
+    print(output / "metrics.json")
+    print(output / "per_case.csv")
 
 
-def compare(folders: Sequence[str], output: Path, bootstrap) -> None:  # noqa: ANN001
+def compare(folders: Sequence[str], output: Path, bootstrap: Bootstrap) -> None:
     """comparison.json of two evaluations, and its tables on screen."""
-    from medldm.errors import InputError
-    from medldm.evaluation.compare import compare_evaluations, comparison_lines, read_evaluated
-    from medldm.evaluation.results import jsonable
-    from medldm.evaluation.screen import print_tables
-    from medldm.files import write_json
-
     if isinstance(folders, str) or len(folders) != 2:
         raise InputError(
             f"compare={folders}: name two folders that `medldm evaluate` wrote, as compare=[A,B]"
@@ -85,118 +105,12 @@ def compare(folders: Sequence[str], output: Path, bootstrap) -> None:  # noqa: A
     print(output / "comparison.json")
 
 
-def check_baselines(names: Sequence[str]) -> None:
-    from medldm.errors import InputError
-
-    known = ("mean_image", "random_real", "shuffled")
-    for name in names:
-        if name not in known:
-            raise InputError(f"metrics.baselines: no baseline '{name}'; choose from {', '.join(known)}")
+def folders_of(cfg: DictConfig) -> Folders:
+    return {role: None if cfg[role] is None else Path(cfg[role]) for role in ROLES}
 
 
-def run(folders: Mapping[str, Path | None], functions: Mapping, settings: dict, bootstrap, cfg) -> None:  # noqa: ANN001
-    from medldm.devices import inference_precision, pick_device
-    from medldm.evaluation.baselines import candidates, choose_match, has_partner, make_rows
-    from medldm.evaluation.conditions import read_conditions
-    from medldm.evaluation.diversity import measure_diversity
-    from medldm.evaluation.measure import measure
-    from medldm.evaluation.origins import describe_inputs, for_report, read_provenance
-    from medldm.evaluation.pairs import edge_recipe, group_members, known_facts, view_names, withhold
-    from medldm.evaluation.results import build_results, case_columns
-    from medldm.evaluation.slices import axial_axis, orientation_of
-    from medldm.evaluation.tools import build_tools
-
-    device = pick_device(cfg.device)
-    precision = inference_precision(cfg.precision, device)
-    facts, provenance = known_facts(folders["reference"]), read_provenance(folders)
-    reading = read_as(cfg)
-    pairs = match(folders, settings, reading)
-    origins = check_origins(folders, provenance, pairs, facts, cfg)
-    conditions = read_conditions(provenance.get("generated", {}))
-    withhold(pairs, conditions)
-    shape = pairs[0].real.shape
-    axis = axial_axis(facts, pairs[0].attributes) if len(shape) == 4 else None
-    depth = 0 if axis is None else min(pair.real.shape[axis + 1] for pair in pairs)
-    tools = build_tools(
-        functions,
-        recipe=edge_recipe(facts),
-        view_names=view_names(facts),
-        tolerances=settings["edge_tolerances"],
-        networks=settings["features"],
-        lpips=settings["lpips"],
-        weights_dir=cfg.paths.weights,
-        image_shape=shape,
-        axial_axis=axis,
-        num_slices=min(depth, settings["max_slices"] or depth),
-        segmenter=load_segmenter(cfg.segmenter, shape, device, facts, precision),
-        regions=settings["regions"],
-        fid_features=settings["fid_features"],
-    ).to(device)
-    tools.edges_given = any(pair.edges is not None for pair in pairs)
-    split = cfg.train_split or provenance.get("generated", {}).get("data_split", "default")
-    training, mean_source = read_training(folders["train"], split, pairs, reading)
-    tools.train_thumbnails = training.thumbnails if training else {}
-    rows = make_rows(
-        pairs,
-        settings["baselines"],
-        training=training and training.means,
-        seed=cfg.seed,
-        match=candidates(settings["match"], conditions),
-        relax=settings["match"] == "auto",
-    )
-    groups = group_members(pairs, facts)
-    measured = measure_with_progress(pairs, rows.images, tools, measure)
-    alike = {"generated": rows.images["generated"], "real": [pair.real for pair in pairs]}
-    shared = choose_match(conditions.matchable, partial(has_partner, pairs), relax=True).attributes
-    diversity = measure_diversity(pairs, alike, settings["ms_ssim_pairs"], cfg.seed, shared)
-    results = build_results(
-        pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity, rows.matches, conditions
-    )
-    results["warnings"] = [*reading.notes, *rows.missing, *results["warnings"]]
-    results |= {"folders": folders, "mean_image": mean_source, "metrics": settings}
-    results |= {"dataset": facts.get("dataset"), "panels_by": panel_metric(measured.values["generated"])}
-    results["warnings"] = [*results["warnings"], *origins]
-    results |= {"provenance": for_report(provenance), "inputs": describe_inputs(folders, facts)}
-    write_results(folders["output"], results, case_columns(pairs, measured, groups))
-    orientation = orientation_of(facts, pairs[0].attributes)
-    write_panels(folders["output"], pairs, measured.values["generated"], cfg.panel_rows, orientation)
-    show(results)
-    print(folders["output"] / "metrics.json")
-    print(folders["output"] / "per_case.csv")
-
-
-def check_origins(
-    folders: Mapping[str, Path | None],
-    provenance: Mapping,
-    pairs: Sequence,
-    index: Mapping,
-    cfg,  # noqa: ANN001
-) -> list[str]:
-    """What must be said of where the judged images come from. InputError where they are of cases as they were
-    prepared before, or of subjects that are held out in name only.
-    """
-    from medldm.checkpoints import read_checkpoint
-    from medldm.evaluation.origins import check_cases, check_subjects
-    from medldm.held_out import seen_subjects
-
-    segmenter = None
-    if cfg.segmenter is not None and index:
-        segmenter = seen_subjects(read_checkpoint(cfg.segmenter)["medldm"], index)
-    subjects = {pair.subject for pair in pairs}
-    lines = [*check_subjects(provenance, segmenter, subjects, bool(cfg.allow_training_subjects))]
-    lines += check_cases(folders, provenance, index)
-    made_with = provenance.get("generated", {}).get("data_split")
-    if folders["train"] is not None and cfg.train_split not in (None, made_with) and made_with is not None:
-        lines.append(f"train_split={cfg.train_split}: the images were sampled under data.split={made_with}")
-    return lines
-
-
-def read_as(cfg):  # noqa: ANN001, ANN201
+def reading_of(cfg: DictConfig) -> Reading:
     """How images of other programs are read."""
-    from omegaconf import OmegaConf
-
-    from medldm.evaluation.foreign import Reading
-
     ranges = {
         key: OmegaConf.to_container(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in ("generated_range", "reference_range")
@@ -204,122 +118,22 @@ def read_as(cfg):  # noqa: ANN001, ANN201
     return Reading(**ranges, grid=cfg.generated_grid)
 
 
-def match(folders: Mapping[str, Path | None], settings: Mapping, reading) -> list:  # noqa: ANN001
-    """Generated images with their real partners: by name, or a translation with its source and target."""
-    from medldm.evaluation.pairs import make_pairs
-    from medldm.evaluation.translation import make_translation_pairs
-
-    three = (folders["generated"], folders["reference"], folders["reconstruction"])
-    if not settings["translation"]:
-        return make_pairs(*three, reading)
-    others = {name: folders[name] for name in ("spade", "regression") if folders[name]}
-    return make_translation_pairs(*three, others, reading)
-
-
-def load_segmenter(  # noqa: ANN201
-    checkpoint: str | None,
-    image_shape: Sequence[int],
-    device,  # noqa: ANN001
-    facts: Mapping,
-    precision: str = "auto",
-):
-    """The segmenter of a checkpoint, None without one. InputError where it is of another kind of image, or
-    numbers other classes than the reference.
+def check_origins(cfg: DictConfig, inputs: Inputs) -> list[str]:
+    """What must be said of where the judged images come from. InputError where they are of cases as they were
+    prepared before, or of subjects that are held out in name only.
     """
-    from medldm.attributes import check_class_names
-    from medldm.build import load_module
-    from medldm.errors import InputError
-    from medldm.evaluation.tools import Segmenter
-    from medldm.inference import autocast
-    from medldm.models.segmentation import SegmentationModule
-
-    if checkpoint is None:
-        return None
-    module = load_module(checkpoint)
-    if not isinstance(module, SegmentationModule):
-        raise InputError(f"segmenter={checkpoint}: holds no segmenter; train one with model=segmentation")
-    expected = (module.facts["image_channels"], module.facts["spatial_dims"])
-    if expected != (image_shape[0], len(image_shape) - 1):
-        raise InputError(
-            f"segmenter={checkpoint}: takes {expected[0]} channels in {expected[1]}D, the images have "
-            f"{image_shape[0]} in {len(image_shape) - 1}D"
-        )
-    check_class_names(module.facts, facts, f"segmenter={checkpoint}: finds", "the reference")
-    module.to(device)
-
-    def segment(x):  # noqa: ANN001, ANN202
-        with autocast(device, precision):
-            return module.segment(x)
-
-    return Segmenter(segment, module.class_names)
-
-
-def read_training(train: Path | None, split_name: str, pairs: Sequence, reading):  # noqa: ANN001, ANN201
-    """What is kept of the training set, and a line that says where the mean images come from."""
-    from medldm.evaluation.baselines import read_training_set
-    from medldm.evaluation.pairs import training_subjects
-
-    if train is None:
-        return None, "mean over every other subject of the reference set (leave one subject out), per view"
-    subjects = training_subjects(train, split_name)
-    training = read_training_set(train, subjects, {pair.subject for pair in pairs}, reading)
-    whose = f"split '{split_name}' of {train}" if subjects is not None else f"all of {train}"
-    count = training.num_images
-    return training, f"mean over {count} training images, {whose}, judged subjects left out, per view"
-
-
-def measure_with_progress(pairs: Sequence, rows: Mapping, tools, measure):  # noqa: ANN001, ANN201
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    text = TextColumn("{task.description}")
-    with Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("evaluate", total=len(pairs))
-        return measure(pairs, rows, tools, lambda count: progress.advance(task, count))
-
-
-def write_results(output: Path, results: dict, table: tuple[list[str], list[list]]) -> None:
-    from medldm.evaluation.results import jsonable
-    from medldm.files import replacing, write_json
-
-    with replacing(output / "per_case.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(table[0])
-        writer.writerows(table[1])
-    write_json(output / "metrics.json", jsonable(results))
-
-
-def panel_metric(values: Mapping) -> str:
-    return next((name for name in PANEL_ORDER if name in values), next(iter(values)))
-
-
-def write_panels(output: Path, pairs: Sequence, values: Mapping, num_rows: int, orientation: str) -> None:
-    """panels/{best,median,worst}.png by the first of PANEL_ORDER, or by the first metric there is."""
-    from medldm.evaluation.panels import choose, draw_panel
-    from medldm.files import replacing
-    from medldm.metrics.catalogue import find_metric
-
-    for path in (output / "panels").glob("*.png"):
-        path.unlink()  # of an earlier evaluation
-    if num_rows < 1:
-        return
-    name = panel_metric(values)
-    for kind, chosen in choose(values[name], num_rows, not find_metric(name).higher_is_better).items():
-        if chosen:
-            captions = [f"{pairs[i].id}\n{name} {values[name][i]:.3f}" for i in chosen]
-            figure = draw_panel([pairs[i].loaded() for i in chosen], captions, orientation)
-            with replacing(output / "panels" / f"{kind}.png") as temporary:
-                figure.savefig(temporary, format="png")
-
-
-def show(results: dict) -> None:
-    """The tables on screen, and every note."""
-    from medldm.evaluation import screen
-
-    tables = [screen.main_table(results)]
-    if results["distribution"]:
-        tables.append(screen.distribution_table(results))
-    lines = [table for lines in screen.LINES for table in lines(results)]
-    screen.print_tables([*tables, *lines, *screen.group_tables(results)], screen.notes(results))
+    segmenter = None
+    if cfg.segmenter is not None and inputs.facts:
+        segmenter = seen_subjects(read_checkpoint(cfg.segmenter)["medldm"], inputs.facts)
+    subjects = {pair.subject for pair in inputs.pairs}
+    allow = bool(cfg.allow_training_subjects)
+    lines = [*check_subjects(inputs.provenance, segmenter, subjects, allow)]
+    lines += check_cases(inputs.folders, inputs.provenance, inputs.facts)
+    made_with = inputs.provenance.get("generated", {}).get("data_split")
+    trains = inputs.folders["train"] is not None
+    if trains and made_with is not None and cfg.train_split not in (None, made_with):
+        lines.append(f"train_split={cfg.train_split}: the images were sampled under data.split={made_with}")
+    return lines
 
 
 def main() -> None:

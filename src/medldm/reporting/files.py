@@ -1,0 +1,71 @@
+"""What a page reads: pictures, curves and numbers from the folders of runs and evaluations."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from medldm.errors import InputError
+from medldm.reporting.charts import Curve
+from medldm.reporting.sections import EvaluationFiles, chosen_pictures
+
+MAX_WIDTH = 1600  # pixels; wider pictures are scaled down
+
+
+def read_columns(path: Path) -> dict[str, Curve]:
+    """Every column of a metrics.csv as steps and values, its empty cells left out. InputError where a cell is
+    not a number.
+    """
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    columns = {}
+    for name in lines[0] if lines else ():
+        cells = [(line.get("step") or i, line[name]) for i, line in enumerate(lines) if line[name]]
+        try:
+            values = np.array([[float(step), float(value)] for step, value in cells])
+        except ValueError as error:
+            raise InputError(f"{path}: column {name} holds what is not a number ({error})") from error
+        if name != "step" and len(values):
+            values = values[np.isfinite(values).all(1)]
+            columns[name] = Curve(values[:, 0], values[:, 1])
+    return columns
+
+
+def read_chosen(folder: Path) -> dict[str, bytes]:
+    """The pictures of a run's `samples/` that the page will show, by their names without ending."""
+    files = {path.stem: path for path in folder.glob("*.png")}
+    chosen = [name for names in chosen_pictures(list(files)).values() for name in names]
+    return {name: read_png(files[name]) for name in chosen}
+
+
+def read_png(path: Path) -> bytes:
+    """The file's bytes, or those of a smaller picture where it is wider than the page. InputError where it is
+    not a whole PNG file.
+    """
+    data = path.read_bytes()
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise InputError(f"{path}: not a complete PNG file; delete it and run the report again")
+    if image.shape[1] <= MAX_WIDTH:
+        return data
+    scale = MAX_WIDTH / image.shape[1]
+    small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".png", small)[1].tobytes()
+
+
+def read_evaluation(folder: Path) -> EvaluationFiles:
+    """What `medldm evaluate` wrote. InputError where it is not there, or of another version."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise InputError(f"{path}: not found; run `medldm evaluate ... output={folder}` first")
+    try:
+        results: Mapping = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); run `medldm evaluate` again") from error
+    if results.get("schema_version") != 1:
+        raise InputError(f"{path}: not written by this version of `medldm evaluate`; run it again")
+    panels = {file.stem: read_png(file) for file in sorted((folder / "panels").glob("*.png"))}
+    return EvaluationFiles(str(folder), results, panels)
