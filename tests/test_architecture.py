@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "evaluation": {"build", "data", "inference", "metrics", "models", "networks"},
     "reporting": {"evaluation", "data", "metrics"},
     "planning": {"build", "checkpoints", "models", "networks", "losses", "data"},
+    "doctor": {"networks"},
     "cli": set(),
     "overrides": set(),
     "__main__": {"cli"},

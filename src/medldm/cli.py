@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "compare two folders of images: metrics.json, per_case.csv and a table",
     "export": "prepared images and maps as PNG slices, for 2D programs",
     "report": "one self-contained HTML page about a run",
+    "doctor": "what this machine has for medldm, and what is wrong with it",
     "demo": "phantom -> prepare -> both stages -> sample -> evaluate -> report, on a CPU, in minutes",
 }
 

@@ -39,6 +39,29 @@ class Hardware:
         return self.kind == "cuda"
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device: `capability` its (major, minor) compute capability, memory in GiB."""
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    free_gib: float
+    total_gib: float
+
+
+def list_gpus() -> list[Gpu]:
+    """The CUDA devices that torch can use, with the memory that is free now."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        found.append(Gpu(index, name, capability, free / 2**30, total / 2**30))
+    return found
+
+
 GPU = Hardware("cuda", multiplies_bf16=True)  # Ampere or later; earlier ones train in float32
 CPU = Hardware("cpu", multiplies_bf16=False)
 

@@ -1,0 +1,1 @@
+"""What `medldm doctor` looks at: software, devices, kernels, room, weights and the cluster."""

@@ -1,0 +1,15 @@
+"""One line of the doctor's table."""
+
+from typing import NamedTuple
+
+OK, NOTE, WRONG = "ok", "note", "wrong"
+
+
+class Finding(NamedTuple):
+    """What was looked at and how it is: `state` is "ok", "note" (works, with less) or "wrong"."""
+
+    topic: str
+    name: str
+    text: str
+    state: str = OK
+    mend: str = ""  # what to do about it; empty where nothing needs to be done

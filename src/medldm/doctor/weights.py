@@ -1,0 +1,37 @@
+"""Pretrained weights that losses and metrics can use."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from medldm.doctor.finding import NOTE, WRONG, Finding
+from medldm.errors import InputError
+from medldm.networks.features import (
+    INCEPTION_WEIGHTS,
+    LPIPS_WEIGHTS,
+    MEDICALNET_WEIGHTS,
+    find_weights,
+    search_dirs,
+)
+
+PURPOSES = {
+    "FID and KID": INCEPTION_WEIGHTS,
+    **{f"LPIPS ({net})": weights for net, weights in LPIPS_WEIGHTS.items()},
+    **{f"MedicalNet ResNet-{depth}": weights for depth, weights in MEDICALNET_WEIGHTS.items()},
+}
+
+
+def weight_findings(weights_dir: str | Path | None) -> Iterator[Finding]:
+    """Where each file is, or where to put it. A file of another content is wrong, a missing one a note: what
+    needs it is left out or refused by name.
+    """
+    for purpose, weights in PURPOSES.items():
+        try:
+            found = find_weights(weights, weights_dir)
+        except InputError as error:
+            stands = any(
+                (folder / name).exists() for folder in search_dirs(weights_dir) for name in weights.names
+            )
+            text, _, mend = str(error).partition("; ")
+            yield Finding("weights", purpose, text, WRONG if stands else NOTE, mend)
+            continue
+        yield Finding("weights", purpose, str(getattr(found, "path", found)))
