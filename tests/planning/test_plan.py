@@ -32,7 +32,7 @@ def job_of(named, experiment: str, *overrides: str):
 
 def test_a_trace_counts_what_a_real_step_runs(named):
     job = job_of(named, "cardiac2d/demo_ldm", *SMALL)
-    cost, _ = traced_step(job, 2, bf16=False, on_cuda=False)
+    cost = traced_step(job, 2, bf16=False, on_cuda=False).cost
     module = job.build()
     batch = random_batch(job, module, 2, torch.device("cpu"))
     with StepTrace() as real:

@@ -4,13 +4,15 @@
   medldm plan experiment=cardiac2d/vqvae gpu=a6000 data.batch_size=48 image_shape=[320,320]
 
 Every override of `medldm train` counts. Nothing is computed: one training step is followed through its
-shapes, so it takes seconds, and neither a GPU nor data nor checkpoints.
+shapes. That takes seconds, and needs neither a GPU nor data nor checkpoints.
 
 Keys people use:
   gpu=rtx3090|a6000|a100|h100|h200|cpu    default: the device of this machine
   data.root=DATA              take number of classes, image size and length of an epoch from prepared data
   image_shape=[32,256,256]    voxels that training sees
   first_stage_experiment=E    what to assume for model.first_stage.checkpoint
+  alternatives=true           also which crop fits, and what activation checkpointing changes; both are shown
+                              anyway where the step does not fit
   operations=10               also list the operations that move most bytes
   measure=true                also run the steps on this machine's device, on random data
 
@@ -31,15 +33,8 @@ from medldm.commands import CONFIG_DIR, experiment_name, run_command
 from medldm.devices import pick_device
 from medldm.errors import InputError
 from medldm.planning.assume import Experiments, describe_job
-from medldm.planning.estimate import (
-    HEADER,
-    Estimate,
-    Planner,
-    advice,
-    operations_table,
-    settings,
-    this_device,
-)
+from medldm.planning.estimate import HEADER, Estimate, Planner, operations_table, settings, this_device
+from medldm.planning.fit import advice
 from medldm.planning.measure import measured_step
 from medldm.planning.step import Job
 

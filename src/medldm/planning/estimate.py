@@ -1,6 +1,6 @@
 """From a job and a card to the lines that a person reads: memory, work, time, and what would fit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,8 +70,7 @@ class Planner:
     averages: bool  # a moving average of the weights is kept
 
     def estimate(self, batch_size: int) -> Estimate:
-        cost, batch_bytes = traced_step(self.job, batch_size, bf16=self.bf16, on_cuda=self.on_cuda)
-        module = self.job.build()
+        cost, batch_bytes, module = traced_step(self.job, batch_size, bf16=self.bf16, on_cuda=self.on_cuda)
         state = state_bytes(module, averages=self.averages) + batch_bytes
         scratch = cost.peak_bytes_with_workspace - cost.peak_bytes if self.on_cuda else 0
         optimiser = optimiser_seconds(num_trainable(module), self.card)
@@ -87,36 +86,6 @@ class Planner:
         """The largest batch within the card's memory, on the line through this estimate and another one."""
         other = self.estimate(1 if found.batch_size > 1 else 2)
         return largest_batch([(e.batch_size, e.memory.allocated) for e in (found, other)], limit_gib)
-
-
-def advice(planner: Planner, found: Estimate, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What fits the card, and how long the experiment will take."""
-    limit = planner.card.memory_gib / plan["reserved"]
-    most = planner.largest(found, limit)
-    fits = found.memory.allocated <= limit
-    yield (
-        f"{found.memory.allocated:.1f} GiB in tensors and scratch, "
-        f"{found.memory.allocated * plan['reserved']:.1f} with the allocator's rounding, of "
-        f"{planner.card.memory_gib:.1f}: "
-        + (f"fits; data.batch_size up to {most}" if fits else "DOES NOT FIT")
-    )
-    if not fits and most:
-        wanted = found.batch_size
-        yield f"use data.batch_size={most} trainer.accumulate_grad_batches={-(-wanted // most)}"
-    elif not fits:
-        yield "not even one item fits: take a smaller data.crop_size or a larger card"
-    updates = plan["updates"] or max(0, plan["trainer"]["max_steps"])
-    if updates:
-        hours = updates * plan["trainer"]["accumulate_grad_batches"] * found.expected / 3600
-        yield (
-            f"{1 / found.expected:.3g} steps a second expected (at most {1 / found.roofline:.3g}), "
-            f"{hours:.3g} hours for {updates} updates; within a factor of {plan['spread']}, loading and "
-            "validation left out"
-        )
-    yield (
-        "assumed: Adam in float32, every loss on, discriminators too; convolutions may copy their tensors; "
-        "what kernels reach of the card's peaks as in configs/plan.yaml"
-    )
 
 
 def settings(cfg: Mapping[str, Any], gpu: str) -> tuple[Card, Habits]:

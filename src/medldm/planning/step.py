@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,9 +142,11 @@ def num_trainable(module: nn.Module) -> int:
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace the module's tensors by their shapes, frozen perceptual networks' too."""
-    hidden = [net for part in module.modules() if isinstance(part, PerceptualLoss) for net in part._built]
-    for root in (module, *hidden):
+    """Replace the module's tensors by their shapes, those of frozen perceptual networks too."""
+    losses = [part for part in module.modules() if isinstance(part, PerceptualLoss)]
+    for loss in losses:
+        loss.device = torch.device("cpu")  # shapes cannot be moved
+    for root in (module, *(net for loss in losses for net in loss._built)):
         for part in root.modules():
             for table in (part._parameters, part._buffers):
                 for name, value in table.items():
@@ -163,8 +165,16 @@ def as_on_cuda() -> Iterator[None]:
         CHUNK_ELEMENTS["cpu"] = before
 
 
-def traced_step(job: Job, batch_size: int, *, bf16: bool, on_cuda: bool) -> tuple[Cost, int]:
-    """Cost of one step of a batch, and bytes of the batch, from shapes alone."""
+class Traced(NamedTuple):
+    """One step from shapes alone: its cost, the bytes of the batch, and the module, without values."""
+
+    cost: Cost
+    batch_bytes: int
+    module: nn.Module
+
+
+def traced_step(job: Job, batch_size: int, *, bf16: bool, on_cuda: bool) -> Traced:
+    """One training step of a batch, followed through its shapes."""
     module = job.build()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(module, mode)
@@ -180,4 +190,4 @@ def traced_step(job: Job, batch_size: int, *, bf16: bool, on_cuda: bool) -> tupl
                 train_step(module, batch)
             except torch._subclasses.fake_tensor.DataDependentOutputException as error:
                 raise InputError(f"plan: a step of this model looks at values: {error}") from error
-    return trace.cost, sum(x.numel() * x.element_size() for x in batch.values())
+    return Traced(trace.cost, sum(x.numel() * x.element_size() for x in batch.values()), module)
