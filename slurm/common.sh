@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # What the chains in slurm/ share; sourced by them. A chain sets `stages`, `train_stages`, `data_stages`, `debug_stages`,
-# calls `read_arguments "$@"` and `choose_preset`, then `submit` once a stage, then `show_jobs`.
+# calls `read_arguments "$@"` and `choose_preset`, then `submit` once for each stage, then `show_jobs`, which also warns
+# where a training does not fit the card. PLAN=no leaves that out.
 #
 # Overrides after the script's name, in the order of the command line, after the chain's own and so winning over them:
 #   STAGE:key=value   that stage alone               vqvae:trainer.max_steps=10   sample:sampler.num_steps=20
@@ -11,7 +12,7 @@
 set -euo pipefail
 slurm_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 chain=$(basename "$0" .sh)
-overrides=() table=()
+overrides=() table=() trainings=()
 declare -A job_ids=()
 
 fail() { echo "$chain: $*" >&2; exit 2; }
@@ -119,10 +120,43 @@ submit() {
     id=${id%%;*}
   fi
   job_ids[$stage]=$id
+  [ "$kind" != train ] || trainings+=("$(printf '%q ' "$stage" "$@" ${own[@]+"${own[@]}"})")
   table+=("$(printf '%-16s %-18s %-24s %s' "$stage" "$id" "${after:--}" "$RUNS/slurm/$chain-$stage-$id.out")")
 }
 
 show_jobs() {
   printf '\n%-16s %-18s %-24s %s\n' stage job after log
   printf '%s\n' "${table[@]}"
+  check_card
+}
+
+# Asks `medldm plan` whether each training fits the chosen card; some seconds each, after everything is queued. It only
+# warns: the numbers of a plan are estimates. A debug run is tiny, and a CPU has no memory of its own.
+check_card() {
+  local training words
+  [ "$GPU" != cpu ] && [ "${PLAN:-yes}" != no ] || return 0
+  for training in ${trainings[@]+"${trainings[@]}"}; do
+    eval "words=($training)"  # quoted by printf %q
+    [[ " ${words[*]} " != *" debug="* ]] || continue
+    plan_training "${words[@]}"
+  done
+}
+
+plan_training() {  # plan_training STAGE [key=value ...]
+  local stage=$1 argument status=0 told asked=()
+  shift
+  for argument in "$@"; do
+    case $argument in
+      run_dir=* | resume=*) ;;  # of this run, not of the step
+      data.root=*) [ ! -e "$ROOT/index.json" ] || asked+=("$argument") ;;  # else it is not prepared yet
+      *) asked+=("$argument") ;;
+    esac
+  done
+  told=$("$MEDLDM_PYTHON" -m medldm.commands.plan "${asked[@]}" gpu="$GPU" 2>&1) || status=$?
+  case $status in
+    0) ;;
+    3) echo "$chain: warning: stage $stage does not fit $GPU:" >&2
+      printf '%s\n' "$told" | grep -E 'DOES NOT FIT|data\.batch_size=|use_checkpoint|data\.crop_size' | sed 's/^/  /' >&2 || true ;;
+    *) echo "$chain: note: whether stage $stage fits $GPU is not known: $(printf '%s\n' "$told" | tail -n 1)" >&2 ;;
+  esac
 }

@@ -48,6 +48,16 @@ GPU=cpu dry
 check "cpu asks for no GPU" reaches " --gres" ""
 GPU=v100 check "an unknown GPU is refused" is_refused "GPU=v100"
 
+FAKE_FAIL=plan FAKE_LINE="30.0 GiB of 23.6: DOES NOT FIT" dry vqvae:data.batch_size=99
+check "a training that does not fit its card is warned of" eval '[ "$(grep -c "warning: stage .* does not fit rtx3090" "$work/err")" = 2 ] && grep -q "^  30.0 GiB .*DOES NOT FIT" "$work/err"'
+check "and is submitted nevertheless" eval 'line_of vqvae | grep -q "data.batch_size=99 " && line_of report >/dev/null'
+check "the plan is asked with the training's own settings, its run folder left out" \
+  eval 'grep -P "^plan\t" "$work/calls" | grep "batch_size=99" | grep "gpu=rtx3090" | grep "experiment=cardiac2d/vqvae" | grep -qv "run_dir=\|data.root="'
+calls=$(grep -cP "^plan\t" "$work/calls")
+PLAN=no dry && GPU=cpu dry && dry debug=tiny
+check "PLAN=no, a CPU and a debug run ask for no plan" test "$(grep -cP "^plan\t" "$work/calls")" = "$calls"
+: >"$work/calls"
+
 lsdm() { DRY_RUN=1 RAW="$work/my raw" ROOT=$work/root RUNS=$work/runs "$slurm/medlsdm.sh" "$@" >"$work/dry" 2>"$work/err"; }
 lsdm_line() { grep -F -- "--job-name=medlsdm-$1 " "$work/dry"; }
 lsdm_refuses() { local text=$1; shift; ! lsdm "$@" && [ "$(wc -l <"$work/err")" = 1 ] && grep -qF -- "$text" "$work/err"; }
