@@ -5,13 +5,8 @@ from pathlib import Path
 
 from medldm.doctor.finding import NOTE, WRONG, Finding
 from medldm.errors import InputError
-from medldm.networks.features import (
-    INCEPTION_WEIGHTS,
-    LPIPS_WEIGHTS,
-    MEDICALNET_WEIGHTS,
-    find_weights,
-    search_dirs,
-)
+from medldm.networks.features import INCEPTION_WEIGHTS, LPIPS_WEIGHTS, MEDICALNET_WEIGHTS
+from medldm.networks.weights import find_weights, search_dirs
 
 PURPOSES = {
     "FID and KID": INCEPTION_WEIGHTS,
@@ -34,4 +29,5 @@ def weight_findings(weights_dir: str | Path | None) -> Iterator[Finding]:
             text, _, mend = str(error).partition("; ")
             yield Finding("weights", purpose, text, WRONG if stands else NOTE, mend)
             continue
-        yield Finding("weights", purpose, str(getattr(found, "path", found)))
+        source = f", of the package {found.package.name}" if found.package else ""
+        yield Finding("weights", purpose, f"{found.path}{source}")
