@@ -37,7 +37,7 @@ def test_a_sound_machine_ends_0_with_a_table(monkeypatch, capsys, tmp_path):
     doctor.task(compose_config("doctor", f"paths.output_root={tmp_path}", f"data.root={tmp_path / 'new'}"))
     printed = capsys.readouterr()
     assert "0 wrong" in printed.out and not printed.err
-    for name in ("conv2d", "conv3d", "attention", "group norm", "FID and KID", "SLURM", "room: "):
+    for name in ("conv2d", "conv3d", "attention", "group norm", "AlexNet (LPIPS)", "SLURM", "room: "):
         assert name in printed.out
 
 
@@ -126,7 +126,7 @@ def test_weights_are_found_missing_or_of_another_content(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"no weights")
     found = {finding.name: finding for finding in weight_findings(tmp_path)}
-    assert found["LPIPS (alex)"].state == "wrong"
-    missing = found["MedicalNet ResNet-10"]
+    assert found["AlexNet (LPIPS)"].state == "wrong"
+    missing = next(finding for name, finding in found.items() if name.startswith("MedicalNet ResNet-10"))
     assert missing.state == "note" and "resnet_10_23dataset.pth" in missing.text
     assert str(tmp_path) in missing.mend

@@ -5,21 +5,15 @@ from pathlib import Path
 
 from medldm.doctor.finding import NOTE, WRONG, Finding
 from medldm.errors import InputError
-from medldm.networks.features import INCEPTION_WEIGHTS, LPIPS_WEIGHTS, MEDICALNET_WEIGHTS
+from medldm.networks.features import WEIGHTS_BY_USE
 from medldm.networks.weights import find_weights, search_dirs
-
-PURPOSES = {
-    "FID and KID": INCEPTION_WEIGHTS,
-    **{f"LPIPS ({net})": weights for net, weights in LPIPS_WEIGHTS.items()},
-    **{f"MedicalNet ResNet-{depth}": weights for depth, weights in MEDICALNET_WEIGHTS.items()},
-}
 
 
 def weight_findings(weights_dir: str | Path | None) -> Iterator[Finding]:
     """Where each file is, or where to put it. A file of another content is wrong, a missing one a note: what
     needs it is left out or refused by name.
     """
-    for purpose, weights in PURPOSES.items():
+    for purpose, weights in WEIGHTS_BY_USE.items():
         try:
             found = find_weights(weights, weights_dir)
         except InputError as error:
