@@ -1,136 +1,92 @@
 """Speed and memory of medldm beside MONAI: the same work, in one process, in turns.
 
     python scripts/benchmark.py                         all rows that need no checkpoint
-    python scripts/benchmark.py quantizer unet --json out.json
+    python scripts/benchmark.py quantizer unet --json out.json --limit 300
     python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
+    python scripts/benchmark.py --check                 kernels, bytes and roofline time have not grown
 
 Rows: quantizer, memory, vqvae, unet, msspade, loader, ssim, crop, vqgan3d, unet3d, latents3d, traced3d,
-sampler. A GPU is used where there is one. MONAI's attention needs `pip install einops`. Peak extra memory is,
-on a CPU, the largest sum of tensors alive that a step made (scratch inside a kernel is not seen), on a GPU
-the allocator's own peak; traced3d follows shapes alone and computes nothing.
+sampler. Each is printed when it ends and added to the JSON file then, so a job that is cut off keeps what it
+has. A row that takes longer than --limit seconds, or lacks a package (MONAI's attention needs `pip install
+einops`), is skipped, and the output says so. A GPU is used where there is one. Peak extra memory is, on a
+CPU, the largest sum of tensors alive that a step made (scratch inside a kernel is not seen), on a GPU the
+allocator's own peak; traced3d follows shapes alone and computes nothing.
+
+--check counts one training step of whole experiments from shapes alone, compares the counts with
+scripts/benchmark/counts.json, and ends with status 1 where one has grown. --check --update writes that file.
 """
 
 import argparse
-import json
-import statistics
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
 
-import evaluating  # noqa: E402
-import loading  # noqa: E402
+import counting  # noqa: E402
 import measuring  # noqa: E402
-import quantizers  # noqa: E402
-import sampling  # noqa: E402
+import rows  # noqa: E402
 import torch  # noqa: E402
-import translators  # noqa: E402
-import volumes  # noqa: E402
 from measuring import DEVICE, Measured  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn  # noqa: E402
-from rich.table import Table  # noqa: E402
 
-import networks  # noqa: E402
-
-VOLUME_ROWS = ("vqgan3d", "unet3d", "latents3d", "traced3d")
-ROWS = ("quantizer", "memory", "vqvae", "unet", "msspade", "loader", "ssim", "crop", *VOLUME_ROWS)
-REFERENCE = {
-    "quantizer": "MONAI EMAQuantizer",
-    "vqvae": "MONAI default",
-    "unet": "MONAI default",
-    "ssim": "MONAI SSIMMetric",
-    "vqgan3d": "MONAI default",
-    "unet3d": "MONAI default",
-    "latents3d": "encoding each step",
-    "msspade": "loop over samples",
-}
+from medldm.files import write_json  # noqa: E402
 
 
-def run_row(row: str, options: argparse.Namespace, peak: float, progress: Progress) -> list[Measured]:
-    task = progress.add_task(row, total=None)
-    tick = lambda: progress.advance(task)  # noqa: E731
-    settings = {"repeats": options.repeats, "peak": peak, "reference": REFERENCE.get(row), "tick": tick}
-    if row == "quantizer":
-        return [
-            result
-            for dim in (4, 8)
-            for result in measuring.compare(
-                f"quantizer, {dim} channels", quantizers.quantizer(dim), **settings
-            )
-        ]
-    if row == "memory":
-        return measuring.compare("32,768 tokens x 16,384 codes", quantizers.memory(), **settings)
-    if row == "vqvae":
-        title = f"VQ-VAE step, {options.batch_size or 1} x 256^2"
-        return measuring.compare(title, networks.vqvae(options.batch_size or 1, options.compile), **settings)
-    if row == "unet":
-        title = f"U-Net step, {options.batch_size or 2} x 32^2"
-        return measuring.compare(title, networks.unet(options.batch_size or 2, options.compile), **settings)
-    if row == "msspade":
-        size, edge = options.batch_size or 8, options.latent_edge
-        title = f"MS-SPADE step, {size} x {edge}^3"
-        return measuring.compare(title, translators.translators(size, edge), **settings)
-    if row == "ssim":
-        return measuring.compare("SSIM of 96^3", evaluating.ssim_3d(), **settings)
-    if row == "crop":
-        read, folder = loading.crops()
-        times = [measuring.seconds(read) for _ in range(50 * max(1, options.repeats))]
-        folder.cleanup()
-        spread = (min(times), max(times))
-        return [Measured("96^3 of 144x192x144", "medldm", statistics.median(times), spread, "s")]
-    if row == "vqgan3d":
-        return [
-            result
-            for shape in ((64, 64, 64), (32, 128, 128))
-            for result in measuring.compare(f"3D VQ-GAN step, {shape}", volumes.vqgan(shape), **settings)
-        ]
-    if row == "unet3d":
-        return measuring.compare("3D U-Net step, 8x16x16 latents", volumes.unets((8, 16, 16)), **settings)
-    if row == "latents3d":
-        size = 128
-        return measuring.compare(f"stage two, {size}^3", volumes.cached_latents((size,) * 3), **settings)
-    if row == "traced3d":
-        return volumes.traced(tick)
-    if row == "sampler":
-        return sampling.compare_samplers(options, tick)
-    read, count, folder = loading.loader(options.data, 1500)
-    read()
-    rates = [count / measuring.seconds(read) for _ in range(max(3, options.repeats))]
-    if folder is not None:
-        folder.cleanup()
-    spread = (min(rates), max(rates))
-    return [Measured("loader 256^2", "medldm", statistics.median(rates), spread, "slices/s")]
+class OutOfTime(Exception):  # noqa: N818 - not an error: the row is skipped
+    """A row took longer than its limit."""
 
 
-def show(results: list[Measured], peaks: dict[str, float]) -> None:
-    console = Console(width=150)
-    console.print(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    console.print(", ".join(f"{name} matmul peak {peak:.1f} GFLOP/s" for name, peak in peaks.items()))
-    table = Table(
-        "row", "variant", "median", "min..max", "GFLOP", "of peak", "extra MiB", "speed-up", "less memory"
-    )
-    for r in results:
-        cells = [r.row, r.variant, f"{r.value:.4g} {r.unit}", f"{r.spread[0]:.3g}..{r.spread[1]:.3g}"]
+@contextmanager
+def limited(seconds: float | None) -> Iterator[None]:
+    """OutOfTime after so many seconds, as soon as the operation that runs then has ended."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime(f"took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+HEADER = (
+    f"{'row':<38} {'variant':<36} {'median':>16} {'least..most':>18} {'GFLOP':>7} {'of peak':>8} "
+    f"{'extra MiB':>9} {'speed-up':>8} {'less memory':>11}"
+)
+
+
+def line(r: Measured) -> str:
+    cells = [
+        "" if value is None else form.format(value)
         for value, form in (
-            (r.gflop, "{:.0f}"), (r.peak_share, "{:.1%}"), (r.memory_mib, "{:.1f}"),
-            (r.ratio, "{:.2f}x"), (r.memory_ratio, "{:.1f}x"),
-        ):  # fmt: skip
-            cells.append("" if value is None else form.format(value))
-        table.add_row(*cells)
-    console.print(table)
+            (r.gflop, "{:.0f}"), (r.peak_share, "{:.1%}"), (r.memory_mib, "{:.1f}"), (r.ratio, "{:.2f}x"),
+            (r.memory_ratio, "{:.1f}x"),
+        )
+    ]  # fmt: skip
+    median, spread = f"{r.value:.4g} {r.unit}", f"{r.spread[0]:.3g}..{r.spread[1]:.3g}"
+    gflop, share, extra, faster, smaller = cells
+    return (
+        f"{r.row:<38} {r.variant:<36} {median:>16} {spread:>18} {gflop:>7} {share:>8} {extra:>9} {faster:>8} "
+        f"{smaller:>11}"
+    )
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, "sampler"], default=list(ROWS))
+    parser.add_argument("rows", nargs="*", choices=[*rows.ROWS, *rows.ON_REQUEST], default=list(rows.ROWS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--clock", choices=measuring.CLOCKS, default="wall", help="cpu, with --threads 1, on a busy machine"
     )
+    parser.add_argument("--limit", type=float, help="seconds that a row may take; none by default")
     parser.add_argument("--batch-size", type=int, help="of vqvae (1), unet (2) and msspade (8)")
     parser.add_argument("--latent-edge", type=int, default=6, help="voxels of the latents, for msspade")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
@@ -139,28 +95,61 @@ def main() -> None:
     parser.add_argument("--num-cases", type=int, default=4, help="of the test split, for sampler")
     parser.add_argument("--max-slices", type=int, default=4, help="of each case, for sampler")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise, for sampler")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="written anew after every row")
+    parser.add_argument("--check", action="store_true", help="the guard of counts, instead of measuring")
+    parser.add_argument("--update", action="store_true", help="with --check: write the counts")
     options = parser.parse_args()
     if "sampler" in options.rows and not (options.checkpoint and options.data):
         parser.error("sampler needs --checkpoint and --data")
+    if options.update and not options.check:
+        parser.error("--update goes with --check")
+    return options
+
+
+def set_up(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     measuring.choose_clock(options.clock)
     if DEVICE.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+
+
+def tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """All rows, each told as it ends. Returns the content of the JSON file."""
     peaks = {name: measuring.matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     with measuring.best_precision():
         used = "bfloat16" if torch.is_autocast_enabled(DEVICE.type) else "float32"
-    results: list[Measured] = []
-    with Progress(SpinnerColumn(), "{task.description}", TimeElapsedColumn(), transient=True) as progress:
-        for row in options.rows:
-            results += run_row(row, options, peaks[used], progress)
-    show(results, peaks)
+    content = {"peaks": peaks, "precision": used, "rows": [], "skipped": {}}
+    tell(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    tell(", ".join(f"{name} matmul peak {peak:.1f} GFLOP/s" for name, peak in peaks.items()))
+    tell(HEADER)
+    for name in options.rows:
+        try:
+            with limited(options.limit):
+                for result in rows.run(name, options, peaks[used], lambda: None):
+                    content["rows"].append(result._asdict())
+                    tell(line(result))
+        except (OutOfTime, ImportError, torch.OutOfMemoryError) as reason:
+            content["skipped"][name] = str(reason)
+            tell(f"{name}: skipped, {reason}")
+        if options.json:
+            write_json(options.json, content)
+    return content
+
+
+def main() -> None:
+    options = read_options()
+    if options.check:
+        sys.exit(0 if counting.check(update=options.update, tell=tell) else 1)
+    set_up(options)
+    measure(options)
     if options.json:
-        content = {"peaks": peaks, "precision": used, "rows": [result._asdict() for result in results]}
-        options.json.write_text(json.dumps(content, indent=1))
-        print(options.json)
+        tell(str(options.json))
 
 
 if __name__ == "__main__":

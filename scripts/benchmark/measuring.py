@@ -3,17 +3,14 @@
 import contextlib
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from medldm.devices import choose_settings, mixed_precision, pick_device
+from medldm.planning.trace import StepTrace
 
 DEVICE = pick_device()
 Run = Callable[[], object]
@@ -40,39 +37,6 @@ class Measured(NamedTuple):
     memory_ratio: float | None = None
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors alive at once, of those created under this mode: forward and backward.
-
-    Follows storages by weak references, so views count once. Scratch inside a kernel is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.peak, self.seen = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN201
-        before = {
-            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in before:
-                self.follow(x.untyped_storage())
-        return out
-
-    def follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen[key] = weakref.finalize(storage, self.release, key, size)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-    def release(self, key: int, size: int) -> None:
-        del self.seen[key]
-        self.alive -= size
-
-
 def wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -93,12 +57,12 @@ def work_and_memory(run: Run) -> tuple[float, float]:
         wait()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        with FlopCounterMode(display=False) as counter:
+        with StepTrace() as trace:
             run()
-        return counter.get_total_flops() / 1e9, (torch.cuda.max_memory_allocated() - start) / 2**20
-    with PeakMemory() as memory, FlopCounterMode(display=False) as counter:
+        return trace.cost.flops / 1e9, (torch.cuda.max_memory_allocated() - start) / 2**20
+    with StepTrace() as trace:
         run()
-    return counter.get_total_flops() / 1e9, memory.peak / 2**20
+    return trace.cost.flops / 1e9, trace.cost.peak_bytes / 2**20
 
 
 def matmul_peak(dtype: torch.dtype) -> float:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medldm.diffusion.conditioner import Condition
 from medldm.networks.tiling import TiledAutoencoder
+from medldm.planning.step import train_step as whole_step
 from networks import compose_part
 
 
@@ -23,12 +24,12 @@ def vqgan(shape: tuple[int, ...]) -> dict[str, Callable]:
     from monai.networks.nets import VQVAE, PatchDiscriminator
 
     x = torch.randn(1, 1, *shape, device=DEVICE)
-    ours = memory.build_vqgan("model.perceptual=null", "model.perceptual_weight=0.0").to(DEVICE)
+    job = memory.vqgan_job(shape, "model.perceptual=null", "model.perceptual_weight=0.0")
+    ours = job.build().to(DEVICE)
 
     def step() -> None:
         with best_precision():
-            memory.vqgan_losses(ours, {"image": x})
-        ours.zero_grad(set_to_none=True)
+            whole_step(ours, {"image": x})
 
     theirs = VQVAE(
         3, 1, 1, channels=(32, 64), num_res_layers=1, num_res_channels=(32, 64),
@@ -138,9 +139,8 @@ def traced(tick: Callable) -> list[Measured]:
         tick()
     for shape, batch in (((128, 128, 128), 1), ((32, 256, 256), 2)):
         for name, sees_map in (("plain", "false"), ("SPADE", "true")):
-            peak = memory.vqgan(shape, batch, f"model.decoder_sees_map={sees_map}")
+            peak = memory.vqgan_memory(shape, batch, f"model.decoder_sees_map={sees_map}")
             row = f"VQ-GAN training, {batch} x {'x'.join(map(str, shape))}, bf16"
-            total = peak.total_gib
-            results.append(Measured(row, f"{name} decoder", total, (peak.step_gib, peak.state_gib), "GiB"))
+            results.append(Measured(row, f"{name} decoder", sum(peak), peak, "GiB"))
             tick()
     return results

@@ -27,7 +27,7 @@ def named(monkeypatch):
 
 
 def job_of(named, experiment: str, *overrides: str):
-    return plan.describe(OmegaConf.to_container(named(experiment, *overrides), resolve=True))
+    return plan.describe(OmegaConf.to_container(named(experiment, *overrides), resolve=True), experiment)
 
 
 def test_a_trace_counts_what_a_real_step_runs(named):
@@ -54,6 +54,30 @@ def test_a_plan_says_what_fits(named, capsys):
     plan.task(named("cardiac2d/demo_vqvae", *SMALL, "gpu=rtx3090", "batches=[4]"))
     printed = capsys.readouterr().out
     assert "fits; data.batch_size up to" in printed and "528 updates" in printed
+
+
+def test_where_a_step_does_not_fit_the_plan_says_what_would(named, capsys):
+    """The crop that it names fits, and a crop one step larger does not."""
+    cfg = named(
+        "cardiac2d/demo_vqvae", "image_shape=[64,64]", "data.batch_size=4", "gpu=rtx3090",
+        "cards.rtx3090.memory_gib=0.05",
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        plan.task(cfg)
+    lines = capsys.readouterr().out.splitlines()
+    switched = next(line for line in lines if line.startswith("activation checkpointing on"))
+    assert "model.autoencoder.use_checkpoint=true" in switched
+    (crop,) = [line for line in lines if line.startswith("data.crop_size up to")]
+    edge = int(crop.split("[")[1].split(",")[0])
+    assert f"[{edge},{edge}] fits at data.batch_size=4" in crop and edge < 64
+    whole = OmegaConf.to_container(cfg, resolve=True)
+    limit = whole["cards"]["rtx3090"]["memory_gib"] / whole["reserved"]
+    sizes = []
+    for size in (edge, edge + 8):
+        planner = plan.planner_of(whole | {"image_shape": [size, size]}, "rtx3090", "cardiac2d/demo_vqvae")
+        sizes.append(planner.estimate(4).memory.allocated)
+    assert sizes[0] <= limit
+    assert sizes[1] > 0.9 * limit
 
 
 def test_a_card_and_a_size_that_nobody_knows_are_refused(named):

@@ -21,7 +21,7 @@ Ends with status 3 where the card cannot hold the step.
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -44,16 +44,8 @@ TOO_LARGE = 3  # exit status
 def task(cfg: DictConfig) -> None:
     plan = OmegaConf.to_container(cfg, resolve=True)
     gpu = plan["gpu"] or this_device()
-    if gpu not in plan["cards"]:
-        raise InputError(f"gpu={gpu}: no such card; choose from {', '.join(plan['cards'])}")
-    card, habits = settings(plan, gpu)
-    precision = plan["trainer"]["precision"]
-    if precision == "auto":
-        precision = "bf16-mixed" if card.bf16 else "32-true"
-    planner = Planner(
-        job=describe(plan), card=card, habits=habits, bf16=precision == "bf16-mixed", on_cuda=gpu != "cpu",
-        averages=bool(plan["callbacks"]["ema"]),
-    )  # fmt: skip
+    planner = planner_of(plan, gpu, experiment_name())
+    precision = "bf16-mixed" if planner.bf16 else "32-true"
     print(f"{experiment_name()} on {gpu}, {precision}, {list(planner.job.image_shape)} voxels\n{HEADER}")
     found = planner.estimate(int(plan["data"]["batch_size"]))
     for row in (found, *(planner.estimate(int(n)) for n in plan["batches"])):
@@ -62,8 +54,35 @@ def task(cfg: DictConfig) -> None:
         print(line, flush=True)
     if plan["measure"]:
         print(measured(planner, found, int(plan["measure_steps"])))
-    if found.memory.allocated * plan["reserved"] > card.memory_gib:
+    if found.memory.allocated * plan["reserved"] > planner.card.memory_gib:
         sys.exit(TOO_LARGE)
+
+
+def planner_of(plan: Mapping[str, Any], gpu: str, experiment: str) -> Planner:
+    """The estimator of a resolved config on a card. InputError where there is no such card."""
+    if gpu not in plan["cards"]:
+        raise InputError(f"gpu={gpu}: no such card; choose from {', '.join(plan['cards'])}")
+    card, habits = settings(plan, gpu)
+    precision = plan["trainer"]["precision"]
+    if precision == "auto":
+        precision = "bf16-mixed" if card.bf16 else "32-true"
+    return Planner(
+        job=describe(plan, experiment),
+        card=card,
+        habits=habits,
+        bf16=precision == "bf16-mixed",
+        on_cuda=gpu != "cpu",
+        averages=bool(plan["callbacks"]["ema"]),
+    )
+
+
+def plan_of(experiment: str, *overrides: str) -> Estimate:
+    """The estimate of one step at an experiment's own batch, on the card that `gpu=` names."""
+    with configs():
+        cfg = compose("plan", overrides=[f"experiment={experiment}", *overrides])
+    plan = OmegaConf.to_container(cfg, resolve=True)
+    planner = planner_of(plan, plan["gpu"], experiment)
+    return planner.estimate(int(plan["data"]["batch_size"]))
 
 
 def measured(planner: Planner, found: Estimate, count: int) -> str:
@@ -81,9 +100,9 @@ def measured(planner: Planner, found: Estimate, count: int) -> str:
     )
 
 
-def describe(plan: Mapping[str, Any]) -> Job:
+def describe(plan: Mapping[str, Any], experiment: str) -> Job:
     """The job of a config, with the experiments beside it for stages that are not trained yet."""
-    experiments = Experiments(experiment_name(), set(known_experiments()), compose_model)
+    experiments = Experiments(experiment, set(known_experiments()), compose_model)
     model, is_cached = plan["model"], bool(plan["data"].get("latents"))
     return describe_job(plan, experiments, module_class(model).batch_keys(model, is_cached=is_cached))
 
@@ -95,11 +114,16 @@ def known_experiments() -> Iterator[str]:
 
 def compose_model(experiment: str) -> dict[str, Any]:
     """The model's config of another experiment."""
-    is_running = GlobalHydra.instance().is_initialized()
-    here = nullcontext() if is_running else initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
-    with here:
+    with configs():
         cfg = compose("train", overrides=[f"experiment={experiment}", "data.root=-"])
     return OmegaConf.to_container(cfg.model, resolve=True)
+
+
+def configs() -> AbstractContextManager:
+    """In it `compose` finds medldm's configs: as Hydra has set it up, or as a context of its own."""
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
+    return initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
 
 
 def main() -> None:

@@ -4,24 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medldm.doctor.finding import NOTE, WRONG, Finding
-from medldm.errors import InputError
-from medldm.networks.features import WEIGHTS_BY_USE
-from medldm.networks.weights import find_weights, search_dirs
+from medldm.networks.features import weights_status
 
 
 def weight_findings(weights_dir: str | Path | None) -> Iterator[Finding]:
-    """Where each file is, or where to put it. A file of another content is wrong, a missing one a note: what
+    """Where each file is, or how to get it. A file of another content is wrong, a missing one a note: what
     needs it is left out or refused by name.
     """
-    for purpose, weights in WEIGHTS_BY_USE.items():
-        try:
-            found = find_weights(weights, weights_dir)
-        except InputError as error:
-            stands = any(
-                (folder / name).exists() for folder in search_dirs(weights_dir) for name in weights.names
-            )
-            text, _, mend = str(error).partition("; ")
-            yield Finding("weights", purpose, text, WRONG if stands else NOTE, mend)
+    for status in weights_status(weights_dir):
+        if status.path is not None:
+            yield Finding("weights", status.use, f"{status.path} ({status.source})")
             continue
-        source = f", of the package {found.package.name}" if found.package else ""
-        yield Finding("weights", purpose, f"{found.path}{source}")
+        text, _, mend = status.advice.partition("; ")
+        yield Finding("weights", status.use, text, NOTE if text.endswith(": not found") else WRONG, mend)
