@@ -38,11 +38,23 @@ MAY_IMPORT = {
     "reporting": {"evaluation", "data", "metrics"},
     "planning": {"build", "checkpoints", "models", "networks", "losses", "data"},
     "doctor": {"networks"},
+    "shrinking": set(),
+    "training": {
+        "build",
+        "callbacks",
+        "checkpoints",
+        "data",
+        "diffusion",
+        "knobs",
+        "models",
+        "runs",
+        "shrinking",
+    },
     "cli": set(),
     "overrides": set(),
     "__main__": {"cli"},
 }
-HYDRA = {"cli", "commands", "build", "checkpoints", "overrides"}
+HYDRA = {"cli", "commands", "build", "checkpoints", "overrides", "training"}
 # data.phantoms.swirl is a data module too: points that are made on the fly
 LIGHTNING = {
     "models",
@@ -52,6 +64,7 @@ LIGHTNING = {
     "build",
     "checkpoints",
     "commands",
+    "training",
 }
 
 

@@ -10,9 +10,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from medldm.build import build_module
-from medldm.commands.train import shrink
 from medldm.errors import InputError
 from medldm.knobs import look_up, refuse_idle, typed_keys
+from medldm.shrinking import shrink
 from tests.helpers import compose_config
 
 

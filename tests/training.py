@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from medldm.commands import mistakes_in_one_line, train
 from medldm.devices import GPU, choose_settings
+from medldm.shrinking import shrink
 from tests.helpers import compose_config
 
 VQVAE = "experiment=cardiac2d/vqvae"
@@ -188,7 +189,7 @@ def build(*overrides: str, seed: int = 0, facts: Mapping[str, Any] | None = None
 
     cfg = compose_config("train", "debug=tiny", *overrides)
     torch.manual_seed(seed)
-    return build_module(train.shrink(OmegaConf.to_container(cfg.model, resolve=True)), facts or FACTS)
+    return build_module(shrink(OmegaConf.to_container(cfg.model, resolve=True)), facts or FACTS)
 
 
 def make_batches(count: int, size: int, pixels: int = 16) -> list[dict[str, Any]]:

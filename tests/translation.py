@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from medldm.commands import train
+from medldm.shrinking import shrink
 from tests.helpers import compose_config
 
 K = 3
@@ -47,7 +47,7 @@ def model_config(*overrides: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     cfg = compose_config("train", "debug=tiny", *overrides)
-    return train.shrink(OmegaConf.to_container(cfg.model, resolve=True))
+    return shrink(OmegaConf.to_container(cfg.model, resolve=True))
 
 
 def describe_stage(

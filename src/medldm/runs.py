@@ -1,8 +1,15 @@
 """Run folders: runs/<experiment>/<time>/{config.yaml, checkpoints/, metrics.csv, samples/, log}."""
 
 import logging
+import os
 import time
 from pathlib import Path
+
+from medldm.errors import InputError
+from medldm.files import replacing
+
+# The first rank tells the ranks that it starts by this variable where the run is.
+RUN_DIR_VARIABLE = "MEDLDM_RUN_DIR"
 
 
 def new_run_dir(parent: Path) -> Path:
@@ -16,6 +23,39 @@ def newest_run(parent: Path) -> Path | None:
     """The run of this experiment whose last.ckpt is the newest."""
     checkpoints = list(parent.glob("*/checkpoints/last.ckpt"))
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1] if checkpoints else None
+
+
+def find_run_dir(parent: Path, run_dir: str | None, resume: str | None) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to resume from or None) for the keys `run_dir` and `resume`; `parent` holds the
+    runs of the experiment. Ranks that another one started use its folder.
+
+    InputError where the checkpoint is not there, or where a new run would meet an earlier one.
+    """
+    of_first_rank = os.environ.get(RUN_DIR_VARIABLE) if "LOCAL_RANK" in os.environ else None
+    given = run_dir or of_first_rank
+    if resume and resume != "auto":
+        checkpoint = Path(resume)
+        if not checkpoint.is_file():
+            raise InputError(f"resume={checkpoint}: no such checkpoint; give a path or resume=auto")
+        return Path(given) if given else checkpoint.resolve().parents[1], checkpoint
+    folder = Path(given) if given else (newest_run(parent) if resume else None) or new_run_dir(parent)
+    last = folder / "checkpoints" / "last.ckpt"
+    if resume:
+        return folder, last if last.is_file() else None
+    if last.is_file() and of_first_rank is None:
+        raise InputError(
+            f"run_dir={folder} holds a run already; add resume=auto to continue it, or give another"
+        )
+    return folder, None
+
+
+def begin(folder: Path, config: str) -> None:
+    """Write the config, begin the log, and delete what a process that was killed while it saved has left."""
+    for left in (folder / "checkpoints").glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    with replacing(folder / "config.yaml") as aside:
+        aside.write_text(config)
+    log_to(folder / "log")
 
 
 def log_to(path: Path) -> None:

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from medldm.commands import doctor
 from medldm.devices import CPU, GPU, Gpu, Hardware
-from medldm.doctor.kernels import Case, kernel_findings
+from medldm.doctor.kernels import KernelTest, kernel_findings
 from medldm.doctor.machine import Machine, cluster_findings, device_findings, disk_findings
 from medldm.doctor.software import software_findings
 from medldm.doctor.weights import weight_findings
@@ -93,7 +93,7 @@ def without_bf16(x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_kernel_that_is_wrong_or_missing_is_found(hardware: Hardware, run, state, text):
-    case = Case("one", run, ((2, 8, 6, 6),), has_layouts=True)
+    case = KernelTest("one", run, ((2, 8, 6, 6),), has_layouts=True)
     (finding,) = kernel_findings(HOST, hardware, [case])
     assert finding.state == state and text in finding.text
 
@@ -102,7 +102,7 @@ def test_a_gpu_may_round_float32_to_tf32_and_a_cpu_may_not():
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x * (1 + 2**-11) if x.dtype != torch.float64 else x * 1
 
-    case = [Case("one", rounded, ((2, 8, 6, 6),))]
+    case = [KernelTest("one", rounded, ((2, 8, 6, 6),))]
     assert [next(kernel_findings(HOST, kind, case)).state for kind in (GPU, CPU)] == ["ok", "wrong"]
 
 

@@ -270,7 +270,7 @@ def test_a_written_volume_lies_where_the_raw_one_does(prepared_3d, tmp_path):
 def test_debug_tiny_changes_sizes_only():
     from omegaconf import OmegaConf
 
-    from medldm.commands.train import shrink
+    from medldm.shrinking import shrink
 
     model = OmegaConf.to_container(compose_config("train", LDM, "data.root=-").model, resolve=True)
     small = shrink(model)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from medldm.commands import sample, translate
-from medldm.commands.train import shrink
 from medldm.data.preparation.recipe import make_recipe
 from medldm.errors import InputError
+from medldm.shrinking import shrink
 from tests.data.conftest import settings
 from tests.data.test_volumes import affine_of
 from tests.helpers import compose_config

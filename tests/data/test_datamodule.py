@@ -427,7 +427,7 @@ def test_train_gives_none_to_a_diffusion_of_images(mnms2_cine, tmp_path, monkeyp
     def stop(data, **options):
         raise BuiltError(options["keys"], options["with_cine"])
 
-    monkeypatch.setattr("medldm.data.build_datamodule", stop)
+    monkeypatch.setattr("medldm.training.run.build_datamodule", stop)
     with pytest.raises(BuiltError) as built:
         run_training(mnms2_cine, tmp_path / "run", "experiment=medvdm/chestxray_pixel", "data=mnms2")
     assert built.value.args == (("image",), False)

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from medldm.commands.train import syncs_batchnorm
 from medldm.errors import InputError
 from medldm.networks.discriminator import PatchDiscriminator
+from medldm.training.trainer import syncs_batchnorm
 from tests.training import LDM, LONGER, PLAIN_SGD, RESTARTING_CODES, VQVAE, load, run_training
 
 

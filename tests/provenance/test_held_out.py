@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 
-from medldm.commands import train
 from medldm.data.loading.datamodule import CaseDataModule
 from medldm.errors import InputError
 from medldm.fingerprints import file_sha256
 from medldm.held_out import changed_data, seen_subjects, stages_of
+from medldm.training.latents import find_latents
+from medldm.training.resume import warn_of_other_stages
 from tests.provenance.conftest import (
     NUM_SUBJECTS,
     draw,
@@ -157,10 +158,10 @@ def test_synthetic_images_bring_along_what_their_model_was_trained_on(copied):
 def test_a_resumed_run_keeps_its_first_stage_and_says_so(copied, caplog):
     content = {"first_stage": {"sha256": file_sha256(checkpoint_of(copied))}}
     model = {"first_stage": {"checkpoint": str(checkpoint_of(copied))}, "map_stage": None}
-    train.warn_of_other_stages(model, content)
+    warn_of_other_stages(model, content)
     assert not caplog.messages
     checkpoint_of(copied).write_bytes(b"trained on")
-    train.warn_of_other_stages(model, content)
+    warn_of_other_stages(model, content)
     assert "not the file that the run was begun with" in caplog.text
 
 
@@ -169,16 +170,16 @@ def test_a_cache_of_another_autoencoder_is_refused(copied):
     model = {"first_stage": {"checkpoint": str(ldm(copied))}}  # any other checkpoint
     data = {"root": str(copied / "data"), "latents": name, "spatial_dims": 2}
     with pytest.raises(InputError, match="made with another autoencoder than"):
-        train.find_latents(data, model, None)
-    assert train.find_latents(data | {"latents": "auto"}, model, None) is None
+        find_latents(data, model, None)
+    assert find_latents(data | {"latents": "auto"}, model, None) is None
     model = {"first_stage": {"checkpoint": str(checkpoint_of(copied))}}
-    assert train.find_latents(data | {"latents": "auto"}, model, None) == name
+    assert find_latents(data | {"latents": "auto"}, model, None) == name
     resumed = {"stage": "autoencoder", "sha256": file_sha256(checkpoint_of(copied))}
     checkpoint_of(copied).write_bytes(b"trained on")
-    assert train.find_latents(data | {"latents": "auto"}, model, resumed) == name
+    assert find_latents(data | {"latents": "auto"}, model, resumed) == name
     (copied / f"data/latents/{name}/latents.json").unlink()
     with pytest.raises(InputError, match="medldm encode .* to its end"):
-        train.find_latents(data | {"latents": "auto"}, model, resumed)
+        find_latents(data | {"latents": "auto"}, model, resumed)
 
 
 def test_changes_of_a_resumed_run_are_named():

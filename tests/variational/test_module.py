@@ -6,7 +6,6 @@ import torch
 from omegaconf import OmegaConf
 
 from medldm.build import build_module
-from medldm.commands.train import shrink
 from medldm.diffusion.conditioner import Condition
 from medldm.diffusion.likelihood import Bernoulli, DiscretizedGaussian, binary_entropy, grey
 from medldm.diffusion.sampler import AncestralSampler
@@ -15,6 +14,7 @@ from medldm.errors import InputError
 from medldm.models.common import case_generators, case_noise, warmup_cosine
 from medldm.networks.codec import MLPCodec
 from medldm.networks.scorenet import ScoreNet, fourier_features
+from medldm.shrinking import shrink
 from tests.helpers import compose_config, num_parameters
 
 FACTS = {

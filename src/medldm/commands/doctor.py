@@ -25,19 +25,19 @@ from rich.table import Table
 
 from medldm.commands import run_command
 from medldm.devices import pick_device
-from medldm.doctor.finding import NOTE, WRONG, Finding
+from medldm.doctor.finding import TO_NOTE, WRONG, Finding
 from medldm.doctor.kernels import kernel_findings
 from medldm.doctor.machine import Machine, cluster_findings, device_findings, disk_findings, find_machine
 from medldm.doctor.software import software_findings
 from medldm.doctor.weights import weight_findings
 
-STYLES = {"ok": "green", NOTE: "yellow", WRONG: "bold red"}
+STYLES = {"ok": "green", TO_NOTE: "yellow", WRONG: "bold red"}
 
 
 def task(cfg: DictConfig) -> None:
     machine = find_machine()
     findings = list(examine(cfg, machine))
-    show(findings)
+    show_findings(findings)
     wrong = [finding for finding in findings if finding.state == WRONG]
     for finding in wrong:
         print(f"medldm doctor: {finding.name}: {finding.text}; {finding.mend}", file=sys.stderr)
@@ -55,7 +55,7 @@ def examine(cfg: DictConfig, machine: Machine) -> Iterator[Finding]:
     yield from cluster_findings(machine)
 
 
-def show(findings: Sequence[Finding]) -> None:
+def show_findings(findings: Sequence[Finding]) -> None:
     """The table, a line a finding."""
     console = Console()
     if not console.is_terminal:
@@ -66,7 +66,7 @@ def show(findings: Sequence[Finding]) -> None:
         table.add_row(state, f"{finding.topic}: {finding.name}", finding.text, finding.mend)
     console.print(table)
     counts = {state: sum(f.state == state for f in findings) for state in STYLES}
-    console.print(f"{counts['ok']} ok, {counts[NOTE]} to note, {counts[WRONG]} wrong")
+    console.print(f"{counts['ok']} ok, {counts[TO_NOTE]} to note, {counts[WRONG]} wrong")
 
 
 def main() -> None:

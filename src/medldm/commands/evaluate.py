@@ -56,7 +56,7 @@ from medldm.evaluation.run import (
     judge,
     make_tools,
     read_inputs,
-    show,
+    show_results,
     write_panels,
     write_results,
 )
@@ -88,7 +88,7 @@ def task(cfg: DictConfig) -> None:
     output = inputs.folders["output"]
     write_results(output, outcome)
     write_panels(output, inputs, outcome, cfg.panel_rows)
-    show(outcome.results)
+    show_results(outcome.results)
     print(output / "metrics.json")
     print(output / "per_case.csv")
 

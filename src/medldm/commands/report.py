@@ -33,7 +33,7 @@ from medldm.reporting.run_page import compose, written_now
 from medldm.reporting.sections import EvaluationFiles, RunFiles
 
 log = logging.getLogger(__name__)
-TABLES = {"medlsdm": results_table, "edge_levels": edge_levels}
+TABLE_KINDS = {"medlsdm": results_table, "edge_levels": edge_levels}
 
 
 def task(cfg: DictConfig) -> None:
@@ -55,9 +55,9 @@ def task(cfg: DictConfig) -> None:
 
 def write_table(cfg: DictConfig) -> None:
     """<output>.md and <output>.html: a line for each evaluation."""
-    if cfg.table not in TABLES:
-        raise InputError(f"table={cfg.table}: choose {' or '.join(TABLES)}")
-    table = TABLES[cfg.table]
+    if cfg.table not in TABLE_KINDS:
+        raise InputError(f"table={cfg.table}: choose {' or '.join(TABLE_KINDS)}")
+    table = TABLE_KINDS[cfg.table]
     folders = as_paths(cfg.evaluation) or [run / "evaluation" for run in as_paths(cfg.run)]
     if not folders:
         raise InputError("table: name the evaluations as evaluation=[DIR1,DIR2], or their runs as run=[...]")

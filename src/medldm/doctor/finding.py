@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-OK, NOTE, WRONG = "ok", "note", "wrong"
+OK, TO_NOTE, WRONG = "ok", "note", "wrong"
 
 
 class Finding(NamedTuple):

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medldm.devices import LAYOUTS, Hardware, wait_for
-from medldm.doctor.finding import NOTE, WRONG, Finding
+from medldm.doctor.finding import TO_NOTE, WRONG, Finding
 
 # Relative deviation (L2 norm) that rounding explains, with a margin of about five: a number is rounded by up
 # to half a unit in the last place, 2^-9 of it in bf16 and 2^-12 in TF32, in which GPUs multiply float32.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TF32_TOLERANCE = 2e-3
-NAMES = {torch.float32: "float32", torch.bfloat16: "bf16"}
+TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16"}
 
 
-class Case(NamedTuple):
+class KernelTest(NamedTuple):
     """An operation of float tensors, and the shapes that it takes."""
 
     name: str
@@ -28,11 +28,13 @@ class Case(NamedTuple):
     has_layouts: bool = False  # whether channels_last is tried too
 
 
-CASES = (
-    Case("conv2d", partial(F.conv2d, padding=1), ((2, 16, 32, 32), (32, 16, 3, 3)), has_layouts=True),
-    Case("conv3d", partial(F.conv3d, padding=1), ((1, 8, 12, 16, 16), (16, 8, 3, 3, 3)), has_layouts=True),
-    Case("attention", F.scaled_dot_product_attention, ((1, 4, 128, 32),) * 3),
-    Case("group norm", lambda x: F.group_norm(x, 8), ((2, 32, 16, 16),), has_layouts=True),
+KERNELS = (
+    KernelTest("conv2d", partial(F.conv2d, padding=1), ((2, 16, 32, 32), (32, 16, 3, 3)), has_layouts=True),
+    KernelTest(
+        "conv3d", partial(F.conv3d, padding=1), ((1, 8, 12, 16, 16), (16, 8, 3, 3, 3)), has_layouts=True
+    ),
+    KernelTest("attention", F.scaled_dot_product_attention, ((1, 4, 128, 32),) * 3),
+    KernelTest("group norm", lambda x: F.group_norm(x, 8), ((2, 32, 16, 16),), True),
 )
 
 
@@ -47,7 +49,7 @@ def deviation(found: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
-def run_case(case: Case, inputs: list[Tensor]) -> list[Tensor]:
+def run_case(case: KernelTest, inputs: list[Tensor]) -> list[Tensor]:
     """The result and the gradients of its inputs, for a random but fixed gradient that comes in."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     out = case.run(*leaves)
@@ -57,14 +59,14 @@ def run_case(case: Case, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def kernel_findings(
-    device: torch.device, hardware: Hardware, cases: Sequence[Case] = CASES
+    device: torch.device, hardware: Hardware, cases: Sequence[KernelTest] = KERNELS
 ) -> Iterator[Finding]:
     """A finding for each operation: how far forward and backward deviate in each precision and layout."""
     for case in cases:
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes]
         expected = [x.detach() for x in run_case(case, inputs)]
-        yield judge(case, list(trials(case, inputs, expected, device)), hardware)
+        yield judge_kernel(case, list(trials(case, inputs, expected, device)), hardware)
 
 
 class Trial(NamedTuple):
@@ -77,10 +79,12 @@ class Trial(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{NAMES[self.dtype]} {self.layout}"
+        return f"{TYPE_NAMES[self.dtype]} {self.layout}"
 
 
-def trials(case: Case, inputs: list[Tensor], expected: list[Tensor], device: torch.device) -> Iterator[Trial]:
+def trials(
+    case: KernelTest, inputs: list[Tensor], expected: list[Tensor], device: torch.device
+) -> Iterator[Trial]:
     layouts = ("contiguous", "channels_last") if case.has_layouts else ("contiguous",)
     for dtype, layout in product(TOLERANCES, layouts):
         try:
@@ -92,7 +96,7 @@ def trials(case: Case, inputs: list[Tensor], expected: list[Tensor], device: tor
             yield Trial(dtype, layout, deviation(found, expected))
 
 
-def judge(case: Case, tried: Sequence[Trial], hardware: Hardware) -> Finding:
+def judge_kernel(case: KernelTest, tried: Sequence[Trial], hardware: Hardware) -> Finding:
     wrong = []
     for trial in tried:
         is_tf32 = trial.dtype == torch.float32 and hardware.is_gpu
@@ -104,13 +108,13 @@ def judge(case: Case, tried: Sequence[Trial], hardware: Hardware) -> Finding:
             wrong.append((trial, f"{trial.name}: {text}"))
     if not wrong:
         worst = {dtype: max(t.deviation for t in tried if t.dtype == dtype) for dtype in TOLERANCES}
-        text = ", ".join(f"{NAMES[dtype]} {value:.0e}" for dtype, value in worst.items())
+        text = ", ".join(f"{TYPE_NAMES[dtype]} {value:.0e}" for dtype, value in worst.items())
         return Finding("kernels", case.name, f"relative deviation {text}")
     # What `auto` never chooses on this hardware does no harm.
     is_unused = not hardware.multiplies_bf16 and all(trial.dtype == torch.bfloat16 for trial, _ in wrong)
     mend = "train with trainer.precision=32-true channels_last=false, and try another version of torch"
     lines = "; ".join(text for _, text in wrong)
-    return Finding("kernels", case.name, lines, NOTE if is_unused else WRONG, mend)
+    return Finding("kernels", case.name, lines, TO_NOTE if is_unused else WRONG, mend)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from medldm.devices import Gpu, Hardware, choose_settings, find_hardware, list_gpus
-from medldm.doctor.finding import NOTE, WRONG, Finding
+from medldm.doctor.finding import TO_NOTE, WRONG, Finding
 
-GIB = 2**30
+BYTES_PER_GIB = 2**30
 MIN_DISK = 1.0  # GiB: below it a run cannot write its checkpoints
 AMPLE_DISK = 20.0  # GiB: below it a run of several stages may fill the disk
 MIN_SHARED = 0.5  # GiB of /dev/shm, through which workers hand batches over
@@ -81,10 +81,10 @@ def device_findings(machine: Machine) -> Iterator[Finding]:
         yield Finding("device", "GPU", text, WRONG, mend)
     elif not machine.gpus:
         text = f"none; {built}"
-        yield Finding("device", "GPU", text, NOTE, "the demo runs on a CPU, real trainings want a GPU")
+        yield Finding("device", "GPU", text, TO_NOTE, "the demo runs on a CPU, real trainings want a GPU")
     for gpu in machine.gpus:
-        state = NOTE if gpu.free_gib < gpu.total_gib / 2 else "ok"
-        mend = "another process holds most of its memory (`nvidia-smi` names it)" if state == NOTE else ""
+        state = TO_NOTE if gpu.free_gib < gpu.total_gib / 2 else "ok"
+        mend = "another process holds most of its memory (`nvidia-smi` names it)" if state == TO_NOTE else ""
         text = (
             f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
             f"{gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free, driver {machine.driver or 'unknown'}"
@@ -99,22 +99,24 @@ def disk_findings(folders: Sequence[Path]) -> Iterator[Finding]:
     """Free room where runs, data and temporary files go, and in shared memory."""
     for folder in folders:
         there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free / GIB
-        state = WRONG if free < MIN_DISK else NOTE if free < AMPLE_DISK else "ok"
+        free = shutil.disk_usage(there).free / BYTES_PER_GIB
+        state = WRONG if free < MIN_DISK else TO_NOTE if free < AMPLE_DISK else "ok"
         mend = "" if state == "ok" else "make room, or write elsewhere (paths.output_root=DIR, MEDLDM_OUTPUT)"
         yield Finding("room", str(folder), f"{free:.1f} GiB free", state, mend)
         if not os.access(there, os.W_OK):
             yield Finding("room", str(folder), "not writable", WRONG, f"allow writing in {there}")
     if SHARED_MEMORY.is_dir():
-        free = shutil.disk_usage(SHARED_MEMORY).free / GIB
+        free = shutil.disk_usage(SHARED_MEMORY).free / BYTES_PER_GIB
         mend = "" if free >= MIN_SHARED else "enlarge it (docker: --shm-size=8g), or set data.num_workers=0"
-        yield Finding("room", str(SHARED_MEMORY), f"{free:.1f} GiB for workers", NOTE if mend else "ok", mend)
+        yield Finding(
+            "room", str(SHARED_MEMORY), f"{free:.1f} GiB for workers", TO_NOTE if mend else "ok", mend
+        )
 
 
 def cluster_findings(machine: Machine) -> Iterator[Finding]:
     """SLURM, and what several processes of one training talk through."""
     if machine.slurm is None:
-        yield Finding("cluster", "SLURM", "not on this machine", NOTE, "only slurm/*.sh need it")
+        yield Finding("cluster", "SLURM", "not on this machine", TO_NOTE, "only slurm/*.sh need it")
     else:
         where = f", in job {machine.job}" if machine.job else ""
         yield Finding("cluster", "SLURM", f"{machine.slurm}{where}")

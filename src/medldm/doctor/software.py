@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from packaging.requirements import Requirement
 
 import medldm
-from medldm.doctor.finding import NOTE, WRONG, Finding
+from medldm.doctor.finding import TO_NOTE, WRONG, Finding
 
 SHOWN = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "monai", "numpy")
 EXTRAS = {
@@ -66,6 +66,6 @@ def extra_findings(needed: Sequence[Requirement]) -> Iterator[Finding]:
         missing = [name for name in packages if installed(name) is None]
         if missing:
             mend = f"pip install 'medldm[{extra}]', where you need it"
-            yield Finding("software", f"extra {extra}", f"not installed: {purpose}", NOTE, mend)
+            yield Finding("software", f"extra {extra}", f"not installed: {purpose}", TO_NOTE, mend)
         elif packages:
             yield Finding("software", f"extra {extra}", ", ".join(f"{n} {installed(n)}" for n in packages))

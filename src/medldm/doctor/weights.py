@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from medldm.doctor.finding import NOTE, WRONG, Finding
+from medldm.doctor.finding import TO_NOTE, WRONG, Finding
 from medldm.networks.features import weights_status
 
 
@@ -16,4 +16,4 @@ def weight_findings(weights_dir: str | Path | None) -> Iterator[Finding]:
             yield Finding("weights", status.use, f"{status.path} ({status.source})")
             continue
         text, _, mend = status.advice.partition("; ")
-        yield Finding("weights", status.use, text, NOTE if text.endswith(": not found") else WRONG, mend)
+        yield Finding("weights", status.use, text, TO_NOTE if text.endswith(": not found") else WRONG, mend)

@@ -43,7 +43,7 @@ from medldm.metrics.catalogue import find_metric, select_metrics
 from medldm.metrics.summary import Bootstrap
 
 PANEL_ORDER = ("nmse_var", "dice_mean", "psnr")  # by which best, median and worst are chosen
-BASELINES = ("mean_image", "random_real", "shuffled")
+KNOWN_BASELINES = ("mean_image", "random_real", "shuffled")
 Folders = Mapping[str, Path | None]  # by their role: generated, reference, train, ...
 
 
@@ -79,8 +79,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """InputError for a metric or a baseline that there is not, before any image is read."""
     select_metrics(settings["image"])
     for name in settings["baselines"]:
-        if name not in BASELINES:
-            known = ", ".join(BASELINES)
+        if name not in KNOWN_BASELINES:
+            known = ", ".join(KNOWN_BASELINES)
             raise InputError(f"metrics.baselines: no baseline '{name}'; choose from {known}")
 
 
@@ -214,7 +214,7 @@ def write_panels(output: Path, inputs: Inputs, outcome: Outcome, num_rows: int) 
                 figure.savefig(temporary, format="png")
 
 
-def show(results: Mapping[str, Any]) -> None:
+def show_results(results: Mapping[str, Any]) -> None:
     """The tables on screen, and every note."""
     tables = [screen.main_table(results)]
     if results["distribution"]:

@@ -1,0 +1,105 @@
+"""Going on with a run, or starting from another one's weights: what must be the same, and what is kept."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from medldm.attributes import check_order
+from medldm.build import load_module
+from medldm.checkpoints import read_checkpoint
+from medldm.errors import InputError
+from medldm.fingerprints import file_sha256
+from medldm.held_out import changed_data, origin_of
+from medldm.models.common import TrainedModule
+
+log = logging.getLogger(__name__)
+# Parts of a model's config that decide its weights.
+STRUCTURE = (
+    "autoencoder", "codec", "network", "translator", "conditioner", "schedule", "objective", "likelihood",
+)  # fmt: skip
+
+
+def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's content; InputError where it is of another model than the config's."""
+    content = read_checkpoint(path)
+    description = content["medldm"]
+    if description["stage"] != model["kind"]:
+        raise InputError(
+            f"{path}: holds a {description['stage']} model, the experiment trains a {model['kind']} model"
+        )
+    changed = [key for key in STRUCTURE if description["model"].get(key) != model.get(key)]
+    if changed:
+        raise InputError(
+            f"{path}: model.{changed[0]} differs from the run's config; undo it or start a new run"
+        )
+    return content
+
+
+def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+    """Descriptions of first stage and map stage where a resumed checkpoint brings their weights, else None:
+    load them.
+    """
+    resumed = [content["medldm"].get(key) if content else None for key in ("first_stage", "map_stage")]
+    hints = {
+        "first_stage": "stage-one checkpoint, or model/first_stage=pixel for none",
+        "map_stage": "map VQ-VAE",
+    }
+    for (key, hint), found in zip(hints.items(), resumed, strict=True):
+        if found is None and (model.get(key) or {}).get("checkpoint") == "???":
+            raise InputError(f"model.{key}.checkpoint: not given; name the {hint}")
+    return resumed
+
+
+def initialise(module: TrainedModule, path: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Start from another run's weights (fine-tuning) and return what is kept of their origin; InputError
+    where they do not fit.
+
+    A first stage stays the one that `model.first_stage.checkpoint` names.
+    """
+
+    def is_frozen(name: str) -> bool:
+        return name.startswith(("first_stage.", "map_stage."))
+
+    own = {name: x for name, x in module.state_dict().items() if is_frozen(name)}
+    source = load_module(path)
+    check_order(source.facts, facts, f"init_from={path}")
+    others = {name: x for name, x in source.state_dict().items() if not is_frozen(name)}
+    try:
+        module.load_state_dict(own | others)
+    except RuntimeError as error:
+        first = next(line.strip() for line in str(error).splitlines()[1:])
+        raise InputError(f"init_from={path}: not the same model: {first}") from error
+    log.info("starting from the weights of %s", path)
+    return origin_of(source.description)
+
+
+def warn_of_other_stages(model: dict[str, Any], description: dict[str, Any]) -> None:
+    """A resumed run keeps the stages that it was begun with, whatever lies at their paths now."""
+    for stage in ("first_stage", "map_stage"):
+        path, kept = (model.get(stage) or {}).get("checkpoint"), description.get(stage)
+        if path and kept and Path(path).is_file() and file_sha256(path) != kept.get("sha256"):
+            log.warning(
+                "model.%s.checkpoint=%s: not the file that the run was begun with, whose weights it keeps; "
+                "start a new run to use this one",
+                stage,
+                path,
+            )
+
+
+def check_resumed_data(path: Path, content: dict[str, Any], record: dict[str, Any] | None) -> None:
+    """InputError where a run would go on with other subjects or images than it was begun with."""
+    earlier = content["medldm"].get("data")
+    if record is None:
+        return
+    if earlier is None:
+        log.warning(
+            "resume=%s: an older medldm did not record its data; whether they are still the same is unknown",
+            path,
+        )
+        return
+    changed = changed_data(earlier, record)
+    if changed is not None:
+        raise InputError(
+            f"resume={path}: other data than the run's: {changed}; give those, or start anew from its "
+            f"weights with init_from={path} and another run_dir"
+        )

@@ -1,0 +1,94 @@
+"""A training run: its folder and model, then its data and module, checked before anything is written."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import LightningDataModule
+
+from medldm.attributes import check_order
+from medldm.build import build_module, module_class
+from medldm.checkpoints import describe
+from medldm.data import build_datamodule
+from medldm.models.common import TrainedModule
+from medldm.runs import RUN_DIR_VARIABLE, begin, find_run_dir
+from medldm.shrinking import shrink
+from medldm.training.checks import check_stages, check_unknown
+from medldm.training.latents import find_latents
+from medldm.training.resume import (
+    check_resumed_data,
+    checked_resume,
+    initialise,
+    require_stages,
+    warn_of_other_stages,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """Where a training writes, what it trains, and what it goes on from."""
+
+    folder: Path
+    model: dict[str, Any]  # the model's resolved config
+    resume: Path | None  # the checkpoint that is gone on from
+    content: dict[str, Any] | None  # of that checkpoint
+
+    @property
+    def step(self) -> int | None:
+        """The update at which a resumed run goes on."""
+        return None if self.content is None else self.content["global_step"]
+
+
+def open_run(cfg: DictConfig, experiment: str) -> Run:
+    """The run that a config asks for: a new one, or one that is resumed. Nothing is written yet."""
+    model = OmegaConf.to_container(cfg.model, resolve=True)
+    model = shrink(model) if cfg.get("tiny") else model
+    folder, resume = find_run_dir(Path(cfg.paths.output_root) / experiment, cfg.run_dir, cfg.resume)
+    return Run(folder, model, resume, checked_resume(resume, model) if resume else None)
+
+
+def make_data(cfg: DictConfig, run: Run) -> LightningDataModule:
+    """The prepared data with the arrays that the model needs, or the cached latents in the images' place."""
+    first_stage, _ = require_stages(run.model, run.content)
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    data["latents"] = find_latents(data, run.model, first_stage)
+    kind = module_class(run.model)
+    keys = kind.batch_keys(run.model, is_cached=data["latents"] is not None)
+    return build_datamodule(data, keys=keys, seed=cfg.seed, with_cine=kind.takes_unlabelled)
+
+
+def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> TrainedModule:
+    """The module with its description, after checking that its data are those of a resumed run and that
+    held-out subjects are unseen.
+    """
+    record = getattr(datamodule, "record", None)  # None for data that are made on the fly
+    facts, content = datamodule.facts, run.content
+    if content is not None:
+        check_order(content["medldm"]["facts"], facts, f"resume={run.resume}")
+        check_resumed_data(run.resume, content, record)
+        warn_of_other_stages(run.model, content["medldm"])
+    module = build_module(run.model, facts, *require_stages(run.model, content))
+    module.description = describe(run.model, facts, module, record)
+    if content is not None and content["medldm"].get("init_from"):
+        module.description["init_from"] = content["medldm"]["init_from"]
+    elif cfg.init_from and not run.resume:
+        module.description["init_from"] = initialise(module, cfg.init_from, facts)
+    if record is not None:
+        check_stages(cfg, module.description, datamodule)
+        check_unknown(module, datamodule)
+    return module
+
+
+def open_folder(run: Run, module: TrainedModule, config: str, *, is_first_rank: bool) -> None:
+    """Make the run folder, on the first rank; the others are told where it is."""
+    os.environ[RUN_DIR_VARIABLE] = str(run.folder)
+    if not is_first_rank:
+        return
+    begin(run.folder, config)
+    count = sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
+    log.info("%s: %.2fM trainable parameters, run folder %s", run.model["kind"], count, run.folder)
+    if run.resume:
+        log.info("resuming %s at step %s", run.resume, run.step)

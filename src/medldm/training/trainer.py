@@ -1,0 +1,170 @@
+"""Lightning's Trainer as medldm sets it up, and the settings of the device that it runs on."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback, LightningDataModule, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from medldm.callbacks import (
+    EMA,
+    Checkpoints,
+    CountUpdates,
+    LatentStatistics,
+    MetricsFile,
+    Pictures,
+    ProgressBar,
+    RandomState,
+    StopOnSignal,
+)
+from medldm.checkpoints import AtomicCheckpointIO
+from medldm.devices import (
+    DeviceSettings,
+    check_accelerator,
+    choose_settings,
+    find_hardware,
+    num_processes,
+    uses_gpu,
+)
+from medldm.errors import InputError
+from medldm.models.common import TrainedModule
+
+log = logging.getLogger(__name__)
+
+
+def quieten() -> None:
+    """Drop Lightning's advertisements and hints that do not apply; warnings of substance stay."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*`srun` command is available.*",
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*module\\(s\\) in eval mode.*",
+        ".*your dataloader is not resumable.*",  # the data module is
+        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # and to be used
+    ):
+        warnings.filterwarnings("ignore", text)
+    warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval.*")
+
+
+def choose_for(cfg: DictConfig) -> DeviceSettings:
+    """The settings of the device that this training asks for. InputError where there is no such device, or
+    where an option of the trainer cannot be.
+    """
+    options = cfg.trainer
+    for key, lowest in (("accumulate_grad_batches", 1), ("num_nodes", 1), ("log_every_n_steps", 1)):
+        if not isinstance(options[key], int) or options[key] < lowest:
+            raise InputError(f"trainer.{key}={options[key]} must be a whole number, at least {lowest}")
+    if options.gradient_clip_val is not None and options.gradient_clip_val < 0:
+        raise InputError(
+            f"trainer.gradient_clip_val={options.gradient_clip_val}: give a norm, or null for none"
+        )
+    if options.get("gradient_clip_algorithm") not in (None, "norm"):
+        raise InputError(
+            f"trainer.gradient_clip_algorithm={options.gradient_clip_algorithm}: gradients are clipped by "
+            "their norm; leave it out"
+        )
+    check_accelerator(options.accelerator, options.devices, find_hardware())
+    hardware = find_hardware(options.accelerator)
+    return choose_settings(options.precision, cfg.channels_last, hardware=hardware, key="trainer.precision")
+
+
+def build_trainer(
+    cfg: DictConfig,
+    module: TrainedModule,
+    datamodule: LightningDataModule,
+    run_dir: Path,
+    resumed_step: int | None,
+    settings: DeviceSettings,
+) -> Trainer:
+    """Lightning's Trainer with medldm's callbacks; modules that step by hand accumulate and clip themselves.
+
+    `resumed_step` is the update at which a resumed run goes on, None for a new one.
+    """
+    options = trainer_options(cfg, module, settings)
+    loggers: list[Any] = [MetricsFile(run_dir / "metrics.csv", resumed_step=resumed_step)]
+    if cfg.logger.wandb:
+        loggers.append(instantiate(cfg.logger.wandb, save_dir=str(run_dir)))
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # slurm/job.sbatch requeues
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    return instantiate(
+        options,
+        callbacks=list(make_callbacks(cfg, module, datamodule, run_dir)),
+        logger=loggers,
+        plugins=plugins,
+        default_root_dir=str(run_dir),
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+    )
+
+
+def trainer_options(cfg: DictConfig, module: TrainedModule, settings: DeviceSettings) -> dict[str, Any]:
+    """The config's options for the Trainer, resolved for this module and device."""
+    options = OmegaConf.to_container(cfg.trainer, resolve=True)
+    options["precision"] = settings.precision
+    if not module.automatic_optimization:
+        module.accumulate_grad_batches = options.pop("accumulate_grad_batches")
+        module.gradient_clip_val = options.pop("gradient_clip_val")
+    if options["strategy"] == "auto" and num_processes(options) > 1:
+        options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
+    options["sync_batchnorm"] = syncs_batchnorm(options, module)
+    return options
+
+
+def make_callbacks(
+    cfg: DictConfig, module: TrainedModule, datamodule: LightningDataModule, run_dir: Path
+) -> Iterator[Callback]:
+    """In the order in which they must act."""
+    checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
+    yield LatentStatistics(datamodule)
+    yield CountUpdates()
+    if cfg.callbacks.ema:
+        yield EMA(**cfg.callbacks.ema)
+    check_volumes(cfg.callbacks.pictures, module)
+    if cfg.callbacks.pictures:
+        yield Pictures(run_dir / "samples", **cfg.callbacks.pictures)
+    yield LearningRateMonitor("step")
+    yield RandomState()
+    yield checkpoints
+    yield StopOnSignal(checkpoints)
+    if cfg.trainer.enable_progress_bar:
+        yield ProgressBar(refresh_rate=10, leave=False)
+
+
+def check_volumes(pictures: DictConfig | None, module: TrainedModule) -> None:
+    if pictures and pictures.volumes_every_n_validations and module.description["facts"]["spatial_dims"] != 3:
+        raise InputError(
+            "callbacks.pictures.volumes_every_n_validations: the images are no volumes; set it to null"
+        )
+
+
+def syncs_batchnorm(options: dict[str, Any], module: TrainedModule) -> bool:
+    """`auto`: where batch norms would each see one process's part of a batch. InputError for `true` where
+    nothing can be synchronised; torch does it on GPUs alone.
+    """
+    choice = options["sync_batchnorm"]
+    if choice not in (True, False, "auto"):
+        raise InputError(f"trainer.sync_batchnorm={choice} is none of true, false, auto")
+    obstacles = {
+        "the model has no batch norm": not any(isinstance(part, _BatchNorm) for part in module.modules()),
+        "the run is one process": num_processes(options) == 1,
+        "only GPUs synchronise": not uses_gpu(options["accelerator"]),
+    }
+    reasons = [reason for reason, is_met in obstacles.items() if is_met]
+    if choice is True and reasons:
+        raise InputError(f"trainer.sync_batchnorm=true has no effect: {reasons[0]}; set it to auto")
+    if choice == "auto" and reasons == ["only GPUs synchronise"]:
+        log.warning("batch norms see each process's own part of a batch: on CPUs they are not synchronised")
+    return choice is not False and not reasons
