@@ -42,7 +42,7 @@ def task(cfg: DictConfig) -> None:
     run = open_run(cfg, experiment_name())
     datamodule = make_data(cfg, run)
     module = make_module(cfg, run, datamodule)
-    place(cfg, module, settings)
+    lay_out(cfg, module, settings)
     check(cfg, run, module, datamodule)
     trainer = build_trainer(cfg, module, datamodule, run.folder, run.step, settings)
     config = OmegaConf.to_yaml(cfg, resolve=True)
@@ -51,7 +51,7 @@ def task(cfg: DictConfig) -> None:
     fit(trainer, module, datamodule, run)
 
 
-def place(cfg: DictConfig, module: TrainedModule, settings: DeviceSettings) -> None:
+def lay_out(cfg: DictConfig, module: TrainedModule, settings: DeviceSettings) -> None:
     """Memory layout and compilation of the networks."""
     if settings.channels_last:
         module.use_channels_last()

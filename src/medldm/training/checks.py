@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from medldm.attributes import check_nulls
+from medldm.data.loading.datamodule import CaseDataModule
 from medldm.diffusion.sampler import check_guidance
 from medldm.errors import InputError
 from medldm.held_out import EARLIER, check_held_out, seen_subjects
@@ -41,7 +43,7 @@ def check_knobs(
         )
 
 
-def check_sizes(module: TrainedModule, datamodule: TrainedModule) -> None:
+def check_sizes(module: TrainedModule, datamodule: CaseDataModule) -> None:
     """InputError where an image of training or validation does not divide by the model's factors."""
     factors = module.size_factors
     sizes = datamodule.image_sizes() if factors and hasattr(datamodule, "image_sizes") else {}
@@ -67,7 +69,7 @@ def check_monitor(monitor: str, module: TrainedModule) -> None:
         )
 
 
-def check_stages(cfg: DictConfig, description: dict[str, Any], datamodule: TrainedModule) -> None:
+def check_stages(cfg: DictConfig, description: dict[str, Any], datamodule: CaseDataModule) -> None:
     """InputError where a stage below, the model that a fine-tuning starts from, or the one that made the
     synthetic images was trained on subjects of this split's test part; a warning where it was on those of the
     validation part.
