@@ -126,13 +126,10 @@ SHARED_BY_DATASETS = {"index", "published_splits", "published", "patient_of", "M
 # Duplicates of other rooms that are still to be renamed; nothing may be added.
 TO_RENAME = {
     "BLOCK",
-    "Box",
     "CHUNK_ELEMENTS",
     "LATENTS",
-    "LAYOUTS",
     "Measured",
     "NUM_NAMED",
-    "Step",
     "UNITS",
     "Values",
     "candidates",

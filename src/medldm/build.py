@@ -5,7 +5,8 @@ is passed to them here and nowhere else.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +41,32 @@ class Earlier(NamedTuple):
 NOTHING_EARLIER = Earlier()
 
 
+@contextmanager
+def told_of(key: str, **keys: str) -> Iterator[None]:
+    """A ValueError in which the part of the config at `key` speaks of its own arguments becomes an InputError
+    that names their keys: "film=x is none of ..." begins with `key`.film then. `keys` has those of arguments
+    that do not stand under `key`.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # Hydra wraps what it calls
+        if not isinstance(cause, ValueError) or isinstance(cause, InputError):
+            raise
+        name, equals, rest = str(cause).partition("=")
+        if equals and name.isidentifier():
+            raise InputError(f"{keys.get(name, f'{key}.{name}')}={rest}") from error
+        raise InputError(f"{key}: {cause}") from error
+
+
 def instantiate_parts(model: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
     """Every dict of the config becomes what its `_target_` names; numbers and strings stay."""
-    return {
-        key: instantiate(in_place(value)) if isinstance(value, Mapping) else value
-        for key, value in model.items()
-        if key not in ("kind", *skip)
-    }
+    parts = {}
+    for key in (key for key in model if key not in ("kind", *skip)):
+        with told_of(f"model.{key}"):
+            value = model[key]
+            parts[key] = instantiate(in_place(value)) if isinstance(value, Mapping) else value
+    return parts
 
 
 def build_autoencoder_module(
@@ -65,18 +85,21 @@ def build_autoencoder_module(
     derived = {"spatial_dims": facts["spatial_dims"], "image_channels": channels}
     if model.get("decoder_sees_map"):
         derived["decoder_map_channels"] = facts["num_classes"]
-    autoencoder = parts.pop("autoencoder")(**derived)
+    with told_of("model.autoencoder"):
+        autoencoder = parts.pop("autoencoder")(**derived)
     discriminators = build_discriminators(parts, facts, in_channels=channels)
     return AutoencoderModule(autoencoder, discriminators=discriminators, **parts)
 
 
 def build_discriminators(parts: dict[str, Any], facts: Mapping[str, Any], **sizes: int) -> list[nn.Module]:
     """Taken out of `parts`; a discriminator of its own `spatial_dims` sees slices of volumes."""
-    return [
-        build(**sizes) if "spatial_dims" in build.keywords else build(facts["spatial_dims"], **sizes)
-        for build in (parts.pop("discriminators", None) or {}).values()
-        if build is not None
-    ]
+    discriminators = []
+    for name, build in (parts.pop("discriminators", None) or {}).items():
+        if build is not None:
+            dims = () if "spatial_dims" in build.keywords else (facts["spatial_dims"],)
+            with told_of(f"model.discriminators.{name}"):
+                discriminators.append(build(*dims, **sizes))
+    return discriminators
 
 
 def build_translation_module(
@@ -87,9 +110,10 @@ def build_translation_module(
         raise InputError("model.first_stage.checkpoint: translation needs an autoencoder; give one")
     parts = instantiate_parts(model, skip=("first_stage",))
     num_labels = num_modalities(facts)
-    translator = parts.pop("translator")(
-        facts["spatial_dims"], latent_channels=first_stage.latent_channels, num_classes=num_labels
-    )
+    with told_of("model.translator"):
+        translator = parts.pop("translator")(
+            facts["spatial_dims"], latent_channels=first_stage.latent_channels, num_classes=num_labels
+        )
     if first_stage.translator is not None:  # a translator's checkpoint: training goes on from its weights
         continue_from(first_stage, translator)
     channels = parts["objective"].discriminated_channels(first_stage, facts["image_channels"])
@@ -143,13 +167,14 @@ def build_diffusion_module(
         known=known_attributes(facts),
         embedding_dim=make_network.keywords["embedding_channels"],
     )
-    network = make_network(
-        facts["spatial_dims"],
-        in_channels=first_stage.latent_channels + conditioner.concat_channels,
-        out_channels=first_stage.latent_channels,
-        spade_channels=conditioner.spade_channels or None,
-        context_channels=conditioner.context_dim or None,
-    )
+    with told_of("model.network"):
+        network = make_network(
+            facts["spatial_dims"],
+            in_channels=first_stage.latent_channels + conditioner.concat_channels,
+            out_channels=first_stage.latent_channels,
+            spade_channels=conditioner.spade_channels or None,
+            context_channels=conditioner.context_dim or None,
+        )
     module = DiffusionModule(first_stage, conditioner, network, map_stage=map_stage, **parts)
     module.first_stage_description, module.map_stage_description = description, map_stage_description
     return module
@@ -176,19 +201,21 @@ def build_variational_module(
         known=known_attributes(facts),
         embedding_dim=make_network.keywords["embedding_channels"],
     )
-    codec = parts.pop("codec")(
-        facts["spatial_dims"],
-        image_channels=facts["image_channels"],
-        image_size=facts["image_size"],
-        condition_channels=conditioner.embedding_dim,
-    )
-    network = make_network(
-        facts["spatial_dims"],
-        in_channels=codec.latent_channels,
-        out_channels=codec.latent_channels,
-        spade_channels=None,
-        context_channels=None,
-    )
+    with told_of("model.codec", image_size="data.image_size"):
+        codec = parts.pop("codec")(
+            facts["spatial_dims"],
+            image_channels=facts["image_channels"],
+            image_size=facts["image_size"],
+            condition_channels=conditioner.embedding_dim,
+        )
+    with told_of("model.network"):
+        network = make_network(
+            facts["spatial_dims"],
+            in_channels=codec.latent_channels,
+            out_channels=codec.latent_channels,
+            spade_channels=None,
+            context_channels=None,
+        )
     return VariationalModule(codec, conditioner, network, **parts)
 
 
@@ -198,9 +225,10 @@ def build_segmentation_module(
     if not facts["num_classes"]:
         raise InputError("model=segmentation: the dataset has no masks to learn; prepare it with masks")
     parts = instantiate_parts(model, skip=())
-    network = parts.pop("network")(
-        facts["spatial_dims"], in_channels=facts["image_channels"], out_channels=facts["num_classes"]
-    )
+    with told_of("model.network"):
+        network = parts.pop("network")(
+            facts["spatial_dims"], in_channels=facts["image_channels"], out_channels=facts["num_classes"]
+        )
     names = facts.get("label_names")
     return SegmentationModule(network, num_classes=facts["num_classes"], label_names=names, **parts)
 
@@ -210,7 +238,8 @@ def build_regression_module(
 ) -> RegressionModule:
     parts = instantiate_parts(model, skip=())
     channels = facts["image_channels"]
-    network = parts.pop("network")(facts["spatial_dims"], in_channels=channels, out_channels=channels)
+    with told_of("model.network"):
+        network = parts.pop("network")(facts["spatial_dims"], in_channels=channels, out_channels=channels)
     return RegressionModule(network, **parts)
 
 

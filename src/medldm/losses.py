@@ -7,44 +7,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.attributes import UNKNOWN
-from medldm.errors import InputError
 from medldm.networks.features import RandomConvFeatures, build_medicalnet
 from medldm.networks.lpips import LPIPS
 from medldm.networks.medicalnet import standardised
+from medldm.networks.options import check_one_of
 from medldm.ranks import mean_over_ranks
 
-# cross_entropy: of logits (B, K, *S) and one-hot maps
+# of images; cross_entropy is of logits and one-hot maps, both (B, K, *S)
 PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "cross_entropy": F.cross_entropy}
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Lim and Ye 2017: mean relu(1 - D(x)) / 2 + mean relu(1 + D(x_hat)) / 2."""
+    """(mean relu(1 - D(x)) + mean relu(1 + D(x_hat))) / 2. Lim and Ye 2017."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def vanilla_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Goodfellow et al. 2014, on logits."""
+    """Binary cross-entropy of logits. Goodfellow et al. 2014."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 def lsgan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Mao et al. 2017, targets 1 and 0."""
+    """Squared distance of the real ones to 1 and of the fake ones to 0. Mao et al. 2017."""
     return 0.5 * ((real - 1).square().mean() + fake.square().mean())
 
 
 def linear_generator(fake: Tensor) -> Tensor:
-    """The generator's side of the hinge loss: its gradient does not vanish where the generator loses."""
+    """-mean D(x_hat), whose gradient does not vanish where the discriminator is sure. Lim and Ye 2017."""
     return -fake.mean()
 
 
 def lsgan_generator(fake: Tensor) -> Tensor:
+    """Squared distance of the fake ones to 1. Mao et al. 2017."""
     return (fake - 1).square().mean()
 
 
 def multiclass_discriminator(real: Tensor, fake: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy of K + 1 classes, logits (B, K + 1, *s) averaged over space: a real sample is of its own
-    class, a fake one of the last, which is no modality's (ALDM's code gave the fake ones class 0, T1's). Real
-    samples of unknown class are left out.
+    """Cross-entropy of K + 1 classes, of logits (B, K + 1, *s) averaged over space.
+
+    A real sample is of its own class `label` (B,), a fake one of the last class, which is no modality's;
+    ALDM's code gave the fake ones class 0, that of T1. Real samples of unknown class are left out.
     """
     num_classes = real.shape[1] - 1
     logits = (x.flatten(2).mean(2) for x in (real, fake))
@@ -53,12 +55,12 @@ def multiclass_discriminator(real: Tensor, fake: Tensor, label: Tensor) -> Tenso
 
 
 def multiclass_generator(fake: Tensor, label: Tensor) -> Tensor:
-    """The fake sample is to be taken for a real one of its target's class."""
+    """Cross-entropy of the fake samples with the classes of their targets, as if they were real."""
     return class_loss(fake.flatten(2).mean(2), label)
 
 
 def class_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean cross-entropy of the samples (B, K) whose class is known; 0 where none is."""
+    """Mean cross-entropy over samples whose class is known, 0 where none is: logits (B, K), label (B,)."""
     total = F.cross_entropy(logits, label, ignore_index=UNKNOWN, reduction="sum")
     return total / (label != UNKNOWN).sum().clamp(min=1)
 
@@ -73,16 +75,17 @@ ADVERSARIAL_LOSSES = {
 
 
 def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """L1 between the discriminator's features of x and x_hat, summed over its maps, logits left out.
-
-    Each map counts by the mean of its elements. Wang et al. 2018.
+    """Sum over a discriminator's stages of the mean absolute difference between its features of real and fake
+    images; the last entries, the logits, are left out. Wang et al. 2018, "pix2pixHD".
     """
     terms = [F.l1_loss(f, r.detach()) for r, f in zip(real[:-1], fake[:-1], strict=True)]
     return torch.stack(terms).sum()
 
 
 def random_slices(x: Tensor, axis: int, index: Tensor) -> Tensor:
-    """(B, C, *S) and one index per sample -> (B, C, *S without `axis`); no host synchronisation."""
+    """One slice of each sample: x (B, C, *S), index (B,) along the spatial `axis` -> (B, C, *S without it).
+    The host does not wait for the device.
+    """
     index = index.reshape(-1, *[1] * (x.ndim - 1)).expand(
         *[1 if d == axis + 2 else s for d, s in enumerate(x.shape)]
     )
@@ -93,28 +96,27 @@ PERCEPTUAL_NETWORKS = ("lpips_vgg", "lpips_alex", "medicalnet_10", "medicalnet_5
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of features of a frozen network: "lpips_vgg", "lpips_alex" (2D), "medicalnet_10",
-    "medicalnet_50" (3D), or "random_conv" (2D, needs no weights; a stand-in for tests, not LPIPS).
+    """Distance between the features that a frozen network has of two images.
 
-    MedicalNet sees volumes of mean 0 and deviation 1; features are brought to length 1 over channels, and
-    squared differences summed over channels and averaged over space.
-    The network is built at first use, kept out of the state dict and out of `train()`: LPIPS holds dropout,
-    which Lightning's train() would switch on inside the loss.
+    network: "lpips_vgg" or "lpips_alex" for images, "medicalnet_10" or "medicalnet_50" for volumes, or
+    "random_conv" for images, which needs no weights and stands in for the others in tests.
+    weights_dir: the folder with the weights, None for the usual places.
+    MedicalNet sees volumes brought to mean 0 and deviation 1. Its features are brought to length 1 over
+    channels; their squared differences are summed over channels and averaged over space.
+    The network is built at first use. It is no part of the state dict, and `train()` does not reach it: LPIPS
+    has dropout, which would be switched on inside the loss.
     """
 
     def __init__(self, network: str = "lpips_vgg", *, weights_dir: str | None = None) -> None:
         super().__init__()
-        if network not in PERCEPTUAL_NETWORKS:
-            raise InputError(
-                f"model.perceptual.network: '{network}' is none of {', '.join(PERCEPTUAL_NETWORKS)}"
-            )
+        check_one_of("network", network, PERCEPTUAL_NETWORKS)
         self.network, self.weights_dir = network, weights_dir
         self.spatial_dims = 3 if network.startswith("medicalnet") else 2
         self._built: list[nn.Module] = []  # a list, so that nn.Module does not register it
         self.device: torch.device | None = None  # where it is
 
     def build(self) -> nn.Module:
-        """The frozen network; raises InputError where its weights are not on this machine."""
+        """The frozen network. Raises InputError where its weights are not on this machine."""
         if not self._built:
             kind, _, which = self.network.partition("_")
             if kind == "lpips":
@@ -140,16 +142,18 @@ class PerceptualLoss(nn.Module):
 
 
 def unit_feature_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Two (B, C, *s) -> mean over space and batch of |a / |a| - b / |b||^2, lengths over channels."""
+    """Two (B, C, *s) -> mean over space and batch of |a / |a| - b / |b||^2, with lengths over channels."""
     return (F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean()
 
 
 class AdversarialLoss:
-    """When and how much a discriminator counts.
+    """The losses of a discriminator and its generator, and how much they count.
 
+    kind: "hinge", "vanilla", "lsgan" or "multiclass".
+    weight: of the adversarial term in the generator's loss.
     start: updates of the generator before it counts; ramp: updates over which its weight then grows to full.
-    adaptive: the weight is multiplied by the ratio of the gradient norms of reconstruction and adversarial
-    loss at the last layer (Esser et al. 2021, Eq. 7), clipped at 1e4.
+    adaptive: multiplies the weight by `adaptive_weight`.
+    feature_matching_weight: of `feature_matching` in the generator's loss.
     """
 
     def __init__(
@@ -162,8 +166,7 @@ class AdversarialLoss:
         adaptive: bool = False,
         feature_matching_weight: float = 0.0,
     ) -> None:
-        if kind not in ADVERSARIAL_LOSSES:
-            raise InputError(f"model.adversarial.kind: '{kind}' is none of {', '.join(ADVERSARIAL_LOSSES)}")
+        check_one_of("kind", kind, tuple(ADVERSARIAL_LOSSES))
         self.discriminator, self.generator = ADVERSARIAL_LOSSES[kind]
         self.uses_label = kind == "multiclass"
         self.weight, self.start, self.ramp, self.adaptive = weight, start, ramp, adaptive
@@ -183,9 +186,10 @@ class AdversarialLoss:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|grad of the reconstruction| / |grad of the adversarial loss| at the last layer, in [0, 1e4].
+    """|gradient of the reconstruction| / |gradient of the adversarial loss| at the last layer, in [0, 1e4].
+    Eq. 7, Esser et al. 2021.
 
-    The gradients are those of the global batch: N processes agree on the weight.
+    The gradients are those of the global batch, so that all processes get the same weight.
     """
     norms = [
         mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()

@@ -6,6 +6,8 @@ import torch
 from medldm.diffusion.conditioner import Condition
 from medldm.networks import quantizer as module
 from medldm.networks.autoencoder import VQAutoencoder
+from medldm.networks.convolution import conv, conv_transpose
+from medldm.networks.factorised import NUM_PLACES, Rotary
 from medldm.networks.layers import (
     AttentionBlock,
     Downsample,
@@ -17,6 +19,7 @@ from medldm.networks.layers import (
 )
 from medldm.networks.quantizer import VectorQuantizer, exact_matmul, nearest_codes
 from medldm.networks.unet import UNet
+from medldm.planning.trace import StepTrace
 
 LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -114,3 +117,56 @@ def test_autoencoder_does_not_depend_on_the_layout(spatial_dims):
         plain, _ = network(x)
         network.to(memory_format=LAYOUTS[spatial_dims])
         torch.testing.assert_close(network(x)[0], plain, rtol=1e-3, atol=1e-4)
+
+
+KINDS = [
+    (conv, [1, 3, 3], 1),
+    (conv, [1, 3, 3], [1, 2, 2]),
+    (conv, 1, 1),
+    (conv_transpose, [1, 4, 4], [1, 2, 2]),
+]
+
+
+@pytest.mark.parametrize(("make", "kernel", "stride"), KINDS)
+def test_kernels_within_slices_run_as_those_of_images_without_a_copy(make, kernel, stride):
+    padding = 0 if kernel == 1 else [0, 1, 1]
+    layer = make(3, 3, 5, kernel, stride=stride, padding=padding).to(memory_format=torch.channels_last_3d)
+    x = torch.randn(2, 3, 4, 6, 8)
+    expected = layer(x)  # in the other layout, a convolution of volumes
+    with StepTrace() as trace:
+        out = layer(x.to(memory_format=torch.channels_last_3d))
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
+    assert [(op.name, op.spatial_dims, op.num_calls) for op in trace.cost.operations.values()] == [
+        ("_to_copy", 0, 1),  # that of this test
+        ("convolution", 2, 1),
+    ]
+
+
+def test_kernels_across_slices_and_the_borders_of_volumes_stay_as_they_are():
+    x = torch.randn(1, 2, 4, 6, 6).to(memory_format=torch.channels_last_3d)
+    layers = [
+        conv(3, 2, 2, 3, padding=1),
+        conv(3, 2, 2, [1, 3, 3], padding=[0, 1, 1], padding_mode="replicate"),
+    ]
+    for layer in layers:
+        plain = torch.nn.Conv3d(
+            2, 2, layer.kernel_size, padding=layer.padding, padding_mode=layer.padding_mode
+        )
+        plain.load_state_dict(layer.state_dict())
+        assert torch.equal(layer(x), plain(x))
+
+
+def test_rotary_angles_are_those_of_their_formula_beyond_the_table_too():
+    rotary = Rotary(8)
+    assert not rotary.state_dict()
+    x = torch.randn(1, NUM_PLACES + 3, 2, 8)
+    out = rotary(x)
+    places, frequencies = torch.arange(NUM_PLACES + 3.0), 10_000.0 ** (-torch.arange(4) / 4)
+    turned = torch.view_as_complex(torch.stack([x[..., :4], x[..., 4:]], -1))
+    turned = turned * torch.polar(torch.ones(1), places[:, None, None] * frequencies)
+    torch.testing.assert_close(out, torch.cat([turned.real, turned.imag], -1), atol=1e-4, rtol=1e-4)
+    assert torch.equal(rotary(x[:, :NUM_PLACES]), out[:, :NUM_PLACES])
+    with StepTrace() as trace:
+        rotary(x[:, :9])
+    assert trace.cost.num_kernels == 7  # four products, two sums, one concatenation: no angles

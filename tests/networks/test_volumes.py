@@ -10,9 +10,9 @@ from medldm.networks.discriminator import PatchDiscriminator
 from medldm.networks.factorised import (
     DepthAttention,
     FactorisedAttention,
+    Rotary,
     distance_buckets,
     linear_attention,
-    rotated,
 )
 from medldm.networks.layers import ResBlock, Upsample, group_norm
 from medldm.networks.unet import UNet
@@ -119,7 +119,8 @@ def test_linear_attention_equals_its_definition():
 
 def test_rotary_products_depend_on_distances_not_on_places():
     q, k = (torch.randn(1, 1, 1, 4).expand(1, 9, 1, 4) for _ in range(2))
-    products = torch.einsum("blhc,bmhc->lm", rotated(q), rotated(k))
+    rotary = Rotary(4)
+    products = torch.einsum("blhc,bmhc->lm", rotary(q), rotary(k))
     for offset in range(-3, 4):
         values = products.diagonal(offset)
         torch.testing.assert_close(values, values[:1].expand_as(values))
@@ -127,7 +128,8 @@ def test_rotary_products_depend_on_distances_not_on_places():
 
 
 def test_near_distances_have_buckets_of_their_own():
-    buckets = distance_buckets(40, 32, torch.device("cpu"))
+    places = torch.arange(40)
+    buckets = distance_buckets(places - places[:, None], 32)
     assert buckets.min() == 0 and buckets.max() == 31
     assert buckets[0, :8].tolist() == [0, 17, 18, 19, 20, 21, 22, 23]
     assert buckets[:8, 0].tolist() == list(range(8))

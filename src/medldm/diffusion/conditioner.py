@@ -14,6 +14,7 @@ from medldm.diffusion.encoders import build_encoder
 from medldm.diffusion.latent import latent_shape
 from medldm.diffusion.schedule import at_least_float32
 from medldm.errors import InputError
+from medldm.networks.spade import Modulations
 
 
 class Condition(NamedTuple):
@@ -21,7 +22,8 @@ class Condition(NamedTuple):
 
     concat: Tensor | None = None  # (B, Cc, *s), concatenated to z_t
     embedding: Tensor | None = None  # (B, E), added to the time embedding
-    spade: Tensor | None = None  # (B, Cs, *any), read by SPADE norms
+    # (B, Cs, *any), read by SPADE norms, or what the network's `modulations` has made of it
+    spade: Tensor | Modulations | None = None
     context: Tensor | None = None  # (B, L, Dc), for cross-attention
 
 

@@ -94,6 +94,32 @@ class ScheduleGradient:
             self.factors = losses / mean_over_ranks(losses.mean()).clamp_min(1e-12)
 
 
+class StaticCondition:
+    """One condition for all steps of a sampler. What the network makes of its map alone, which no step
+    changes, is computed at the first step and kept as long as this object lives.
+
+    It is computed again where autocast has been switched on or off since, as for a sampler's last step, and
+    at every step where gradients are recorded.
+    """
+
+    def __init__(self, network: nn.Module, condition: Condition) -> None:
+        self.condition = condition
+        can_prepare = condition.spade is not None and hasattr(network, "modulations")
+        self.modulations = network.modulations if can_prepare else None
+        self.kept: tuple[bool, Condition] | None = None  # under autocast or not, and what was prepared there
+
+    def prepared(self, z_t: Tensor) -> Condition:
+        """The condition for z_t (B, C, *s), whose grid is that of all steps."""
+        if self.modulations is None or torch.is_grad_enabled():
+            return self.condition
+        is_rounded = torch.is_autocast_enabled(z_t.device.type)
+        if self.kept is None or self.kept[0] != is_rounded:
+            self.kept = None  # frees the old ones first
+            maps = self.modulations(self.condition.spade, z_t.shape[2:])
+            self.kept = is_rounded, self.condition._replace(spade=maps)
+        return self.kept[1]
+
+
 class DenoisingObjective:
     """Weighted regression of the noise, the image or the velocity alpha noise - sigma x.
 
@@ -221,9 +247,10 @@ class DenoisingObjective:
 
     def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Condition) -> Denoise:
         """The network under one condition as (z_t, t) -> x0_hat with t (B,) in [0, 1]."""
+        static = StaticCondition(network, condition)
 
         def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-            output = network(z_t, network_time(t, schedule), condition)
+            output = network(z_t, network_time(t, schedule), static.prepared(z_t))
             return self.x0_hat(output, z_t, schedule, t)
 
         return denoise

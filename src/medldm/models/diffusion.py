@@ -188,9 +188,15 @@ class DiffusionModule(TrainedModule):
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
         condition = self.condition(batch, drop)
         null = condition if sampler.guidance_scale == 1 else self.condition(batch, None)
-        denoise = self.denoiser(condition, null, latent_shape, sampler, windows)
         generator = case_generators(names, seed, self.device)
-        z = sampler(denoise, self.schedule, noise, generator, callback)
+        # The denoiser keeps what it has computed from the map: it is to be gone before the decoder runs.
+        z = sampler(
+            self.denoiser(condition, null, latent_shape, sampler, windows),
+            self.schedule,
+            noise,
+            generator,
+            callback,
+        )
         return self.decode(z, batch)
 
     def denoiser(
@@ -247,9 +253,10 @@ class DiffusionModule(TrainedModule):
         for share in shares:
             mixed = (mix(condition, share) for condition in conditions)
             z_t = self.schedule.add_noise(torch.lerp(z[:1], z[1:], share), noise, start)
-            denoise = self.denoiser(*mixed, shape, sampler, windows)
             generator = case_generators(["+".join(names)], seed, self.device)
-            z_0 = sampler(denoise, self.schedule, z_t, generator, first=first)
+            z_0 = sampler(
+                self.denoiser(*mixed, shape, sampler, windows), self.schedule, z_t, generator, first=first
+            )
             nearer = {key: value[round(share)][None] for key, value in batch.items() if key == "mask"}
             volumes.append(self.decode(z_0, nearer))
         return torch.cat(volumes)

@@ -1,106 +1,31 @@
-"""One vector-quantised autoencoder for 2D and 3D.
-
-Its stages come from a plan: a list of (what, channels in, channels out, stride) that a layout writes. Adding
-an arrangement is adding a layout function. Layouts: "res_up" (CompVis latent diffusion, ALDM), "up_res" (the
-cardiac report) and "strided" (TATS, Med-LSDM).
-"""
+"""One vector-quantised autoencoder for 2D and 3D, built by a plan of `autoencoder_plan`."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.errors import InputError
+from medldm.networks.autoencoder_plan import BlockStep, Stages
 from medldm.networks.layers import (
+    RESAMPLINGS,
     AttentionBlock,
     Downsample,
+    Norm,
     ResBlock,
     Upsample,
     apply_norm,
     conv,
     group_norm,
     last_layer_of_image,
-    per_axis,
 )
+from medldm.networks.options import check_one_of, grouped
 from medldm.networks.quantizer import Quantized
 from medldm.networks.spade import SPADE
-
-
-class Step(NamedTuple):
-    kind: str  # "res", "attn", "down", "up"
-    in_channels: int
-    out_channels: int
-    stride: tuple[int, ...] | None = None
-
-
-class Plan(NamedTuple):
-    encoder: list[Step]
-    decoder: list[Step]
-
-
-def res_run(in_channels: int, out_channels: int, count: int, with_attention: bool = False) -> list[Step]:
-    steps = []
-    for i in range(count):
-        steps.append(Step("res", in_channels if i == 0 else out_channels, out_channels))
-        if with_attention:
-            steps.append(Step("attn", out_channels, out_channels))
-    return steps
-
-
-def encoder_res_down(stem, channels, strides, num_res_blocks, attention_levels) -> list[Step]:
-    steps, width = [], stem
-    for level, (out, stride) in enumerate(zip(channels, strides, strict=True)):
-        steps += res_run(width, out, num_res_blocks[0], level in attention_levels)
-        if max(stride) > 1:
-            steps.append(Step("down", out, out, stride))
-        width = out
-    return steps
-
-
-def plan_res_up(stem, channels, strides, num_res_blocks, attention_levels) -> Plan:
-    """Residual blocks, then resampling, in both directions."""
-    steps, width = [], channels[-1]
-    for level in reversed(range(len(channels))):
-        if max(strides[level]) > 1:
-            steps.append(Step("up", width, width, strides[level]))
-        steps += res_run(width, channels[level], num_res_blocks[1], level in attention_levels)
-        width = channels[level]
-    return Plan(encoder_res_down(stem, channels, strides, num_res_blocks, attention_levels), steps)
-
-
-def plan_up_res(stem, channels, strides, num_res_blocks, attention_levels) -> Plan:
-    """As above on the way down; on the way up a level's blocks already have the next level's width."""
-    steps, width = [], channels[-1]
-    for level in reversed(range(len(channels))):
-        if max(strides[level]) > 1:
-            steps.append(Step("up", width, width, strides[level]))
-        out = channels[level - 1] if level else stem
-        steps += res_run(width, out, num_res_blocks[1], level in attention_levels)
-        width = out
-    return Plan(encoder_res_down(stem, channels, strides, num_res_blocks, attention_levels), steps)
-
-
-def plan_strided(stem, channels, strides, num_res_blocks, attention_levels) -> Plan:
-    """A strided convolution changes the width, residual blocks follow it."""
-    encoder, width = [], stem
-    for level, (out, stride) in enumerate(zip(channels, strides, strict=True)):
-        encoder.append(Step("down", width, out, stride))
-        encoder += res_run(out, out, num_res_blocks[0], level in attention_levels)
-        width = out
-    decoder = []
-    for level in reversed(range(len(channels))):
-        out = channels[level]
-        decoder.append(Step("up", width, out, strides[level]))
-        decoder += res_run(out, out, num_res_blocks[1], level in attention_levels)
-        width = out
-    return Plan(encoder, decoder)
-
-
-LAYOUTS = {"res_up": plan_res_up, "up_res": plan_up_res, "strided": plan_strided}
 
 
 class Stack(nn.ModuleList):
@@ -112,18 +37,74 @@ class Stack(nn.ModuleList):
         return h
 
 
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """What all blocks share. num_heads: of attention; norm_groups: of the group norms.
+
+    resample: the kind of `Downsample` and `Upsample`. shortcut, dropout, padding_mode: see `ResBlock`.
+    use_checkpoint: residual blocks are computed again in the backward pass, which saves memory: those with
+    SPADE norms hold their hidden channels at full resolution.
+    """
+
+    num_heads: int = 8
+    norm_groups: int = 32
+    shortcut: str = "auto"
+    dropout: float = 0.0
+    resample: str = "conv4"
+    padding_mode: str = "zeros"
+    use_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("resample", self.resample, RESAMPLINGS)
+
+    def make(self, spatial_dims: int, steps: Sequence[BlockStep], norm: Norm) -> "Stack":
+        return Stack([self.block(spatial_dims, step, norm) for step in steps])
+
+    def block(self, spatial_dims: int, step: BlockStep, norm: Norm) -> nn.Module:
+        sizes = (spatial_dims, step.in_channels, step.out_channels)
+        if step.kind == "attn":
+            return AttentionBlock(step.in_channels, num_heads=self.num_heads, groups=self.norm_groups)
+        if step.kind == "res":
+            options = {"shortcut": self.shortcut, "dropout": self.dropout, "padding_mode": self.padding_mode}
+            return ResBlock(*sizes, norm=norm, use_checkpoint=self.use_checkpoint, **options)
+        resample = Downsample if step.kind == "down" else Upsample
+        return resample(*sizes, stride=step.stride, kind=self.resample, padding_mode=self.padding_mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapNorms:
+    """The decoder's SPADE norms, where it sees a map; their kernel is a number or one per axis."""
+
+    spade_kernel: int | Sequence[int] = 3
+    spade_hidden_channels: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What stands between the stages and the latent, and between them and the image.
+
+    latent_kernel: of the encoder's last and the decoder's first convolution; None leaves both out, and the
+    1x1 convolutions around the quantiser change the width (TATS).
+    output_activation: "none" or "tanh".
+    image_range: of the grey levels that the network works in, "signed" [-1, 1] or "unit" [0, 1] (ALDM's
+    release of 2023); outside of it images are in [-1, 1].
+    """
+
+    latent_kernel: int | None = 3
+    output_activation: str = "none"
+    image_range: str = "signed"
+
+    def __post_init__(self) -> None:
+        check_one_of("output_activation", self.output_activation, ("none", "tanh"))
+        check_one_of("image_range", self.image_range, ("signed", "unit"))
+
+
 class VQAutoencoder(nn.Module):
     """Encoder, vector quantiser, decoder.
 
-    channels, strides: one entry per level; a stride is a number or one per axis, 1 keeps the size.
-    mid: blocks between the two halves, of "res" and "attn". num_res_blocks: per level, (encoder, decoder).
-    decoder_map_channels: channels of a semantic map that SPADE norms of the decoder see; None means plain
-    norms. spade_kernel: their kernel, a number or one per axis. latent_kernel: kernel of the last encoder and
-    first decoder convolution (None: the 1x1 convolutions around the quantiser alone do it, as in TATS).
-    image_range: of the grey levels that it works in, "signed" [-1, 1] or "unit" [0, 1] (ALDM of 2023);
-    images are in [-1, 1] outside.
-    use_checkpoint: recompute residual blocks in the backward pass to save memory, those with SPADE norms and
-    their 128 hidden channels at full resolution among them.
+    quantizer: builds it from `code_dim`, the latent's channels.
+    decoder_map_channels: of the semantic map that the decoder sees in SPADE norms; None gives plain norms.
+    options: the fields of `Stages`, `Blocks`, `MapNorms` and `Ends`, flat as in a config.
     """
 
     def __init__(
@@ -132,107 +113,53 @@ class VQAutoencoder(nn.Module):
         *,
         quantizer: Callable[..., nn.Module],
         latent_channels: int,
-        stem_channels: int,
-        channels: Sequence[int],
-        strides: Sequence[int | Sequence[int]],
-        layout: str = "res_up",
-        num_res_blocks: Sequence[int] = (2, 2),
-        mid: Sequence[str] = ("res", "attn", "res"),
-        attention_levels: Sequence[int] = (),
-        num_heads: int = 8,
-        norm_groups: int = 32,
-        shortcut: str = "auto",
-        dropout: float = 0.0,
-        resample: str = "conv4",
-        padding_mode: str = "zeros",
-        latent_kernel: int | None = 3,
-        output_activation: str = "none",
-        image_range: str = "signed",
-        decoder_map_channels: int | None = None,
-        spade_kernel: int | Sequence[int] = 3,
-        spade_hidden_channels: int = 128,
         image_channels: int = 1,
-        use_checkpoint: bool = False,
+        decoder_map_channels: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout '{layout}' is none of {', '.join(LAYOUTS)}")
-        if output_activation not in ("none", "tanh"):
-            raise ValueError(f"output_activation '{output_activation}' is none of none, tanh")
-        if image_range not in ("signed", "unit"):
-            raise InputError(f"model.autoencoder.image_range={image_range} is none of signed, unit")
-        axis_strides = [per_axis(stride, spatial_dims) for stride in strides]
+        stages, blocks, maps, ends = grouped("VQAutoencoder", options, Stages, Blocks, MapNorms, Ends)
+        strides = stages.strides_per_axis(spatial_dims)
         self.spatial_dims, self.image_channels = spatial_dims, image_channels
-        self.latent_channels = latent_channels
-        self.downsampling = tuple(math.prod(factors) for factors in zip(*axis_strides, strict=True))
-        self.output_activation, self.is_unit = output_activation, image_range == "unit"
-        self.latent_halo = 0 if latent_kernel is None else latent_kernel // 2
-        self.decoder_map_channels = decoder_map_channels
+        self.latent_channels, self.decoder_map_channels = latent_channels, decoder_map_channels
+        self.downsampling = tuple(math.prod(factors) for factors in zip(*strides, strict=True))
+        self.output_activation, self.is_unit = ends.output_activation, ends.image_range == "unit"
+        self.latent_halo = 0 if ends.latent_kernel is None else ends.latent_kernel // 2
 
-        plain = partial(group_norm, groups=norm_groups)
-        spade = plain
+        plain: Norm = partial(group_norm, groups=blocks.norm_groups)
+        decoder_norm = plain
         if decoder_map_channels is not None:
-            # Med-LSDM's SPADE layers have 8 groups.
-            spade = partial(
-                SPADE,
-                spatial_dims,
-                map_channels=decoder_map_channels,
-                hidden_channels=spade_hidden_channels,
-                groups=8,
-                kernel_size=spade_kernel,
-            )
-
-        def build(steps: Sequence[Step], norm) -> Stack:
-            return Stack([block(step, norm) for step in steps])
-
-        def block(step: Step, norm) -> nn.Module:
-            kind, c_in, c_out, stride = step
-            if kind == "res":
-                return ResBlock(
-                    spatial_dims,
-                    c_in,
-                    c_out,
-                    norm=norm,
-                    shortcut=shortcut,
-                    dropout=dropout,
-                    padding_mode=padding_mode,
-                    use_checkpoint=use_checkpoint,
-                )
-            if kind == "attn":
-                return AttentionBlock(c_in, num_heads=num_heads, groups=norm_groups)
-            if kind == "down":
-                return Downsample(
-                    spatial_dims, c_in, c_out, stride=stride, kind=resample, padding_mode=padding_mode
-                )
-            return Upsample(
-                spatial_dims, c_in, c_out, stride=stride, kind=resample, padding_mode=padding_mode
-            )
-
-        plan = LAYOUTS[layout](stem_channels, list(channels), axis_strides, num_res_blocks, attention_levels)
-        widest, narrowest = channels[-1], plan.decoder[-1].out_channels
-        middle = [Step(kind, widest, widest) for kind in mid]
-        conv_latent = partial(conv, spatial_dims, kernel_size=1)
-        has_latent_conv = latent_kernel is not None
-        self.stem = conv(spatial_dims, image_channels, stem_channels, 3, padding=1, padding_mode=padding_mode)
-        self.encoder = build(plan.encoder + middle, plain)
+            sizes = {"map_channels": decoder_map_channels, "hidden_channels": maps.spade_hidden_channels}
+            # Med-LSDM's SPADE norms have 8 groups
+            decoder_norm = partial(SPADE, spatial_dims, groups=8, kernel_size=maps.spade_kernel, **sizes)
+        plan = stages.plan(spatial_dims)
+        widest, narrowest = plan.encoder[-1].out_channels, plan.decoder[-1].out_channels
+        padded = partial(conv, spatial_dims, kernel_size=3, padding=1, padding_mode=blocks.padding_mode)
+        self.stem = padded(image_channels, stages.stem_channels)
+        self.encoder = blocks.make(spatial_dims, plan.encoder, plain)
         self.encoder_norm = plain(widest)
-        self.to_latent = nn.Identity()
-        self.from_latent = nn.Identity()
-        if has_latent_conv:
-            pad = latent_kernel // 2
-            self.to_latent = conv(spatial_dims, widest, latent_channels, latent_kernel, padding=pad)
-            self.from_latent = conv(spatial_dims, latent_channels, widest, latent_kernel, padding=pad)
-        self.pre_quantizer = conv_latent(latent_channels if has_latent_conv else widest, latent_channels)
-        self.post_quantizer = conv_latent(latent_channels, latent_channels if has_latent_conv else widest)
-        self.quantizer = quantizer(code_dim=latent_channels)
-        self.decoder_entry_norm = None if has_latent_conv else spade(widest)
-        self.decoder = build(middle + plan.decoder, spade)
-        self.decoder_norm = None if layout == "strided" else spade(narrowest)
-        self.head = conv(spatial_dims, narrowest, image_channels, 3, padding=1, padding_mode=padding_mode)
+        self.add_latent_layers(quantizer, widest, ends.latent_kernel)
+        self.decoder_entry_norm = decoder_norm(widest) if ends.latent_kernel is None else None
+        self.decoder = blocks.make(spatial_dims, plan.decoder, decoder_norm)
+        self.decoder_norm = None if stages.layout == "strided" else decoder_norm(narrowest)
+        self.head = padded(narrowest, image_channels)
+
+    def add_latent_layers(self, quantizer: Callable[..., nn.Module], width: int, kernel: int | None) -> None:
+        """What lies between the encoder's norm and the decoder's blocks, both of this width."""
+        channels, dims = self.latent_channels, self.spatial_dims
+        self.to_latent, self.from_latent = nn.Identity(), nn.Identity()
+        if kernel is not None:
+            self.to_latent = conv(dims, width, channels, kernel, padding=kernel // 2)
+            self.from_latent = conv(dims, channels, width, kernel, padding=kernel // 2)
+            width = channels
+        self.pre_quantizer = conv(dims, width, channels, kernel_size=1)
+        self.post_quantizer = conv(dims, channels, width, kernel_size=1)
+        self.quantizer = quantizer(code_dim=channels)
 
     def encode(self, x: Tensor) -> Tensor:
-        """(B, C, *S) image -> (B, Cz, *S/f) latent before quantisation. Raises ValueError where S does not
-        divide.
+        """(B, C, *S) image -> (B, Cz, *S/f) latent before quantisation.
+
+        Raises ValueError where S does not divide by `downsampling`.
         """
         self.check_size(x)
         h = F.silu(self.encoder_norm(self.encoder(self.first(x))))

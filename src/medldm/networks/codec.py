@@ -1,9 +1,8 @@
-"""Encoders and decoders that are trained together with a diffusion of their latents: no quantiser, no second
-stage.
+"""Encoders and decoders that are trained together with the diffusion of their latents, without a quantiser.
 
-A codec has `latent_channels`, `latent_shape(image_shape)`, `encode(x, e)` and `decode(z, e)`; x is an image
-in [-1, 1], e the embedding of its label or None, and what `decode` returns is for the likelihood to
-interpret.
+A codec has `latent_channels`, `latent_shape(image_shape)`, `encode(x, e)` and `decode(z, e)`: x is an image
+in [-1, 1], and e (B, E) is the embedding of its label, or None. The likelihood that a model is trained with
+says what the output of `decode` means, for instance logits.
 """
 
 import math
@@ -12,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from medldm.errors import InputError
 from medldm.networks.autoencoder import VQAutoencoder
 from medldm.networks.layers import last_layer_of_image
 from medldm.networks.quantizer import Quantized
@@ -20,11 +18,13 @@ from medldm.networks.scorenet import ResidualMLP
 
 
 class MLPCodec(nn.Module):
-    """Images as vectors: flatten, Linear, residual blocks, Linear. The label enters every block of both
-    halves.
+    """Images as vectors: a linear layer, residual blocks and a linear layer in either direction.
 
-    SimpleDiffusionColab, where the images were 28 x 28. At 256 x 256 its two outer matrices hold 50 million
-    weights and know nothing of neighbourhood.
+    It is that of the notebook SimpleDiffusionColab (google-research/vdm), where images were 28 x 28. For
+    images of 256 x 256 the first and the last matrix hold 50 million weights, and no weight is shared between
+    places. The label's embedding enters every block of both halves.
+    image_size: of all images; ValueError where it is None.
+    num_blocks: (encoder, decoder). film, activation: see `ResidualMLP`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MLPCodec(nn.Module):
     ) -> None:
         super().__init__()
         if image_size is None:
-            raise InputError("model.codec: an MLP needs images of one size; prepare with data.image_size=N")
+            raise ValueError("image_size=None: an MLP takes images of one size; prepare them at one")
         self.image_shape, self.latent_channels = (image_channels, *image_size), latent_channels
         num_pixels = math.prod(self.image_shape)
         options = {
@@ -75,7 +75,7 @@ class MLPCodec(nn.Module):
 
 
 class NoQuantizer(nn.Module):
-    """In the place of a quantiser: latents as they are."""
+    """Leaves latents as they are, where an autoencoder wants a quantiser."""
 
     def __init__(self, *, code_dim: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class NoQuantizer(nn.Module):
 
 
 class ConvCodec(nn.Module):
-    """The encoder and decoder of `VQAutoencoder` (`autoencoder`: its arguments) without its quantiser."""
+    """A `VQAutoencoder` without a quantiser; `autoencoder` are the arguments of that."""
 
     def __init__(
         self,
@@ -104,10 +104,11 @@ class ConvCodec(nn.Module):
         self.latent_channels = self.autoencoder.latent_channels
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """S -> S/f."""
         return tuple(n // f for n, f in zip(image_shape, self.autoencoder.downsampling, strict=True))
 
     def encode(self, x: Tensor, e: Tensor | None = None) -> Tensor:
-        """(B, C, *S) in [-1, 1] -> (B, Cz, *S/f); the label enters the score network alone."""
+        """(B, C, *S) in [-1, 1] -> (B, Cz, *S/f); the label's embedding is not used."""
         return self.autoencoder.encode(x)
 
     def decode(self, z: Tensor, e: Tensor | None = None) -> Tensor:
@@ -116,7 +117,7 @@ class ConvCodec(nn.Module):
 
 
 class PixelCodec(nn.Module):
-    """The image is its own latent: pixel-space VDM."""
+    """The image is its own latent: the diffusion of Kingma et al. 2021 in pixel space."""
 
     def __init__(
         self,

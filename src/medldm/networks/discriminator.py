@@ -9,6 +9,7 @@ from medldm.networks.layers import conv, group_norm
 
 
 def discriminator_norm(kind: str, spatial_dims: int, channels: int) -> nn.Module:
+    """The norm of a `kind` that `PatchDiscriminator` knows."""
     if kind == "batch":
         return getattr(nn, f"BatchNorm{spatial_dims}d")(channels)
     if kind == "group":
@@ -17,16 +18,18 @@ def discriminator_norm(kind: str, spatial_dims: int, channels: int) -> nn.Module
         return getattr(nn, f"InstanceNorm{spatial_dims}d")(channels)
     if kind == "none":
         return nn.Identity()
-    raise ValueError(f"discriminator norm '{kind}' is none of batch, group, instance, none")
+    raise ValueError(f"norm={kind} is none of batch, group, instance, none")
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions of kernel 4 with leaky ReLU 0.2; the first has no norm, the last gives the logits.
+    """Convolutions of kernel 4 with leaky ReLU of slope 0.2; the first has no norm, a last one gives logits.
 
-    bias_before_norm: biases in convolutions that a norm follows. They have no effect, but
-    Med-LSDM's counts include them (norm "batch", padding 2: 2,764,481 in 2D and 11,049,665 in 3D).
-    weight: of its adversarial term among those of several discriminators, in the generator's loss.
-    Returns every stage's features, logits (B, out_channels, *S') last: feature matching needs them all.
+    channels, strides: one entry for each convolution before the last, whose stride is 1.
+    norm: "batch", "group", "instance" or "none".
+    bias_before_norm: gives biases to the convolutions that a norm follows, too. They have no effect;
+    Med-LSDM's discriminators have them (with norm "batch" and padding 2: 2,764,481 parameters in 2D,
+    11,049,665 in 3D).
+    weight: of its adversarial term in the generator's loss, where there are several discriminators.
     """
 
     def __init__(
@@ -44,7 +47,9 @@ class PatchDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         if len(channels) != len(strides):
-            raise ValueError(f"discriminator: {len(channels)} channels but {len(strides)} strides")
+            raise ValueError(
+                f"{len(channels)} channels but {len(strides)} strides; give one of each a convolution"
+            )
         self.spatial_dims, self.weight = spatial_dims, weight
         stages, width = [], in_channels
         for i, (out, stride) in enumerate(zip(channels, strides, strict=True)):
@@ -62,6 +67,9 @@ class PatchDiscriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """x (B, in_channels, *S) -> the features of each stage, for feature matching, and at the end the
+        logits (B, out_channels, *S').
+        """
         features = []
         for stage in self.stages:
             x = F.leaky_relu(stage(x), 0.2)
@@ -70,7 +78,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """N(0, 0.02) on convolutions, as in pix2pix."""
+    """Draws a convolution's weights from N(0, 0.02^2), as pix2pix does, and sets its bias to zero."""
     if "Conv" in type(module).__name__:
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from medldm.networks.layers import attend, group_norm, zero_init
 
-MAX_DISTANCE = 32  # slices beyond which the relative bias no longer tells distances apart
+NUM_PLACES = 512  # along depth, for which angles are computed once
+MAX_DISTANCE = 32  # slices; the relative bias tells no distances beyond it apart
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """Attention over (B, L, C) tokens at a cost linear in L: softmax over the channels of q and the tokens
-    of k. Shen et al. 2021.
+    """Attention over tokens (B, L, C) at a cost that is linear in L, with a softmax over the channels of q
+    and one over the tokens of k. Shen et al. 2021, "Efficient attention".
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (q, k, v))  # (B, L, heads, c)
     q = q.softmax(-1) * q.shape[-1] ** -0.5
@@ -21,22 +22,38 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     return torch.einsum("blhc,bhcd->blhd", q, summary).flatten(2)
 
 
-def rotated(x: Tensor) -> Tensor:
-    """(B, L, heads, c) with each pair of channels turned by an angle that grows along L, so that products
-    depend on distances alone. Su et al. 2021.
+class Rotary(nn.Module):
+    """Turns each pair of channels of x (B, L, heads, c) by an angle that grows along L, so that products of
+    two tokens depend on their distance and not on their places. Su et al. 2021, "RoFormer".
     """
-    half = x.shape[-1] // 2
-    frequencies = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
-    angles = torch.arange(x.shape[1], device=x.device)[:, None] * frequencies  # (L, half)
-    cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
-    a, b = x[..., :half], x[..., half : 2 * half]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], dim=-1)
+
+    def __init__(self, head_channels: int) -> None:
+        super().__init__()
+        self.half = head_channels // 2
+        cos, sin = self.table(NUM_PLACES, torch.device("cpu"))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles, each (L, 1, c // 2)."""
+        frequencies = 10_000.0 ** (-torch.arange(self.half, device=device) / self.half)
+        angles = torch.arange(length, device=device)[:, None] * frequencies
+        return angles.cos()[:, None], angles.sin()[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        length, half = x.shape[1], self.half
+        tables = (self.cos[:length], self.sin[:length])
+        if length > NUM_PLACES:
+            tables = self.table(length, x.device)
+        cos, sin = (table.to(x.dtype) for table in tables)
+        a, b, *rest = x.split(half, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, *rest], dim=-1)
 
 
-def distance_buckets(length: int, num_buckets: int, device: torch.device) -> Tensor:
-    """(L, L) bucket of each signed distance: near ones have their own, far ones share. Raffel et al. 2020."""
-    positions = torch.arange(length, device=device)
-    distance = positions[None] - positions[:, None]
+def distance_buckets(distance: Tensor, num_buckets: int) -> Tensor:
+    """The bucket of each signed distance (int64) of two tokens: near distances have a bucket each, far
+    ones share them. Raffel et al. 2020, "T5".
+    """
     half, exact = num_buckets // 2, num_buckets // 4
     near = distance.abs()
     share = torch.log(near.clamp(min=1) / exact) / math.log(MAX_DISTANCE / exact)
@@ -45,7 +62,7 @@ def distance_buckets(length: int, num_buckets: int, device: torch.device) -> Ten
 
 
 class SliceAttention(nn.Module):
-    """Within each slice: "linear" as published, or "full" (scaled dot products)."""
+    """Within each slice. kind: "linear", as Ho et al. have it, or "full", with scaled dot products."""
 
     def __init__(self, channels: int, *, kind: str, num_heads: int, head_channels: int, groups: int) -> None:
         super().__init__()
@@ -63,9 +80,10 @@ class SliceAttention(nn.Module):
 
 
 class DepthAttention(nn.Module):
-    """Along the first spatial axis at every place of a slice, with rotary positions: any number of slices.
+    """Along the first spatial axis, at every place of a slice. Positions are rotary, so any number of slices
+    will do.
 
-    relative_bias: also a learned bias for each distance, as Med-LSDM has it.
+    relative_bias: a learned bias for each distance as well, as Med-LSDM has it.
     """
 
     num_buckets = 32
@@ -79,22 +97,29 @@ class DepthAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * width, bias=False)
         self.out = nn.Linear(width, channels)
         self.bias = nn.Embedding(self.num_buckets, num_heads) if relative_bias else None
+        self.rotary = Rotary(head_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).permute(0, 3, 4, 2, 1)  # (B, H, W, D, C)
-        q, k, v = self.qkv(tokens.flatten(0, 2)).chunk(3, dim=-1)  # (B H W, D, heads c)
-        q, k = (rotated(part.unflatten(-1, (self.num_heads, -1))).transpose(1, 2) for part in (q, k))
-        v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B H W, heads, D, c)
+        qkv = self.qkv(tokens.flatten(0, 2)).unflatten(-1, (3 * self.num_heads, -1))  # (B H W, D, 3 heads, c)
+        qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
+        q, k = self.rotary(qk).transpose(1, 2).chunk(2, dim=1)  # (B H W, heads, D, c) each
+        v = v.transpose(1, 2)
         bias = None
         if self.bias is not None:
-            buckets = distance_buckets(x.shape[2], self.num_buckets, x.device)
+            places = torch.arange(x.shape[2], device=x.device)
+            buckets = distance_buckets(places - places[:, None], self.num_buckets)
             bias = self.bias(buckets).permute(2, 0, 1).to(q.dtype)  # (heads, D, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
         return x + self.out(out).reshape(tokens.shape).permute(0, 4, 3, 1, 2)
 
 
 class FactorisedAttention(nn.Module):
-    """Slices, then depth. spatial: "linear", "full" or "none" (depth alone)."""
+    """Attention within slices, then along depth.
+
+    spatial: the kind within slices, "linear" or "full", or "none" for depth alone.
+    zero_init_last: both start as the identity.
+    """
 
     def __init__(
         self,
@@ -118,9 +143,10 @@ class FactorisedAttention(nn.Module):
                 zero_init(part.out)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, C, D, H, W); `context` is what other kinds of attention are given."""
+        """(B, C, D, H, W) -> the same shape; `context`, which other kinds of attention take, is not used.
+
+        Raises ValueError for images.
+        """
         if x.ndim != 5:
-            raise ValueError(
-                "factorised attention is for volumes; choose model/network=unet_block for images"
-            )
+            raise ValueError(f"factorised attention is for volumes (B, C, D, H, W), not {tuple(x.shape)}")
         return self.depth(x if self.slices is None else self.slices(x))

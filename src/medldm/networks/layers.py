@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,24 +10,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medldm.devices import full_precision
-from medldm.networks.spade import SPADE
+from medldm.networks.convolution import conv, conv_transpose
+from medldm.networks.options import check_one_of
+from medldm.networks.spade import SPADE, Modulation
 
 Norm = Callable[[int], nn.Module]
-
-
-def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:
-    """`nn.Conv{spatial_dims}d`."""
-    return getattr(nn, f"Conv{spatial_dims}d")(*args, **kwargs)
-
-
-def conv_transpose(spatial_dims: int, *args, **kwargs) -> nn.Module:
-    """`nn.ConvTranspose{spatial_dims}d`."""
-    return getattr(nn, f"ConvTranspose{spatial_dims}d")(*args, **kwargs)
+RESAMPLINGS = ("conv4", "conv3", "conv3_end")  # kinds of `Downsample` and `Upsample`
 
 
 def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """A 1x1 convolution (or the identity), as one matrix product where x is channels_last: a 3D kernel of
-    size 1 would copy x to the other layout and back.
+    """A convolution of kernel 1, or the identity.
+
+    Where x is channels_last the convolution is one matrix product: as a 3D convolution it would copy x to the
+    other memory layout and back.
     """
     if isinstance(layer, nn.Identity) or x.is_contiguous():
         return layer(x)
@@ -34,8 +30,9 @@ def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def last_layer_of_image(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a network hands out, in float32 where no gradient is wanted: in bf16 an image of 1,000 HU has
-    steps of 3.9. Training keeps its mixed precision, and half of the memory.
+    """`layer(x)`, the image or latent that a network hands out, in float32 where no gradient is recorded: in
+    bf16 an image that spans 1,000 HU has steps of 3.9 HU. Training keeps its mixed precision, which takes
+    half of the memory.
     """
     if torch.is_grad_enabled():
         return layer(x)
@@ -44,7 +41,9 @@ def last_layer_of_image(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def per_axis(value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
-    """One number per axis from a number or a sequence."""
+    """One number per axis, from one for all axes or from a sequence. Raises ValueError for a sequence of
+    another length.
+    """
     values = (value,) * spatial_dims if isinstance(value, int) else tuple(value)
     if len(values) != spatial_dims:
         raise ValueError(f"{values} has {len(values)} entries for {spatial_dims} spatial axes")
@@ -52,15 +51,16 @@ def per_axis(value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
 
 
 def zero_init(module: nn.Module) -> nn.Module:
+    """The module, with all its parameters set to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm whose input and output keep their precision; the kernel accumulates in float32.
+    """A group norm whose output has the precision of its input; the kernel sums in float32.
 
-    Plain autocast promotes GroupNorm to float32, which doubles the activations of a 3D autoencoder.
+    Autocast alone would run it in float32, which doubles the activations of a 3D autoencoder.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,11 +69,12 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
-    """GroupNorm with as many of `groups` as divide `channels`: narrow test networks need no other config."""
+    """A group norm with gcd(groups, channels) groups, so that networks of any width take the same option."""
     return GroupNorm(math.gcd(groups, channels), channels, eps=eps)
 
 
-def apply_norm(norm: nn.Module, x: Tensor, spade: Tensor | None) -> Tensor:
+def apply_norm(norm: nn.Module, x: Tensor, spade: Tensor | Modulation | None) -> Tensor:
+    """A plain norm of x, or a SPADE norm under its map."""
     return norm(x, spade) if isinstance(norm, SPADE) else norm(x)
 
 
@@ -86,12 +87,17 @@ def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000
 
 
 class ResBlock(nn.Module):
-    """norm-SiLU-conv3 twice with a shortcut; a time embedding is added after the first convolution.
+    """Norm, SiLU and convolution, twice, with a shortcut around them. The embedding is added after the first
+    convolution.
 
-    `shortcut`: "auto" is the identity where widths agree, "always" a 1x1 convolution on every block,
-    "none" drops it (and the second convolution): the truncated block of ALDM's first releases.
-    `kernel_size`: a number, or one per axis ([1, 3, 3] keeps slices apart). `scale_shift`: the embedding
-    scales and shifts what the second norm gives instead of being added (Dhariwal and Nichol 2021).
+    shortcut: "auto" is the identity where the widths agree and a convolution of kernel 1 where not, "always"
+    is that convolution in every block. "none" leaves the shortcut and the second convolution out, as the
+    blocks of ALDM's releases of 2023 and 2024 do.
+    kernel_size: a number, or one per axis; [1, 3, 3] keeps slices apart.
+    scale_shift: the embedding scales and shifts the output of the second norm instead (Dhariwal and Nichol
+    2021).
+    embedding_channels: 0 where there is none.
+    use_checkpoint: the block is computed again in the backward pass, which saves memory.
     """
 
     def __init__(
@@ -111,8 +117,7 @@ class ResBlock(nn.Module):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if shortcut not in ("auto", "always", "none"):
-            raise ValueError(f"shortcut '{shortcut}' is none of auto, always, none")
+        check_one_of("shortcut", shortcut, ("auto", "always", "none"))
         kernel = per_axis(kernel_size, spatial_dims)
         padding = tuple(size // 2 for size in kernel)
         kwargs = {"kernel_size": kernel, "padding": padding, "padding_mode": padding_mode}
@@ -123,7 +128,7 @@ class ResBlock(nn.Module):
         self.embedding = nn.Linear(embedding_channels, width) if embedding_channels else None
         self.truncated = shortcut == "none"
         if self.truncated and scale_shift:
-            raise ValueError("scale_shift acts on the second norm, which shortcut='none' leaves out")
+            raise ValueError("scale_shift=True acts on the second norm, which shortcut=none leaves out")
         if self.truncated:
             return
         self.norm2 = norm(out_channels)
@@ -136,25 +141,40 @@ class ResBlock(nn.Module):
             conv(spatial_dims, in_channels, out_channels, kernel_size=1) if has_projection else nn.Identity()
         )
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None, spade: Tensor | None = None) -> Tensor:
-        """(B, C, *S), activated embedding (B, E), SPADE map -> (B, C_out, *S)."""
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor | None = None,
+        spade: Tensor | tuple[Modulation | None, ...] | None = None,
+    ) -> Tensor:
+        """x (B, C, *S), activated embedding (B, E), and for SPADE norms the map (B, C, *any) or what
+        `modulations` has made of it -> (B, C_out, *S).
+        """
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
             return checkpoint(self._forward, x, embedding, spade, use_reentrant=False)
         return self._forward(x, embedding, spade)
 
-    def _forward(self, x: Tensor, embedding: Tensor | None, spade: Tensor | None) -> Tensor:
-        h = self.conv1(F.silu(apply_norm(self.norm1, x, spade)))
+    def _forward(self, x: Tensor, embedding: Tensor | None, spade: Any) -> Tensor:
+        maps = spade if isinstance(spade, tuple) else (spade, spade)
+        h = self.conv1(F.silu(apply_norm(self.norm1, x, maps[0])))
         e = self.embedded(embedding, h)
         if e is not None and not self.scale_shift:
             h = h + e
         if self.truncated:
             return h
-        h = apply_norm(self.norm2, h, spade)
+        h = apply_norm(self.norm2, h, maps[1])
         if e is not None and self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
             h = h * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))
         return h + pointwise(self.shortcut, x)  # in this order: the sum takes the layout of its first term
+
+    def modulations(self, spade: Tensor, size: torch.Size) -> tuple[Modulation | None, ...]:
+        """What each norm computes from a map (B, C, *any) alone, for x on a grid of `size`; None for a plain
+        norm.
+        """
+        norms = (self.norm1,) if self.truncated else (self.norm1, self.norm2)
+        return tuple(norm.modulation(spade, size) if isinstance(norm, SPADE) else None for norm in norms)
 
     def embedded(self, embedding: Tensor | None, h: Tensor) -> Tensor | None:
         if self.embedding is None:
@@ -175,14 +195,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def heads_for(channels: int, num_heads: int | None, head_channels: int | None) -> int:
+    """The number of heads of attention over `channels`, from their number or the width of each."""
     heads = num_heads if head_channels is None else max(1, channels // head_channels)
-    if heads is None or channels % heads:
-        raise ValueError(f"{channels} channels do not split over num_heads={heads}")
+    if heads is None:
+        raise ValueError("attention needs num_heads or head_channels")
+    if channels % heads:
+        raise ValueError(f"{channels} channels of attention do not split over {heads} heads")
     return heads
 
 
 class AttentionBlock(nn.Module):
-    """GroupNorm, self-attention over all positions, residual."""
+    """Group norm and self-attention over all positions, with a residual connection; `context` is not used."""
 
     def __init__(
         self,
@@ -208,7 +231,9 @@ class AttentionBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """The transformer of latent diffusion: self-attention, cross-attention, GEGLU. Rombach et al. 2022."""
+    """The transformer block of latent diffusion: self-attention over all positions, cross-attention to the
+    tokens `context` (B, L, context_channels), and a feed-forward layer with GEGLU. Rombach et al. 2022.
+    """
 
     def __init__(
         self,
@@ -246,9 +271,11 @@ class TransformerBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Strided convolution. `kind`: "conv4" (k4, symmetric), "conv3" (k3, padding 1), "conv3_end" (k3, one
-    voxel padded at the end of each axis, as in CompVis and ALDM). Axes of stride 1 keep their size; with
-    `flat_kernel` the kernel is 1 there.
+    """A strided convolution, which divides the grid by `stride` (a number or one per axis).
+
+    kind: "conv4" has kernel 4 and padding 1, "conv3" kernel 3 and padding 1, "conv3_end" kernel 3 and one
+    zero at the end of each axis, as latent diffusion of CompVis and ALDM have it.
+    flat_kernel: the kernel is 1 along axes of stride 1, and 3 otherwise.
     """
 
     def __init__(
@@ -263,8 +290,7 @@ class Downsample(nn.Module):
         flat_kernel: bool = False,
     ) -> None:
         super().__init__()
-        if kind not in ("conv4", "conv3", "conv3_end"):
-            raise ValueError(f"downsampling '{kind}' is none of conv4, conv3, conv3_end")
+        check_one_of("kind", kind, RESAMPLINGS)
         self.strides = strides = per_axis(stride, spatial_dims)
         flat = 1 if flat_kernel else 3
         kernels = tuple(flat if s == 1 else 4 if kind == "conv4" else 3 for s in strides)
@@ -293,9 +319,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Transposed convolution ("conv4") or nearest upsampling and a convolution ("conv3", "conv3_end").
+    """Multiplies the grid by `stride` (a number or one per axis).
 
-    `padding_mode` "replicate" of a transposed convolution repeats the border of its input (TATS, Med-LSDM).
+    kind: "conv4" is a transposed convolution of kernel 4, "conv3" and "conv3_end" repeat each value and apply
+    a convolution of kernel 3.
+    padding_mode: "replicate" makes a transposed convolution repeat the border of its input (TATS, Med-LSDM).
+    flat_kernel: the kernel is 1 along axes of stride 1, and 3 otherwise.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medldm.devices import CHUNK_ELEMENTS, full_precision
 from medldm.ranks import all_reduce, num_ranks, rank
 
-BLOCK = 128  # codes per block of the two-step argmin
+CODES_PER_BLOCK = 128  # codes per block of the two-step argmin
 
 
 class Quantized(NamedTuple):
@@ -28,7 +28,9 @@ class Quantized(NamedTuple):
 
 @contextlib.contextmanager
 def exact_matmul() -> Iterator[None]:
-    """float32 products without TF32, whose ten bits move the nearest code."""
+    """A context in which float32 products do not use TF32: its ten bits of mantissa change which code is the
+    nearest.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -38,14 +40,14 @@ def exact_matmul() -> Iterator[None]:
 
 
 def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code (L2) of each row: (N, C), (K, C) -> (N,); never holds an N x K matrix.
+    """The nearest code (L2) of each row: x (N, C), codebook (K, C) -> indices (N,) int64.
 
-    argmin |x - e|^2 = argmin |e|^2 / 2 - x e: one product of (-e, |e|^2 / 2) with (x, 1). argmin does not
-    vectorise and the minimum does, so the minima of blocks of codes are taken first; ties go to the first
-    code.
+    The N x K matrix of distances is never held as a whole. argmin |x - e|^2 = argmin (|e|^2 / 2 - x e), which
+    is one product of (-e, |e|^2 / 2) with (x, 1). The minimum is vectorised and argmin is not, so the minima
+    of blocks of codes are found first. Of codes that are equally near the first one is taken.
     """
     codes = torch.cat([-codebook, codebook.square().sum(1, keepdim=True) / 2], dim=1)  # (K, C + 1)
-    filler = -len(codes) % BLOCK
+    filler = -len(codes) % CODES_PER_BLOCK
     if filler:
         never = F.pad(codes.new_full((filler, 1), torch.inf), (x.shape[1], 0))
         codes = torch.cat([codes, never])
@@ -55,20 +57,25 @@ def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def nearest_in_blocks(codes: Tensor, x: Tensor) -> Tensor:
-    distances = (codes @ F.pad(x, (0, 1), value=1.0).t()).view(-1, BLOCK, len(x))  # (K / block, block, n)
+    """Rows x (n, C), codes (-e, |e|^2 / 2) of shape (K, C + 1), K a multiple of CODES_PER_BLOCK -> (n,)."""
+    products = codes @ F.pad(x, (0, 1), value=1.0).t()
+    distances = products.view(-1, CODES_PER_BLOCK, len(x))  # (K / block, block, n)
     block = distances.amin(1).argmin(0)  # (n,)
     within = distances[block, :, torch.arange(len(x), device=x.device)].argmin(1)
-    return block * BLOCK + within
+    return block * CODES_PER_BLOCK + within
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-code quantiser over the channel axis of (B, C, *S), in float32 whatever the autocast.
+    """Replaces each vector along the channel axis of (B, C, *S) by the nearest of K = `num_codes` codes.
 
-    ema_decay: None learns the codebook by gradient; a number (0.99) replaces the codebook term by moving
-    averages. restart_threshold: a code whose moving count falls below it is moved to an input vector of the
-    current batch. init: "uniform" in +-1/K, "normal", or "data" (vectors of the first training batch).
-    legacy_beta: puts `commitment_weight` on the codebook term, as CompVis' and ALDM's code does.
-    The "initialised" flag and every statistic are buffers, so a resumed run goes on with its codebook.
+    It computes in float32, also under autocast.
+    ema_decay: None learns the codebook by gradient; a number, such as 0.99, sets it to moving averages of the
+    vectors instead, without a codebook term in the loss.
+    restart_threshold: a code whose moving count falls below it is moved to a vector of the current batch.
+    init: "uniform" in [-1/K, 1/K], "normal", or "data", the vectors of the first training batch.
+    legacy_beta: puts `commitment_weight` on the codebook term, and 1 on the commitment, as the code of
+    CompVis and of ALDM does.
+    The flag "initialised" and all statistics are buffers, so that a resumed run goes on with its codebook.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         if init not in ("uniform", "normal", "data"):
-            raise ValueError(f"codebook init '{init}' is none of uniform, normal, data")
+            raise ValueError(f"the codebook's init '{init}' is none of uniform, normal, data")
         self.num_codes, self.code_dim = num_codes, code_dim
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         if legacy_beta:
@@ -106,6 +113,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("epoch_count", torch.zeros(num_codes), persistent=False)
 
     def forward(self, h: Tensor) -> Quantized:
+        """h (B, C, *S) -> its codes; in training mode the statistics follow."""
         with full_precision(h.device):
             return self._forward(h.float())
 
@@ -137,12 +145,12 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices, self.codebook).movedim(-1, 1)
 
     def epoch_usage(self) -> Tensor:
-        """Fraction of codes used in training since the last call."""
+        """The share of codes, in [0, 1], that training has used since the last call."""
         usage = (self.epoch_count > 0).float().mean()
         self.epoch_count.zero_()
         return usage
 
-    # Buffers change in place and without a look at their values from the host, so a step never synchronises.
+    # Buffers change in place, and the host never reads their values: a step waits for no device.
 
     def _initialise(self, x: Tensor) -> None:
         self._replace(~self.initialised.expand(self.num_codes), x)
@@ -172,11 +180,11 @@ class VectorQuantizer(nn.Module):
             self.code_sum.copy_(torch.where(chosen[:, None], vectors, self.code_sum))
 
     def _candidates(self, x: Tensor) -> Tensor:
-        """One input vector per code, (K, C), the same on every rank.
+        """One input vector for each code, (K, C), the same on every rank.
 
-        Which vector a code gets is a hash of the code and the update: it needs no random state, so it is the
-        same after a resume, and codes are spread evenly over the batch. Ranks fill their share and are
-        summed.
+        Which vector a code gets is a hash of the code's number and the update's. It needs no random state, so
+        a resumed run chooses the same, and it spreads the codes evenly over the batch. Every rank fills in
+        the vectors that it holds, and the sum over ranks is complete.
         """
         total = num_ranks() * len(x)
         step = next(

@@ -1,5 +1,5 @@
-"""Score networks of variational diffusion: the residual MLP of SimpleDiffusionColab and the pixel network of
-VDM.
+"""Score networks of variational diffusion (Kingma et al. 2021): the residual MLP of the notebook
+SimpleDiffusionColab (google-research/vdm) and the network for pixels.
 """
 
 import math
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.networks.layers import sinusoidal_embedding
+from medldm.networks.options import check_one_of
+from medldm.networks.spade import Modulations
 from medldm.networks.unet import UNet
 
 ACTIVATIONS = {"gelu": F.gelu, "swish": F.silu}
@@ -18,7 +20,9 @@ FILMS = ("shift", "scale_shift")
 
 
 class ResidualLinear(nn.Module):
-    """LayerNorm, activation, Linear (+ condition), LayerNorm, activation, Linear from zero, residual."""
+    """Layer norm, activation and linear layer, twice, with a residual connection. The second linear layer
+    starts at zero; the condition enters between the two, see `ResidualMLP`.
+    """
 
     def __init__(
         self,
@@ -51,15 +55,18 @@ class ResidualLinear(nn.Module):
 
 
 class ResidualMLP(nn.ModuleList):
-    """`num_blocks` of `ResidualLinear`: the identity at first."""
+    """`num_blocks` blocks of `ResidualLinear`, the identity before training.
+
+    film: how the condition enters, "shift" adds a projection of it, "scale_shift" scales by another one
+    first.
+    activation: "gelu" or "swish". options: the others of `ResidualLinear`.
+    """
 
     def __init__(
         self, channels: int, num_blocks: int, *, film: str = "shift", activation: str = "gelu", **options
     ):
-        if film not in FILMS:
-            raise ValueError(f"film '{film}' is none of {', '.join(FILMS)}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation '{activation}' is none of {', '.join(ACTIVATIONS)}")
+        check_one_of("film", film, FILMS)
+        check_one_of("activation", activation, tuple(ACTIVATIONS))
         blocks = (
             ResidualLinear(channels, film=film, activation=activation, **options) for _ in range(num_blocks)
         )
@@ -72,9 +79,8 @@ class ResidualMLP(nn.ModuleList):
 
 
 def fourier_features(x: Tensor, first: int, last: int) -> Tensor:
-    """(B, C, *S) -> (B, 2 C n, *S) with n = last - first: sines, then cosines, of 2 pi 2^k x. Kingma et al.
-
-    2021, C.
+    """(B, C, *S) -> (B, 2 C n, *S) for n = last - first: the sines, then the cosines, of 2 pi 2^k x for k in
+    [first, last). Appendix C, Kingma et al. 2021.
     """
     powers = 2.0 ** torch.arange(first, last, dtype=torch.float32, device=x.device) * 2 * math.pi
     angles = (x.float()[:, :, None] * powers.reshape((1, 1, -1) + (1,) * (x.ndim - 2))).flatten(1, 2)
@@ -82,11 +88,14 @@ def fourier_features(x: Tensor, first: int, last: int) -> Tensor:
 
 
 class ScoreNet(nn.Module):
-    """noise_hat = z + out(residual MLP(in(z))) of vector latents (B, D), D = `in_channels`.
+    """noise_hat = z + output(blocks(input(z))) of latents that are vectors (B, D), D = `in_channels`.
 
-    The time and the label's embedding (zeros where there is none) go side by side through an MLP whose output
-    enters every block. `embedding_channels` E is the width of both and of the blocks; where E = D the last
-    projection is left out, as in the colab. `fourier` [first, last) adds base-2 features of z to the input.
+    The embeddings of the time and of the label (zeros where there is none) go side by side through an MLP,
+    whose output enters every block.
+    embedding_channels: E, the width of both embeddings and of the blocks. Where E = D the projection to the
+    output is left out, as in SimpleDiffusionColab.
+    fourier: [first, last) of the Fourier features of z that are added to the input, None for none.
+    Maps and tokens are refused: `spade_channels` and `context_channels` must be None or 0.
     """
 
     def __init__(
@@ -107,7 +116,8 @@ class ScoreNet(nn.Module):
         super().__init__()
         if spade_channels or context_channels:
             raise ValueError(
-                "ScoreNet takes neither SPADE maps nor context: choose a conditioner without them"
+                "a ScoreNet takes neither maps nor tokens (spade_channels, context_channels); choose "
+                "conditions without them"
             )
         width = embedding_channels
         self.embedding_channels, self.fourier = width, tuple(fourier) if fourier else None
@@ -142,13 +152,14 @@ class ScoreNet(nn.Module):
 
 
 class PixelScoreNet(nn.Module):
-    """noise_hat = z + U-Net(z, Fourier features of z): the pixel model of VDM on the U-Net of this package.
+    """noise_hat = z + U-Net(z, Fourier features of z): the network of Kingma et al. 2021 for pixels, with the
+    U-Net of this package.
 
-    `unet` builds the U-Net. One entry in its `channels` and no downsampling is the published network at full
-    resolution (n_layer = `num_res_blocks`, attention in the middle alone); more entries make 256 x 256
-    feasible. What differs from the publication: the time enters each block through a Linear with a bias and
-    the usual init (there: no bias, zeros), and its sinusoids have i / half in the exponent (there: i / (half
-    - 1)).
+    unet: builds the U-Net. With one entry in its `channels` it has no downsampling and is the published
+    network at full resolution, which has `num_res_blocks` blocks and attention in the middle alone. More
+    entries make images of 256 x 256 feasible. Two things differ from the publication. The time enters each
+    block through a linear layer with a bias and the usual initial weights; there it has no bias and starts at
+    zero. The exponents of the time's sinusoids are i / half; there they are i / (half - 1).
     """
 
     def __init__(
@@ -177,3 +188,7 @@ class PixelScoreNet(nn.Module):
         """z_t (B, C, *S), t (B,) in [0, 1000), condition -> noise_hat (B, C, *S)."""
         features = fourier_features(z_t, *self.fourier).to(z_t.dtype)
         return z_t + self.unet(torch.cat([z_t, features], dim=1), t, condition)
+
+    def modulations(self, spade: Tensor, size: Sequence[int]) -> Modulations:
+        """See `UNet.modulations`."""
+        return self.unet.modulations(spade, size)

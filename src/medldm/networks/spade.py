@@ -1,23 +1,33 @@
 """Spatially adaptive normalisation. Park et al. 2019, "Semantic Image Synthesis with SPADE", Eq. 1."""
 
 import math
-import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
+from medldm.networks.convolution import conv
+
+
+class Modulation(NamedTuple):
+    """What a condition's map makes of a norm: x -> norm(x) (1 + gamma) + beta."""
+
+    gamma: Tensor  # (B, C, *s)
+    beta: Tensor  # (B, C, *s)
+
+
+# of the norms of each unit of a U-Net, by the unit's name; None for a norm that sees no map
+Modulations = dict[str, tuple[Modulation | None, ...]]
 
 
 class SPADE(nn.Module):
-    """Parameter-free norm of x, scaled and shifted by two maps computed from the condition.
+    """Norm of x without weights of its own, scaled and shifted by two maps computed from the condition's map.
 
-    With `keeps_maps`, outside training, the maps of every condition tensor that is alive are kept: a sampler
-    calls a denoiser with the same static map (or one for each window) at every step, and they do not depend
-    on the step. A decoder uses each map once and keeps none.
-    kernel_size: a number, or one per axis ([1, 3, 3] in Med-LSDM).
+    groups: of a group norm, as many of them as divide `channels`; None is an instance norm.
+    kernel_size: of all three convolutions, a number or one per axis.
     """
 
     def __init__(
@@ -29,42 +39,29 @@ class SPADE(nn.Module):
         hidden_channels: int = 128,
         groups: int | None = None,
         kernel_size: int | Sequence[int] = 3,
-        keeps_maps: bool = False,
     ) -> None:
         super().__init__()
-        conv = getattr(nn, f"Conv{spatial_dims}d")
         kernel_size = (kernel_size,) * spatial_dims if isinstance(kernel_size, int) else tuple(kernel_size)
         padding = tuple(size // 2 for size in kernel_size)
         self.groups = math.gcd(groups, channels) if groups else None
-        self.shared = conv(map_channels, hidden_channels, kernel_size, padding=padding)
-        self.gamma = conv(hidden_channels, channels, kernel_size, padding=padding)
-        self.beta = conv(hidden_channels, channels, kernel_size, padding=padding)
-        self.keeps_maps = keeps_maps
-        self._kept: dict[int, tuple] = {}
+        self.shared = conv(spatial_dims, map_channels, hidden_channels, kernel_size, padding=padding)
+        self.gamma = conv(spatial_dims, hidden_channels, channels, kernel_size, padding=padding)
+        self.beta = conv(spatial_dims, hidden_channels, channels, kernel_size, padding=padding)
 
-    def modulation(self, spade: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """gamma and beta, each (B, C, *size), from a map of any grid (nearest)."""
+    def modulation(self, spade: Tensor, size: torch.Size) -> Modulation:
+        """Of activations on a grid of `size`, from a map (B, map_channels, *any), resized by nearest
+        neighbours.
+        """
         if spade.shape[2:] != size:
             spade = F.interpolate(spade, size=size, mode="nearest")
         hidden = F.relu(self.shared(spade))
-        return self.gamma(hidden), self.beta(hidden)
+        return Modulation(self.gamma(hidden), self.beta(hidden))
 
-    def _modulation_kept(self, spade: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        if not self.keeps_maps or self.training or torch.is_grad_enabled():
-            self._kept.clear()
-            return self.modulation(spade, size)
-        is_rounded = torch.is_autocast_enabled(spade.device.type)
-        key, version = id(spade), (size, spade._version, self.gamma.weight._version, is_rounded)
-        kept = self._kept.get(key)
-        if kept is None or kept[0]() is not spade or kept[1] != version:
-            self._kept = {k: entry for k, entry in self._kept.items() if entry[0]() is not None}
-            kept = self._kept[key] = (weakref.ref(spade), version, self.modulation(spade, size))
-        return kept[2]
-
-    def forward(self, x: Tensor, spade: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, spade: Tensor | Modulation | None) -> Tensor:
+        """x (B, C, *s), and the map or what `modulation` has made of it -> (B, C, *s)."""
         if spade is None:
             raise ValueError("a network built with SPADE norms needs condition.spade (B, C, *S)")
-        gamma, beta = self._modulation_kept(spade, x.shape[2:])
+        gamma, beta = spade if isinstance(spade, Modulation) else self.modulation(spade, x.shape[2:])
         with full_precision(x.device):
             normed = F.group_norm(x, self.groups) if self.groups else F.instance_norm(x)
         return normed * (1 + gamma) + beta

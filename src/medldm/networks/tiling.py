@@ -1,9 +1,10 @@
-"""Encoding and decoding of volumes larger than memory, equal to doing it at once.
+"""Encoding and decoding of volumes that do not fit into memory, with the result of doing it at once.
 
-Every operation runs over tiles cut with as many cells around them as its kernel sees; norms use the
-statistics of the whole volume. (Tiles with statistics of their own, blended where they overlap, are off by
-tens of percent.) What one operation leaves is kept on `store`, so a device holds a tile at a time, and
-nothing is computed twice but borders.
+Every operation runs over tiles, which are cut with as many cells around them as its kernel sees. Norms use
+the
+statistics of the whole volume: tiles with statistics of their own, blended where they overlap, are off by
+tens of percent. The output of an operation waits on `store`, so that a device holds one tile at a time, and
+only the borders of tiles are computed more than once.
 """
 
 import itertools
@@ -18,21 +19,24 @@ from medldm.networks.autoencoder import VQAutoencoder
 from medldm.networks.layers import AttentionBlock, Downsample, ResBlock, Upsample, per_axis, pointwise
 from medldm.networks.spade import SPADE
 
-Box = tuple[tuple[int, int], ...]  # (start, stop) per axis
+TileBox = tuple[tuple[int, int], ...]  # (start, stop) per axis
 
 
-def boxes(shape: Sequence[int], tile: Sequence[int]) -> Iterator[Box]:
+def boxes(shape: Sequence[int], tile: Sequence[int]) -> Iterator[TileBox]:
     """Tiles that cover `shape` without overlap."""
     axes = [[(a, min(a + t, n)) for a in range(0, n, t)] for n, t in zip(shape, tile, strict=True)]
     return itertools.product(*axes)
 
 
-def cut(x: Tensor, box: Box) -> Tensor:
+def cut(x: Tensor, box: TileBox) -> Tensor:
+    """The cells of x (..., *S) that lie in a box."""
     return x[(..., *(slice(a, b) for a, b in box))]
 
 
-def grown(box: Box, halo: int, shape: Sequence[int], multiple: Sequence[int]) -> Box:
-    """`box` with `halo` cells around it, within `shape`, starting at a multiple."""
+def grown(box: TileBox, halo: int, shape: Sequence[int], multiple: Sequence[int]) -> TileBox:
+    """`box` with `halo` cells around it, within `shape`; along each axis it starts at a multiple of
+    `multiple`.
+    """
     return tuple(
         (max(0, a - halo) // m * m, min(n, b + halo))
         for (a, b), n, m in zip(box, shape, multiple, strict=True)
@@ -40,14 +44,16 @@ def grown(box: Box, halo: int, shape: Sequence[int], multiple: Sequence[int]) ->
 
 
 class Affine(NamedTuple):
-    """A norm of a whole volume as x * scale + shift."""
+    """A norm with the statistics of a whole volume: x * scale + shift."""
 
     scale: Tensor  # (B, C, 1, ..)
     shift: Tensor
 
 
 def whole_norm(norm: nn.Module, x: Tensor) -> Affine:
-    """The statistics of stored x, slice by slice in float64, with the norm's own weights."""
+    """The norm of a stored volume x (B, C, *S), with its own weights. Statistics are summed slice by slice in
+    float64.
+    """
     is_spade = isinstance(norm, SPADE)
     groups = (norm.groups or x.shape[1]) if is_spade else norm.num_groups
     sums = torch.zeros(2, len(x), groups, dtype=torch.float64)
@@ -64,8 +70,10 @@ def whole_norm(norm: nn.Module, x: Tensor) -> Affine:
 
 
 class TiledAutoencoder:
-    """`encode` and `decode` of an autoencoder in eval mode, in tiles of `tile` cells an axis (a number or one
-    per axis) at each resolution. `store` is where volumes wait between operations: "cpu" frees a device.
+    """`encode` and `decode` of an autoencoder in eval mode, in tiles.
+
+    tile: cells of a tile along each axis, at every resolution; a number or one per axis.
+    store: the device on which volumes wait between operations; "cpu" leaves a GPU to the tiles.
     """
 
     def __init__(
@@ -77,21 +85,26 @@ class TiledAutoencoder:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """(B, C, *S) -> (B, Cz, *S/f) on the store, neither quantised nor normalised."""
+        """(B, C, *S) -> (B, Cz, *S/f) on the store, neither quantised nor normalised.
+
+        Raises ValueError where S does not divide by the autoencoder's downsampling.
+        """
         net = self.autoencoder
         net.check_size(x)
         h = self.run(net.first, [x.to(self.store)], halo=1)
         h = self.stack(net.encoder, h, None)
         norm = whole_norm(net.encoder_norm, h)
 
-        def finish(part: Tensor, box: Box) -> Tensor:
+        def finish(part: Tensor, box: TileBox) -> Tensor:
             return net.latent(self.activated(net.encoder_norm, norm, part, None, box))
 
         return self.run(finish, [h], halo=net.latent_halo, sees_box=True)
 
     @torch.no_grad()
     def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, Cz, *s) quantised latent, one-hot map for SPADE decoders -> (B, C, *S) on the store."""
+        """A quantised latent (B, Cz, *S/f), and the one-hot map (B, K, *S) where the decoder has SPADE norms
+        -> (B, C, *S) on the store.
+        """
         net = self.autoencoder
         mask = None if mask is None else mask.to(self.store)
         h = self.run(
@@ -106,6 +119,7 @@ class TiledAutoencoder:
         return self.run(last, [h], halo=1)
 
     def stack(self, blocks: Sequence[nn.Module], h: Tensor, mask: Tensor | None) -> Tensor:
+        """Blocks in a row on a stored h."""
         for block in blocks:
             if isinstance(block, ResBlock):
                 h = self.res_block(block, h, mask)
@@ -124,7 +138,7 @@ class TiledAutoencoder:
             return h
         norm = whole_norm(block.norm2, h)
 
-        def second(h: Tensor, x: Tensor, box: Box) -> Tensor:
+        def second(h: Tensor, x: Tensor, box: TileBox) -> Tensor:
             return block.conv2(self.activated(block.norm2, norm, h, mask, box)) + pointwise(block.shortcut, x)
 
         return self.run(second, [h, x], halo=1, sees_box=True)
@@ -134,24 +148,26 @@ class TiledAutoencoder:
     ) -> Tensor:
         affine = whole_norm(norm, x)
 
-        def op(part: Tensor, box: Box) -> Tensor:
+        def op(part: Tensor, box: TileBox) -> Tensor:
             return layer(self.activated(norm, affine, part, mask, box))
 
         return self.run(op, [x], halo=halo, sees_box=True)
 
-    def activated(self, norm: nn.Module, affine: Affine, h: Tensor, mask: Tensor | None, box: Box) -> Tensor:
-        """SiLU of the norm of the cells `h` that lie in `box`."""
+    def activated(
+        self, norm: nn.Module, affine: Affine, h: Tensor, mask: Tensor | None, box: TileBox
+    ) -> Tensor:
+        """SiLU of the norm of h, which are the cells in `box` of a volume whose norm is `affine`."""
         scale, shift = (v.to(h) for v in affine)
         h = h * scale + shift
         if isinstance(norm, SPADE):
             if mask is None:
-                raise ValueError("a SPADE decoder needs the one-hot map")
+                raise ValueError("a decoder with SPADE norms needs the one-hot map, mask (B, K, *S)")
             gamma, beta = self.modulation(norm, mask, h, box)
             h = h * (1 + gamma) + beta
         return F.silu(h)
 
-    def modulation(self, norm: SPADE, mask: Tensor, h: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-        """gamma and beta of the cells in `box`; two convolutions see two cells beyond."""
+    def modulation(self, norm: SPADE, mask: Tensor, h: Tensor, box: TileBox) -> tuple[Tensor, Tensor]:
+        """gamma and beta of the cells in `box`, which depend on two cells around it, by two convolutions."""
         level = mask[
             (..., *(slice(None, None, n // m) for n, m in zip(mask.shape[2:], self.grid, strict=True)))
         ]
@@ -170,8 +186,12 @@ class TiledAutoencoder:
         down: Sequence[int] | None = None,
         sees_box: bool = False,
     ) -> Tensor:
-        """`op` over tiles of its output. Its own padding is right at the border of the volume; inside,
-        what it gets wrong at the border of a tile is cut off.
+        """`op` over tiles of its output, which has `up` / `down` times the cells of its inputs along each
+        axis.
+
+        `halo` is the number of cells that it sees around one. Its own padding is right at the border of the
+        volume; what it makes wrong at the other borders of a tile is cut off. With `sees_box` it is also told
+        in which box its inputs lie.
         """
         dims = self.autoencoder.spatial_dims
         up, down = up or (1,) * dims, down or (1,) * dims

@@ -16,11 +16,11 @@ LEAK = 0.2
 
 
 class SwitchedConv(nn.Module):
-    """K convolutions of kernel 3; each sample goes through the one of its class.
+    """K convolutions of kernel 3; each sample goes through that of its class.
 
-    The weights of a batch are gathered by an index on the device and applied as one grouped convolution:
-    nothing waits for the device, and samples of other classes get no gradient. Weights of all classes lie
-    along the first axis, (K C_out, C_in, *3), so that they look like a convolution's.
+    The weights of a batch are gathered by an index on the device and applied as one grouped convolution. So
+    the host waits for nothing, and classes that are not in the batch get a gradient of zero. The weights of
+    all classes lie along the first axis, (K C_out, C_in, 3, 3[, 3]), as one convolution's would.
     """
 
     def __init__(self, spatial_dims: int, num_classes: int, in_channels: int, out_channels: int) -> None:
@@ -45,9 +45,10 @@ class SwitchedConv(nn.Module):
 
 
 class SwitchedSPADE(nn.Module):
-    """Instance norm modulated by maps that the features themselves decide, by the target's class.
+    """An instance norm, scaled and shifted by maps that are computed from x itself, with weights of the
+    target's class.
 
-    out = norm(x) (1 + gamma_k(a)) + beta_k(a), a = ReLU(shared_k(x)), for k the sample's class. gamma and
+    For a sample of class k, out = norm(x) (1 + gamma_k(a)) + beta_k(a) with a = ReLU(shared_k(x)). gamma and
     beta are one convolution with twice the channels.
     """
 
@@ -64,10 +65,10 @@ class SwitchedSPADE(nn.Module):
 
 
 class SwitchedBlock(nn.Module):
-    """Norm, leaky ReLU, convolution, twice, and a shortcut; the convolutions serve all classes.
+    """Switched norm, leaky ReLU and convolution, twice, with a shortcut; all classes share the convolutions.
 
-    norm_on_shortcut: a third switched norm before the shortcut's convolution (ALDM's first release).
-    conv_skip: one more convolution of the input beside the block (its second release).
+    norm_on_shortcut: a third switched norm before the shortcut's convolution, as ALDM's first release has it.
+    conv_skip: one more convolution of the input beside the block, as its second release has it.
     """
 
     def __init__(
@@ -106,8 +107,11 @@ class SwitchedBlock(nn.Module):
 
 
 class MSSPADE(nn.Module):
-    """Blocks of widths latent -> channels -> latent, all on the latent grid; the target is switched per
-    sample.
+    """Blocks of the widths latent_channels, *channels, latent_channels, all on the latent grid; each sample
+    has a target of its own.
+
+    num_classes: the number of modalities K. hidden_channels: of the switched norms. norm_on_shortcut,
+    conv_skip: see `SwitchedBlock`. use_checkpoint: blocks are computed again in the backward pass.
     """
 
     def __init__(

@@ -1,0 +1,60 @@
+"""Convolutions of any number of dimensions; those of volumes see slices as images where that is the same."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def keeps_slices_apart(layer: nn.Conv3d | nn.ConvTranspose3d) -> bool:
+    """Whether kernel and stride are 1 along depth, without padding there or borders of another kind."""
+    along_depth = (layer.kernel_size[0], layer.stride[0], layer.padding[0])
+    return along_depth == (1, 1, 0) and layer.padding_mode == "zeros"
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+
+
+def on_slices(convolve: Callable[..., Tensor], layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
+    """`layer` as `convolve`, a convolution of images, on the slices of x (B, C, D, H, W) in channels_last_3d.
+    All changes of shape are views.
+    """
+    slices = x.transpose(1, 2).flatten(0, 1)  # (B D, C, H, W)
+    weight = layer.weight.squeeze(2)
+    out = convolve(slices, weight, layer.bias, stride=layer.stride[1:], padding=layer.padding[1:])
+    return out.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class Conv3d(nn.Conv3d):
+    """`nn.Conv3d`. With a kernel of 1 along depth, in channels_last_3d, it is a convolution of images that
+    has the slices in its batch, for which devices have faster kernels; in the other layout that would take
+    copies.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if keeps_slices_apart(self) and is_channels_last(x):
+            return on_slices(partial(F.conv2d, groups=self.groups), self, x)
+        return super().forward(x)
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d`, on slices as `Conv3d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if keeps_slices_apart(self) and is_channels_last(x):
+            return on_slices(F.conv_transpose2d, self, x)
+        return super().forward(x)
+
+
+def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:
+    """`nn.Conv{spatial_dims}d`."""
+    return (Conv3d if spatial_dims == 3 else getattr(nn, f"Conv{spatial_dims}d"))(*args, **kwargs)
+
+
+def conv_transpose(spatial_dims: int, *args, **kwargs) -> nn.Module:
+    """`nn.ConvTranspose{spatial_dims}d`."""
+    kind = ConvTranspose3d if spatial_dims == 3 else getattr(nn, f"ConvTranspose{spatial_dims}d")
+    return kind(*args, **kwargs)

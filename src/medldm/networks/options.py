@@ -1,0 +1,27 @@
+"""Keyword arguments in groups: what belongs together is one small dataclass, which checks it."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+
+def grouped(owner: str, options: Mapping[str, Any], *groups: type) -> list[Any]:
+    """One instance of each dataclass in `groups`, made from those of `options` that are its fields.
+
+    Configs stay flat, however a network sorts its options. Raises TypeError, as a call does, for an option
+    that no group has and for one that is missing; `owner` is the name of what takes the options.
+    """
+    names = [{field.name for field in fields(group)} for group in groups]
+    unknown = options.keys() - set().union(*names)
+    if unknown:
+        raise TypeError(f"{owner} got an unexpected keyword argument '{min(unknown)}'")
+    return [
+        group(**{name: options[name] for name in options if name in own})
+        for group, own in zip(groups, names, strict=True)
+    ]
+
+
+def check_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where the argument `name` has a value that is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value} is none of {', '.join(choices)}")
