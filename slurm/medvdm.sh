@@ -3,7 +3,7 @@
 # a failing stage cancels the rest.
 #   RAW=/data/chest_xray ROOT=/data/chestxray RUNS=/runs/medvdm GPU=rtx3090 slurm/medvdm.sh [key=value ...]
 #   RAW         the dataset as published          ROOT  the prepared dataset (made)     RUNS  training, samples, evaluation
-#   EXPERIMENT  chestxray_conv (default), chestxray (the seed's preset), chestxray_pixel or colab
+#   EXPERIMENT  chestxray_conv (default), chestxray (as published), chestxray_pixel or colab
 #   DATA        chestxray (default), kermany_normal, nih_cxr14, class_folders or folder
 #   GPU         rtx3090 (24 GB, default), a6000 (48 GB) or cpu: sbatch options
 #   STAGES      the stages to submit, e.g. "vdm sample"; those left out count as done

@@ -331,10 +331,10 @@ def test_volumes_resample_crop_and_fit(tmp_path, volumes):
     assert case["intensity_range"] == [-1000, 500] and set(case["classes"]) == {0, 1, 2, 3, 4}
 
 
-# ---- the author's files ----
+# ---- files of ldm-medical-image ----
 
 
-def test_author_format_is_readable_with_view_and_phase_by_position(tmp_path):
+def test_files_of_ldm_medical_image_are_readable_with_view_and_phase_by_position(tmp_path):
     generator = np.random.default_rng(0)
     mapping = {}
     for subject, count in (("001", 8), ("002", 6)):
@@ -390,8 +390,8 @@ def test_a_replaced_file_is_read_anew(mnms2, tmp_path):
     assert not np.array_equal(open_hdf5(path).read_row("image", 0), before)
 
 
-def test_the_author_s_preparation_stretches_each_slice_by_a_cubic_spline(phantom_raw, tmp_path):
-    """scipy's zoom of the stored slice and its own minimum and maximum: the report's code."""
+def test_preparation_as_run_stretches_each_slice_by_a_cubic_spline(phantom_raw, tmp_path):
+    """scipy's zoom of the stored slice and its own minimum and maximum: ldm-medical-image."""
     paths = (f"data.raw={phantom_raw}", f"data.root={tmp_path}", "data.num_workers=0", "data.image_size=48")
     prepare_command.task(compose_config("prepare", "data=mnms2_as_run", *paths))
     index = load_index(tmp_path)

@@ -9,7 +9,7 @@ from medldm.errors import InputError
 FRACTIONS = {"val": 0.1, "test": 0.1}
 
 
-def test_report_split_holds_out_the_ten_published_subjects():
+def test_the_published_split_holds_out_its_ten_subjects():
     split = seed42_350_10()
     assert split["test"] == ["225", "043", "286", "303", "057", "273", "016", "058", "249", "125"]
     assert len(split["train"]) + len(split["val"]) == 350

@@ -73,7 +73,7 @@ def test_any_single_edge_pixel_reaches_the_latent_grid_except_with_nearest(encod
     assert seen == (1 / cell if encoder == "nearest_1x1" else 1)
 
 
-def test_nearest_refuses_edges_outside_parity():
+def test_nearest_refuses_edges_unless_asked_for():
     with pytest.raises(InputError, match="parity=true"):
         SpatialConditioner(4, downsampling=(8, 8), encoder="nearest_1x1")
     SpatialConditioner(4, downsampling=(8, 8), encoder="nearest_1x1", use_edges=False)

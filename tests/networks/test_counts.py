@@ -32,7 +32,7 @@ def test_report_autoencoder_matches_its_figures(preset, channels, count):
     codebook = network.quantizer.codebook
     assert codebook.shape == (16384, channels)
     assert network.downsampling == (8, 8)
-    assert num_parameters(network) - codebook.numel() == count  # 21.95M in the author's run
+    assert num_parameters(network) - codebook.numel() == count  # 21.95M, as its authors print it
 
 
 def test_block_unet_reproduces_the_aldm_count():

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from medldm.attributes import with_attributes, with_unknown
-from medldm.data.datasets.mnms2 import AUTHOR_INDEX, load_author_index
+from medldm.data.datasets.mnms2 import MAPPING_INDEX, load_mapping_index
 from medldm.errors import InputError
 from medldm.files import read_json
 
@@ -16,8 +16,8 @@ def load_index(root: str | Path) -> dict:
     mend = f"run `medldm prepare data.raw=RAW data.root={root}` first"
     if not root.is_dir():
         raise InputError(f"data.root={root}: no such folder; {mend}")
-    if not (root / "index.json").is_file() and (root / AUTHOR_INDEX).is_file():
-        return with_attributes(load_author_index(root))
+    if not (root / "index.json").is_file() and (root / MAPPING_INDEX).is_file():
+        return with_attributes(load_mapping_index(root))
     index = read_json(root / "index.json", mend)
     if UNFINISHED in index:
         raise InputError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.data.case import stem_of
-from medldm.data.datasets.mnms2 import AUTHOR_INDEX
+from medldm.data.datasets.mnms2 import MAPPING_INDEX
 from medldm.data.hdf5 import open_hdf5
 from medldm.data.prepared import load_index
 from medldm.data.raw.image import HDF5_SUFFIXES, RASTER_SUFFIXES, RawImage, has_suffix
@@ -72,7 +72,7 @@ def list_image_files(path: Path) -> list[tuple[Path, dict]]:
     """The image files of a folder (or the one file), each with what is known of its case."""
     if path.is_file():
         return [(path, {"id": stem_of(path)})]
-    if (path / "index.json").is_file() or (path / AUTHOR_INDEX).is_file():
+    if (path / "index.json").is_file() or (path / MAPPING_INDEX).is_file():
         return [(path / case["file"], case) for case in load_index(path)["cases"]]
     top = [path / name for name in next(walk(path))[1] if (path / name).is_file() and is_image(path / name)]
     known = {stem_of(p) for p in top if has_suffix(p, HDF5_SUFFIXES)}

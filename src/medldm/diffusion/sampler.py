@@ -77,10 +77,10 @@ class Sampler:
     `num_steps` network evaluations at times laid out by `spacing`: leading, trailing or linspace
     (`step_positions`; whole steps of a discrete schedule, 1000 unrounded ones of a continuous one), or logsnr
     (equal steps in gamma). `clean_last_step` ends by returning the last x0_hat; without it the result is z at
-    the first grid point (or t = 0), noise included and not divided by alpha: parity with CompVis.
+    the first grid point (or t = 0), noise included and not divided by alpha, as CompVis's DDIM does.
     `guidance_scale` (1 is off; null + scale (conditional - null)) and `guidance_rescale` are read by whoever
     builds the guided denoiser; a null that training never saw is refused (`check_guidance`) unless
-    `untrained_null`, for parity with Med-LSDM. `clamp` clips x0_hat to +-clamp in normalised latent units,
+    `untrained_null`, as Med-LSDM was published. `clamp` clips x0_hat to +-clamp in normalised latent units,
     dynamically with `clamp_percentile`.
     """
 

@@ -235,7 +235,7 @@ class VariationalObjective:
 
 
 def gradient_difference(x_hat: Tensor, x: Tensor, *, power: float = 1.0, signed: bool = False) -> Tensor:
-    """Mean difference of forward differences along every axis of (B, C, *S): the seed's "differential loss".
+    """Mean difference of forward differences on every axis of (B, C, *S): Medical VDM's "differential loss".
 
     | |d x| - |d x_hat| |^power, or with `signed` |d x - d x_hat|^power, which keeps the direction of an edge.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.datasets.mnms2 import AUTHOR_INDEX
+from medldm.data.datasets.mnms2 import MAPPING_INDEX
 from medldm.data.hdf5 import open_hdf5
 from medldm.data.preparation.edges import EdgeRecipe
 from medldm.data.preparation.recipe import Recipe, recipe_of
@@ -130,7 +130,7 @@ def read_file(file: Path, case: dict, ids: Collection[str] | None, sample: int) 
 
 def told_apart(record: ImageRecord, path: Path) -> ImageRecord:
     """With its extremes where neither an index nor a provenance.json says that medldm wrote it."""
-    known = any((path / name).is_file() for name in ("index.json", "provenance.json", AUTHOR_INDEX))
+    known = any((path / name).is_file() for name in ("index.json", "provenance.json", MAPPING_INDEX))
     if known or not isinstance(record.image, np.ndarray):
         return record
     ends = float(record.image.min()), float(record.image.max())

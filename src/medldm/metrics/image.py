@@ -53,7 +53,7 @@ def psnr(
 
 
 def nmse_var(generated: Tensor, reference: Tensor) -> Tensor:
-    """MSE / unbiased variance of the real image (the cardiac report's NMSE).
+    """MSE / unbiased variance of the real image (the NMSE of ldm-medical-image).
 
     0 is perfect, (N - 1) / N the image's own mean everywhere, 2 an independent image of equal statistics.
     NaN where the real image is constant: such an image is counted as excluded.

@@ -40,7 +40,7 @@ class VariationalModule(TrainedModule):
     label.
 
     The same embedding, with the same null, enters codec and network, in training and in guidance.
-    `mse_weight` and `gradient_weight` add the seed's squared error and gradient difference of the decoded
+    `mse_weight` and `gradient_weight` add Medical VDM's squared error and gradient difference of the decoded
     mean to the loss, outside the bound that is reported. All random numbers of a step are a function of
     `seed` and the step, drawn for the global batch, separately for times, diffusion noise, decoder noise and
     labels.
@@ -156,8 +156,8 @@ class VariationalModule(TrainedModule):
         return losses | self.extra_losses(losses["loss"], self.likelihood.expected(output), x_seen)
 
     def extra_losses(self, loss: Tensor, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """The seed's MSE and gradient difference on [0, 1] between what a decoder expects and the image as it
-        was observed, and the loss with them.
+        """MSE and gradient difference on [0, 1] between what a decoder expects and the image as it was
+        observed, and the loss with them; both are Medical VDM's.
         """
         if not (self.mse_weight or self.gradient_weight):
             return {}

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # In the order in which ldm-medical-image stores them.
 ACQUISITIONS = [(view, phase) for view in ("LA", "SA") for phase in ("ED", "ES")]
 SUBJECTS = [f"{i:03d}" for i in range(1, 361)]
-AUTHOR_INDEX = "dataset_index_mapping.json"  # beside the files of ldm-medical-image
+MAPPING_INDEX = "dataset_index_mapping.json"  # beside the files of ldm-medical-image
 INFORMATION_COLUMNS = {"DISEASE": "disease", "VENDOR": "vendor", "SCANNER": "scanner", "FIELD": "field_T"}
 
 
@@ -131,7 +131,7 @@ def read_information(root: Path) -> dict[int, dict]:
 # ---- files that ldm-medical-image (tonyyunyang, GitHub) prepared ----
 
 
-def author_slices(num_samples: int) -> dict[str, list[int]]:
+def mapped_slices(num_samples: int) -> dict[str, list[int]]:
     """View, phase and place of the slices of a file, which tells them by position: LA ED, LA ES, then all
     slices of SA ED, then those of SA ES.
     """
@@ -143,9 +143,9 @@ def author_slices(num_samples: int) -> dict[str, list[int]]:
     return {"view": view, "phase": phase, "slice_index": slice_index, "num_slices": num_slices}
 
 
-def load_author_index(root: Path) -> dict:
+def load_mapping_index(root: Path) -> dict:
     """An index for `{NNN}_data.h5` files with `dataset_index_mapping.json` of ldm-medical-image."""
-    mapping = read_json(root / AUTHOR_INDEX, "restore it beside the `NNN_data.h5` files")
+    mapping = read_json(root / MAPPING_INDEX, "restore it beside the `NNN_data.h5` files")
     cases = []
     for subject, entry in sorted(mapping.items()):
         path = require_file(root / entry.get("file_name", f"{subject}_data.h5"))
@@ -158,12 +158,12 @@ def load_author_index(root: Path) -> dict:
                 "subject": subject,
                 "file": path.name,
                 "num_slices": num_samples,
-                "slices": author_slices(num_samples),
+                "slices": mapped_slices(num_samples),
                 "attributes": {},
             }
         )
     if not cases:
-        raise InputError(f"{root / AUTHOR_INDEX}: lists no subjects; prepare the data again")
+        raise InputError(f"{root / MAPPING_INDEX}: lists no subjects; prepare the data again")
     image_size = list(open_hdf5(root / cases[0]["file"]).dataset("image").shape[1:])
     return {
         "schema_version": 1,
