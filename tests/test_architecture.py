@@ -33,6 +33,19 @@ MAY_IMPORT = {
     "knobs": set(),
     "inference": {"data"},
     "sampling": {"inference", "models", "diffusion", "networks", "data"},
+    "conditions": set(),
+    "translating": {"sampling", "data", "models"},
+    # what `import medldm` offers, above all but commands
+    "interface": {
+        "build",
+        "conditions",
+        "data",
+        "diffusion",
+        "inference",
+        "models",
+        "sampling",
+        "translating",
+    },
     "outputs": {"data", "callbacks", "plots"},
     "evaluation": {"build", "data", "inference", "metrics", "models", "networks"},
     "reporting": {"evaluation", "data", "metrics"},
@@ -121,7 +134,7 @@ def test_commands_do_not_import_each_other():
 
 
 # Names that several modules define on purpose: what each command, dataset or module must have.
-SHARED_NAMES = {"__all__", "log", "main", "task"}
+SHARED_NAMES = {"__all__", "log", "main", "task", "load"}  # load: `medldm.load`, and of stored images
 SHARED_BY_DATASETS = {"index", "published_splits", "published", "patient_of", "MODALITIES"}
 # Duplicates of other rooms that are still to be renamed; nothing may be added.
 TO_RENAME = {

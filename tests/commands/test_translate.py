@@ -13,6 +13,7 @@ from medldm.commands import sample, translate
 from medldm.data.preparation.recipe import make_recipe
 from medldm.errors import InputError
 from medldm.shrinking import shrink
+from medldm.translating import padded, prepare_source
 from tests.data.conftest import settings
 from tests.data.test_volumes import affine_of
 from tests.helpers import compose_config
@@ -112,7 +113,7 @@ def test_voxel_sizes_are_compared_along_the_body(tmp_path, caplog, code, spacing
     size = np.array([(24, 28, 24)[axis] for axis in axes]) / spacing
     affine = affine_of(code, spacing, angle)
     path = save(np.random.default_rng(0).random(np.rint(size).astype(int)), affine, tmp_path / "a.nii.gz")
-    volume = translate.prepare_source(str(path), facts)
+    volume = prepare_source(str(path), facts)
     assert volume.image.shape[1:] == shape
     assert bool(re.search(said, caplog.text)) if said else not caplog.text
     assert volume.spacing == pytest.approx((3.6 if said and "3.6" in said else 4, 1, 1))
@@ -137,7 +138,7 @@ def test_a_seed_repeats_and_another_differs_and_the_fast_mode_has_none(ldm, sour
 
 def test_an_axis_that_does_not_divide_is_padded_and_cut_back():
     x = torch.rand(1, 1, 30, 16, 9)
-    y = translate.padded(x, (16, 16, 16))
+    y = padded(x, (16, 16, 16))
     assert y.shape == (1, 1, 32, 16, 16)
     assert torch.equal(y[:, :, :30, :, :9], x) and (y[:, :, 30:] == -1).all() and (y[..., 9:] == -1).all()
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from medldm.attributes import UNKNOWN, check_order, declare, with_attributes
 from medldm.build import build_module
-from medldm.commands.sample import number_as_trained
+from medldm.conditions import number_as_trained
 from medldm.data import build_datamodule
 from medldm.data.prepared import load_index
 from medldm.errors import InputError

@@ -9,7 +9,7 @@ import pytest
 
 from medldm.attributes import UNKNOWN, check_class_names, check_order
 from medldm.commands import train
-from medldm.commands.sample import number_as_trained
+from medldm.conditions import number_as_trained
 from medldm.data import build_datamodule
 from medldm.data.loading.dataset import Item
 from medldm.data.loading.facts import view_weights

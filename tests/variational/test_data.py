@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from medldm.commands import prepare
-from medldm.commands.sample import number_as_trained
+from medldm.conditions import number_as_trained
 from medldm.data import build_datamodule
 from medldm.data.datasets import class_folders, nih_cxr14
 from medldm.data.hdf5 import open_hdf5

@@ -28,12 +28,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from medldm.attributes import check_class_names, names_of, renumber
+from medldm.attributes import check_class_names
 from medldm.commands import clean_after_failure, run_command
+from medldm.conditions import check_facts, embedded, number_as_trained
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
-SAME_FACTS = ("spatial_dims", "image_channels", "num_classes")
 WINDOW_OVERLAP, INTERPOLATION_TIME = 0.5, 0.5  # as in configs/sample.yaml
 SEED_STRIDE = 1_000_003  # between the samples of a condition
 
@@ -82,16 +82,6 @@ def check_latent(predictor: Any, key: str) -> None:
         raise InputError(f"{key}: needs a latent diffusion checkpoint; set it to its default")
 
 
-def check_facts(trained: dict, prepared: dict, checkpoint: str, root: str) -> None:
-    """A model fits a dataset only where dimensions, channels and classes are the same."""
-    for key in SAME_FACTS:
-        if trained[key] != prepared[key]:
-            raise InputError(
-                f"{checkpoint}: trained with {key}={trained[key]}, but {root} has {prepared[key]}; "
-                "use the data it knows"
-            )
-
-
 def build_dataset(cfg: Any, module: Any, keys: tuple[str, ...]) -> tuple[Any, Any]:
     """The cases to sample, and the data module that they come from."""
     from omegaconf import OmegaConf
@@ -113,14 +103,6 @@ def build_dataset(cfg: Any, module: Any, keys: tuple[str, ...]) -> tuple[Any, An
     dataset = datamodule.dataset(cfg.split, edge_level=cfg.edge_level).as_cases()
     number_as_trained(dataset, module.facts, *embedded(module, keys))
     return dataset, datamodule
-
-
-def embedded(module: Any, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Attributes that a model makes use of, and those of them that may be unknown."""
-    if "source" in keys:
-        return ("label",), ()
-    conditioner = module.conditioner
-    return ((), ()) if conditioner is None else (conditioner.attributes, conditioner.null_attributes)
 
 
 def write_interpolations(
@@ -215,46 +197,6 @@ def task(cfg: Any) -> None:
                     write_trajectory(module, recorder, folder, done, dataset.cases[done.case]["id"])
                 folder.write(done.case, done.positions, done.samples, done.batches)
     print(cfg.output)
-
-
-def number_as_trained(
-    dataset: Any, facts: dict[str, Any], kinds: tuple[str, ...], nulls: tuple[str, ...]
-) -> None:
-    """Gives the attributes of `kinds` the model's numbers for their names. InputError for an
-    image of a name that the model has not, and for one that states none where no null (`nulls`) was trained.
-    """
-    items = dataset.every_item()
-    dataset.conditions = tuple(kinds)
-    if dataset.num_findings and "label" in kinds and not facts.get("multi_label"):
-        raise InputError(f"{dataset.root}: has several labels an image, the model was trained with one each")
-    for kind in kinds:
-        own, known = dataset.names.get(kind) or [], names_of(facts, kind)
-        missing = [item for item in items if not item.stated(kind)]
-        if missing:
-            tell_missing(kind, missing, dataset, kind in nulls)
-        if not own or not known:
-            continue
-        for item in items:
-            for number in map(int, item.stated(kind)):
-                if own[number] not in known:
-                    raise InputError(
-                        f"{dataset.root}: '{dataset.item_id(item)}' has the {kind} '{own[number]}', the "
-                        f"model knows {', '.join(known)}"
-                    )
-        dataset.numbering[kind] = renumber(own, known)
-    dataset.num_findings = dataset.num_findings and len(facts.get("label_values") or ())
-
-
-def tell_missing(kind: str, items: list[Any], dataset: Any, has_null: bool) -> None:
-    """InputError where what nobody stated would enter as a null that was never trained; else a line."""
-    what = f"{dataset.root}: {len(items)} images ('{dataset.item_id(items[0])}' first) state no {kind}"
-    if not has_null:
-        raise InputError(
-            f"{what}, and the model never saw an unknown one; state it (data=folder: the column {kind} of "
-            "manifest.csv) and prepare again, or train with model.conditioner.drop_all_prob=0.1"
-        )
-    if kind != "slice_position":
-        log.warning("%s; they are sampled as unknown", what)
 
 
 def give_units(dataset: Any, facts: dict[str, Any]) -> None:

@@ -26,90 +26,6 @@ from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 UNITS = ("unit", "training", "source")
-SPACING_TOLERANCE = 0.2  # relative: beyond it the source is resampled to the voxels of training
-SPACING_NOTED = 0.02  # beyond it the difference is said
-
-
-def choose_targets(known: list[str] | None, source: str, targets: list[str] | None) -> list[str]:
-    """The modalities to make. InputError for a name that the checkpoint does not know."""
-    if not known:
-        raise InputError("checkpoint: knows no modalities; give one of an msspade or ldm experiment of ALDM")
-    for key, names in (("source_modality", [source]), ("targets", targets or [])):
-        for name in names:
-            if name not in known:
-                raise InputError(
-                    f"{key}: '{name}' is none of the checkpoint's modalities, {', '.join(known)}"
-                )
-    if targets is None:
-        return [name for name in known if name != source]
-    if not targets or source in targets or len(set(targets)) < len(targets):
-        raise InputError(
-            f"targets={targets}: name other modalities than {source}, each once, or null for all of them"
-        )
-    return list(targets)
-
-
-def prepare_source(path: str, facts: dict[str, Any]) -> Any:
-    """The source as the training data were prepared: a `Volume`."""
-    import dataclasses
-
-    import numpy as np
-
-    from medldm.data.case import Case
-    from medldm.data.preparation.recipe import recipe_of
-    from medldm.data.preparation.volumes import prepare_case, read_volume
-
-    recipe = recipe_of(facts)
-    if recipe.spacing is None and recipe.in_plane_size is None and facts["spacing"]:
-        raw, trained = spacing_along(read_volume(path).affine, recipe.orientation), facts["spacing"]
-        apart = float(np.abs(np.divide(raw, trained) - 1).max())
-        about = (path, millimetres(raw), millimetres(trained), recipe.orientation)
-        if apart > SPACING_TOLERANCE:
-            log.warning("%s: voxels of %s mm; resampled to those of training, %s mm (axes %s)", *about)
-            recipe = dataclasses.replace(recipe, spacing=tuple(trained))
-        elif apart > SPACING_NOTED:
-            log.warning("%s: voxels of %s mm, in training %s mm (axes %s); taken as they are", *about)
-    return prepare_case(Case("source", "source", {"image": path}), recipe)
-
-
-def spacing_along(affine: Any, orientation: str) -> list[float]:
-    """mm of a voxel along the body's axes, in the order of the prepared array, such as S, P and L."""
-    from medldm.data.preparation.volume_transforms import axis_order
-    from medldm.data.raw.grids import edges_of
-
-    return edges_of(affine)[axis_order(affine, orientation)].tolist()
-
-
-def millimetres(spacing: Any) -> str:
-    return " x ".join(f"{s:.3g}" for s in spacing)
-
-
-def padded(x: Any, multiples: tuple[int, ...]) -> Any:
-    """(1, C, *S) with background at the ends of its axes, up to the next multiples."""
-    import torch.nn.functional as F
-
-    pads = [(-n) % m for n, m in zip(x.shape[2:], multiples, strict=True)]
-    return F.pad(x, [p for pad in reversed(pads) for p in (0, pad)], value=-1.0)
-
-
-def translate(module: Any, x: Any, labels: list[int], source_label: int, names: list[str], cfg: Any) -> Any:
-    """(1, 1, *S) in [-1, 1] -> (K, 1, *S) float32 on the host, one for each label, as one batch."""
-    import torch
-
-    from medldm.sampling import Request, predictor_of
-
-    predictor = predictor_of(module, stage="spade" if cfg.fast else None)
-    factors = module.size_factors if predictor.is_generative else module.translation.downsampling
-    size = tuple(x.shape[2:])
-    x = padded(x, factors).to(module.device)
-    batch = {
-        "case_id": names,
-        "source": x.expand(len(labels), -1, -1, -1, -1),
-        "label": torch.tensor(labels, device=module.device),
-        "source_label": torch.full((len(labels),), source_label, device=module.device),
-    }
-    images = predictor(batch, tuple(x.shape[2:]), Request(cfg.seed, precision=cfg.precision))
-    return images[..., : size[0], : size[1], : size[2]]
 
 
 def range_in(units: str, facts: dict[str, Any], target: int, own: tuple[float, float]) -> tuple[float, float]:
@@ -156,7 +72,9 @@ def task(cfg: Any) -> None:
     from medldm.devices import inference_precision
     from medldm.files import read_json, safe_name, write_json
     from medldm.fingerprints import content_of
+    from medldm.models.protocols import Request
     from medldm.outputs import write_nifti
+    from medldm.translating import choose_targets, prepare_source, translate
 
     if cfg.units not in UNITS:
         raise InputError(f"units={cfg.units} is none of {', '.join(UNITS)}")
@@ -168,7 +86,10 @@ def task(cfg: Any) -> None:
     volume = prepare_source(str(cfg.source), module.facts)
     names = [safe_name(f"{stem_of(cfg.source)}_{cfg.source_modality}_to_{name}") for name in targets]
     x = torch.from_numpy(volume.image).float()[None]
-    images = translate(module, x, labels, known.index(cfg.source_modality), names, cfg)
+    request = Request(cfg.seed, precision=cfg.precision)
+    images = translate(
+        module, x, str(cfg.source_modality), targets, names=names, fast=bool(cfg.fast), request=request
+    )
     seen = trained_on(str(cfg.source), module, cfg.checkpoint)
     output = Path(cfg.output)
     for name, label, image in zip(names, labels, images.numpy(), strict=True):

@@ -6,7 +6,7 @@ A module has `index(root, ...) -> list[Case]` and, where splits of its subjects 
 
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 
 from medldm.data.splits import Split
@@ -14,7 +14,7 @@ from medldm.errors import InputError
 
 
 def names_of_datasets() -> list[str]:
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    return sorted(module.name for module in iter_modules(__path__))
 
 
 def find_dataset(name: str) -> ModuleType:

@@ -1,0 +1,183 @@
+"""The rows of "Where to add" in docs/architecture.md, each tried from a package and a folder of configs that
+lie outside medldm.
+"""
+
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from medldm.commands import prepare
+from medldm.data import datasets
+from medldm.data.prepared import load_index
+from medldm.diffusion.encoders import SPATIAL_ENCODERS
+from tests.helpers import compose_config
+from tests.training import VQVAE, build, fit, load, make_batches, run_training
+
+PARTS = '''
+    """Parts of somebody's own study."""
+
+    import dataclasses
+
+    import torch
+    from torch import nn
+
+    from medldm.diffusion.objective import DenoisingObjective
+    from medldm.diffusion.sampler import Coefficients, Sampler
+    from medldm.diffusion.schedule import NoiseSchedule
+
+
+    class Straight(nn.Module):
+        """A schedule: -log SNR rises in a straight line."""
+
+        def forward(self, t):
+            return -8 + 12 * t
+
+
+    def straight_schedule():
+        return NoiseSchedule(Straight())
+
+
+    class HalvedObjective(DenoisingObjective):
+        """An objective: half of the loss that it inherits."""
+
+        def __call__(self, *args, **kwargs):
+            return {name: value / 2 for name, value in super().__call__(*args, **kwargs).items()}
+
+
+    @dataclasses.dataclass(kw_only=True)
+    class JumpSampler(Sampler):
+        """A sampler: every step lands on x0_hat, with new noise of the next time."""
+
+        def coefficients(self, gamma):
+            alpha, sigma = torch.sigmoid(-gamma[1:]).sqrt(), torch.sigmoid(gamma[1:]).sqrt()
+            return Coefficients(z=torch.zeros_like(alpha), x0=alpha, noise=sigma)
+
+
+    class MeanEncoder(nn.Module):
+        """A condition encoder: means over the cells of the latent grid, then a 1x1 convolution."""
+
+        def __init__(self, in_channels, out_channels, downsampling):
+            super().__init__()
+            self.pool, self.mix = nn.AvgPool2d(downsampling), nn.Conv2d(in_channels, out_channels, 1)
+
+        def forward(self, planes):
+            return self.mix(self.pool(planes))
+
+
+    class Gate(nn.Module):
+        """An attention of the U-Net: a gate for each channel."""
+
+        def __init__(self, width, *, strength):
+            super().__init__()
+            self.strength, self.gate = strength, nn.Linear(width, width)
+
+        def forward(self, h, context=None):
+            return h + self.strength * h * torch.sigmoid(self.gate(h.mean((2, 3))))[:, :, None, None]
+
+
+    class Gradients(nn.Module):
+        """A loss of stage one in the place of the perceptual one: differences of neighbours."""
+
+        def __init__(self, network, weights_dir):
+            super().__init__()
+
+        def build(self):
+            """Has no weights to look for."""
+
+        def forward(self, x_hat, x):
+            return (x_hat.diff(dim=-1) - x.diff(dim=-1)).abs().mean()
+'''
+MEMBERS = {
+    "model/schedule/straight": "_target_: study.straight_schedule",
+    "model/objective/halved": "defaults: [noise, _self_]\n_target_: study.HalvedObjective",
+    "model/sampler/jump": "defaults: [ancestral, _self_]\n_target_: study.JumpSampler\nnum_steps: 3",
+    "model/conditioner/mean": "defaults: [strided_cnn, _self_]\nencoder: mean",
+    "model/network/gated": "defaults: [unet_block, _self_]\nchannels: [16, 32]\nattention:\n"
+    "  {_target_: study.Gate, _partial_: true, strength: 0.5}",
+    "data/lines": "defaults: [/data/common@_here_, _self_]\ndataset: lines\nimage_size: 32\n"
+    "preprocess: {intensity: {mode: bit_depth}}",
+    "experiment/study/ldm": "# @package _global_\ndefaults:\n  - /experiment/cardiac2d/ldm\n"
+    "  - override /model/schedule: straight\n  - override /model/objective: halved\n"
+    "  - override /model/sampler: jump\n  - override /model/conditioner: mean\n"
+    "  - override /model/network: gated\n  - _self_\n\nmodel: {warmup_steps: 0}",
+}
+DATASET = '''
+    """Pictures of lines, one subject a file."""
+
+    from pathlib import Path
+
+    from medldm.data.case import Case
+
+
+    def index(root):
+        paths = sorted(Path(root).glob("*.png"))
+        return [Case(path.stem, path.stem, {"image": str(path)}) for path in paths]
+'''
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The package `study` and the folder of its configs, as the override that makes Hydra read it."""
+    (tmp_path / "study.py").write_text(textwrap.dedent(PARTS))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in MEMBERS.items():
+        path = tmp_path / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    yield f"hydra.searchpath=[file://{tmp_path / 'configs'}]"
+    sys.modules.pop("study", None)
+
+
+OWN = ("straight_schedule", "HalvedObjective", "JumpSampler", "Gate")
+
+
+def test_schedule_objective_sampler_encoder_attention_and_preset_of_one_s_own(
+    prepared, first_stage, study, tmp_path, monkeypatch
+):
+    import study as parts
+
+    monkeypatch.setitem(SPATIAL_ENCODERS, "mean", parts.MeanEncoder)
+    monkeypatch.setenv("MEDLDM_PARTS", ",".join(f"study.{name}" for name in OWN))
+    stage = f"model.first_stage.checkpoint={first_stage}"
+    last = run_training(prepared, tmp_path / "run", study, "experiment=study/ldm", stage)
+    assert load(last)["global_step"] == 2
+    import medldm
+
+    model = medldm.load(last, device="cpu")
+    module = model.module
+    assert isinstance(module.objective, parts.HalvedObjective) and isinstance(
+        module.sampler, parts.JumpSampler
+    )
+    assert isinstance(module.conditioner.encoder, parts.MeanEncoder)
+    assert module.schedule.gamma(torch.tensor(0.5)) == -2
+    assert any(isinstance(part, parts.Gate) for part in module.network.modules())
+    case = load_index(prepared)["cases"][0]["id"]
+    assert np.isfinite(model.sample(model.conditions(prepared, case))).all()
+
+
+def test_a_loss_of_stage_one_of_one_s_own(study):
+    options = (VQVAE, study, "model.perceptual._target_=study.Gradients", "model.perceptual_weight=2")
+    module = build(*options)
+    trainer = fit(module, make_batches(2, 2))
+    assert 0 < trainer.callback_metrics["train/perceptual"] < 4
+
+
+def test_a_dataset_of_one_s_own(study, tmp_path, monkeypatch):
+    import cv2
+
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "lines.py").write_text(textwrap.dedent(DATASET))
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(tmp_path / "sets")])
+    (tmp_path / "raw").mkdir()
+    for i in range(4):
+        picture = np.zeros((40, 40), np.uint8)
+        picture[8 * i] = 255
+        cv2.imwrite(str(tmp_path / "raw" / f"line_{i}.png"), picture)
+    paths = (f"data.raw={tmp_path / 'raw'}", f"data.root={tmp_path / 'out'}")
+    prepare.task(compose_config("prepare", study, "data=lines", *paths, "data.num_workers=0"))
+    index = load_index(tmp_path / "out")
+    assert [case["id"] for case in index["cases"]] == [f"line_{i}" for i in range(4)]
+    sys.modules.pop("medldm.data.datasets.lines", None)
