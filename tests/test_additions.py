@@ -61,6 +61,7 @@ PARTS = '''
 
         def __init__(self, in_channels, out_channels, downsampling):
             super().__init__()
+            self.out_channels = out_channels
             self.pool, self.mix = nn.AvgPool2d(downsampling), nn.Conv2d(in_channels, out_channels, 1)
 
         def forward(self, planes):
@@ -80,6 +81,8 @@ PARTS = '''
 
     class Gradients(nn.Module):
         """A loss of stage one in the place of the perceptual one: differences of neighbours."""
+
+        spatial_dims = 2  # of volumes it would see a random slice
 
         def __init__(self, network, weights_dir):
             super().__init__()
