@@ -13,6 +13,7 @@ from medldm.commands import prepare
 from medldm.data import datasets
 from medldm.data.prepared import load_index
 from medldm.diffusion.encoders import SPATIAL_ENCODERS
+from medldm.metrics.catalogue import IMAGE_METRICS, METRICS, MetricInfo, markdown_table, select_metrics
 from tests.helpers import compose_config
 from tests.training import VQVAE, build, fit, load, make_batches, run_training
 
@@ -166,6 +167,19 @@ def test_a_loss_of_stage_one_of_one_s_own(study):
     module = build(*options)
     trainer = fit(module, make_batches(2, 2))
     assert 0 < trainer.callback_metrics["train/perceptual"] < 4
+
+
+def test_a_metric_of_one_s_own_enters_the_table(monkeypatch):
+    def bias(generated, reference):
+        return (generated - reference).flatten(1).mean(1)
+
+    row = MetricInfo(bias, "mean difference", "of the range", "-1 to 1", None)
+    monkeypatch.setitem(IMAGE_METRICS, "bias", row)
+    monkeypatch.setitem(METRICS, "bias", row)
+    (function,) = select_metrics(["bias"]).values()
+    images = torch.zeros(2, 1, 4, 4)
+    assert function(images + 0.25, images).tolist() == [0.25, 0.25]
+    assert "| `bias` | mean difference |" in markdown_table()
 
 
 def test_a_dataset_of_one_s_own(study, tmp_path, monkeypatch):
