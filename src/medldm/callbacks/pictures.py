@@ -18,7 +18,8 @@ class Pictures(Callback):
     What the module's `figures` draws, where it has them, goes to `samples/<name>_<n>.png`. Of volumes every
     `volumes_every_n_validations` the first sample goes whole: `volume_<n>.nii.gz`, whose fourth axis are the
     rows of the picture, in [-1, 1], and `sweep_<n>.gif`, its axial slices with the rows side by side. Loggers
-    that take videos get the latter.
+    that take videos get the latter. It is a GIF and no MP4: a GIF keeps all 256 grey levels, and the only MP4
+    encoder that comes with OpenCV (`mp4v`) makes files that browsers do not play.
     """
 
     def __init__(

@@ -1,0 +1,42 @@
+"""The guard of counts in scripts/benchmark: what it says of a step that has grown, and what it writes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark" / "counting.py"
+
+
+@pytest.fixture(scope="module")
+def counting():
+    spec = importlib.util.spec_from_file_location("counting", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_step_that_has_grown_fails_the_guard_and_a_smaller_one_passes(counting, monkeypatch, tmp_path):
+    path, told = tmp_path / "counts.json", []
+    path.write_text(json.dumps({"a/b": {"kernels": 1000, "gigabytes": 2.0, "roofline_ms": 5.0}}))
+    found = {"kernels": 990, "gigabytes": 2.003, "roofline_ms": 5.0}
+    monkeypatch.setattr(counting, "count", lambda _: counting.Count(**found))
+    assert counting.check(["a/b"], path=path, tell=told.append)
+    found |= {"kernels": 1003, "gigabytes": 3.0}
+    assert not counting.check(["a/b"], path=path, tell=told.append)
+    assert told[0].startswith("ok") and told[1].startswith("GROWN a/b")
+    assert told[1].endswith("kernels 1000 -> 1003; gigabytes 2 -> 3")
+    assert not counting.check(["a/new"], path=path, tell=told.append) and "no committed counts" in told[2]
+
+
+def test_an_update_writes_what_the_guard_then_accepts(counting, monkeypatch, tmp_path):
+    path = tmp_path / "counts.json"
+    monkeypatch.setattr(counting, "count", lambda name: counting.Count(len(name), 1.5, 2.5))
+    assert counting.check(["a/b", "c/long"], path=path, update=True, tell=lambda _: None)
+    assert json.loads(path.read_text())["c/long"] == {"kernels": 6, "gigabytes": 1.5, "roofline_ms": 2.5}
+    assert counting.check(["a/b", "c/long"], path=path, tell=lambda _: None)
+
+
+def test_every_guarded_experiment_has_its_counts(counting):
+    assert set(json.loads(counting.COUNTS.read_text())) == set(counting.EXPERIMENTS)
