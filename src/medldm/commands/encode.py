@@ -5,49 +5,54 @@
 The checkpoint is of an autoencoder, or of a translator that holds one.
 Writes DATA/latents/<first 12 digits of the autoencoder's sha256>/<case>.h5 with the latents before
 quantisation (float16), and latents.json when all are there. Run it again to continue, or to renew those
-whose images were prepared anew. tile=96 encodes
-volumes in tiles, with the same result in less memory. Then: medldm train experiment=.../ldm
-data.latents=auto.
+whose images were prepared again. tile=96 encodes volumes in tiles, with the same result in less memory.
+Then: medldm train experiment=.../ldm data.latents=auto.
 """
 
 import logging
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
+import h5py
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+
+from medldm.build import load_module
+from medldm.checkpoints import encoder_sha256
 from medldm.commands import run_command
+from medldm.data import build_datamodule
+from medldm.data.loading.dataset import CaseDataset, array_digests
+from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
+from medldm.files import replacing, write_json, writing_hdf5
+from medldm.held_out import check_held_out, seen_subjects
+from medldm.inference import autocast, case_batches, items_by_case, to_device
+from medldm.models.common import TrainedModule
+from medldm.networks.tiling import TiledAutoencoder
 
 log = logging.getLogger(__name__)
 
 
 def encode_case(
-    module: Any,
-    dataset: Any,
+    module: TrainedModule,
+    dataset: CaseDataset,
     positions: list[int],
     batch_size: int,
-    device: Any,
+    device: torch.device,
     tile: int | None = None,
     precision: str = "auto",
-) -> Any:
+) -> np.ndarray:
     """(N, Cz, *s) float16 latents of a case's items in order."""
-    import numpy as np
-    import torch
-
-    from medldm.inference import autocast, case_batches, to_device
-    from medldm.networks.tiling import TiledAutoencoder
-
-    encode = module.autoencoder.encode
-    if tile is not None:
-        encode = TiledAutoencoder(module.autoencoder, tile).encode
-    parts = []
+    autoencoder = module.autoencoder
+    encode = (autoencoder if tile is None else TiledAutoencoder(autoencoder, tile)).encode
     with torch.no_grad(), autocast(device, precision):
-        for batch in case_batches(dataset, positions, batch_size):
-            parts.append(encode(to_device(batch, device)["image"]).float().cpu().numpy())
+        batches = case_batches(dataset, positions, batch_size)
+        parts = [encode(to_device(batch, device)["image"]).float().cpu().numpy() for batch in batches]
     latents = np.concatenate(parts)
     if not np.isfinite(latents).all() or np.abs(latents).max() > np.finfo(np.float16).max:
-        raise InputError(
-            "checkpoint: its latents do not fit float16; the autoencoder has diverged, train it again"
-        )
+        raise InputError("checkpoint: its latents do not fit float16; it has diverged, train it again")
     return latents.astype(np.float16)
 
 
@@ -55,8 +60,6 @@ def reason_to_encode(path: Path, image: str | None) -> str | None:
     """Why the latents of a case must be made, None where those that stand are of this image; `image` is its
     digest, None where an older medldm prepared it: then whatever stands is taken.
     """
-    import h5py
-
     if not path.is_file():
         return "not there yet"
     try:
@@ -69,14 +72,10 @@ def reason_to_encode(path: Path, image: str | None) -> str | None:
     return "of images as prepared before" if stated else "of unknown images (an older medldm made them)"
 
 
-def pending_cases(dataset: Any, cases: dict[int, list[int]], folder: Path) -> dict[int, list[int]]:
+def pending_cases(dataset: CaseDataset, cases: dict[int, list[int]], folder: Path) -> dict[int, list[int]]:
     """The cases whose latents are missing or of other images. What is renewed is told, and latents.json is
     taken away before the first file changes: it speaks of a whole cache.
     """
-    from collections import Counter
-
-    from medldm.data.loading.dataset import array_digests
-
     entries = {case: dataset.cases[case] for case in cases}
     if not all(array_digests(entry) for entry in entries.values()):
         log.warning(
@@ -96,32 +95,29 @@ def pending_cases(dataset: Any, cases: dict[int, list[int]], folder: Path) -> di
     return pending
 
 
-def task(cfg: Any) -> None:
-    from omegaconf import OmegaConf
-    from rich.progress import track
-
-    from medldm.build import load_module
-    from medldm.checkpoints import encoder_sha256
-    from medldm.data import build_datamodule
-    from medldm.data.loading.dataset import array_digests
-    from medldm.devices import inference_precision, pick_device
-    from medldm.files import replacing, write_json, writing_hdf5
-    from medldm.held_out import check_held_out, seen_subjects
-    from medldm.inference import items_by_case
-
-    device = pick_device(cfg.device)
-    precision = inference_precision(cfg.precision, device)
-    checkpoint = str(cfg.checkpoint)
-    module = load_module(checkpoint)
+def check_encoder(module: TrainedModule, checkpoint: str) -> None:
+    """InputError where the checkpoint's model encodes no images."""
     if module.encodes != "image":
         what = "not an autoencoder" if module.encodes is None else "encodes class maps"
         raise InputError(f"{checkpoint}: {what}; `medldm encode` takes an autoencoder of images")
-    data = OmegaConf.to_container(cfg.data, resolve=True) | {
-        "latents": None,
-        "crop_size": None,
-        "views": None,
-        "pairs": None,
-    }
+
+
+def write_latents(path: Path, latents: np.ndarray, encoder: str, image: str | None) -> None:
+    """One case's file; `image` is the digest of the image that was encoded, where it is known."""
+    with replacing(path) as aside, writing_hdf5(aside) as file:
+        file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
+        file.attrs["encoder_sha256"] = encoder
+        if image is not None:
+            file.attrs["image_digest"] = image
+
+
+def task(cfg: DictConfig) -> None:
+    checkpoint, device = str(cfg.checkpoint), pick_device(cfg.device)
+    precision = inference_precision(cfg.precision, device)
+    module = load_module(checkpoint)
+    check_encoder(module, checkpoint)
+    whole_images = {"latents": None, "crop_size": None, "views": None, "pairs": None}
+    data = OmegaConf.to_container(cfg.data, resolve=True) | whole_images
     datamodule = build_datamodule(data, keys=("image",), seed=cfg.seed)
     dataset = datamodule.dataset("all")
     seen = seen_subjects(module.description, datamodule.index)
@@ -134,21 +130,13 @@ def task(cfg: Any) -> None:
     pending = pending_cases(dataset, cases, folder)
     for case, positions in track(pending.items(), "encoding", total=len(pending)):
         latents = encode_case(module, dataset, positions, data["batch_size"], device, cfg.tile, precision)
-        path = folder / f"{dataset.cases[case]['id']}.h5"
-        with replacing(path) as aside, writing_hdf5(aside) as file:
-            file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
-            file.attrs["encoder_sha256"] = encoder
-            if images[case] is not None:
-                file.attrs["image_digest"] = images[case]
+        write_latents(folder / f"{dataset.cases[case]['id']}.h5", latents, encoder, images[case])
     facts = {
-        "checkpoint": checkpoint,
-        "checkpoint_sha256": module.checkpoint_sha256,
-        "encoder_sha256": encoder,
-    }
-    facts |= {"num_cases": len(cases), "latent": "prequant", "dtype": "float16"}
-    facts |= {"precision": precision}
-    facts |= {"downsampling": list(module.autoencoder.downsampling)}
-    facts |= {"cases": {dataset.cases[case]["id"]: image for case, image in images.items()}}
+        "checkpoint": checkpoint, "checkpoint_sha256": module.checkpoint_sha256, "encoder_sha256": encoder,
+        "num_cases": len(cases), "latent": "prequant", "dtype": "float16", "precision": precision,
+        "downsampling": list(module.autoencoder.downsampling),
+        "cases": {dataset.cases[case]["id"]: image for case, image in images.items()},
+    }  # fmt: skip
     write_json(folder / "latents.json", facts)
     print(folder)
 

@@ -24,31 +24,59 @@ Maps of your own need no images: put them into RAW/masks, run `medldm prepare da
 with the size, spacing and orientation of the model's data, and sample with split=all.
 """
 
+import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import Progress, track
+
 from medldm.attributes import check_class_names
+from medldm.build import load_module
 from medldm.commands import clean_after_failure, run_command
 from medldm.conditions import check_facts, embedded, number_as_trained
+from medldm.data import build_datamodule
+from medldm.data.loading.datamodule import CaseDataModule
+from medldm.data.loading.dataset import CaseDataset
+from medldm.data.splits import SUBSETS
+from medldm.devices import inference_precision, pick_device
+from medldm.diffusion.conditioner import check_drop
+from medldm.diffusion.sampler import check_guidance, override_sampler
+from medldm.diffusion.windows import Windows
 from medldm.errors import InputError
+from medldm.files import safe_name
+from medldm.fingerprints import digest
+from medldm.held_out import check_held_out, seen_subjects
+from medldm.inference import items_by_case
+from medldm.models.common import TrainedModule
+from medldm.outputs import SampleFolder
+from medldm.sampling import (
+    Predictor,
+    Recorder,
+    Request,
+    interpolate,
+    predictor_of,
+    sample_cases,
+    spread,
+)
 
 log = logging.getLogger(__name__)
 WINDOW_OVERLAP, INTERPOLATION_TIME = 0.5, 0.5  # as in configs/sample.yaml
 SEED_STRIDE = 1_000_003  # between the samples of a condition
 
 
-def windows_of(cfg: Any, module: Any, predictor: Any) -> Any:
+def windows_of(cfg: DictConfig, module: TrainedModule, predictor: Predictor) -> Windows | None:
     """InputError where the model denoises nothing larger than its training windows."""
-    from medldm.diffusion.windows import Windows
-
     if cfg.windows.size is None:
         return None
     check_latent(predictor, "windows.size")
     return Windows.of_image(tuple(cfg.windows.size), module.first_stage.downsampling, cfg.windows.overlap)
 
 
-def check_request(cfg: Any, predictor: Any) -> None:
+def check_request(cfg: DictConfig, predictor: Predictor) -> None:
     """InputError for a setting that this request would not use."""
     sampler = [f"sampler.{key}" for key, value in cfg.sampler.items() if value is not None]
     changed = {"num_samples": cfg.num_samples != 1, "drop": cfg.drop, "trajectory": cfg.trajectory}
@@ -65,30 +93,22 @@ def check_request(cfg: Any, predictor: Any) -> None:
         raise InputError("windows.overlap: has no effect without windows.size; give that too")
 
 
-def choose_sampler(cfg: Any, module: Any) -> None:
+def choose_sampler(cfg: DictConfig, module: TrainedModule) -> None:
     """The checkpoint's sampler with the user's changes; InputError where it or `drop` cannot work."""
-    from omegaconf import OmegaConf
-
-    from medldm.diffusion.conditioner import check_drop
-    from medldm.diffusion.sampler import check_guidance, override_sampler
-
     module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
     check_drop(module.conditioner, tuple(cfg.drop))
     check_guidance(module.sampler, module.conditioner, tuple(cfg.drop))
 
 
-def check_latent(predictor: Any, key: str) -> None:
+def check_latent(predictor: Predictor, key: str) -> None:
     if not predictor.is_latent:
         raise InputError(f"{key}: needs a latent diffusion checkpoint; set it to its default")
 
 
-def build_dataset(cfg: Any, module: Any, keys: tuple[str, ...]) -> tuple[Any, Any]:
+def build_dataset(
+    cfg: DictConfig, module: TrainedModule, keys: tuple[str, ...]
+) -> tuple[CaseDataset, CaseDataModule]:
     """The cases to sample, and the data module that they come from."""
-    from omegaconf import OmegaConf
-
-    from medldm.data import build_datamodule
-    from medldm.data.splits import SUBSETS
-
     if cfg.split not in (*SUBSETS, "all"):
         raise InputError(f"split={cfg.split} is none of {', '.join(SUBSETS)}, all")
     data = OmegaConf.to_container(cfg.data, resolve=True) | {"latents": None, "crop_size": None}
@@ -106,14 +126,14 @@ def build_dataset(cfg: Any, module: Any, keys: tuple[str, ...]) -> tuple[Any, An
 
 
 def write_interpolations(
-    cfg: Any, module: Any, windows: Any, dataset: Any, folder: Any, positions: list[int]
+    cfg: DictConfig,
+    module: TrainedModule,
+    windows: Windows | None,
+    dataset: CaseDataset,
+    folder: SampleFolder,
+    positions: list[int],
 ) -> None:
     """Volumes between neighbouring cases: <output>/interpolation/<a>_to_<b>.{h5,gif}."""
-    from rich.progress import track
-
-    from medldm.files import safe_name
-    from medldm.sampling import Request, interpolate
-
     count = cfg.interpolate.count
     if count < 2 or len(positions) < 2:
         raise InputError(f"interpolate.count={count}: give 2 or more, and a split of two cases or more")
@@ -125,20 +145,14 @@ def write_interpolations(
         folder.write_series(f"interpolation/{safe_name('_to_'.join(batch['case_id']))}", images, shares)
 
 
-def write_trajectory(module: Any, recorder: Any, folder: Any, done: Any, name: str) -> None:
+def write_trajectory(
+    module: TrainedModule, recorder: Recorder, folder: SampleFolder, done: Any, name: str
+) -> None:
     folder.write_gif(f"trajectory/{name}", recorder.decoded(module, done.batches[-1]))
 
 
 @clean_after_failure("output")
-def task(cfg: Any) -> None:
-    from rich.progress import Progress
-
-    from medldm.build import load_module
-    from medldm.devices import inference_precision, pick_device
-    from medldm.inference import items_by_case
-    from medldm.outputs import SampleFolder
-    from medldm.sampling import Recorder, Request, predictor_of, sample_cases, spread
-
+def task(cfg: DictConfig) -> None:
     device = pick_device(cfg.device)
     precision = inference_precision(cfg.precision, device)
     module = load_module(cfg.checkpoint, weights=cfg.weights).to(device)
@@ -166,16 +180,30 @@ def task(cfg: Any) -> None:
 
     if datamodule.facts.get("has_images") is False:
         give_units(dataset, module.facts)
+    write_samples(cfg, predictor, module, windows, folder, dict(cases), datamodule.facts["image_size"])
+    print(cfg.output)
+
+
+def write_samples(
+    cfg: DictConfig,
+    predictor: Predictor,
+    module: TrainedModule,
+    windows: Windows | None,
+    folder: SampleFolder,
+    cases: Mapping[int, list[int]],
+    image_size: Sequence[int],
+) -> None:
+    """The images of all items of `cases` (case -> positions) that the folder lacks, case by case."""
+    dataset, precision = folder.dataset, inference_precision(cfg.precision, module.device)
 
     def size_of(case: int) -> tuple[int, ...]:
-        shape = dataset.cases[case].get("shape") or datamodule.facts["image_size"]
-        return tuple(shape)[-dataset.spatial_dims :]
+        return tuple(dataset.cases[case].get("shape") or image_size)[-dataset.spatial_dims :]
 
     recorder = Recorder(module.sampler.num_steps, cfg.trajectory, precision) if cfg.trajectory else None
     seeds = [cfg.seed + SEED_STRIDE * k for k in range(cfg.num_samples if predictor.is_generative else 1)]
     requests = [Request(seed, tuple(cfg.drop), windows, precision=precision) for seed in seeds]
     requests[0] = requests[0]._replace(callback=recorder)
-    jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases]
+    jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases.items()]
     with Progress() as progress:
         total = len(seeds) * sum(len(positions) for _, positions in jobs)
         bar = progress.add_task("sampling" if predictor.is_generative else "predicting", total=total)
@@ -196,10 +224,9 @@ def task(cfg: Any) -> None:
                 if recorder is not None:
                     write_trajectory(module, recorder, folder, done, dataset.cases[done.case]["id"])
                 folder.write(done.case, done.positions, done.samples, done.batches)
-    print(cfg.output)
 
 
-def give_units(dataset: Any, facts: dict[str, Any]) -> None:
+def give_units(dataset: CaseDataset, facts: dict[str, Any]) -> None:
     """Maps alone tell no intensities: their volumes get those typical of what the model was trained on."""
     ranges = facts.get("intensity_ranges") or {}
     for item in dataset.every_item():
@@ -212,10 +239,10 @@ def give_units(dataset: Any, facts: dict[str, Any]) -> None:
             dataset.cases[item.case]["intensity_range"] = [0.0, 1.0]
 
 
-def describe_run(cfg: Any, module: Any, predictor: Any, precision: str) -> dict[str, Any]:
+def describe_run(
+    cfg: DictConfig, module: TrainedModule, predictor: Predictor, precision: str
+) -> dict[str, Any]:
     """What provenance.json says: everything that decides what is written."""
-    import torch
-
     conditioner = module.conditioner
     return {
         "checkpoint": str(cfg.checkpoint),
@@ -239,12 +266,8 @@ def describe_run(cfg: Any, module: Any, predictor: Any, precision: str) -> dict[
     }
 
 
-def describe_data(cfg: Any, dataset: Any) -> dict[str, Any]:
+def describe_data(cfg: DictConfig, dataset: CaseDataset) -> dict[str, Any]:
     """The part of provenance.json that is about the conditions; each case's file knows its own."""
-    from omegaconf import OmegaConf
-
-    from medldm.fingerprints import digest
-
     data = OmegaConf.to_container(cfg.data, resolve=True)
     names = sorted({dataset.cases[item.case]["id"] for item in dataset.items})
     return {
@@ -257,12 +280,12 @@ def describe_data(cfg: Any, dataset: Any) -> dict[str, Any]:
     }
 
 
-def check_subjects(cfg: Any, module: Any, datamodule: Any, subjects: set[str]) -> dict[str, Any]:
+def check_subjects(
+    cfg: DictConfig, module: TrainedModule, datamodule: CaseDataModule, subjects: set[str]
+) -> dict[str, Any]:
     """What provenance.json says of subjects that the checkpoint was trained on: those of the whole folder, so
     that whoever uses the images can tell. InputError where a held-out part has one of them.
     """
-    from medldm.held_out import check_held_out, seen_subjects
-
     seen = seen_subjects(module.description, datamodule.index)
     if cfg.split in ("val", "test"):
         allow = bool(cfg.allow_training_subjects)
@@ -270,16 +293,14 @@ def check_subjects(cfg: Any, module: Any, datamodule: Any, subjects: set[str]) -
     return {"training_subjects": sorted(seen.all), "unrecorded_stages": seen.unrecorded}
 
 
-def describe_decoder(module: Any) -> str | None:
+def describe_decoder(module: TrainedModule) -> str | None:
     """What decodes: "spade" where it sees the map, "plain" where not, None where there is no autoencoder."""
     if module.image_decoder is None:
         return None
     return "plain" if module.image_decoder.decoder_map_channels is None else "spade"
 
 
-def describe_sampler(module: Any) -> dict[str, Any]:
-    import dataclasses
-
+def describe_sampler(module: TrainedModule) -> dict[str, Any]:
     return {"kind": type(module.sampler).__name__} | dataclasses.asdict(module.sampler)
 
 

@@ -21,8 +21,23 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+from omegaconf import OmegaConf
+
+from medldm.build import load_module
 from medldm.commands import clean_after_failure, run_command
+from medldm.data.case import stem_of
+from medldm.data.preparation.volume_transforms import restore_volume
+from medldm.data.raw.readers import files_of
+from medldm.devices import inference_precision, pick_device
+from medldm.diffusion.sampler import check_guidance, override_sampler
 from medldm.errors import InputError
+from medldm.files import read_json, safe_name, write_json
+from medldm.fingerprints import content_of
+from medldm.held_out import stages_of
+from medldm.models.protocols import Request
+from medldm.outputs import write_nifti
+from medldm.translating import choose_targets, prepare_source, translate
 
 log = logging.getLogger(__name__)
 UNITS = ("unit", "training", "source")
@@ -36,12 +51,6 @@ def range_in(units: str, facts: dict[str, Any], target: int, own: tuple[float, f
 
 
 def load_translator(cfg: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    from medldm.build import load_module
-    from medldm.devices import inference_precision, pick_device
-    from medldm.diffusion.sampler import check_guidance, override_sampler
-
     device = pick_device(cfg.device)
     inference_precision(cfg.precision, device)  # names an unknown one before anything is done
     module = load_module(cfg.checkpoint, weights=cfg.weights)
@@ -64,18 +73,6 @@ def load_translator(cfg: Any) -> Any:
 
 @clean_after_failure("output")
 def task(cfg: Any) -> None:
-    import torch
-
-    from medldm.data.case import stem_of
-    from medldm.data.preparation.volume_transforms import restore_volume
-    from medldm.data.raw.readers import files_of
-    from medldm.devices import inference_precision
-    from medldm.files import read_json, safe_name, write_json
-    from medldm.fingerprints import content_of
-    from medldm.models.protocols import Request
-    from medldm.outputs import write_nifti
-    from medldm.translating import choose_targets, prepare_source, translate
-
     if cfg.units not in UNITS:
         raise InputError(f"units={cfg.units} is none of {', '.join(UNITS)}")
     module = load_translator(cfg)
@@ -123,10 +120,6 @@ def trained_on(source: str, module: Any, checkpoint: str) -> dict[str, list[str]
     """The subject whose image the source is, if a stage of the checkpoint was trained on it, and the stages
     that do not say: a translation of a training image says little about new ones.
     """
-    from medldm.data.raw.readers import files_of
-    from medldm.fingerprints import content_of
-    from medldm.held_out import stages_of
-
     identity = content_of(Path(source), files_of(source))["sha256"][:16]
     subjects, unrecorded = set(), []
     for stage, record in stages_of(module.description):
