@@ -76,7 +76,7 @@ def check_stages(cfg: DictConfig, description: dict[str, Any], datamodule: CaseD
     """
     if datamodule.synthetic is not None:
         seen = datamodule.synthetic.seen
-        path, allow = datamodule.synthetic_dir, bool(cfg.allow_training_subjects)
+        path, allow = datamodule.settings.synthetic, bool(cfg.allow_training_subjects)
         check_held_out(seen, datamodule.subjects["test"], path, "test", allow=allow, key="data.synthetic")
     for stage in (stage for stage in EARLIER if description.get(stage)):
         key = stage if stage == "init_from" else f"model.{stage}.checkpoint"
