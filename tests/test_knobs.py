@@ -235,7 +235,7 @@ def structure(module) -> tuple:
     factors = [adversarial.factor(n) for n in range(4)] if adversarial else []
     times = module.schedule.gamma(torch.linspace(0, 1, 7)).tolist() if hasattr(module, "schedule") else []
     drop = torch.zeros(0)
-    if hasattr(module, "conditioner"):
+    if getattr(module, "conditioner", None) is not None:
         drop = module.conditioner.sample_drop(500, torch.Generator().manual_seed(0)).sum(0)
     return repr(module), shapes, repr(groups), curve, factors, times, drop.tolist()
 
