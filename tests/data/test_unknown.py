@@ -8,7 +8,6 @@ import h5py
 import pytest
 
 from medldm.attributes import UNKNOWN, check_class_names, check_order
-from medldm.commands import train
 from medldm.conditions import number_as_trained
 from medldm.data import build_datamodule
 from medldm.data.loading.dataset import Item
@@ -18,6 +17,7 @@ from medldm.data.prepared import load_index
 from medldm.data.records import read_images
 from medldm.errors import InputError
 from medldm.evaluation.pairs import group_members, make_pairs
+from medldm.training.run import Run, make_module
 from tests.data.test_prepare import prepare_folder, write_pictures
 from tests.helpers import compose_config
 
@@ -178,14 +178,14 @@ def test_validation_images_alone_without_a_label_need_a_trained_null(root, tmp_p
     )  # fmt: skip
     cfg.run_dir = str(tmp_path / "run")
     datamodule = build(folder)
-    module_config = train_config(cfg)
+    run = Run(tmp_path / "run", train_config(cfg), None, None)
     assert datamodule.unstated("train") == ["phase", "slice_position"]
     assert datamodule.unstated("val") == ["view", "phase", "label", "slice_position"]
     if drop:
-        assert train.make_module(cfg, module_config, datamodule, None, None).conditioner.null_attributes
+        assert make_module(cfg, run, datamodule).conditioner.null_attributes
     else:
         with pytest.raises(InputError, match="some images of val state no label, and training never sees"):
-            train.make_module(cfg, module_config, datamodule, None, None)
+            make_module(cfg, run, datamodule)
 
 
 def train_config(cfg):
