@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 
 def keeps_slices_apart(layer: nn.Conv3d | nn.ConvTranspose3d) -> bool:
-    """Whether kernel and stride are 1 along depth, without padding there or borders of another kind."""
+    """Whether kernel and stride are 1 along depth, without padding there or borders of another kind. A kernel
+    of 1 along all axes gains nothing.
+    """
     along_depth = (layer.kernel_size[0], layer.stride[0], layer.padding[0])
-    return along_depth == (1, 1, 0) and layer.padding_mode == "zeros"
+    return along_depth == (1, 1, 0) and layer.padding_mode == "zeros" and max(layer.kernel_size) > 1
 
 
 def is_channels_last(x: Tensor) -> bool:
