@@ -23,7 +23,9 @@ LISTED = {
     "medldm.diffusion.sampler": ("AncestralSampler", "DDIMSampler", "DPMSolverSampler"),
     "medldm.diffusion.schedule": (
         "cosine_schedule",
+        "exploding_schedule",
         "fixed_linear_schedule",
+        "flow_schedule",
         "learned_nnet_schedule",
         "learned_scalar_schedule",
         "linear_schedule",

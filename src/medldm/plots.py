@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from medldm.diffusion.schedule import NoiseSchedule, gamma_to_alpha_sigma
+from medldm.diffusion.schedule import NoiseSchedule
 from medldm.files import replacing
 
 
@@ -36,7 +36,7 @@ def schedule_figure(schedule: NoiseSchedule) -> Tensor:
     device = next(iter([*schedule.parameters(), *schedule.buffers()]), torch.zeros(())).device
     t = torch.linspace(0, 1, 401, dtype=torch.float64, device=device)
     gamma = schedule.gamma(t)
-    alpha, sigma = gamma_to_alpha_sigma(gamma)
+    alpha, sigma, *_ = schedule.path.scales(gamma)
     t, gamma, alpha, sigma = (v.cpu().numpy() for v in (t, gamma, alpha, sigma))
     figure, axes = new_figure(3)
     axes[0].plot(t, gamma)

@@ -36,6 +36,8 @@ def predict(z_t, t, condition):
 @pytest.mark.parametrize("schedule", members("schedule"))
 @pytest.mark.parametrize("objective", members("objective"))
 def test_every_objective_trains_and_samples_on_every_schedule(schedule, objective):
+    if (schedule.stem, objective.stem) == ("flow", "variational"):
+        pytest.skip("refused: test_paths.py")
     schedule = make(schedule)
     objective = make(objective)
     losses = objective(predict, schedule, torch.randn(2, 3, 4, 4), Condition())

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from medldm.diffusion.conditioner import Condition
-from medldm.diffusion.objective import DenoisingObjective, clamped, guided, network_time, rescale_to
+from medldm.diffusion.objective import DenoisingObjective, clamped, guided, rescale_to
 from medldm.diffusion.sampler import DDIMSampler
 from medldm.diffusion.schedule import (
     cosine_schedule,
@@ -15,6 +15,10 @@ from medldm.errors import InputError
 
 PREDICTIONS = ["noise", "image", "velocity"]
 SCHEDULE = sqrt_linear_schedule(1000, beta_start=0.0015, beta_end=0.0195)
+
+
+def network_time(t, schedule):
+    return schedule.network_time(t, schedule.gamma(t))
 
 
 class Answer(nn.Module):
@@ -52,10 +56,10 @@ def example(shape=(4, 2, 3, 5)):
 def test_a_perfect_network_has_no_loss_and_denoises_exactly(prediction, shape):
     x, noise, t = example(shape)
     objective = DenoisingObjective(prediction)
-    network = Answer(objective.target(x, noise, SCHEDULE, t))
+    network = Answer(objective.target(x, noise, SCHEDULE.scales(SCHEDULE.gamma(t), x)))
     losses = objective(network, SCHEDULE, x, Condition(), t=t, noise=noise)
     assert losses["loss"].item() == losses["unweighted"].item() == 0
-    z_t = SCHEDULE.add_noise(x, noise, t)
+    z_t = SCHEDULE.add_noise(x, noise, SCHEDULE.gamma(t))
     assert torch.equal(network.z_t, z_t)
     x0_hat = objective.denoiser(network, SCHEDULE, Condition())(z_t, t)
     torch.testing.assert_close(x0_hat, x, rtol=0, atol=1e-12)
@@ -68,8 +72,8 @@ def test_the_three_predictions_sample_the_same_image(prediction):
     class Perfect(nn.Module):
         def forward(self, z_t, t, condition):
             time = (t.double() + 1) / 1000
-            alpha, sigma = SCHEDULE.alpha_sigma(time, z_t)
-            return objective.target(x, (z_t - alpha * x) / sigma, SCHEDULE, time)
+            scales = SCHEDULE.scales(SCHEDULE.gamma(time), z_t)
+            return objective.target(x, (z_t - scales.alpha * x) / scales.sigma, scales)
 
     objective = DenoisingObjective(prediction)
     denoise = objective.denoiser(Perfect(), SCHEDULE, Condition())
@@ -90,11 +94,11 @@ def test_losses_are_means_over_elements():
 
 def test_min_snr_weights_have_the_papers_form():
     t = discrete_times(1000)
-    snr = SCHEDULE.snr(t)
+    snr = torch.exp(-SCHEDULE.gamma(t))
     least = snr.clamp(max=5)
     expected = {"image": least, "noise": least / snr, "velocity": least / (snr + 1)}
     for prediction, weight in expected.items():
-        got = DenoisingObjective(prediction, min_snr_gamma=5.0).weight(SCHEDULE, t)
+        got = DenoisingObjective(prediction, min_snr_gamma=5.0).weight(SCHEDULE, SCHEDULE.gamma(t))
         torch.testing.assert_close(got, weight, rtol=1e-12, atol=0)
 
 
@@ -102,8 +106,8 @@ def test_min_snr_weighs_all_predictions_alike_in_x0():
     """One and the same x0 error costs the same, whatever the network predicts."""
     x, noise, t = example()
     x0_hat = x + 0.1 * noise.flip(0)
-    z_t = SCHEDULE.add_noise(x, noise, t)
-    alpha, sigma = SCHEDULE.alpha_sigma(t, x)
+    z_t = SCHEDULE.add_noise(x, noise, SCHEDULE.gamma(t))
+    alpha, sigma, *_ = SCHEDULE.scales(SCHEDULE.gamma(t), x)
     noise_hat = (z_t - alpha * x0_hat) / sigma
     outputs = {"image": x0_hat, "noise": noise_hat, "velocity": alpha * noise_hat - sigma * x0_hat}
     losses = [
@@ -205,7 +209,9 @@ def test_guidance_on_x0_equals_guidance_on_the_networks_output(prediction):
     assert (network.calls, network.batch_size) == (1, 8)
     time = network_time(t, SCHEDULE)
     with_it, without = network(z_t, time, condition), network(z_t, time, null)
-    expected = objective.x0_hat(without + 2.5 * (with_it - without), z_t, SCHEDULE, t)
+    expected = objective.x0_hat(
+        without + 2.5 * (with_it - without), z_t, SCHEDULE.scales(SCHEDULE.gamma(t), z_t)
+    )
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -31,7 +31,7 @@ def gaussian_denoiser(schedule, std=DATA_STD):
     """E[x | z_t] for x ~ N(0, std^2)."""
 
     def denoise(z, t):
-        alpha, sigma = schedule.alpha_sigma(t, z)
+        alpha, sigma, *_ = schedule.scales(schedule.gamma(t), z)
         return alpha * std**2 / (alpha**2 * std**2 + sigma**2) * z
 
     return denoise
@@ -105,7 +105,7 @@ def test_a_respaced_ancestral_step_is_the_posterior_over_the_longer_interval():
     schedule = SCHEDULES["sqrt_linear"]()
     sampler = AncestralSampler(num_steps=50)
     grid = sampler.time_grid(schedule)
-    alpha, sigma = schedule.alpha_sigma(grid.times, grid.times)
+    alpha, sigma, *_ = schedule.scales(schedule.gamma(grid.times), grid.times)
     a_t, s_t, a_s, s_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
     a_ts = a_t / a_s
     var_ts = s_t**2 - a_ts**2 * s_s**2
@@ -161,7 +161,7 @@ def test_dpm_solver_is_second_order_and_ddim_first_order():
     schedule = fixed_linear_schedule(-6.0, 5.0)
     denoise = gaussian_denoiser(schedule)
     ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    alpha, sigma = schedule.alpha_sigma(ends, ends)
+    alpha, sigma, *_ = schedule.scales(schedule.gamma(ends), ends)
     deviation = (alpha**2 * DATA_STD**2 + sigma**2).sqrt()
     exact = (deviation[1] / deviation[0]).item()  # solution of the probability-flow ODE from z = 1
 

@@ -51,7 +51,7 @@ def test_gamma_increases_and_is_finite_on_the_closed_interval(schedule):
 
 def test_signal_and_noise_variances_sum_to_one(schedule):
     like = torch.zeros(11, 2, 3, 4, 5, dtype=torch.float64)
-    alpha, sigma = schedule.alpha_sigma(torch.linspace(0, 1, 11, dtype=torch.float64), like)
+    alpha, sigma, *_ = schedule.scales(schedule.gamma(torch.linspace(0, 1, 11, dtype=torch.float64)), like)
     assert alpha.shape == (11, 1, 1, 1, 1)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-15)
 
@@ -149,12 +149,12 @@ def test_add_noise_moments_and_precision(schedule):
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.full((2, 1, 200, 200), 3.0), torch.randn(2, 1, 200, 200, generator=generator)
     t = torch.tensor([0.3, 0.7])
-    z = schedule.add_noise(x, noise, t)
+    z = schedule.add_noise(x, noise, schedule.gamma(t))
     gamma = schedule.gamma(t)
     expected_mean = 3 * torch.sigmoid(-gamma).sqrt()
     torch.testing.assert_close(z.mean((1, 2, 3)), expected_mean, rtol=0, atol=0.02)
     torch.testing.assert_close(z.var((1, 2, 3)), torch.sigmoid(gamma), rtol=0.02, atol=0)
-    half = schedule.add_noise(x.bfloat16(), noise, t)
+    half = schedule.add_noise(x.bfloat16(), noise, schedule.gamma(t))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), z, rtol=1e-2, atol=1e-2)
 

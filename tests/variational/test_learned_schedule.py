@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from medldm.diffusion.conditioner import Condition
-from medldm.diffusion.objective import DenoisingObjective, network_time
+from medldm.diffusion.objective import DenoisingObjective
 from medldm.diffusion.schedule import (
     LearnedCurve,
     NoiseSchedule,
@@ -17,6 +17,10 @@ from medldm.errors import InputError
 from medldm.models.common import parameter_groups
 
 BUILDERS = {"learned_scalar": learned_scalar_schedule, "learned_nnet": learned_nnet_schedule}
+
+
+def network_time(t, schedule):
+    return schedule.network_time(t, schedule.gamma(t))
 
 
 @pytest.fixture(params=BUILDERS)

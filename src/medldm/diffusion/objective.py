@@ -9,29 +9,16 @@ from torch import Tensor, nn
 
 from medldm.devices import full_precision
 from medldm.diffusion.conditioner import Condition, concatenate
+from medldm.diffusion.paths import Scales
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
 from medldm.errors import InputError
-from medldm.ranks import mean_over_ranks
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> x0_hat
 
 PREDICTIONS = ("noise", "image", "velocity")
 ELEMENT_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 TIME_KINDS = ("auto", "discrete", "continuous")
-
-
-def network_time(t: Tensor, schedule: NoiseSchedule, gamma: Tensor | None = None) -> Tensor:
-    """The float32 time in [0, 1000) that a network is given.
-
-    Continuous schedule: 1000 t. Discrete schedule: 1000 t - 1000 / T, so that step i is passed as i * 1000 /
-    T; for T = 1000 these are the integers of every published checkpoint. Times before the grid count as step
-    0. Learned schedule: a fixed linear map of gamma (given or computed), so that the network knows the noise
-    and not a clock whose meaning moves; a straight line gives 1000 t again.
-    """
-    if schedule.is_learned:
-        return schedule.curve.network_time(schedule.gamma(t) if gamma is None else gamma).float()
-    first = 0 if schedule.num_timesteps is None else 1000 / schedule.num_timesteps
-    return (1000 * at_least_float32(t) - first).clamp(min=0).float()
+DENSITIES = ("uniform", "logit_normal")
 
 
 def spread_uniform(
@@ -46,52 +33,6 @@ def spread_uniform(
 def on_grid(u: Tensor, num_timesteps: int) -> Tensor:
     """[0, 1) -> the grid points 1 / T .. 1, equally often; ceil would give t = 0 at u = 0."""
     return ((u * num_timesteps).floor().clamp(max=num_timesteps - 1) + 1) / num_timesteps
-
-
-class ScheduleGradient:
-    """gamma and its derivative at some times, through which an interior can learn to lower an estimator's
-    variance.
-
-    The gradient that a loss L_i sends into the share of a learned curve is multiplied by L_i / mean(L), which
-    turns the gradient of the mean into that of the mean square: the variance, since the mean does not depend
-    on the share. Section I.2, Kingma et al. 2021. mean(L) is that of the global batch: N processes compute
-    the gradient of one with N times the batch. `moves_endpoints` False holds the end points still, with zero
-    gradients.
-    """
-
-    def __init__(self, schedule: NoiseSchedule, *, by_variance: bool, moves_endpoints: bool = True) -> None:
-        self.schedule, self.by_variance, self.moves_endpoints = schedule, by_variance, moves_endpoints
-        self.factors: Tensor | None = None
-        self.is_awaited = False  # a gradient will ask for the factors
-
-    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """gamma and d gamma / dt at (B,) times."""
-        t = at_least_float32(t)
-        with full_precision(t.device):
-            values = torch.func.jvp(self.schedule.gamma, (t,), (torch.ones_like(t),))
-        if not (self.by_variance and torch.is_grad_enabled()):
-            return values
-        gamma, slope = (
-            self.rescaled(value, frozen)
-            for value, frozen in zip(values, self.schedule.frozen_interior(t), strict=True)
-        )
-        return gamma, slope
-
-    def rescaled(self, value: Tensor, frozen: Tensor) -> Tensor:
-        interior = value - frozen  # zero, but for its gradient, which is that of the share alone
-        if interior.requires_grad:
-            self.is_awaited = True
-            interior.register_hook(lambda gradient: gradient * self.factors.to(gradient))
-        return (frozen if self.moves_endpoints else frozen.detach()) + interior
-
-    def weigh(self, losses: Tensor) -> None:
-        """Tell the (B,) losses, once known and before the backward pass.
-
-        Ranks meet here in training only: in validation they may have unequally many batches.
-        """
-        if self.is_awaited:
-            losses = losses.detach()
-            self.factors = losses / mean_over_ranks(losses.mean()).clamp_min(1e-12)
 
 
 class StaticCondition:
@@ -121,17 +62,15 @@ class StaticCondition:
 
 
 class DenoisingObjective:
-    """Weighted regression of the noise, the image or the velocity alpha noise - sigma x.
+    """Weighted regression of the noise, the image or the velocity along the schedule's path: alpha noise -
+    sigma x where the variance is preserved, noise - x on a straight line.
 
     `loss` "l1" or "l2" is averaged over all but the batch axis, then weighted per sample. `min_snr_gamma` (5
     in the paper) is the weight of Hang et al. 2023 in the form that belongs to the prediction; None weighs
     all times alike. `times` "discrete" draws from the T grid points of a tabulated schedule, "continuous"
-    from the interval, "auto" as the schedule has a grid or not. `antithetic` spreads the times of a batch
+    from the interval, "auto" as the schedule has a grid or not. `density` is how often each time is drawn:
+    "uniform", or "logit_normal", whose logits are standard normal. `antithetic` spreads the times of a batch
     evenly, which lowers the variance of the loss.
-
-    On a learned schedule the loss is the integral over gamma that a straight line would give: the share of
-    the curve is an importance sampler and learns to lower the variance, the end points stay. Kingma & Gao
-    2023.
     """
 
     def __init__(
@@ -141,11 +80,13 @@ class DenoisingObjective:
         loss: str = "l2",
         min_snr_gamma: float | None = None,
         times: str = "auto",
+        density: str = "uniform",
         antithetic: bool = False,
     ) -> None:
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("loss", loss, tuple(ELEMENT_LOSSES))
         check_choice("times", times, TIME_KINDS)
+        check_choice("density", density, DENSITIES)
         if min_snr_gamma is not None and min_snr_gamma <= 0:
             raise InputError(
                 f"model.objective.min_snr_gamma={min_snr_gamma} must be positive, or null for no weight"
@@ -153,7 +94,7 @@ class DenoisingObjective:
         self.prediction = prediction
         self.loss = loss
         self.min_snr_gamma = min_snr_gamma
-        self.times = times
+        self.times, self.density = times, density
         self.antithetic = antithetic
 
     def sample_times(
@@ -165,6 +106,8 @@ class DenoisingObjective:
     ) -> Tensor:
         """(n,) float32 times on `device`; `generator`, where given, must live there too."""
         u = spread_uniform(n, antithetic=self.antithetic, device=device, generator=generator)
+        if self.density == "logit_normal":
+            u = torch.sigmoid(torch.special.ndtri(u))  # the quantiles of Esser et al. 2024, m = 0 and s = 1
         steps = schedule.num_timesteps
         if self.times == "continuous" or (self.times == "auto" and steps is None):
             # On a table the first interval holds no grid point: DDPM step 0 is t = 1 / T.
@@ -175,37 +118,30 @@ class DenoisingObjective:
             )
         return on_grid(u, steps).float()
 
-    def target(
-        self, x: Tensor, noise: Tensor, schedule: NoiseSchedule, t: Tensor, gamma: Tensor | None = None
-    ) -> Tensor:
+    def target(self, x: Tensor, noise: Tensor, scales: Scales) -> Tensor:
         """What the network should say about z_t = alpha x + sigma noise."""
-        if self.prediction == "noise":
-            return noise
-        if self.prediction == "image":
-            return x
-        alpha, sigma = schedule.alpha_sigma(t, x, gamma)
-        return alpha * noise - sigma * x  # Eq. 11, Salimans & Ho 2022
+        if self.prediction == "velocity":
+            return scales.velocity(x, noise)  # Eq. 11, Salimans & Ho 2022
+        return noise if self.prediction == "noise" else x
 
-    def x0_hat(self, output: Tensor, z_t: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
-        """The denoised image that an output of the network stands for, in at least float32."""
-        output, z_t = at_least_float32(output), at_least_float32(z_t)
+    def x0_hat(self, output: Tensor, z_t: Tensor, scales: Scales) -> Tensor:
+        """The denoised image that an output of the network stands for, in the precision of `scales`."""
         if self.prediction == "image":
             return output
-        alpha, sigma = schedule.alpha_sigma(t, z_t)
         if self.prediction == "noise":
-            return (z_t - sigma * output) / alpha
-        return alpha * z_t - sigma * output
+            return (z_t - scales.sigma * output) / scales.alpha
+        return scales.sigma_slope * z_t - scales.sigma * output
 
-    def weight(self, schedule: NoiseSchedule, t: Tensor, gamma: Tensor | None = None) -> Tensor:
-        """(B,) min-SNR weights: min(SNR, k) for images, over SNR for noise, over SNR + 1 for velocities."""
-        gamma = schedule.gamma(t) if gamma is None else gamma
+    def weight(self, schedule: NoiseSchedule, gamma: Tensor) -> Tensor:
+        """(B,) min-SNR weights: min(SNR, k) for images, over SNR for noise, times sigma^2 for velocities."""
         if self.min_snr_gamma is None:
             return torch.ones_like(gamma)
         if self.prediction == "noise":
             return (self.min_snr_gamma * gamma.exp()).clamp(max=1)
         if self.prediction == "image":
             return (-gamma).exp().clamp(max=self.min_snr_gamma)
-        return torch.minimum(torch.sigmoid(-gamma), self.min_snr_gamma * torch.sigmoid(gamma))
+        signal, noise = schedule.path.powers(gamma)
+        return torch.minimum(signal, self.min_snr_gamma * noise)
 
     def __call__(
         self,
@@ -225,24 +161,14 @@ class DenoisingObjective:
         """
         x = at_least_float32(x)
         t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t
-        if noise is None:
-            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        gradient = (
-            ScheduleGradient(schedule, by_variance=True, moves_endpoints=False)
-            if schedule.is_learned
-            else None
-        )
-        gamma, slope = gradient.at(t) if gradient else (schedule.gamma(t), None)
-        z_t = schedule.add_noise(x, noise, t, gamma)
-        output = at_least_float32(network(z_t, network_time(t, schedule, gamma), condition))
-        target = self.target(x, noise, schedule, t, gamma)
+        noise = standard_normal(x, generator) if noise is None else noise
+        levels = schedule.levels(t)
+        scales = schedule.scales(levels.gamma, x)
+        z_t, target = scales.mix(x, noise), self.target(x, noise, scales)
+        output = at_least_float32(network(z_t, schedule.network_time(t, levels.gamma), condition))
         with full_precision(x.device):
             error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
-            loss = self.weight(schedule, t, gamma) * error
-            if gradient:
-                loss = loss * slope / schedule.curve.endpoints(slope.dtype)[1].detach()
-                gradient.weigh(loss)
-            loss = loss.mean()
+            loss = levels.integral(self.weight(schedule, levels.gamma) * error)
         return {"loss": loss, "unweighted": error.detach().mean()}
 
     def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Condition) -> Denoise:
@@ -250,10 +176,17 @@ class DenoisingObjective:
         static = StaticCondition(network, condition)
 
         def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-            output = network(z_t, network_time(t, schedule), static.prepared(z_t))
-            return self.x0_hat(output, z_t, schedule, t)
+            gamma = schedule.gamma(t)
+            output = at_least_float32(network(z_t, schedule.network_time(t, gamma), static.prepared(z_t)))
+            z_t = at_least_float32(z_t)
+            return self.x0_hat(output, z_t, schedule.scales(gamma, z_t))
 
         return denoise
+
+
+def standard_normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise of the shape, precision and device of `x`."""
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """Samplers from noise to clean latents: one loop over coefficients computed before it starts.
 
-Every step is z <- a z_t + b x0_hat + c x0_hat_previous + d noise, with a, b, c, d functions of gamma alone.
+Every step is z <- a z_t + b x0_hat + c x0_hat_previous + d noise, with a, b, c, d functions of gamma and of
+the scales of the schedule's path: nothing assumes that the variance is preserved.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from torch import Tensor
 from medldm.devices import full_precision
 from medldm.diffusion.conditioner import Conditioner
 from medldm.diffusion.objective import Denoise, check_clamp, clamped
-from medldm.diffusion.schedule import NoiseSchedule, at_least_float32, gamma_to_alpha_sigma
+from medldm.diffusion.paths import VARIANCE_PRESERVING, Path
+from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
 from medldm.errors import InputError
 
 CONTINUOUS_STEPS = 1000  # a continuous schedule is laid out as if it had this many
@@ -112,8 +114,10 @@ class Sampler:
                 f"sampler.guidance_scale={self.guidance_scale}; set sampler.guidance_rescale=0"
             )
 
-    def coefficients(self, gamma: Tensor) -> Coefficients:
-        """From the N + 1 gammas of a grid, which fall to -inf where the last step arrives at clean data."""
+    def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
+        """From the N + 1 gammas of a grid, which fall to -inf where the last step arrives at clean data, and
+        the path's scales there.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -154,19 +158,21 @@ class Sampler:
         generator: Generators = None,
         callback: Callback | None = None,
         *,
-        first: int = 0,
+        first: int | None = None,
     ) -> Tensor:
         """Standard normal `noise` (B, Cz, *s), 2D or 3D -> z0 of the same shape, device and precision.
 
-        With `first` > 0 the loop starts at that step (`first_step`), and `noise` is z_t at its time. The last
-        step, of which nothing smooths the rounding, is computed in float32.
+        Where `first` is given, the loop starts at that step (`first_step`) and `noise` is z_t at its time.
+        The last step, of which nothing smooths the rounding, is computed in float32.
         """
         grid = self.time_grid(schedule, noise.device)
-        a, b, c, d = self.coefficients(grid.gamma)
+        a, b, c, d = self.coefficients(grid.gamma, schedule.path)
         if self.clamp is not None:
             denoise = clamped(denoise, limit=self.clamp, percentile=self.clamp_percentile)
         z, x0_previous = at_least_float32(noise), None
-        for k in range(first, self.num_steps):
+        if first is None:
+            z = z * schedule.path.prior_std(grid.gamma[0])
+        for k in range(first or 0, self.num_steps):
             with full_precision(z.device) if k == self.num_steps - 1 else nullcontext():
                 x0_hat = denoise(z, grid.times[k].expand(len(z))).to(z.dtype)
             z = a[k] * z + b[k] * x0_hat
@@ -198,8 +204,8 @@ class AncestralSampler(Sampler):
     With fewer steps than the schedule has, the posterior spans the longer interval: properly respaced.
     """
 
-    def coefficients(self, gamma: Tensor) -> Coefficients:
-        alpha, sigma = gamma_to_alpha_sigma(gamma)
+    def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
+        alpha, sigma, *_ = path.scales(gamma)
         alpha_t, sigma_t, alpha_s, sigma_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
         c = -torch.expm1(gamma[1:] - gamma[:-1])  # sigma_{t|s}^2 / sigma_t^2; Appendix A, Kingma et al. 2021
         return Coefficients(
@@ -219,8 +225,8 @@ class DDIMSampler(Sampler):
         super().__post_init__()
         check_eta(self.eta)
 
-    def coefficients(self, gamma: Tensor) -> Coefficients:
-        alpha, sigma = gamma_to_alpha_sigma(gamma)
+    def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
+        alpha, sigma, *_ = path.scales(gamma)
         alpha_t, sigma_t, alpha_s, sigma_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
         c = -torch.expm1(gamma[1:] - gamma[:-1])
         kept = (
@@ -252,8 +258,8 @@ class DPMSolverSampler(Sampler):
         super().__post_init__()
         check_eta(self.eta)
 
-    def coefficients(self, gamma: Tensor) -> Coefficients:
-        alpha, sigma = gamma_to_alpha_sigma(gamma)
+    def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
+        alpha, sigma, *_ = path.scales(gamma)
         h = (gamma[:-1] - gamma[1:]) / 2  # steps in lambda, positive
         gain = -alpha[1:] * torch.expm1(-(1 + self.eta) * h)
         extrapolation = torch.zeros_like(h)  # 1 / (2 r), r = h_previous / h

@@ -1,6 +1,6 @@
 """Noise schedules in one language: gamma(t) = -log SNR(t), increasing on t in [0, 1]. Kingma et al. 2021.
 
-Variance preserving: alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma), z_t = alpha x + sigma noise.
+At a level gamma the path of the schedule says how signal and noise are mixed: `medldm.diffusion.paths`.
 """
 
 import math
@@ -10,25 +10,24 @@ from torch import Tensor, nn
 
 from medldm.batch import expand_as
 from medldm.devices import full_precision
+from medldm.diffusion.levels import Levels, ScheduleGradient, at_least_float32
+from medldm.diffusion.paths import VARIANCE_PRESERVING, LinearInterpolation, Path, Scales, VarianceExploding
 from medldm.errors import InputError
 
 
-def at_least_float32(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
 class NoiseSchedule(nn.Module):
-    """A curve gamma(t) and what follows from it.
+    """A curve gamma(t), the path along which signal becomes noise, and what follows from them.
 
     `curve` maps float32 or float64 times in [0, 1] to gamma in the same precision and may hold parameters (a
     `LearnedCurve`). `num_timesteps` is the number T of grid points t_i = (i + 1) / T of a discrete
     schedule, i = 0 .. T - 1, and None for a continuous one. Nothing here copies between host and device.
     """
 
-    def __init__(self, curve: nn.Module, *, num_timesteps: int | None = None) -> None:
+    def __init__(
+        self, curve: nn.Module, *, num_timesteps: int | None = None, path: Path = VARIANCE_PRESERVING
+    ) -> None:
         super().__init__()
-        self.curve = curve
-        self.num_timesteps = num_timesteps
+        self.curve, self.num_timesteps, self.path = curve, num_timesteps, path
 
     def gamma(self, t: Tensor) -> Tensor:
         """-log SNR at times of any shape, in float32 or, for float64 times, float64: also under autocast."""
@@ -53,26 +52,43 @@ class NoiseSchedule(nn.Module):
         low, gap = self.curve.endpoints(t.dtype)
         return low + gap * share, gap * slope
 
-    def snr(self, t: Tensor) -> Tensor:
-        return torch.exp(-self.gamma(t))
-
-    def alpha_sigma(self, t: Tensor, like: Tensor, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Signal and noise scales of times (B,) or scalar, broadcastable over `like` and in its precision.
-
-        `gamma` is gamma(t) where it is known already.
+    def scales(self, gamma: Tensor, like: Tensor) -> Scales:
+        """alpha, sigma and their derivatives at gammas (B,) or scalar, broadcastable over `like` and in its
+        precision.
         """
-        alpha, sigma = gamma_to_alpha_sigma(self.gamma(t) if gamma is None else gamma)
-        return expand_as(alpha, like).to(like.dtype), expand_as(sigma, like).to(like.dtype)
+        return Scales(*(expand_as(v, like).to(like.dtype) for v in self.path.scales(gamma)))
 
-    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor, gamma: Tensor | None = None) -> Tensor:
-        """z_t = alpha_t x + sigma_t noise, computed in at least float32, returned in the precision of `x`."""
-        alpha, sigma = self.alpha_sigma(t, at_least_float32(x), gamma)
-        return (alpha * x + sigma * noise).to(x.dtype)
+    def add_noise(self, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+        """z_t = alpha x + sigma noise at gammas (B,) or scalar, computed in at least float32, returned in the
+        precision of `x`.
+        """
+        return self.scales(gamma, at_least_float32(x)).mix(x, noise).to(x.dtype)
 
+    def network_time(self, t: Tensor, gamma: Tensor) -> Tensor:
+        """The float32 time in [0, 1000) that a network is given at t, where the level is `gamma`.
 
-def gamma_to_alpha_sigma(gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """gamma = -inf gives exactly (1, 0): clean data."""
-    return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+        Continuous schedule: 1000 t. Discrete schedule: 1000 t - 1000 / T, so that step i is passed as
+        i * 1000 / T; for T = 1000 these are the integers of every published checkpoint. Times before the
+        grid count as step 0. Learned schedule: a fixed linear map of gamma, so that the network knows the
+        noise and not a clock whose meaning moves; a straight line gives 1000 t again.
+        """
+        if self.is_learned:
+            return self.curve.network_time(gamma).float()
+        first = 0 if self.num_timesteps is None else 1000 / self.num_timesteps
+        return (1000 * at_least_float32(t) - first).clamp(min=0).float()
+
+    def levels(self, t: Tensor) -> Levels:
+        """The levels at (B,) times for a loss that is a mean over times.
+
+        On a learned schedule the mean is the integral over gamma that a straight line would give: the share
+        of the curve is an importance sampler and learns to lower the variance, the end points stay. Kingma &
+        Gao 2023.
+        """
+        if not self.is_learned:
+            return Levels(self.gamma(t))
+        gradient = ScheduleGradient(self, by_variance=True, moves_endpoints=False)
+        gamma, slope = gradient.at(t)
+        return Levels(gamma, slope, self.curve.endpoints(slope.dtype)[1].detach(), gradient)
 
 
 def discrete_times(num_timesteps: int, device: torch.device | None = None) -> Tensor:
@@ -131,6 +147,19 @@ class LinearGamma(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t
+
+
+class InterpolationGamma(nn.Module):
+    """gamma(t) = 2 log(t / (1 - t)): noise over signal is t over 1 - t. `margin` keeps both ends finite."""
+
+    def __init__(self, margin: float) -> None:
+        super().__init__()
+        if not 0 < margin < 0.5:
+            raise InputError(f"margin={margin} must lie in (0, 0.5)")
+        self.margin = margin
+
+    def forward(self, t: Tensor) -> Tensor:
+        return 2 * torch.logit(self.margin + (1 - 2 * self.margin) * t)
 
 
 INTERIORS = ("variance", "bound")
@@ -253,6 +282,22 @@ def cosine_schedule(num_timesteps: int, *, offset: float = 0.008, max_beta: floa
 def fixed_linear_schedule(gamma_min: float, gamma_max: float) -> NoiseSchedule:
     """Continuous schedule with log SNR falling linearly from -gamma_min to -gamma_max. Kingma et al. 2021."""
     return NoiseSchedule(LinearGamma(gamma_min, gamma_max))
+
+
+def flow_schedule(*, margin: float = 1e-4) -> NoiseSchedule:
+    """Continuous: sigma = t along the straight line from data to noise, for t in [margin, 1 - margin].
+
+    Rectified flow, Liu et al. 2022. Pair it with velocity prediction: the network then learns noise - x.
+    """
+    return NoiseSchedule(InterpolationGamma(margin), path=LinearInterpolation())
+
+
+def exploding_schedule(sigma_min: float, sigma_max: float) -> NoiseSchedule:
+    """Continuous: z_t = x + sigma noise, with log sigma linear in t. Song et al. 2021."""
+    if not 0 < sigma_min < sigma_max:
+        raise InputError(f"sigma_min={sigma_min} must be above 0 and below sigma_max={sigma_max}")
+    curve = LinearGamma(2 * math.log(sigma_min), 2 * math.log(sigma_max))
+    return NoiseSchedule(curve, path=VarianceExploding())
 
 
 def learned_scalar_schedule(

@@ -12,13 +12,13 @@ from medldm.diffusion.objective import (
     TIME_KINDS,
     Denoise,
     DenoisingObjective,
-    ScheduleGradient,
     check_choice,
-    network_time,
     on_grid,
     spread_uniform,
+    standard_normal,
 )
-from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
+from medldm.diffusion.paths import VariancePreserving
+from medldm.diffusion.schedule import NoiseSchedule, ScheduleGradient, at_least_float32
 from medldm.errors import InputError
 
 
@@ -76,6 +76,8 @@ class VariationalObjective:
 
     def steps(self, schedule: NoiseSchedule) -> int | None:
         """T of the bound, None for continuous time."""
+        if not isinstance(schedule.path, VariancePreserving):
+            raise InputError("schedule: the bound's prior asks for a path that preserves the variance")
         steps = None if self.times == "continuous" else self.num_timesteps or schedule.num_timesteps
         if steps is None and self.times == "discrete":
             raise InputError(
@@ -110,16 +112,16 @@ class VariationalObjective:
         noise: Tensor,
         steps: int | None,
     ) -> Tensor:
-        """(B,) nats: one draw of the diffusion term at each sample's own time. Eq.
+        """(B,) nats: one draw of the diffusion term at each sample's own time.
 
-        13 (steps T) and 17 (None).
+        Eq. 13 of Kingma et al. 2021 for a number of `steps`, Eq. 17 for None.
         """
         x, t = at_least_float32(x), at_least_float32(t)
         by_variance = schedule.is_learned and schedule.curve.interior == "variance"
         gradient = ScheduleGradient(schedule, by_variance=by_variance)
         gamma, slope = gradient.at(t)
-        z_t = schedule.add_noise(x, noise, t, gamma)
-        noise_hat = at_least_float32(network(z_t, network_time(t, schedule, gamma), condition))
+        z_t = schedule.add_noise(x, noise, gamma)
+        noise_hat = at_least_float32(network(z_t, schedule.network_time(t, gamma), condition))
         with full_precision(x.device):
             if steps is None:
                 weight = slope / 2
@@ -133,8 +135,9 @@ class VariationalObjective:
         """(B,) nats: KL of q(z_1 | x) from the standard normal."""
         x = at_least_float32(x)
         gamma = schedule.gamma(x.new_ones(()))
-        variance, log_variance = torch.sigmoid(gamma), nn.functional.logsigmoid(gamma)
-        return 0.5 * sum_dims(torch.sigmoid(-gamma) * x.square() + variance - log_variance - 1)
+        signal, variance = schedule.path.powers(gamma)
+        log_variance = nn.functional.logsigmoid(gamma)
+        return 0.5 * sum_dims(signal * x.square() + variance - log_variance - 1)
 
     def gaussian_recon(self, schedule: NoiseSchedule, x: Tensor) -> Tensor:
         """(B,) nats: -log N(x; z_0 / alpha_0, exp(gamma_0)), whose mean over z_0 is the same for every x.
@@ -172,8 +175,7 @@ class VariationalObjective:
         """
         x = at_least_float32(x)
         t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t
-        if noise is None:
-            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        noise = standard_normal(x, generator) if noise is None else noise
         steps = self.steps(schedule)
         bound = Bound(
             self.gaussian_recon(schedule, x) if recon is None else recon,
@@ -222,9 +224,7 @@ class VariationalObjective:
         total = x.new_zeros(len(x))
         for i in range(1, steps + 1):
             t = torch.full((len(x),), i / steps, dtype=torch.float64, device=x.device)
-            drawn = noise
-            if drawn is None:
-                drawn = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            drawn = standard_normal(x, generator) if noise is None else noise
             total += self.diffusion(network, schedule, x, condition, t=t, noise=drawn, steps=steps) / steps
         recon = self.gaussian_recon(schedule, x) if recon is None else recon
         return Bound(recon, self.prior(schedule, x), total)

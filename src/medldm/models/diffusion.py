@@ -252,7 +252,8 @@ class DiffusionModule(TrainedModule):
         volumes = []
         for share in shares:
             mixed = (mix(condition, share) for condition in conditions)
-            z_t = self.schedule.add_noise(torch.lerp(z[:1], z[1:], share), noise, start)
+            middle = torch.lerp(z[:1], z[1:], share)
+            z_t = self.schedule.add_noise(middle, noise, self.schedule.gamma(start))
             generator = case_generators(["+".join(names)], seed, self.device)
             z_0 = sampler(
                 self.denoiser(*mixed, shape, sampler, windows), self.schedule, z_t, generator, first=first

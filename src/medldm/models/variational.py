@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medldm.batch import spatial_shape
 from medldm.diffusion.conditioner import Condition, Conditioner, in_float32
-from medldm.diffusion.objective import guided, network_time
+from medldm.diffusion.objective import guided
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.diffusion.variational import Bound, VariationalObjective, bits, gradient_difference
@@ -231,9 +231,10 @@ class VariationalModule(TrainedModule):
 
     def predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """(noise_hat, x0_hat) at times (B,)."""
-        noise_hat = self.network(z_t, network_time(t, self.schedule), condition).float()
-        alpha, sigma = self.schedule.alpha_sigma(t, noise_hat)
-        return noise_hat, (z_t - sigma * noise_hat) / alpha
+        gamma = self.schedule.gamma(t)
+        noise_hat = self.network(z_t, self.schedule.network_time(t, gamma), condition).float()
+        scales = self.schedule.scales(gamma, noise_hat)
+        return noise_hat, (z_t - scales.sigma * noise_hat) / scales.alpha
 
     # ---- what the model is for -------------------------------------------------------------------------
 
@@ -262,7 +263,7 @@ class VariationalModule(TrainedModule):
         first = sampler.first_step(self.schedule, t)
         time = sampler.time_grid(self.schedule, f.device).times[first].expand(len(f))
         noise = torch.randn(f.shape, device=f.device, generator=generator)
-        z_t = self.schedule.add_noise(f, noise, time)
+        z_t = self.schedule.add_noise(f, noise, self.schedule.gamma(time))
         denoise = self.objective.denoiser(self.network, self.schedule, condition)
         z = sampler(denoise, self.schedule, z_t, generator, first=first)
         return self.expected_image(self.clean(z, sampler), condition)
@@ -404,8 +405,9 @@ class VariationalModule(TrainedModule):
         noise = torch.randn(f.shape, device=f.device, generator=generator)
         noised, denoised = [x], [x]
         for t in torch.linspace(0, 1, NOISING_TIMES, dtype=torch.float64, device=x.device):
-            z_t = self.schedule.add_noise(f, noise, t.expand(1))
-            alpha, _ = self.schedule.alpha_sigma(t.expand(1), f)
+            gamma = self.schedule.gamma(t.expand(1))
+            z_t = self.schedule.add_noise(f, noise, gamma)
+            alpha = self.schedule.scales(gamma, f).alpha
             noised.append(self.expected_image(z_t / alpha, condition))
             denoised.append(self.expected_image(self.predict(z_t, t.expand(1), condition)[1], condition))
         return grid([torch.cat(noised), torch.cat(denoised)])
