@@ -36,7 +36,7 @@ def predict(z_t, t, condition):
 @pytest.mark.parametrize("schedule", members("schedule"))
 @pytest.mark.parametrize("objective", members("objective"))
 def test_every_objective_trains_and_samples_on_every_schedule(schedule, objective):
-    if (schedule.stem, objective.stem) == ("flow", "variational"):
+    if schedule.stem == "flow" and objective.stem.startswith("variational"):
         pytest.skip("refused: test_paths.py")
     schedule = make(schedule)
     objective = make(objective)
