@@ -1,7 +1,8 @@
 """Manual optimisation of a generator and its discriminators, shared by every model that trains with both."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class GeneratorStep(NamedTuple):
     fake: Tensor
     slices: tuple[int, Tensor]  # axis and index of the slice that 2D discriminators of volumes see
     label: Tensor | None = None  # (B,) class of `real`, for discriminators that tell classes apart
-    logs: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    logs: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @contextmanager
@@ -106,7 +107,7 @@ class AdversarialModule(TrainedModule):
             self.manual_backward(losses["discriminator"] * factor / self.accumulate_grad_batches)
             if is_last:
                 self.update_discriminators()
-        terms = {f"train/{name}": value.detach() for name, value in (losses | step.logs).items()}
+        terms = {f"train/{name}": value.detach() for name, value in {**losses, **step.logs}.items()}
         self.log_dict(terms, batch_size=len(step.real))
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(step.real))
 

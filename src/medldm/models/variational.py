@@ -3,7 +3,6 @@
 Kingma et al. 2021.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,14 +23,11 @@ from medldm.models.common import (
     case_noise,
     multiplied,
     rank_part,
-    seed_of,
     step_generator,
 )
 from medldm.models.protocols import Output, Request
-from medldm.plots import grid, points_figure, schedule_figure
+from medldm.models.variational_pictures import figures_of, picture_rows
 
-PICTURE_STEPS = 100  # sampling steps at most where a picture is only for looking at
-NOISING_TIMES = 9  # pictures of the forward-noising strip
 MIN_SSIM_SIZE = 11  # the window
 
 
@@ -58,22 +54,15 @@ class VariationalModule(TrainedModule):
         objective: VariationalObjective,
         likelihood: nn.Module,
         sampler: Sampler,
-        optimizer: Callable,
         mse_weight: float = 0.0,
         gradient_weight: float = 0.0,
         gradient_power: float = 1.0,
         gradient_is_signed: bool = False,
-        warmup_steps: int = 0,
-        cosine_steps: int | None = None,
-        cosine_final: float = 0.0,
         seed: int = 0,
+        **optimisation,
     ) -> None:
-        super().__init__(
-            optimizer=optimizer,
-            warmup_steps=warmup_steps,
-            cosine_steps=cosine_steps,
-            cosine_final=cosine_final,
-        )
+        """`optimisation`: what `TrainedModule` takes."""
+        super().__init__(**optimisation)
         self.codec, self.conditioner, self.network = codec, conditioner, network
         self.schedule, self.objective, self.likelihood, self.sampler = (
             schedule,
@@ -363,51 +352,8 @@ class VariationalModule(TrainedModule):
 
     # ---- pictures --------------------------------------------------------------------------------------
 
-    def picture_sampler(self) -> Sampler:
-        return dataclasses.replace(self.sampler, num_steps=min(self.sampler.num_steps, PICTURE_STEPS))
-
-    @torch.no_grad()
     def picture(self, batch: dict) -> list[Tensor]:
-        """Rows for the sample grid: real images, the shortcut, recon(0.8), samples. None for points."""
-        x = batch["image"]
-        if x.ndim < 4:
-            return []
-        condition, sampler = self.condition(batch), self.picture_sampler()
-        names = [f"grid{i}" for i in range(len(x))]
-        generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, "picture"))
-        return [
-            x,
-            self.shortcut(x, condition, generator),
-            self.recon(x, condition, sampler=sampler, generator=generator),
-            self.sample(batch, names, self.latent_shape(spatial_shape(x)), sampler=sampler),
-        ]
+        return picture_rows(self, batch)
 
-    @torch.no_grad()
     def figures(self, batch: dict) -> dict[str, Tensor]:
-        """More pictures by name, (3, H, W) uint8: the schedule, forward noising, or points where data are
-        points.
-        """
-        x = batch["image"]
-        figures = {"schedule": schedule_figure(self.schedule)}
-        if x.ndim < 4:
-            names = [f"point{i}" for i in range(1000)]
-            labels = torch.full((1000,), -1, device=x.device)
-            points = self.sample({"label": labels}, names, (), sampler=self.picture_sampler())
-            return figures | {"points": points_figure(x, points)}
-        return figures | {"noising": self.noising_strip(batch)}
-
-    def noising_strip(self, batch: dict) -> Tensor:
-        """One image noised more and more: what its latent decodes to, and what the network makes of it."""
-        one = {k: v[:1] for k, v in batch.items() if isinstance(v, Tensor)}
-        x, condition = one["image"], self.condition(one)
-        f = self.encode(self.likelihood.observe(x, torch.full_like(x, 0.5)), condition)
-        generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, "noising"))
-        noise = torch.randn(f.shape, device=f.device, generator=generator)
-        noised, denoised = [x], [x]
-        for t in torch.linspace(0, 1, NOISING_TIMES, dtype=torch.float64, device=x.device):
-            gamma = self.schedule.gamma(t.expand(1))
-            z_t = self.schedule.add_noise(f, noise, gamma)
-            alpha = self.schedule.scales(gamma, f).alpha
-            noised.append(self.expected_image(z_t / alpha, condition))
-            denoised.append(self.expected_image(self.predict(z_t, t.expand(1), condition)[1], condition))
-        return grid([torch.cat(noised), torch.cat(denoised)])
+        return figures_of(self, batch)
