@@ -320,7 +320,9 @@ def build_map_stage(
 def build_stage(
     options: Mapping[str, Any], description: Mapping[str, Any] | None
 ) -> tuple[FirstStage, Mapping[str, Any]]:
-    """From its description with fresh weights, or else from the checkpoint named in its options."""
+    """An earlier stage with its description: built from the description with fresh weights where that is
+    given, else loaded from the checkpoint that its options name.
+    """
     options = dict(options)
     path = options.pop("checkpoint")
     if description is None:
@@ -394,7 +396,7 @@ def as_first_stage(module: TrainedModule, options: Mapping[str, Any]) -> FirstSt
 
 
 def check_modalities(facts: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """A translator knows the classes of its data set in their order."""
+    """InputError where a translator was trained on other modalities, or on another order of them."""
     known = description["facts"].get("label_values")
     if description["stage"] == "translation" and known != facts.get("label_values"):
         raise InputError(

@@ -45,8 +45,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def read_hashed(path: str | Path) -> tuple[dict[str, Any], str]:
-    """`read_checkpoint` and the file's sha256, of one and the same file: a training that goes on may put
-    another in its place meanwhile.
+    """The content of a checkpoint and the sha256 of the very file that was read: a training that goes on may
+    put another file in its place meanwhile.
     """
     with open(existing(path), "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -138,8 +138,10 @@ def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) ->
 
 
 def encoder_sha256(description: Mapping[str, Any], sha256: str) -> str:
-    """Of the checkpoint that the encoder of a stage came with: a translator that leaves its autoencoder alone
-    has the autoencoder's. `sha256` is that of the stage's own file.
+    """The sha256 of the checkpoint that a stage's encoder was trained in.
+
+    For a translator that left its autoencoder as it was, this is the autoencoder's checkpoint, else the
+    stage's own, whose hash is `sha256`.
     """
     is_shared = (
         description["stage"] == "translation"
@@ -149,7 +151,7 @@ def encoder_sha256(description: Mapping[str, Any], sha256: str) -> str:
 
 
 def latents_name(path: str | Path) -> str:
-    """The cache of the encoder in a checkpoint."""
+    """The name of the folder that caches the latents of a checkpoint's encoder."""
     content, sha256 = read_hashed(path)
     return encoder_sha256(content["medldm"], sha256)[:12]
 

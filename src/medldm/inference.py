@@ -1,6 +1,4 @@
-"""What every command that runs a trained model shares: the device, the precision, and batches that follow
-the cases.
-"""
+"""What all commands that run a trained model share: device, precision, and batches of single cases."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -93,7 +93,9 @@ def spread(positions: list[int], count: int | None) -> list[int]:
 def batches_of_items(
     jobs: Sequence[tuple[int, list[int]]], sizes: Callable[[int], tuple[int, ...]], batch_size: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """(case, position) in batches that run on from case to case as long as images have one size."""
+    """All items as (case, position), in batches that may span several cases as long as their images have one
+    size.
+    """
     batch: list[tuple[int, int]] = []
     for case, positions in jobs:
         if batch and sizes(batch[-1][0]) != sizes(case):
@@ -145,7 +147,9 @@ def sample_cases(
 
 
 class Recorder:
-    """Keeps x0_hat of the last sample of the last batch at `count` evenly spread steps, the last included."""
+    """A sampler's callback that keeps x0_hat of the last sample of the last batch, at `count` evenly spread
+    steps of which the last step is one.
+    """
 
     def __init__(self, num_steps: int, count: int, precision: str = "auto") -> None:
         self.precision = precision
@@ -168,7 +172,9 @@ class Recorder:
 def interpolate(
     module: DiffusionModule, batch: dict, shares: Sequence[float], *, time: float, request: Request
 ) -> Tensor:
-    """(len(shares), C, *S) in [-1, 1] on the host: images between the two cases of a batch."""
+    """Images between the two cases of a batch, one for each of `shares`: (len(shares), C, *S) in [-1, 1] on
+    the host.
+    """
     batch = to_device(batch, module.device)
     options = {"time": time, "seed": request.seed, "windows": request.windows}
     with torch.no_grad(), autocast(module.device, request.precision):

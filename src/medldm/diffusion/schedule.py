@@ -166,8 +166,8 @@ INTERIORS = ("variance", "bound")
 
 
 class LearnedCurve(nn.Module):
-    """gamma(t) = low + |gap| share(t), with a share that rises from 0 at t = 0 to 1 at t = 1; here share(t) =
-    t.
+    """gamma(t) = low + |gap| share(t), where the share rises from 0 at t = 0 to 1 at t = 1; here it is t
+    itself.
 
     `endpoints` "learned" trains low = gamma(0) and gap = gamma(1) - gamma(0), "fixed" keeps both. The
     continuous bound depends on a schedule through these two alone; the share between them decides the
@@ -217,16 +217,16 @@ class LearnedCurve(nn.Module):
         return low + gap * self.share(t)
 
     def network_time(self, gamma: Tensor) -> Tensor:
-        """0 at `gamma_min`, 1000 at `gamma_max`: what the network is told does not change when the curve
+        """0 at `gamma_min` and 1000 at `gamma_max`, linear in gamma: it does not change when the curve
         learns.
         """
         return 1000 * (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
 
 
 class MonotoneCurve(LearnedCurve):
-    """The share is a monotone network: |w1| t + mean_j |w3_j| (2 sigmoid(|w2_j| (2 t - 1) + b_j) - 1), scaled
-    to [0, 1].
+    """A curve whose share is a monotone network, scaled to [0, 1].
 
+    Before scaling it is |w1| t + mean_j |w3_j| (2 sigmoid(|w2_j| (2 t - 1) + b_j) - 1).
     Section H, Kingma et al. 2021, in the normalised form, so that the end points cannot drift with the
     weights.
     """

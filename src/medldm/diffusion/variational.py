@@ -40,7 +40,7 @@ def sum_dims(x: Tensor) -> Tensor:
 
 
 def bits(nats: Tensor, num_dims: int) -> Tensor:
-    """Nats a sample -> bits per dimension."""
+    """Nats of a sample of `num_dims` dimensions to bits per dimension."""
     return nats / (num_dims * math.log(2))
 
 
@@ -75,7 +75,7 @@ class VariationalObjective:
         self.prediction = DenoisingObjective("noise")
 
     def steps(self, schedule: NoiseSchedule) -> int | None:
-        """T of the bound, None for continuous time."""
+        """The number T of steps of the bound, None for continuous time."""
         if not isinstance(schedule.path, VariancePreserving):
             raise InputError("schedule: the bound's prior asks for a path that preserves the variance")
         steps = None if self.times == "continuous" else self.num_timesteps or schedule.num_timesteps
@@ -97,7 +97,7 @@ class VariationalObjective:
         return self.place(u, schedule)
 
     def place(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """[0, 1) -> the times at which this bound is evaluated."""
+        """Numbers u in [0, 1) to the times at which this bound is evaluated: the grid, or u itself."""
         steps = self.steps(schedule)
         return u if steps is None else on_grid(u, steps)
 
@@ -166,8 +166,7 @@ class VariationalObjective:
         recon: Tensor | None = None,
         num_dims: int | None = None,
     ) -> dict[str, Tensor]:
-        """Clean latents (B, Cz, *s) -> "loss" and, detached, the terms in bits per dimension and nats a
-        sample.
+        """The "loss" of clean latents (B, Cz, *s) and, detached, its terms in bits per dimension and in nats.
 
         `recon` (B,) are the nats of a decoder and `num_dims` the dimensions of the image behind it. Without
         them the bound is on the density of the latents, per latent dimension (differential: it may be

@@ -27,7 +27,9 @@ def window_starts(length: int, size: int, overlap: int) -> list[int]:
 
 
 class Windows:
-    """size: cells of the latent grid per axis, None for a whole axis. overlap: share of a window, [0, 1)."""
+    """`size` is a number of cells of the latent grid for each axis, None for a whole axis. `overlap` is the
+    share of a window that its neighbour covers too, in [0, 1).
+    """
 
     def __init__(self, size: Sequence[int | None], overlap: float = 0.5) -> None:
         if not 0 <= overlap < 1:
@@ -40,7 +42,7 @@ class Windows:
 
     @classmethod
     def of_image(cls, size: Sequence[int | None], downsampling: Sequence[int], overlap: float) -> "Windows":
-        """From a size in voxels of the image."""
+        """Windows of a size in voxels of the image. InputError where it does not divide by the factors."""
         if len(size) != len(downsampling):
             raise InputError(
                 f"windows.size={list(size)}: give {len(downsampling)} numbers, null for a whole axis"

@@ -26,7 +26,9 @@ class GeneratorStep(NamedTuple):
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients in the module's own parameters meanwhile, whatever happens inside."""
+    """While the block runs, the module's own parameters get no gradients. They do again afterwards, even if
+    the block fails.
+    """
     module.requires_grad_(False)
     try:
         yield
@@ -35,8 +37,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class AdversarialModule(TrainedModule):
-    """One forward pass serves generator and discriminators. A subclass gives `generator` and
-    `generator_step`.
+    """Trains a generator and its discriminators from one forward pass a step. A subclass gives `generator`
+    and `generator_step`.
 
     `trainer.global_step` counts the generator's updates: the discriminators' optimiser steps outside
     Lightning's count. Accumulation and clipping are done here, because Lightning refuses them under manual
@@ -160,7 +162,9 @@ class AdversarialModule(TrainedModule):
         return torch.stack(losses).sum()
 
     def draw_slices(self, x: Tensor, batch_idx: int) -> tuple[int, Tensor]:
-        """An axis and one slice index per sample, from seed, step and place in the global batch."""
+        """An axis and one slice index per sample: a function of the seed, the step and the sample's place in
+        the global batch.
+        """
         step = self.global_step * self.accumulate_grad_batches + batch_idx % self.accumulate_grad_batches
         generator = step_generator(self.seed, step, torch.device("cpu"))
         axis = self.slice_axes[int(torch.randint(len(self.slice_axes), (), generator=generator))]

@@ -182,9 +182,7 @@ class AutoencoderModule(AdversarialModule):
 
     @torch.no_grad()
     def picture(self, batch: dict) -> list[Tensor]:
-        """Rows for the sample grid: images (or class maps) and their reconstructions, each (B, C, *S) in [-1,
-        1].
-        """
+        """Rows for the sample grid: images, or class maps, above their reconstructions, all in [-1, 1]."""
         x = self.target(batch)
         rows = [x, self(x, self.decoder_map(batch)).float()]
         if self.reconstructs == "mask":

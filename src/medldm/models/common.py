@@ -57,9 +57,9 @@ class TrainedModule(LightningModule):
     """What every model shares: the defaults of `protocols.Trainable` and `protocols.Predictive`, the training
     step of models with one optimiser, the learning rate, clipping and memory layout.
 
-    `cosine_steps` are the updates of the half cosine down to `cosine_final` of the rate: null for a constant
-    one, 0 or less for as many as the training has, by the trainer's max_steps or its max_epochs and the
-    loader.
+    `cosine_steps` is the number of updates over which the learning rate falls along half a cosine to
+    `cosine_final` of its value. None keeps it constant; 0 or less takes the length of the training, which is
+    the trainer's max_steps or follows from its max_epochs and the number of batches.
     """
 
     takes_unlabelled: ClassVar[bool] = False
@@ -157,7 +157,7 @@ class TrainedModule(LightningModule):
         clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
     def use_channels_last(self) -> None:
-        """Weights now, and every batch on its way in."""
+        """Lay out the weights with channels last now, and every batch when it is moved to the device."""
         to_channels_last(self)
         self.is_channels_last = True
 
@@ -167,13 +167,13 @@ class TrainedModule(LightningModule):
 
 
 def multiplied(*factors: Sequence[int]) -> tuple[int, ...]:
-    """Axis by axis; empty ones are left out."""
+    """The product of several factors for each axis. Empty ones are left out; () where all are empty."""
     return tuple(math.prod(axis) for axis in zip(*filter(None, factors), strict=True))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> None:
-    """Scale the gradients, float32 as their parameters are, to a norm of at most `max_norm`; null or 0: as
-    they are. Nothing waits for the device.
+    """Scale the gradients to a norm of at most `max_norm`; None or 0 leaves them. Nothing waits for the
+    device.
     """
     if max_norm:
         nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -198,8 +198,8 @@ def num_updates(trainer: Trainer, accumulate: int = 1) -> int | None:
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, *, warmup: int = 0, total: int | None = None, final: float = 0.0
 ) -> LambdaLR:
-    """Multiplier min(1, (step + 1) / warmup) times, where `total` updates are given, a half cosine down to
-    `final`; 0 or less are none.
+    """The learning rate rises linearly over the first `warmup` updates. Where `total` is above 0, it also
+    falls along half a cosine, to `final` of its value after `total` updates.
     """
 
     def multiplier(step: int) -> float:
@@ -238,7 +238,9 @@ def case_noise(names: Sequence[str], shape: tuple[int, ...], seed: int) -> torch
 
 
 def stage_latents(first_stage: FirstStage, batch: dict, image: str = "image") -> Tensor:
-    """Normalised latents (B, Cz, *s) of batch["image"] or batch["source"], from the cache where it is."""
+    """Normalised latents (B, Cz, *s) of batch["image"] or batch["source"]. Where the batch holds cached
+    latents, the image is not encoded.
+    """
     cached = {"image": "latent", "source": "source_latent"}[image]
     return first_stage.normalize(batch[cached]) if cached in batch else first_stage.encode(batch[image])
 
@@ -260,5 +262,7 @@ def fit_first_stage(first_stage: FirstStage, batches: Iterable[dict], device: to
 
 
 def case_generators(names: Sequence[str], seed: int, device: torch.device) -> list[torch.Generator]:
-    """For the noise on the way, one a sample: as `case_noise`, whatever the batch."""
+    """One generator a sample for the noise that a sampler adds on its way: as with `case_noise`, it depends
+    on the case and the seed, and not on the batch.
+    """
     return [torch.Generator(device).manual_seed(seed_of(seed, name, "steps")) for name in names]

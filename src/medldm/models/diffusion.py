@@ -29,7 +29,7 @@ from medldm.models.protocols import Output, Request, translations
 
 
 def mix(condition: Condition, share: float) -> Condition:
-    """A condition of two samples -> of one between them."""
+    """The condition between the two samples of a batch; share 0 is the first sample's."""
     return Condition(*(None if x is None else torch.lerp(x[:1], x[1:], share) for x in condition))
 
 

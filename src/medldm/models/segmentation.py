@@ -44,8 +44,10 @@ def apply_network(
 
 
 class VoxelwiseModule(TrainedModule):
-    """One network, one answer a voxel, one optimiser. Training sees whatever the loader gives;
-    prediction takes whole images, padded to `divisible_by`, or windows.
+    """Trains one network that gives an answer for every voxel.
+
+    Training sees the images or windows that the loader gives. Prediction takes whole images, padded to a
+    multiple of `divisible_by`, or, where `window` is set, overlapping windows.
     """
 
     def __init__(
