@@ -52,7 +52,7 @@ PARTS = '''
     class JumpSampler(Sampler):
         """A sampler: every step lands on x0_hat, with new noise of the next time."""
 
-        def coefficients(self, gamma):
+        def coefficients(self, gamma, path):
             alpha, sigma = torch.sigmoid(-gamma[1:]).sqrt(), torch.sigmoid(gamma[1:]).sqrt()
             return Coefficients(z=torch.zeros_like(alpha), x0=alpha, noise=sigma)
 
