@@ -163,9 +163,9 @@ class DenoisingObjective:
         t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t
         noise = standard_normal(x, generator) if noise is None else noise
         levels = schedule.levels(t)
-        scales = schedule.scales(levels.gamma, x)
-        z_t, target = scales.mix(x, noise), self.target(x, noise, scales)
+        z_t = schedule.add_noise(x, noise, levels.gamma)
         output = at_least_float32(network(z_t, schedule.network_time(t, levels.gamma), condition))
+        target = self.target(x, noise, schedule.scales(levels.gamma, x))
         with full_precision(x.device):
             error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
             loss = levels.integral(self.weight(schedule, levels.gamma) * error)

@@ -135,9 +135,8 @@ class VariationalObjective:
         """(B,) nats: KL of q(z_1 | x) from the standard normal."""
         x = at_least_float32(x)
         gamma = schedule.gamma(x.new_ones(()))
-        signal, variance = schedule.path.powers(gamma)
-        log_variance = nn.functional.logsigmoid(gamma)
-        return 0.5 * sum_dims(signal * x.square() + variance - log_variance - 1)
+        variance, log_variance = torch.sigmoid(gamma), nn.functional.logsigmoid(gamma)
+        return 0.5 * sum_dims(torch.sigmoid(-gamma) * x.square() + variance - log_variance - 1)
 
     def gaussian_recon(self, schedule: NoiseSchedule, x: Tensor) -> Tensor:
         """(B,) nats: -log N(x; z_0 / alpha_0, exp(gamma_0)), whose mean over z_0 is the same for every x.
