@@ -54,7 +54,7 @@ def told_of(key: str, **keys: str) -> Iterator[None]:
         if not isinstance(cause, ValueError) or isinstance(cause, InputError):
             raise
         name, equals, rest = str(cause).partition("=")
-        if equals and name.isidentifier():
+        if equals and name.replace(".", "").isidentifier():
             raise InputError(f"{keys.get(name, f'{key}.{name}')}={rest}") from error
         raise InputError(f"{key}: {cause}") from error
 
@@ -159,14 +159,15 @@ def build_diffusion_module(
         sizes |= {"latent_channels": first_stage.latent_channels, "num_labels": facts["num_labels"]}
     if map_stage is not None:
         sizes["map_latent_channels"] = map_stage.latent_channels
-    conditioner = make_conditioner(
-        facts["num_classes"],
-        **sizes,
-        spatial_dims=facts["spatial_dims"],
-        downsampling=first_stage.downsampling,
-        known=known_attributes(facts),
-        embedding_dim=make_network.keywords["embedding_channels"],
-    )
+    with told_of("model.conditioner"):
+        conditioner = make_conditioner(
+            facts["num_classes"],
+            **sizes,
+            spatial_dims=facts["spatial_dims"],
+            downsampling=first_stage.downsampling,
+            known=known_attributes(facts),
+            embedding_dim=make_network.keywords["embedding_channels"],
+        )
     with told_of("model.network"):
         network = make_network(
             facts["spatial_dims"],
@@ -194,13 +195,14 @@ def build_variational_module(
 ) -> VariationalModule:
     parts = instantiate_parts(model, skip=())
     make_network = parts.pop("network")
-    conditioner = parts.pop("conditioner")(
-        None,
-        spatial_dims=facts["spatial_dims"],
-        downsampling=(1,) * facts["spatial_dims"],
-        known=known_attributes(facts),
-        embedding_dim=make_network.keywords["embedding_channels"],
-    )
+    with told_of("model.conditioner"):
+        conditioner = parts.pop("conditioner")(
+            None,
+            spatial_dims=facts["spatial_dims"],
+            downsampling=(1,) * facts["spatial_dims"],
+            known=known_attributes(facts),
+            embedding_dim=make_network.keywords["embedding_channels"],
+        )
     with told_of("model.codec", image_size="data.image_size"):
         codec = parts.pop("codec")(
             facts["spatial_dims"],
@@ -386,7 +388,8 @@ def check_map_stage(description: Mapping[str, Any], facts: Mapping[str, Any]) ->
 def as_first_stage(module: TrainedModule, options: Mapping[str, Any]) -> FirstStage:
     """What comes before diffusion: an autoencoder under `options`, or a translator under its own."""
     if isinstance(module, AutoencoderModule):
-        return FirstStage(module.autoencoder, **options)
+        with told_of("model.first_stage"):
+            return FirstStage(module.autoencoder, **options)
     if options:
         raise InputError(
             f"model.first_stage.{min(options)}: a translator keeps the latents that it was trained on; "

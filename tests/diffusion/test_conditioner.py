@@ -74,10 +74,10 @@ def test_any_single_edge_pixel_reaches_the_latent_grid_except_with_nearest(encod
 
 
 def test_nearest_refuses_edges_unless_asked_for():
-    with pytest.raises(InputError, match="parity=true"):
+    with pytest.raises(ValueError, match="parity=true"):
         SpatialConditioner(4, downsampling=(8, 8), encoder="nearest_1x1")
     SpatialConditioner(4, downsampling=(8, 8), encoder="nearest_1x1", use_edges=False)
-    with pytest.raises(InputError, match="parity"):
+    with pytest.raises(ValueError, match="parity"):
         SpatialConditioner(4, downsampling=(8, 8), parity=True)
 
 
@@ -292,12 +292,12 @@ def test_concatenation_doubles_the_batch_field_by_field():
     ],
 )
 def test_bad_keys_are_the_users_mistake(kwargs, match):
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(ValueError, match=match):
         SpatialConditioner(4, downsampling=(8, 8), **kwargs)
 
 
 def test_a_dataset_without_masks_and_a_batch_without_edges_are_told_apart():
-    with pytest.raises(InputError, match="no masks"):
+    with pytest.raises(ValueError, match="no masks"):
         SpatialConditioner(None, downsampling=(8, 8))
     data = batch()
     del data["edges"]

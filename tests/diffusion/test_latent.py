@@ -133,7 +133,7 @@ def test_pixel_stage_is_the_identity(spatial_dims):
 
 
 def test_mistakes_are_told_in_one_line():
-    with pytest.raises(InputError, match="first_stage.latent"):
+    with pytest.raises(ValueError, match="^latent=odd"):
         FirstStage(TinyVQ(), latent="odd")
     with pytest.raises(InputError, match="crop or pad"):
         FirstStage(TinyVQ()).latent_shape((7, 8))

@@ -190,7 +190,7 @@ def test_discrete_times_refuse_a_continuous_schedule():
     [{"prediction": "eps"}, {"prediction": "noise", "loss": "huber"}, {"prediction": "noise", "times": "x"}],
 )
 def test_unknown_choices_are_the_users_mistake(keys):
-    with pytest.raises(InputError, match="model.objective"):
+    with pytest.raises(ValueError, match="^(prediction|loss|times)="):
         DenoisingObjective(**keys)
 
 

@@ -161,7 +161,7 @@ def test_the_bound_refuses_a_path_without_its_prior():
     ],
 )
 def test_schedules_without_a_level_are_named(make, text):
-    with pytest.raises(InputError, match=text):
+    with pytest.raises(ValueError, match=text):
         make()
 
 
@@ -172,5 +172,5 @@ def test_logit_normal_times_have_its_quantiles():
     logits = torch.logit(t).sort().values
     expected = torch.special.ndtri((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)
     torch.testing.assert_close(logits[100:-100], expected[100:-100], atol=1e-2, rtol=0)
-    with pytest.raises(InputError, match="density=normal is none of uniform, logit_normal"):
+    with pytest.raises(ValueError, match="density=normal is none of uniform, logit_normal"):
         DenoisingObjective("velocity", density="normal")

@@ -1,4 +1,4 @@
-"""A network names its own arguments; who sets them in a config is told the key."""
+"""A part names its own arguments; who sets them in a config is told the key."""
 
 import pytest
 
@@ -61,6 +61,14 @@ AUTOENCODER, NETWORK = "model.autoencoder", "model.network"
         (VQVAE, "model.discriminators.image.norm=x", "model.discriminators.image.norm=x is none of batch"),
         (LDM, f"{NETWORK}.skips=x", f"{NETWORK}.skips=x is none of block, level, output"),
         (LDM, f"{NETWORK}.up_channels=[16]", rf"{NETWORK}.up_channels=\[16\]: skips=level needs one width"),
+        (LDM, "model.objective.min_snr_gamma=-1", "model.objective.min_snr_gamma=-1 must be positive"),
+        (LDM, "model.conditioner.encoder=odd", "model.conditioner: encoder 'odd' is none of"),
+        (LDM, "model.conditioner.drop_all_prob=2", r"model.conditioner.drop_all_prob=2 must lie in \[0, 1\]"),
+        (
+            LDM,
+            "+model.conditioner.attributes={age: maybe}",
+            "model.conditioner.attributes.age=maybe is none of true, false, auto",
+        ),
     ],
 )
 def test_the_key_of_a_wrong_argument_is_told(experiment, override, said):

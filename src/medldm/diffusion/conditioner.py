@@ -95,21 +95,17 @@ class PlaneOptions:
     parity: bool = False
 
     def check(self, num_planes: int, map_latent_channels: int) -> None:
-        """InputError where the options do not fit each other or the number of planes."""
+        """ValueError where the options do not fit each other or the number of planes."""
         uses_parity = PARITY_ENCODER in (self.encoder, self.spade)
         if self.use_edges and uses_parity and not self.parity:
-            raise InputError(
-                f"model.conditioner: {PARITY_ENCODER} loses nine edge cells in ten; "
+            raise ValueError(
+                f"{PARITY_ENCODER} loses nine edge cells in ten; "
                 "choose strided_cnn, unshuffle or rescaler, or set model.conditioner.parity=true"
             )
         if self.parity and not uses_parity:
-            raise InputError(
-                f"model.conditioner.parity=true has an effect with {PARITY_ENCODER} alone; set it to false"
-            )
+            raise ValueError(f"parity=true has an effect with {PARITY_ENCODER} alone; set it to false")
         if not num_planes and (self.encoder or self.spade):
-            raise InputError(
-                "model.conditioner: neither edges nor mask are used; set encoder=null and spade=null"
-            )
+            raise ValueError("neither edges nor mask are used; set encoder=null and spade=null")
         if (self.spade == "map_latent") != bool(map_latent_channels):
             raise InputError(
                 "model.conditioner.spade=map_latent and model.map_stage belong together: give both or neither"
@@ -200,7 +196,7 @@ class SpatialConditioner(nn.Module):
         self, options: PlaneOptions, num_classes: int | None, downsampling: tuple[int, ...], map_channels: int
     ) -> None:
         if options.use_mask and not num_classes:
-            raise InputError("model.conditioner.use_mask=true but the dataset has no masks; set it to false")
+            raise ValueError("use_mask=true but the dataset has no masks; set it to false")
         self.use_edges, self.use_mask = options.use_edges, options.use_mask
         self.planes = ConditionPlanes(options.use_edges, num_classes if options.use_mask else 0, downsampling)
         num_planes = self.planes.num_planes
@@ -335,30 +331,29 @@ def plane_options(options: Mapping[str, Any]) -> PlaneOptions:
 def chosen_attributes(
     uses: Mapping[str, bool | str], declared: Mapping[str, Attribute]
 ) -> dict[str, Attribute]:
-    """What is embedded by a table or a network of its own, in the order of `uses`. InputError for a choice
+    """What is embedded by a table or a network of its own, in the order of `uses`. ValueError for a choice
     that is none, and for an attribute that is asked for and not declared.
     """
     for name, use in uses.items():
         key = f"use_{name}" if name in OLDER_USES else f"attributes.{name}"
         if use not in (True, False, "auto"):
-            raise InputError(f"model.conditioner.{key}={use} is none of true, false, auto")
+            raise ValueError(f"{key}={use} is none of true, false, auto")
         if use is True and name not in declared and name != "slice_position":
             there = ", ".join(sorted(declared)) or "none"
-            raise InputError(
-                f"model.conditioner.{key}=true but the dataset has no {name} (it declares {there}); set "
-                "it to false"
+            raise ValueError(
+                f"{key}=true but the dataset has no {name} (it declares {there}); set it to false"
             )
     chosen = (name for name, use in uses.items() if use and name in declared and name != "slice_position")
     return {name: declared[name] for name in chosen}
 
 
 def check_probs(probs: Mapping[str, float], groups: tuple[str, ...]) -> None:
-    """InputError for a probability that is none, or drops what is not used."""
+    """ValueError for a probability that is none, or drops what is not used."""
     for key, prob in probs.items():
         if not 0 <= prob <= 1:
-            raise InputError(f"model.conditioner.drop_{key}_prob={prob} must lie in [0, 1]")
+            raise ValueError(f"drop_{key}_prob={prob} must lie in [0, 1]")
         if prob and key != "all" and key not in groups:
-            raise InputError(f"model.conditioner.drop_{key}_prob={prob} but use_{key}=false; set it to 0")
+            raise ValueError(f"drop_{key}_prob={prob} but use_{key}=false; set it to 0")
 
 
 class NullConditioner(nn.Module):

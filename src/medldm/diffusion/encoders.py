@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from medldm.batch import spatial_shape
 from medldm.diffusion.latent import latent_shape
-from medldm.errors import InputError
 from medldm.networks.layers import conv, group_norm
 
 
@@ -139,7 +138,7 @@ def build_encoder(
     if name is None:
         return None
     if name not in SPATIAL_ENCODERS:
-        raise InputError(f"model.conditioner: encoder '{name}' is none of {', '.join(SPATIAL_ENCODERS)}")
+        raise ValueError(f"encoder '{name}' is none of {', '.join(SPATIAL_ENCODERS)}")
     return SPATIAL_ENCODERS[name](in_channels, out_channels, downsampling)
 
 

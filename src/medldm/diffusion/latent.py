@@ -51,7 +51,7 @@ class FirstStage(nn.Module):
             ("normalisation", normalisation, NORMALISATIONS),
         ):
             if value not in choices:
-                raise InputError(f"model.first_stage.{key}={value} is none of {', '.join(choices)}")
+                raise ValueError(f"{key}={value} is none of {', '.join(choices)}")
         self.autoencoder = autoencoder.requires_grad_(False)
         self.translator = None if translator is None else translator.requires_grad_(False)
         self.spatial_dims = autoencoder.spatial_dims

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medldm.errors import InputError
-
 TARGETS = ("soft", "dynamic", "threshold")
 CHUNK = 1 << 16  # values whose 256 levels are held at a time
 
@@ -36,7 +34,7 @@ class Bernoulli(nn.Module):
     def __init__(self, target: str) -> None:
         super().__init__()
         if target not in TARGETS:
-            raise InputError(f"model.likelihood.target={target} is none of {', '.join(TARGETS)}")
+            raise ValueError(f"target={target} is none of {', '.join(TARGETS)}")
         self.target = target
         self.is_random = target == "dynamic"
 
@@ -82,7 +80,7 @@ class DiscretizedGaussian(nn.Module):
     def __init__(self, *, num_levels: int = 256, scale: str = "learned") -> None:
         super().__init__()
         if scale not in ("learned", "schedule"):
-            raise InputError(f"model.likelihood.scale={scale} is none of learned, schedule")
+            raise ValueError(f"scale={scale} is none of learned, schedule")
         self.num_levels = num_levels
         self.log_variance = nn.Parameter(torch.tensor(-4.0)) if scale == "learned" else None
 

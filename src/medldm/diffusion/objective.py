@@ -88,9 +88,7 @@ class DenoisingObjective:
         check_choice("times", times, TIME_KINDS)
         check_choice("density", density, DENSITIES)
         if min_snr_gamma is not None and min_snr_gamma <= 0:
-            raise InputError(
-                f"model.objective.min_snr_gamma={min_snr_gamma} must be positive, or null for no weight"
-            )
+            raise ValueError(f"min_snr_gamma={min_snr_gamma} must be positive, or null for no weight")
         self.prediction = prediction
         self.loss = loss
         self.min_snr_gamma = min_snr_gamma
@@ -191,7 +189,7 @@ def standard_normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InputError(f"model.objective.{key}={value} is none of {', '.join(choices)}")
+        raise ValueError(f"{key}={value} is none of {', '.join(choices)}")
 
 
 def guided(

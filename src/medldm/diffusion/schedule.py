@@ -12,7 +12,6 @@ from medldm.batch import expand_as
 from medldm.devices import full_precision
 from medldm.diffusion.levels import Levels, ScheduleGradient, at_least_float32
 from medldm.diffusion.paths import VARIANCE_PRESERVING, LinearInterpolation, Path, Scales, VarianceExploding
-from medldm.errors import InputError
 
 
 class NoiseSchedule(nn.Module):
@@ -111,9 +110,7 @@ class TabulatedGamma(nn.Module):
             or not alpha_bar[-1] > 0
             or alpha_bar.diff().max() >= 0
         ):
-            raise InputError(
-                "model.schedule: alpha_bar must fall from below 1 to above 0; mend the endpoints"
-            )
+            raise ValueError("alpha_bar must fall from below 1 to above 0; mend the endpoints")
         gamma = torch.log1p(-alpha_bar.double()) - torch.log(alpha_bar.double())
         first = 2 * gamma[0] - gamma[1]  # gamma(0): finite, and the slope of the first interval
         self._values = torch.cat([first[None], gamma]).tolist()
@@ -140,9 +137,7 @@ class LinearGamma(nn.Module):
     def __init__(self, gamma_min: float, gamma_max: float) -> None:
         super().__init__()
         if not gamma_min < gamma_max:
-            raise InputError(
-                f"model.schedule.gamma_min={gamma_min} must be below gamma_max={gamma_max}: gamma is -log SNR"
-            )
+            raise ValueError(f"gamma_min={gamma_min} must be below gamma_max={gamma_max}: gamma is -log SNR")
         self.gamma_min, self.gamma_max = float(gamma_min), float(gamma_max)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -155,7 +150,7 @@ class InterpolationGamma(nn.Module):
     def __init__(self, margin: float) -> None:
         super().__init__()
         if not 0 < margin < 0.5:
-            raise InputError(f"margin={margin} must lie in (0, 0.5)")
+            raise ValueError(f"margin={margin} must lie in (0, 0.5)")
         self.margin = margin
 
     def forward(self, t: Tensor) -> Tensor:
@@ -182,13 +177,11 @@ class LearnedCurve(nn.Module):
     ) -> None:
         super().__init__()
         if not gamma_min < gamma_max:
-            raise InputError(
-                f"model.schedule.gamma_min={gamma_min} must be below gamma_max={gamma_max}: gamma is -log SNR"
-            )
+            raise ValueError(f"gamma_min={gamma_min} must be below gamma_max={gamma_max}: gamma is -log SNR")
         if endpoints not in ("learned", "fixed"):
-            raise InputError(f"model.schedule.endpoints={endpoints} is none of learned, fixed")
+            raise ValueError(f"endpoints={endpoints} is none of learned, fixed")
         if interior not in INTERIORS:
-            raise InputError(f"model.schedule.interior={interior} is none of {', '.join(INTERIORS)}")
+            raise ValueError(f"interior={interior} is none of {', '.join(INTERIORS)}")
         self.gamma_min, self.gamma_max, self.interior = float(gamma_min), float(gamma_max), interior
         low, gap = torch.tensor(self.gamma_min), torch.tensor(self.gamma_max - self.gamma_min)
         if endpoints == "learned":
@@ -253,7 +246,7 @@ class MonotoneCurve(LearnedCurve):
 def tabulated(betas: Tensor) -> NoiseSchedule:
     """A DDPM schedule from its betas (T,) in (0, 1), float64."""
     if not 0 < betas.min() <= betas.max() < 1:
-        raise InputError("model.schedule: every beta must lie in (0, 1); mend beta_start and beta_end")
+        raise ValueError("every beta must lie in (0, 1); mend beta_start and beta_end")
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     return NoiseSchedule(TabulatedGamma(alpha_bar), num_timesteps=len(betas))
 
@@ -295,7 +288,7 @@ def flow_schedule(*, margin: float = 1e-4) -> NoiseSchedule:
 def exploding_schedule(sigma_min: float, sigma_max: float) -> NoiseSchedule:
     """Continuous: z_t = x + sigma noise, with log sigma linear in t. Song et al. 2021."""
     if not 0 < sigma_min < sigma_max:
-        raise InputError(f"sigma_min={sigma_min} must be above 0 and below sigma_max={sigma_max}")
+        raise ValueError(f"sigma_min={sigma_min} must be above 0 and below sigma_max={sigma_max}")
     curve = LinearGamma(2 * math.log(sigma_min), 2 * math.log(sigma_max))
     return NoiseSchedule(curve, path=VarianceExploding())
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from medldm.batch import Batch, check_stated
 from medldm.diffusion.conditioner import Condition, fixed_drop, keep, require
-from medldm.errors import InputError
 
 LATENTS = ("source", "spade")
 LABELS = ("embedding", "token", "none")
@@ -41,11 +40,11 @@ class TranslationConditioner(nn.Module):
         super().__init__()
         unknown = [name for name in latents if name not in LATENTS]
         if unknown or not latents:
-            raise InputError(f"model.conditioner.latents={list(latents)}: name one or both of source, spade")
+            raise ValueError(f"latents={list(latents)}: name one or both of source, spade")
         if label not in LABELS:
-            raise InputError(f"model.conditioner.label={label} is none of {', '.join(LABELS)}")
+            raise ValueError(f"label={label} is none of {', '.join(LABELS)}")
         if not 0 <= drop_all_prob <= 1:
-            raise InputError(f"model.conditioner.drop_all_prob={drop_all_prob} must lie in [0, 1]")
+            raise ValueError(f"drop_all_prob={drop_all_prob} must lie in [0, 1]")
         self.latents, self.num_labels, self.drop_all_prob = tuple(latents), num_labels, drop_all_prob
         self.concat_channels = len(self.latents) * latent_channels
         self.embedding_dim = embedding_dim if label == "embedding" else 0

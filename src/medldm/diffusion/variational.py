@@ -64,13 +64,11 @@ class VariationalObjective:
     ) -> None:
         check_choice("times", times, TIME_KINDS)
         if num_timesteps is not None and num_timesteps < 1:
-            raise InputError(f"model.objective.num_timesteps={num_timesteps} must be at least 1, or null")
+            raise ValueError(f"num_timesteps={num_timesteps} must be at least 1, or null")
         if num_timesteps is not None and times == "continuous":
-            raise InputError(
-                f"model.objective.num_timesteps={num_timesteps} has no effect with times=continuous; drop one"
-            )
+            raise ValueError(f"num_timesteps={num_timesteps} has no effect with times=continuous; drop one")
         if beta <= 0:
-            raise InputError(f"model.objective.beta={beta} must be positive")
+            raise ValueError(f"beta={beta} must be positive")
         self.num_timesteps, self.times, self.antithetic, self.beta = num_timesteps, times, antithetic, beta
         self.prediction = DenoisingObjective("noise")
 
