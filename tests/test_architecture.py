@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "sampling",
         "translating",
     },
+    "synthesis": {"conditions", "data", "diffusion", "models", "outputs", "sampling"},
     "outputs": {"data", "callbacks", "plots"},
     "evaluation": {"build", "data", "inference", "metrics", "models", "networks"},
     "reporting": {"evaluation", "data", "metrics"},
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     "overrides": set(),
     "__main__": {"cli"},
 }
-HYDRA = {"cli", "commands", "build", "checkpoints", "overrides", "training"}
+HYDRA = {"cli", "commands", "build", "checkpoints", "overrides", "synthesis", "training"}
 # data.phantoms.swirl is a data module too: points that are made on the fly
 LIGHTNING = {
     "models",

@@ -1,0 +1,1 @@
+"""The parts of `medldm sample`: its request, its provenance and its files."""

@@ -1,0 +1,107 @@
+"""What `medldm sample` is asked for: settings that have an effect, and cases that the model may see."""
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from medldm.attributes import check_class_names
+from medldm.conditions import check_facts, embedded, number_as_trained
+from medldm.data import build_datamodule
+from medldm.data.loading.datamodule import CaseDataModule
+from medldm.data.loading.dataset import CaseDataset
+from medldm.data.splits import SUBSETS
+from medldm.diffusion.conditioner import check_drop
+from medldm.diffusion.sampler import check_guidance, override_sampler
+from medldm.diffusion.windows import Windows
+from medldm.errors import InputError
+from medldm.held_out import check_held_out, seen_subjects
+from medldm.models.common import TrainedModule
+from medldm.sampling import Predictor
+
+log = logging.getLogger(__name__)
+WINDOW_OVERLAP, INTERPOLATION_TIME = 0.5, 0.5  # as in configs/sample.yaml
+
+
+def check_request(cfg: DictConfig, predictor: Predictor) -> None:
+    """InputError for a setting that this request would not use."""
+    sampler = [f"sampler.{key}" for key, value in cfg.sampler.items() if value is not None]
+    changed = {"num_samples": cfg.num_samples != 1, "drop": cfg.drop, "trajectory": cfg.trajectory}
+    options = [key for key, is_set in changed.items() if is_set]
+    if not predictor.is_generative and [*options, *sampler]:
+        key = [*options, *sampler][0]
+        raise InputError(f"{key}: this checkpoint (or stage) draws no samples; leave it out")
+    if cfg.interpolate.count and (options or cfg.max_slices is not None):
+        key = [*options, "max_slices"][0]
+        raise InputError(f"{key}: has no effect on interpolations; leave it out, or interpolate.count=0")
+    if not cfg.interpolate.count and cfg.interpolate.time != INTERPOLATION_TIME:
+        raise InputError("interpolate.time: has no effect without interpolate.count; set that to 2 or more")
+    if cfg.windows.size is None and cfg.windows.overlap != WINDOW_OVERLAP:
+        raise InputError("windows.overlap: has no effect without windows.size; give that too")
+
+
+def choose_sampler(cfg: DictConfig, module: TrainedModule) -> None:
+    """The checkpoint's sampler with the user's changes; InputError where it or `drop` cannot work."""
+    module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
+    check_drop(module.conditioner, tuple(cfg.drop))
+    check_guidance(module.sampler, module.conditioner, tuple(cfg.drop))
+
+
+def check_latent(predictor: Predictor, key: str) -> None:
+    """InputError for a `key` that only latent diffusion can serve."""
+    if not predictor.is_latent:
+        raise InputError(f"{key}: needs a latent diffusion checkpoint; set it to its default")
+
+
+def windows_of(cfg: DictConfig, module: TrainedModule, predictor: Predictor) -> Windows | None:
+    """InputError where the model denoises nothing larger than its training windows."""
+    if cfg.windows.size is None:
+        return None
+    check_latent(predictor, "windows.size")
+    return Windows.of_image(tuple(cfg.windows.size), module.first_stage.downsampling, cfg.windows.overlap)
+
+
+def build_dataset(
+    cfg: DictConfig, module: TrainedModule, keys: tuple[str, ...]
+) -> tuple[CaseDataset, CaseDataModule]:
+    """The cases to sample, and the data module that they come from."""
+    if cfg.split not in (*SUBSETS, "all"):
+        raise InputError(f"split={cfg.split} is none of {', '.join(SUBSETS)}, all")
+    data = OmegaConf.to_container(cfg.data, resolve=True) | {"latents": None, "crop_size": None}
+    data["pairs"] = "all" if "source" in keys else None
+    datamodule = build_datamodule(data, keys=keys, seed=cfg.seed)
+    prepared = datamodule.facts
+    if prepared.get("has_images") is False and prepared["num_classes"] < (module.facts["num_classes"] or 0):
+        prepared |= {"num_classes": module.facts["num_classes"]}  # not all maps show every class
+    check_facts(module.facts, prepared, cfg.checkpoint, data["root"])
+    if "mask" in keys:
+        check_class_names(module.facts, prepared, f"{cfg.checkpoint}: trained on", data["root"])
+    dataset = datamodule.dataset(cfg.split, edge_level=cfg.edge_level).as_cases()
+    number_as_trained(dataset, module.facts, *embedded(module, keys))
+    return dataset, datamodule
+
+
+def check_subjects(
+    cfg: DictConfig, module: TrainedModule, datamodule: CaseDataModule, subjects: set[str]
+) -> dict[str, Any]:
+    """What provenance.json says of subjects that the checkpoint was trained on: those of the whole folder, so
+    that whoever uses the images can tell. InputError where a held-out part has one of them.
+    """
+    seen = seen_subjects(module.description, datamodule.index)
+    if cfg.split in ("val", "test"):
+        allow = bool(cfg.allow_training_subjects)
+        check_held_out(seen, subjects, cfg.checkpoint, cfg.split, allow=allow, key="checkpoint")
+    return {"training_subjects": sorted(seen.all), "unrecorded_stages": seen.unrecorded}
+
+
+def give_units(dataset: CaseDataset, facts: dict[str, Any]) -> None:
+    """Maps alone tell no intensities: their volumes get those typical of what the model was trained on."""
+    ranges = facts.get("intensity_ranges") or {}
+    for item in dataset.every_item():
+        label = dataset.number("label", item) if facts.get("label_values") else 0
+        typical = ranges.get(label)
+        if typical is not None:
+            dataset.cases[item.case]["intensity_range"] = list(typical)
+        elif ranges:
+            log.warning("%s: of no known units; written in [0, 1]", dataset.item_id(item))
+            dataset.cases[item.case]["intensity_range"] = [0.0, 1.0]

@@ -1,0 +1,86 @@
+"""Samples, their trajectories, and volumes between two cases, written case by case as they are made."""
+
+from collections.abc import Mapping, Sequence
+
+from omegaconf import DictConfig
+from rich.progress import Progress, track
+
+from medldm.data.loading.dataset import CaseDataset
+from medldm.devices import inference_precision
+from medldm.diffusion.windows import Windows
+from medldm.errors import InputError
+from medldm.files import safe_name
+from medldm.models.common import TrainedModule
+from medldm.outputs import SampleFolder
+from medldm.sampling import CaseSamples, Predictor, Recorder, Request, interpolate, sample_cases, spread
+
+SEED_STRIDE = 1_000_003  # between the samples of a condition
+
+
+def write_interpolations(
+    cfg: DictConfig,
+    module: TrainedModule,
+    windows: Windows | None,
+    dataset: CaseDataset,
+    folder: SampleFolder,
+    positions: list[int],
+) -> None:
+    """Volumes between neighbouring cases: <output>/interpolation/<a>_to_<b>.{h5,gif}."""
+    count = cfg.interpolate.count
+    if count < 2 or len(positions) < 2:
+        raise InputError(f"interpolate.count={count}: give 2 or more, and a split of two cases or more")
+    shares = [k / (count - 1) for k in range(count)]
+    request = Request(cfg.seed, windows=windows, precision=cfg.precision)
+    for pair in track(list(zip(positions, positions[1:], strict=False)), "interpolating", transient=True):
+        batch = dataset.__getitems__([(0, p) for p in pair])
+        images = interpolate(module, batch, shares, time=cfg.interpolate.time, request=request)
+        folder.write_series(f"interpolation/{safe_name('_to_'.join(batch['case_id']))}", images, shares)
+
+
+def write_samples(
+    cfg: DictConfig,
+    predictor: Predictor,
+    module: TrainedModule,
+    windows: Windows | None,
+    folder: SampleFolder,
+    cases: Mapping[int, list[int]],
+    image_size: Sequence[int],
+) -> None:
+    """The images of all items of `cases` (case -> positions) that the folder lacks, case by case."""
+    dataset, precision = folder.dataset, inference_precision(cfg.precision, module.device)
+
+    def size_of(case: int) -> tuple[int, ...]:
+        return tuple(dataset.cases[case].get("shape") or image_size)[-dataset.spatial_dims :]
+
+    recorder = Recorder(module.sampler.num_steps, cfg.trajectory, precision) if cfg.trajectory else None
+    seeds = [cfg.seed + SEED_STRIDE * k for k in range(cfg.num_samples if predictor.is_generative else 1)]
+    requests = [Request(seed, tuple(cfg.drop), windows, precision=precision) for seed in seeds]
+    requests[0] = requests[0]._replace(callback=recorder)
+    jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases.items()]
+    with Progress() as progress:
+        total = len(seeds) * sum(len(positions) for _, positions in jobs)
+        bar = progress.add_task("sampling" if predictor.is_generative else "predicting", total=total)
+        missing = set(folder.pending([case for case, _ in jobs]))
+        pending = [job for job in jobs if job[0] in missing]
+        progress.advance(bar, total - len(seeds) * sum(len(positions) for _, positions in pending))
+        # A recorder looks at one case at a time.
+        for part in [[job] for job in pending] if recorder else [pending]:
+            for done in sample_cases(
+                predictor,
+                dataset,
+                part,
+                size_of=size_of,
+                requests=requests,
+                batch_size=cfg.data.batch_size,
+                advance=lambda count: progress.advance(bar, count),
+            ):
+                if recorder is not None:
+                    write_trajectory(module, recorder, folder, done, dataset.cases[done.case]["id"])
+                folder.write(done.case, done.positions, done.samples, done.batches)
+
+
+def write_trajectory(
+    module: TrainedModule, recorder: Recorder, folder: SampleFolder, done: CaseSamples, name: str
+) -> None:
+    """The steps that `recorder` saw of a case's last batch as <output>/trajectory/<name>.gif."""
+    folder.write_gif(f"trajectory/{name}", recorder.decoded(module, done.batches[-1]))
