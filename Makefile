@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "medldm needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	if $(BIN)/pip install --quiet uv; \
-	  then $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'; \
+	  then $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]'; \
 	  else $(BIN)/pip install --quiet --editable '.[dev]'; fi
 	touch $@
 
