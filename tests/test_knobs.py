@@ -252,8 +252,6 @@ def numbers(module, batch: dict, dims: int) -> list[torch.Tensor]:
         if module.adversarial is not None:
             parts = (step.real, step.fake.detach(), step.slices, step.label)
             losses["discriminator"] = module.discriminator_loss(*parts)
-    elif hasattr(module, "first_stage"):
-        losses = module.losses(batch, module.latents(batch), 3)
     else:
         losses = module.losses(batch, 3)
     torch.manual_seed(0)
@@ -280,7 +278,7 @@ def test_every_key_of_a_model_changes_what_is_built_trained_or_drawn(name):
     dims = facts["spatial_dims"]
     batch, base = batch_for(dims), built(model, facts)
     shape, values = structure(base), numbers(base, batch, dims)
-    groups = base.conditioner.groups if hasattr(base, "conditioner") else ()
+    groups = () if base.conditioner is None else base.conditioner.groups
     idle = []
     for key, _ in leaves(model):
         other = changed(model, key)

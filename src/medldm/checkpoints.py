@@ -117,7 +117,7 @@ def check_weights(weights: Any, place: str) -> None:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise InputError(f"{place}: {name!r:.120} is no named tensor")
-        is_plain = value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
+        is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
         if not is_plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise InputError(f"{place}: {name:.120} {tuple(value.shape)} has not as many values in the file")
 

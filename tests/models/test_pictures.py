@@ -27,7 +27,9 @@ def validate(folder, times: int, orientation: str = "LPS", **options) -> tuple[d
     """
     ramp = torch.linspace(-1, 1, 6).expand(2, 1, 4, 5, 6)
     description = {"facts": {"orientation": orientation}}
-    module = SimpleNamespace(picture=lambda batch: [ramp, -ramp], description=description)
+    module = SimpleNamespace(
+        picture=lambda batch: [ramp, -ramp], figures=lambda batch: {}, description=description
+    )
     trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, global_step=0, loggers=[Logger()])
     pictures = Pictures(folder, **options)
     affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64)).expand(2, 4, 4)

@@ -44,7 +44,7 @@ def test_a_published_file_loads_frozen(weights_dir):
 
 
 def test_a_missing_or_foreign_file_is_one_line(weights_dir, tmp_path):
-    with pytest.raises(InputError, match="resnet_50_23dataset.pth: not found; put it in"):
+    with pytest.raises(InputError, match="resnet_50_23dataset.pth: not found; put the file in"):
         build_medicalnet(50, weights_dir)
     torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "resnet_10.pth")
     with pytest.raises(InputError, match=r"resnet_10.pth: not the weights of MedicalNet's ResNet-10"):
