@@ -45,6 +45,7 @@ def test_what_a_killed_process_left_of_the_same_file_goes(tmp_path):
             RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing"),
             "full",
         ),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 155200 vs 155088"), "full"),
         (RuntimeError("Can't decrement id ref count (file write failed: errno = 28, error ...)"), "full"),
     ],
 )

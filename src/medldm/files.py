@@ -26,6 +26,7 @@ from medldm.errors import InputError
 
 TEMPORARY = ".tmp"
 ABANDONED = 86_400  # seconds after which a temporary file of another host is taken for left over
+FULL_WHILE_SAVING = re.compile("StreamWriter|unexpected pos")  # what torch.save says of a full disk
 AGAIN = "then run the same command again: what is finished stays"
 DISK_FAULTS = {
     errno.ENOSPC: f"the disk is full; free some space, {AGAIN}",
@@ -91,9 +92,9 @@ def disk_in_one_line(path: Path) -> Iterator[None]:
     """A disk that is full or takes no writes becomes an InputError that names `path`."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:  # torch.save has a RuntimeError for a full disk
+    except (OSError, RuntimeError, ValueError) as error:
         reason = disk_fault(error)
-        if reason is None and isinstance(error, RuntimeError) and "StreamWriter" in str(error):
+        if reason is None and isinstance(error, RuntimeError) and FULL_WHILE_SAVING.search(str(error)):
             reason = DISK_FAULTS[errno.ENOSPC]
         if reason is None:
             raise

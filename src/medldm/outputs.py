@@ -126,7 +126,7 @@ class SampleFolder:
         batches: Sequence[dict[str, Any]],
     ) -> None:
         """`samples`: one (N, C, *S) in [-1, 1] per sample, in the order of `positions`; `batches` hold the
-        conditions.
+        conditions. The HDF5 file is written last: where it stands, the pictures do too.
         """
         if self.path(case).is_file():
             self.remove_pictures(case)
@@ -156,6 +156,9 @@ class SampleFolder:
         batches: Sequence[dict[str, Any]],
     ) -> None:
         rows = [self.dataset.items[p].row for p in positions]
+        for row, image in zip(rows, samples[0] if self.png else (), strict=False):
+            name = f"{self.dataset.cases[case]['id']}_{row:03d}.png"
+            save_png(self.root / "png" / name, to_uint8(image).expand(3, -1, -1))
         source = self.dataset.reader("image", case)
         with replacing(self.path(case)) as aside, writing_hdf5(aside) as file:
             for k, images in enumerate(samples):
@@ -174,19 +177,16 @@ class SampleFolder:
             for name, value in source.attributes.items():
                 file.attrs[name] = value
             file.attrs.update(self.made_from(case))
-        for row, image in zip(rows, samples[0] if self.png else (), strict=False):
-            name = f"{self.dataset.cases[case]['id']}_{row:03d}.png"
-            save_png(self.root / "png" / name, to_uint8(image).expand(3, -1, -1))
 
     def write_volume(self, case: int, samples: Sequence[Tensor], batches: Sequence[dict[str, Any]]) -> None:
         entry = self.dataset.cases[case]
         mask = batches[0]["mask"][0].numpy() if batches and "mask" in batches[0] else None
         volumes = [sample[0].numpy() for sample in samples]
         facts = {key: entry[key] for key in COPIED if key in entry} | self.made_from(case)
-        write_volumes(self.root, entry["id"], volumes, entry, mask=mask, attributes=facts)
         if self.png:
             middle = to_uint8(middle_slice(samples[0], self.dataset.orientation)[0])
             save_png(self.root / "png" / f"{entry['id']}.png", middle.expand(3, -1, -1))
+        write_volumes(self.root, entry["id"], volumes, entry, mask=mask, attributes=facts)
 
 
 def write_volumes(

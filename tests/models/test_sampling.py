@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
+from medldm import outputs
 from medldm.commands import sample
 from medldm.diffusion.conditioner import SpatialConditioner
 from medldm.sampling import batches_of_items
@@ -61,3 +62,25 @@ def test_views_in_another_order_reach_the_model_as_its_own(prepared, diffusion, 
         paths = (f"data.root={root}", f"checkpoint={diffusion}", f"output={tmp_path / name}")
         sample.task(compose_config("sample", *paths, "split=test", "max_slices=4", "png=false"))
     assert set(seen[0]) == {0, 1} and seen[0] == seen[1]
+
+
+def test_a_run_cut_between_pictures_and_arrays_leaves_a_case_to_be_made(
+    prepared, first_stage, tmp_path, monkeypatch
+):
+    """The HDF5 file tells that a case is finished, so a kill before its last picture must come before it."""
+    options = (f"data.root={prepared}", f"checkpoint={first_stage}", "split=val", "max_slices=3")
+    cfg = compose_config("sample", *options, f"output={tmp_path / 'out'}")
+    written = []
+
+    def cut(path, picture):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(outputs, "save_png", cut)
+        sample.task(cfg)
+    assert len(written) == 2 and not list((tmp_path / "out").glob("*.h5"))
+    sample.task(cfg)
+    assert len(list((tmp_path / "out" / "png").glob("*.png"))) == 3
+    assert len(list((tmp_path / "out").glob("*.h5"))) == 1
