@@ -28,7 +28,7 @@ COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index
 
 # Of a provenance, what does not decide the images: where inputs lay (a moved dataset is the same one), and
 # what is known of the whole dataset.
-REMARKS = ("checkpoint", "data_root", "training_subjects", "unrecorded_stages")
+REMARKS = ("checkpoint", "command", "data_root", "training_subjects", "unrecorded_stages")
 NAMES = {"cases": "set of cases", "checkpoint_sha256": "checkpoint"}  # of settings, in messages
 
 

@@ -1,4 +1,4 @@
-"""Run folders: runs/<experiment>/<time>/{config.yaml, checkpoints/, metrics.csv, samples/, log}."""
+"""Run folders runs/NAME/TIME: config.yaml, commands.txt, metrics.csv, checkpoints/, samples/, log."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ from medldm.files import replacing
 
 # The first rank tells the ranks that it starts by this variable where the run is.
 RUN_DIR_VARIABLE = "MEDLDM_RUN_DIR"
+COMMANDS = "commands.txt"  # of a run: one line a start
 
 
 def new_run_dir(parent: Path) -> Path:
@@ -56,6 +57,17 @@ def begin(folder: Path, config: str) -> None:
     with replacing(folder / "config.yaml") as aside:
         aside.write_text(config)
     log_to(folder / "log")
+
+
+def note_command(folder: Path, command: str | None) -> None:
+    """Append the command, and when it was given, to commands.txt of a run; nothing outside a command line."""
+    if command is not None:
+        with open(folder / COMMANDS, "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {one_line(command)}\n")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def log_to(path: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_page_holds_numbers_pictures_and_curves_and_loads_nothing(call, fold
     for row in ("generated", "mean_image", "random_real", "shuffled"):
         assert brief(rows[row]["ssim"]["mean"]) in text
         assert brief(rows[row]["nmse_var"]["ci95"][0]) in text
-    assert text.count("data:image/png;base64,") == 3 + 3  # panels, sample grids
+    assert text.count("data:image/png;base64,") == 3 + 3 + 4  # panels, sample grids, browser
     assert text.count("<svg") == 1 + 2  # scores, loss, perplexity
     assert "pt_inception-2015-12-05-6726825d.pth" in text and "very test image" not in text
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "@import" not in text
@@ -112,7 +112,7 @@ def test_the_first_and_the_newest_picture_are_among_the_chosen():
 
 
 def test_markup_in_names_is_escaped():
-    assert element("p", "x", title='a"<b>') == '<p title="a&quot;&lt;b&gt;">x</p>'
+    assert element("p", "x", title='a"<b>') == '<p title="a&#34;&lt;b&gt;">x</p>'
     assert "&lt;metric&gt;" in table(["<metric>"], [])
 
 

@@ -1,6 +1,7 @@
 """What every command shares: Hydra start-up, and a user's mistake told in one line with exit status 2."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -116,6 +117,16 @@ def adopt_renamed(name: str) -> None:
 def typed_overrides() -> list[str] | None:
     """The overrides as they were typed, such as `data.raw=DIR`; None outside the command line."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+
+
+def typed_command() -> str | None:
+    """The whole command as a shell would read it again, `medldm demo output=DIR` for all that the demo runs;
+    None outside the command line.
+    """
+    overrides = typed_overrides()
+    if overrides is None:
+        return None
+    return shlex.join(["medldm", HydraConfig.get().job.config_name, *overrides])
 
 
 def run_command(task: Task, name: str) -> None:

@@ -1,7 +1,8 @@
 """medldm evaluate: compare a folder of generated images with the real ones, and with baselines.
 
 Images are matched by name. Writes metrics.json (numbers with n, 95% interval over subjects, range, networks
-and seeds), per_case.csv (one line an image and row) and panels/{best,median,worst}.png.
+and seeds), per_case.csv (one line an image and row), panels/{best,median,worst}.png, and browser/: the slices
+that `medldm report` lets one browse.
 
 keys
   generated=DIR        images to judge, of any program: HDF5, NIfTI, NRRD, MetaImage, NumPy, PNG, JPEG.
@@ -42,7 +43,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from medldm.checkpoints import read_checkpoint
-from medldm.commands import clean_after_failure, run_command
+from medldm.commands import clean_after_failure, run_command, typed_command
 from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
 from medldm.evaluation.compare import compare_evaluations, comparison_lines, read_evaluated
@@ -57,7 +58,7 @@ from medldm.evaluation.run import (
     make_tools,
     read_inputs,
     show_results,
-    write_panels,
+    write_pictures,
     write_results,
 )
 from medldm.evaluation.screen import print_tables
@@ -85,9 +86,10 @@ def task(cfg: DictConfig) -> None:
     tools = make_tools(inputs, settings, cfg.paths.weights, segmenter).to(device)
     outcome = judge(inputs, tools, settings, bootstrap, train_split=cfg.train_split)
     outcome.results["warnings"] += origins
+    outcome.results["command"] = typed_command()
     output = inputs.folders["output"]
     write_results(output, outcome)
-    write_panels(output, inputs, outcome, cfg.panel_rows)
+    write_pictures(output, inputs, outcome, panel_rows=cfg.panel_rows, num_browsed=cfg.browse_volumes)
     show_results(outcome.results)
     print(output / "metrics.json")
     print(output / "per_case.csv")

@@ -1,12 +1,14 @@
 """medldm report: one self-contained HTML page about a run (or a chain of runs) and its evaluation.
 
-It holds tables with intervals, real and generated images side by side, loss curves, grids of reconstructions
-and samples over the training, and provenance. Everything is inside the one file: it can be mailed, and it
-needs no network.
+It holds tables with intervals, a browser through the slices of real and generated images, loss curves, grids
+of reconstructions and samples over the training, the steps of denoising where the samples have a trajectory,
+the training images nearest to generated ones, commands and digests. Everything is inside the one file: it can
+be mailed, and it needs no network. Images are 8-bit copies, volumes of at most 96 voxels along an axis.
 
 keys
   run=DIR              a run folder; several stages: run=[DIR1,DIR2]
   evaluation=DIR       what `medldm evaluate` wrote; by default the evaluation/ of one of the runs
+  comparison=DIR       instead: what `medldm evaluate compare=[A,B] output=DIR` wrote, as a page of its own
   output=report.html   where the page goes; by default beside the numbers
   table=medlsdm        writes a table of several evaluations instead of the page, as output=table.md and
                        table.html; edge_levels: scores over sample's edge_level, from one evaluation for each
@@ -23,14 +25,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from medldm.commands import run_command
+from medldm.commands import run_command, typed_command
 from medldm.errors import InputError
 from medldm.evaluation.origins import changes_since
 from medldm.files import replacing
 from medldm.reporting import edge_levels, results_table
-from medldm.reporting.files import read_chosen, read_columns, read_evaluation
-from medldm.reporting.run_page import compose, written_now
+from medldm.reporting.files import read_chosen, read_columns, read_comparison, read_evaluation
+from medldm.reporting.run_page import compose, compose_comparison, written_now
 from medldm.reporting.sections import EvaluationFiles, RunFiles
+from medldm.runs import COMMANDS
 
 log = logging.getLogger(__name__)
 TABLE_KINDS = {"medlsdm": results_table, "edge_levels": edge_levels}
@@ -39,6 +42,8 @@ TABLE_KINDS = {"medlsdm": results_table, "edge_levels": edge_levels}
 def task(cfg: DictConfig) -> None:
     if cfg.table is not None:
         return write_table(cfg)
+    if cfg.comparison is not None:
+        return write_comparison(Path(cfg.comparison), cfg.output)
     folders = as_paths(cfg.run)
     if not folders:
         raise InputError("run: not given; name the run folder as run=DIR")
@@ -48,9 +53,21 @@ def task(cfg: DictConfig) -> None:
     if evaluation is not None:
         add_changes(evaluation, folders)
     output = Path(cfg.output) if cfg.output else (evaluation_dir or folders[-1]) / "report.html"
-    with replacing(output) as temporary:
-        temporary.write_text(compose(runs, evaluation), encoding="utf-8")
-    print(output)
+    write_page(output, compose(runs, evaluation, typed_command()))
+
+
+def write_page(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(path)
+
+
+def write_comparison(folder: Path, output: str | None) -> None:
+    """The page of two evaluations that were compared."""
+    comparison = read_comparison(folder)
+    evaluations = [read_evaluation(Path(path)) for path in comparison["compared"]]
+    path = Path(output) if output else folder / "report.html"
+    write_page(path, compose_comparison(comparison, evaluations, typed_command()))
 
 
 def write_table(cfg: DictConfig) -> None:
@@ -66,9 +83,7 @@ def write_table(cfg: DictConfig) -> None:
     names = [str(folder) for folder in folders]
     texts = {".md": table.to_markdown(evaluations), ".html": table.to_html(evaluations, names, written_now())}
     for suffix, text in texts.items():
-        with replacing(output.with_suffix(suffix)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        print(output.with_suffix(suffix))
+        write_page(output.with_suffix(suffix), text)
 
 
 def add_changes(evaluation: EvaluationFiles, runs: Sequence[Path]) -> None:
@@ -93,7 +108,7 @@ def find_evaluation(stated: str | None, runs: Sequence[Path]) -> Path | None:
 
 def read_run(folder: Path) -> RunFiles:
     """All that the page shows of one run folder. InputError where it is none."""
-    config_path, metrics_path = folder / "config.yaml", folder / "metrics.csv"
+    config_path, metrics_path, commands = (folder / name for name in ("config.yaml", "metrics.csv", COMMANDS))
     if not folder.is_dir():
         raise InputError(f"run={folder}: no such folder; give the folder that `medldm train` printed")
     if not config_path.is_file() and not metrics_path.is_file():
@@ -108,6 +123,7 @@ def read_run(folder: Path) -> RunFiles:
         columns=read_columns(metrics_path) if metrics_path.is_file() else {},
         pictures=read_chosen(folder / "samples"),
         checkpoints={path.name: path.stat().st_size for path in checkpoints},
+        commands=commands.read_text().splitlines() if commands.is_file() else (),
     )
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from medldm.build import load_module
-from medldm.commands import clean_after_failure, run_command
+from medldm.commands import clean_after_failure, run_command, typed_command
 from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
 from medldm.inference import items_by_case
@@ -68,6 +68,7 @@ def task(cfg: DictConfig) -> None:
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {cfg.data.root} is in it; see its splits.json")
     about = describe_run(cfg, module, predictor, precision) | describe_data(cfg, dataset)
+    about["command"] = typed_command()
     about |= check_subjects(cfg, module, datamodule, {dataset.cases[case]["subject"] for case, _ in cases})
     folder = SampleFolder(Path(cfg.output), dataset, about, png=cfg.png)
     if cfg.interpolate.count:

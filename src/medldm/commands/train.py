@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule, Trainer, seed_everything
 
 from medldm.callbacks import EXIT_REQUEUE, Interrupted
-from medldm.commands import experiment_name, run_command, typed_overrides
+from medldm.commands import experiment_name, run_command, typed_command, typed_overrides
 from medldm.devices import DeviceSettings
 from medldm.models.common import TrainedModule
+from medldm.runs import note_command
 from medldm.training.checks import check_knobs, check_monitor, check_sizes
 from medldm.training.run import Run, make_data, make_module, open_folder, open_run
 from medldm.training.trainer import build_trainer, choose_for, quieten
@@ -47,6 +48,8 @@ def task(cfg: DictConfig) -> None:
     trainer = build_trainer(cfg, module, datamodule, run.folder, run.step, settings)
     config = OmegaConf.to_yaml(cfg, resolve=True)
     open_folder(run, module, config, is_first_rank=trainer.is_global_zero)
+    if trainer.is_global_zero:
+        note_command(run.folder, typed_command())
     torch.manual_seed(cfg.seed)
     fit(trainer, module, datamodule, run)
 

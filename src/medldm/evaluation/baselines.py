@@ -152,6 +152,7 @@ class TrainingSet(NamedTuple):
 
     means: MeanImages
     thumbnails: dict[tuple[int, ...], Tensor]  # shape of the images (C, *S) -> (N, D)
+    names: dict[tuple[int, ...], list[str]]  # of the N images
 
     @property
     def num_images(self) -> int:
@@ -162,7 +163,7 @@ def read_training_set(
     train: Path, subjects: Collection[str] | None, evaluated: Collection[str], reading: Reading
 ) -> TrainingSet:
     """Mean and thumbnails of the training images; subjects under evaluation are left out."""
-    means, small = MeanImages(), defaultdict(list)
+    means, small, names = MeanImages(), defaultdict(list), defaultdict(list)
     if known_facts(train):
         records = read_images(train, subjects=subjects)
     else:
@@ -172,7 +173,8 @@ def read_training_set(
             image = np.asarray(load(record.image), np.float32)
             means.add(image, record.attributes)
             small[image.shape].append(thumbnails(torch.from_numpy(image)[None]))
-    return TrainingSet(means, {shape: torch.cat(parts) for shape, parts in small.items()})
+            names[image.shape].append(record.id)
+    return TrainingSet(means, {shape: torch.cat(parts) for shape, parts in small.items()}, dict(names))
 
 
 def has_mean(pairs: Sequence[Pair], training: MeanImages | None, match: Sequence[str]) -> list[bool]:

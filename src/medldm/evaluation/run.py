@@ -18,6 +18,8 @@ from medldm.evaluation.baselines import (
     make_rows,
     read_training_set,
 )
+from medldm.evaluation.browsing import write_browser
+from medldm.evaluation.closest import name_closest, write_closest
 from medldm.evaluation.conditions import Conditions, read_conditions
 from medldm.evaluation.diversity import measure_diversity
 from medldm.evaluation.foreign import Reading
@@ -168,6 +170,7 @@ def judge(
     results = build_results(
         pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity, rows.matches, conditions
     )
+    name_closest(results["memorization"], pairs, training)
     generated = measured.values["generated"]
     results["warnings"] = [*inputs.reading.notes, *rows.missing, *results["warnings"]]
     results |= {"folders": inputs.folders, "mean_image": mean_source, "metrics": settings}
@@ -196,6 +199,23 @@ def write_results(output: Path, outcome: Outcome) -> None:
 
 def panel_metric(values: Mapping[str, Sequence[float]]) -> str:
     return next((name for name in PANEL_ORDER if name in values), next(iter(values)))
+
+
+def write_pictures(
+    output: Path, inputs: Inputs, outcome: Outcome, *, panel_rows: int, num_browsed: int
+) -> None:
+    """panels/, closest/, and browser/ for the report's slice browser."""
+    write_panels(output, inputs, outcome, panel_rows)
+    write_closest(
+        output,
+        outcome.results["memorization"],
+        inputs.pairs,
+        inputs.folders["train"],
+        inputs.reading,
+        inputs.orientation,
+    )
+    name = panel_metric(outcome.generated)
+    write_browser(output, inputs.pairs, outcome.generated[name], name, num_browsed, inputs.orientation)
 
 
 def write_panels(output: Path, inputs: Inputs, outcome: Outcome, num_rows: int) -> None:

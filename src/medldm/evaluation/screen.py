@@ -281,7 +281,13 @@ def notes(results: Mapping) -> Iterator[str]:
     yield from results["warnings"]
     if missing := results.get("diversity", {}).get("missing"):
         yield missing
-    if memorization := results["memorization"]:
+    yield from memorization_lines(results["memorization"])
+    yield from (f"condition: {line}" for line in condition_lines(results))
+
+
+def memorization_lines(memorization: Mapping) -> Iterator[str]:
+    """Whether generated images repeat training images; nothing where no training images were given."""
+    if memorization:
         share, near = memorization["memorized_share"], memorization["quantile"]
         yield (
             f"{share:.1%} of the generated images lie as near to a training image as the nearest {near:.0%} "
@@ -295,4 +301,3 @@ def notes(results: Mapping) -> Iterator[str]:
             f"{audit['threshold']:.3f}; by chance an image does so at a rate of "
             f"{audit['false_positive_rate']:.2g}; the closest are {names}"
         )
-    yield from (f"condition: {line}" for line in condition_lines(results))

@@ -63,7 +63,13 @@ def standardised_rows(x: Tensor) -> Tensor:
 
 
 def nearest_correlation(images: Tensor, train: Tensor) -> Tensor:
-    """(B, C, *s) and (N, C, *s) thumbnails -> (B,) in [-1, 1]: the highest correlation with one of the N.
+    """The correlations of `nearest_training`: (B, C, *s) and (N, C, *s) thumbnails -> (B,) in [-1, 1]."""
+    return nearest_training(images, train)[0]
+
+
+def nearest_training(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C, *s) and (N, C, *s) thumbnails -> the highest correlation of each of the B with one of the N,
+    (B,) in [-1, 1], and which of them it is, (B,) int64.
 
     It is taken over mirrorings and small shifts and does not see brightness or contrast: a mirrored, shifted,
     noisy or re-windowed copy of a training image still comes near 1. ValueError for sides below 5 pixels.
@@ -76,11 +82,14 @@ def nearest_correlation(images: Tensor, train: Tensor) -> Tensor:
     known = standardised_rows(inner)
     rows = max(1, CHUNK_BYTES // (4 * len(images)))
     best = images.new_full((len(images),), -1.0, dtype=torch.float32)
+    index = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for placed in placings(images):
         made = standardised_rows(placed)
-        for part in known.split(rows):
-            best = torch.maximum(best, (made @ part.T).amax(1))
-    return best
+        for number, part in enumerate(known.split(rows)):
+            found = (made @ part.T).max(1)
+            index = torch.where(found.values > best, found.indices + number * rows, index)
+            best = torch.maximum(best, found.values)
+    return best, index
 
 
 class Audit(NamedTuple):

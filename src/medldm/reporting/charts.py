@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from medldm.metrics.catalogue import better
 
@@ -23,14 +24,16 @@ class Curve(NamedTuple):
     values: np.ndarray
 
 
-def to_svg(figure) -> str:  # noqa: ANN001 - matplotlib is imported lazily
+def to_svg(figure) -> Markup:  # noqa: ANN001 - matplotlib is imported lazily
     """Inline SVG without fixed size, document header or dates."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg))
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg)
+    return Markup(svg)
 
 
 def new_figure(width: float, height: float, salt: str):  # noqa: ANN201
@@ -67,7 +70,7 @@ def wants_log(name: str, curves: Mapping[str, Curve]) -> bool:
     return bool(values.min() > 0 and values.max() / values.min() > 30)
 
 
-def curve_chart(name: str, curves: Mapping[str, Curve]) -> str:
+def curve_chart(name: str, curves: Mapping[str, Curve]) -> Markup:
     """One quantity over the steps, its training and validation curves in one picture."""
     figure = new_figure(4.2, 2.5, f"curve-{name}")
     axis = figure.subplots()
@@ -88,7 +91,7 @@ def curve_chart(name: str, curves: Mapping[str, Curve]) -> str:
     return to_svg(figure)
 
 
-def level_chart(name: str, series: Mapping[str, Mapping]) -> str:
+def level_chart(name: str, series: Mapping[str, Mapping]) -> Markup:
     """One metric over the roughness of the edges, a line a model; a level that is no number (contours) stands
     to the right of the others.
     """
@@ -120,7 +123,7 @@ def as_float(value: object) -> float:
     return math.nan if value is None else float(value)
 
 
-def score_chart(rows: Mapping[str, Mapping], names: Sequence[str]) -> str:
+def score_chart(rows: Mapping[str, Mapping], names: Sequence[str]) -> Markup:
     """One small panel a metric, one line a row: the mean as a dot, its interval as a bar."""
     from matplotlib.ticker import MaxNLocator
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from medldm.errors import InputError
 from medldm.evaluation.screen import brief, cell, row_facts
 from medldm.reporting.charts import level_chart
-from medldm.reporting.page import element, escape, page, section, table
+from medldm.reporting.page import chart, element, joined, page, section, table
 
 LEVEL_HEAD = ("checkpoint", "level", "images (subjects)")
 LEVEL_METRICS = ("ssim", "nmse_var", "psnr", "edge_f1_1px", "edge_f1_2px")
@@ -121,11 +121,12 @@ def to_markdown(evaluations: Sequence[Mapping]) -> str:
 def to_html(evaluations: Sequence[Mapping], folders: Sequence[str], subtitle: str) -> str:
     series = by_model(evaluations)
     scores = {m: {at: found.scores for at, found in levels.items()} for m, levels in series.items()}
-    charts = [level_chart(name, scores) for name in found_metrics(series)]
-    cards = element("div", "".join(element("div", c, class_="card") for c in charts), class_="charts")
-    head = [*LEVEL_HEAD, *found_metrics(series)]
-    body = table(head, [[escape(text) for text in line] for line in lines_of(series)], caption=LEVEL_NOTE)
-    made = element("ul", "".join(element("li", element("code", escape(folder))) for folder in folders))
+    names = found_metrics(series)
+    charts = joined(chart(level_chart(name, scores), f"{name} over the roughness") for name in names)
+    cards = element("div", charts, class_="charts")
+    head = [*LEVEL_HEAD, *names]
+    body = table(head, lines_of(series), caption=LEVEL_NOTE)
+    made = element("ul", joined(element("li", element("code", folder)) for folder in folders))
     content = section("Scores by roughness", cards, body, anchor="levels")
     content += section("Evaluations", made, anchor="evaluations")
     return page("Rough edges", subtitle, [("levels", "Scores by roughness")], content)

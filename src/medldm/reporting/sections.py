@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from medldm.evaluation.screen import (
     LINES,
@@ -12,6 +14,7 @@ from medldm.evaluation.screen import (
     brief,
     condition_lines,
     group_size,
+    memorization_lines,
     metric_names,
     number,
     row_facts,
@@ -21,10 +24,11 @@ from medldm.evaluation.screen import (
 from medldm.metrics.catalogue import better
 from medldm.reporting.charts import Curve, curve_chart, score_chart
 from medldm.reporting.page import (
+    chart,
     element,
-    escape,
     facts_list,
     folded,
+    joined,
     paragraph,
     picture,
     section,
@@ -64,12 +68,16 @@ class RunFiles(NamedTuple):
     columns: Mapping[str, Curve]  # of metrics.csv
     pictures: Mapping[str, bytes]  # file name -> PNG
     checkpoints: Mapping[str, int]  # file name -> bytes
+    commands: Sequence[str] = ()  # lines of commands.txt
 
 
 class EvaluationFiles(NamedTuple):
     path: str
     results: Mapping
     panels: Mapping[str, bytes]
+    browser: Sequence[Mapping] = ()  # stacks of `evaluation.browsing.read_browser`
+    strips: Mapping[str, bytes] = {}  # case -> steps of its denoising side by side
+    closest: Mapping[str, bytes] = {}  # pictures of generated images beside their nearest training images
 
 
 def score_cell(score: Mapping | None, row_n: int | None = None) -> str:
@@ -80,11 +88,11 @@ def score_cell(score: Mapping | None, row_n: int | None = None) -> str:
     spread = f"{brief(interval[0])} to {brief(interval[1])}" if interval else ""
     parts = [spread, "" if row_n is None or score["n"] == row_n else f"n = {score['n']}"]
     below = ", ".join(filter(None, parts))
-    return escape(brief(score.get("mean"))) + element("small", escape(below), class_="ci")
+    return joined([brief(score.get("mean")), element("small", below, class_="ci")])
 
 
 def row_label(row: str) -> str:
-    return escape(row.replace("_", " "))
+    return row.replace("_", " ")
 
 
 def headline_names(scores: Mapping) -> list[str]:
@@ -117,7 +125,7 @@ def scores_table(results: Mapping) -> str:
     lines = [
         [
             row_label(row),
-            escape(row_sizes(results, row)),
+            row_sizes(results, row),
             *(score_cell(scores.get(name), row_facts(results, row)["n"]) for name in names),
         ]
         for row, scores in rows.items()
@@ -139,7 +147,7 @@ def set_cell(score: Mapping | None) -> str:
     spread = score.get("std_over_subsets")
     value = number(score["value"]) + (f" \u00b1 {brief(spread)}" if spread is not None else "")
     sizes = f"n = {score['n']} against {score['n_reference']}{tested(score)}"
-    return escape(value) + element("small", escape(sizes), class_="ci")
+    return joined([value, element("small", sizes, class_="ci")])
 
 
 def sets_table(results: Mapping) -> str:
@@ -151,9 +159,10 @@ def sets_table(results: Mapping) -> str:
         for row, scores in distribution.items()
     ]
     missing = {name: facts["missing"] for name, facts in networks.items() if "missing" in facts}
-    notes = (element("div", escape(f"{name}: {why}"), class_="note") for name, why in missing.items())
+    notes = (element("div", f"{name}: {why}", class_="note") for name, why in missing.items())
     head = ["", *(f"{name} {arrow(name)}" for name in names)]
-    return table(head, lines, marked=["generated"]) + "".join(notes)
+    body = table(head, lines, caption="Distances between sets of images", marked=["generated"])
+    return body + joined(notes)
 
 
 def difference_table(results: Mapping) -> str:
@@ -163,7 +172,7 @@ def difference_table(results: Mapping) -> str:
     lines = [
         [
             row_label(row),
-            escape(row_sizes(results, row)),
+            row_sizes(results, row),
             *(score_cell(scores.get(name), row_facts(results, row)["n"]) for name in names),
         ]
         for row, scores in rows.items()
@@ -182,7 +191,7 @@ def group_table(group: str, tables: Mapping, results: Mapping) -> str:
         scores = rows["generated"]
         n, subjects = group_size(scores)
         cells = (score_cell(scores.get(name), n) for name in names)
-        lines.append([escape(label), escape(f"{n} ({subjects})"), *cells])
+        lines.append([label, f"{n} ({subjects})", *cells])
     return table([group.replace("_", " "), "images (subjects)", *names], lines)
 
 
@@ -190,28 +199,26 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
     results = evaluation.results
     names = headline_names(results["rows"]["generated"])
     rows = {row: scores for row, scores in results["rows"].items() if row != "real"}
-    chart = score_chart(rows, names) if names else ""
+    drawn = chart(score_chart(rows, names), "Scores by row with intervals") if names else ""
     notes = list(results["warnings"])
     notes += [why] if (why := (results.get("diversity") or {}).get("missing")) else []
     notes = [f"Condition: {line}." for line in condition_lines(results)] + notes
     groups = [
-        element("h3", escape(f"By {group.replace('_', ' ')}")) + group_table(group, tables, results)
+        element("h3", f"By {group.replace('_', ' ')}") + group_table(group, tables, results)
         for group, tables in results["groups"].items()
         if group != "pair" and not (group == "label" and "pair" in results["groups"])
     ]
     parts = [
-        table(lines.head, [[escape(text) for text in row] for row in lines.rows], caption=lines.title)
-        for tables in LINES
-        for lines in tables(results)
+        table(lines.head, lines.rows, caption=lines.title) for tables in LINES for lines in tables(results)
     ]
     has_sets = results["distribution"] or any("missing" in facts for facts in results["networks"].values())
     has_baselines = any(row in BASELINES for row in results["differences"])
     return section(
         "Numbers",
-        element("div", chart, class_="card wide") if chart else "",
+        drawn,
         *parts,
         scores_table(results),
-        *(element("div", escape(note), class_="note") for note in notes),
+        *(element("div", note, class_="note") for note in notes),
         element("h3", "Against the baselines") + difference_table(results) if has_baselines else "",
         element("h3", "Sets of images") + sets_table(results) if has_sets else "",
         *groups,
@@ -222,23 +229,46 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
 def panels_section(panels: Mapping[str, bytes], by: str) -> str:
     order = [name for name in ("best", "median", "worst") if name in panels]
     order += sorted(set(panels) - set(order))
-    figures = "".join(picture(panels[name], f"{name} by {by}") for name in order)
+    figures = joined(picture(panels[name], f"{name} by {by}") for name in order)
     return section("Real and generated", element("div", figures, class_="stack"), anchor="panels")
 
 
+def copies_section(evaluation: EvaluationFiles) -> Markup:
+    """Whether the model repeats training images, and the closest pairs."""
+    said = [paragraph(line) for line in memorization_lines(evaluation.results["memorization"])]
+    pairs = evaluation.results["memorization"].get("closest", ())
+    captions = {
+        str(i): f"{pair['id']} (left) and training image {pair['train_id']}: correlation "
+        f"{pair['correlation']:.3f}"
+        for i, pair in enumerate(pairs)
+        if "train_id" in pair
+    }
+    figures = joined(
+        picture(png, captions[name]) for name, png in evaluation.closest.items() if name in captions
+    )
+    return section(
+        "Copies of training images", *said, element("div", figures, class_="pictures"), anchor="copies"
+    )
+
+
+def strips_section(strips: Mapping[str, bytes]) -> Markup:
+    """Steps from noise to image of some cases."""
+    figures = joined(picture(png, f"{name}: from the first to the last step") for name, png in strips.items())
+    return section("Denoising", element("div", figures, class_="stack"), anchor="denoising")
+
+
 def definitions_section(results: Mapping) -> str:
-    rows = [[row_label(row), escape(text)] for row, text in results["row_definitions"].items()]
-    metrics = [[escape(name), escape(text)] for name, text in results["definitions"].items()]
+    rows = [[row_label(row), text] for row, text in results["row_definitions"].items()]
+    metrics = [[name, text] for name, text in results["definitions"].items()]
     networks = [
-        [escape(name), escape(f"{facts.get('network', '')}; sha256 {facts['sha256'][:16]}")]
+        [name, f"{facts.get('network', '')}; sha256 {facts['sha256'][:16]}"]
         for name, facts in results["networks"].items()
         if "sha256" in facts
     ]
-    lines = [[name, text.replace("<td>", "")] for name, text in rows + metrics + networks]
-    wide = [
-        [name, element("div", text, style="white-space: normal; text-align: left")] for name, text in lines
-    ]
-    return section("What the numbers mean", table(["name", ""], wide), anchor="definitions")
+    lines = [[name, element("div", text, class_="text")] for name, text in rows + metrics + networks]
+    return section(
+        "What the numbers mean", table(["row or metric", "what it is"], lines), anchor="definitions"
+    )
 
 
 def curve_groups(columns: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
@@ -276,9 +306,9 @@ def pictures_block(pictures: Mapping[str, bytes]) -> str:
     blocks = []
     for found in chosen_pictures(list(pictures)).values():
         newest = picture(pictures[found[-1]], f"newest: {caption_of(found[-1])}")
-        earlier = "".join(picture(pictures[name], caption_of(name)) for name in found[:-1])
+        earlier = joined(picture(pictures[name], caption_of(name)) for name in found[:-1])
         blocks.append(element("div", newest, class_="stack") + element("div", earlier, class_="pictures"))
-    return "".join(blocks)
+    return joined(blocks)
 
 
 def pick(config: Mapping, key: str) -> object:
@@ -302,6 +332,12 @@ RUN_FACTS = {
 }
 
 
+def name_of(run: RunFiles) -> str:
+    """Its experiment, or its folder's name where it has none."""
+    stated = pick(run.config, "experiment_name")
+    return Path(run.path).name if stated in (None, "default") else str(stated)
+
+
 def run_section(run: RunFiles, number_of_run: int) -> str:
     facts = [("folder", run.path)]
     facts += [
@@ -310,16 +346,16 @@ def run_section(run: RunFiles, number_of_run: int) -> str:
     steps = [int(curve.steps.max()) for curve in run.columns.values() if len(curve.steps)]
     facts += [("last logged step", f"{max(steps):,}")] if steps else []
     facts += [(name, f"{size / 2**20:,.1f} MiB") for name, size in run.checkpoints.items()]
-    charts = "".join(
-        element("div", curve_chart(name, curves), class_="card")
+    charts = joined(
+        chart(curve_chart(name, curves), f"{name} over the steps")
         for name, curves in curve_groups(run.columns).items()
     )
-    title = f"Training: {pick(run.config, 'experiment_name') or run.path}"
     return section(
-        title,
+        f"Training: {name_of(run)}",
         facts_list(facts),
         element("div", charts, class_="charts") if charts else paragraph("No metrics.csv yet.", class_="dim"),
-        element("h3", "Pictures over the training") + pictures_block(run.pictures) if run.pictures else "",
+        element("h3", "Pictures over the training") if run.pictures else "",
+        pictures_block(run.pictures),
         folded("whole config", run.config_text) if run.config_text else "",
         anchor=f"run{number_of_run}",
     )
