@@ -10,7 +10,7 @@ from medldm.files import replacing
 
 # The first rank tells the ranks that it starts by this variable where the run is.
 RUN_DIR_VARIABLE = "MEDLDM_RUN_DIR"
-COMMANDS = "commands.txt"  # of a run: one line a start
+COMMANDS_FILE = "commands.txt"  # of a run: one line a start
 
 
 def new_run_dir(parent: Path) -> Path:
@@ -62,12 +62,9 @@ def begin(folder: Path, config: str) -> None:
 def note_command(folder: Path, command: str | None) -> None:
     """Append the command, and when it was given, to commands.txt of a run; nothing outside a command line."""
     if command is not None:
-        with open(folder / COMMANDS, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {one_line(command)}\n")
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
+        words = [time.strftime("%Y-%m-%d %H:%M:%S"), *command.split()]
+        with open(folder / COMMANDS_FILE, "a") as file:
+            print(*words, file=file)
 
 
 def log_to(path: Path) -> None:

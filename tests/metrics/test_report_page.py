@@ -14,9 +14,9 @@ import pytest
 from synthetic_folders import smooth_images, smooth_volumes, write_case, write_prepared_volumes, write_sample
 
 from medldm.commands import evaluate, report
-from medldm.evaluation.browsing import evenly, read_browser, shrink, tiled
+from medldm.evaluation.browsing import averaged, evenly, read_browser, tiled
 from medldm.reporting.files import filmstrip
-from medldm.reporting.page import ASSETS, embedded
+from medldm.reporting.page import ASSETS, script_data
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 QUICK = ("metrics.bootstrap.num_resamples=20", "panel_rows=1", "metrics.features=[]", "metrics.lpips=null")
@@ -144,7 +144,7 @@ def test_names_of_users_become_text_and_nothing_else(pages):
 
 
 def test_data_for_scripts_cannot_leave_its_element():
-    markup = str(embedded({"name": HOSTILE}))
+    markup = str(script_data({"name": HOSTILE}))
     assert markup.count("<") == 2 and json.loads(re.search(r">(.*)<", markup)[1]) == {"name": HOSTILE}
 
 
@@ -220,12 +220,12 @@ def test_layers_hold_the_images_to_half_a_grey_level(pages):
 
 def test_large_volumes_are_averaged_to_the_stated_bound():
     volume = np.arange(8 * 4 * 4, dtype=np.float32).reshape(8, 4, 4)
-    small = shrink(volume, 4, is_map=False)
+    small = averaged(volume, 4, is_map=False)
     assert (
         np.array_equal(small, volume.reshape(4, 2, 4, 4).mean(1))
-        and shrink(volume, 8, is_map=False) is volume
+        and averaged(volume, 8, is_map=False) is volume
     )
-    assert set(np.unique(shrink(volume, 4, is_map=True))) <= set(range(128))
+    assert set(np.unique(averaged(volume, 4, is_map=True))) <= set(range(128))
     assert tiled(np.ones((5, 2, 3), np.uint8)).shape == (2 * 2, 3 * 3)
     assert evenly(10, 4) == [0, 3, 6, 9] and evenly(2, 4) == [0, 1] and evenly(0, 3) == []
 

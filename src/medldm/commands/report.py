@@ -33,7 +33,7 @@ from medldm.reporting import edge_levels, results_table
 from medldm.reporting.files import read_chosen, read_columns, read_comparison, read_evaluation
 from medldm.reporting.run_page import compose, compose_comparison, written_now
 from medldm.reporting.sections import EvaluationFiles, RunFiles
-from medldm.runs import COMMANDS
+from medldm.runs import COMMANDS_FILE
 
 log = logging.getLogger(__name__)
 TABLE_KINDS = {"medlsdm": results_table, "edge_levels": edge_levels}
@@ -108,7 +108,9 @@ def find_evaluation(stated: str | None, runs: Sequence[Path]) -> Path | None:
 
 def read_run(folder: Path) -> RunFiles:
     """All that the page shows of one run folder. InputError where it is none."""
-    config_path, metrics_path, commands = (folder / name for name in ("config.yaml", "metrics.csv", COMMANDS))
+    config_path, metrics_path, commands = (
+        folder / name for name in ("config.yaml", "metrics.csv", COMMANDS_FILE)
+    )
     if not folder.is_dir():
         raise InputError(f"run={folder}: no such folder; give the folder that `medldm train` printed")
     if not config_path.is_file() and not metrics_path.is_file():

@@ -19,10 +19,10 @@ from medldm.evaluation.pairs import Pair
 from medldm.evaluation.panels import AXES, PLANES, upright
 from medldm.files import replacing, write_json
 
-FOLDER = "browser"
-MAX_SIDE = {2: 256, 3: 96}  # pixels or voxels along an axis; longer ones are averaged
+BROWSER_FOLDER = "browser"
+MAX_BROWSED_SIDE = {2: 256, 3: 96}  # pixels or voxels along an axis; longer ones are averaged
 NUM_IMAGES = 10  # 2D images for each volume that would be shown
-SCHEMA_VERSION = 1
+BROWSER_VERSION = 1
 
 
 def evenly(num_all: int, num: int) -> list[int]:
@@ -30,7 +30,7 @@ def evenly(num_all: int, num: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, num_all - 1, min(num, num_all)).round()})
 
 
-def shrink(array: np.ndarray, limit: int, *, is_map: bool) -> np.ndarray:
+def averaged(array: np.ndarray, limit: int, *, is_map: bool) -> np.ndarray:
     """(*S) with no axis longer than `limit`: the means of blocks, or of a class map the nearest voxels."""
     size = [min(side, limit) for side in array.shape]
     if list(array.shape) == size:
@@ -56,7 +56,7 @@ def tiled(stack: np.ndarray) -> np.ndarray:
     return padded.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, -1)
 
 
-def arrays_of(pair: Pair) -> dict[str, tuple[np.ndarray | None, str]]:
+def layers_of_pair(pair: Pair) -> dict[str, tuple[np.ndarray | None, str]]:
     """Name -> (C, *S) array and its kind, in the order of the page."""
     return {
         "source": (pair.source, "grey"),
@@ -68,7 +68,7 @@ def arrays_of(pair: Pair) -> dict[str, tuple[np.ndarray | None, str]]:
     }
 
 
-def spacing_of(pair: Pair, orientation: str) -> list[float]:
+def upright_spacing(pair: Pair, orientation: str) -> list[float]:
     """Voxel sizes along the axes of an upright volume; 1 where they are not known."""
     spacing = pair.attributes.get("spacing")
     if spacing is None or np.size(spacing) != 3:
@@ -80,14 +80,14 @@ def spacing_of(pair: Pair, orientation: str) -> list[float]:
 def volume_stack(pair: Pair, orientation: str) -> tuple[dict, dict[str, np.ndarray]]:
     """What a page must know of a volume, and its pictures by layer."""
     pair, layers, pictures = pair.loaded(), [], {}
-    for name, (array, kind) in arrays_of(pair).items():
+    for name, (array, kind) in layers_of_pair(pair).items():
         if array is not None:
-            stack = shrink(upright(array[0], orientation), MAX_SIDE[3], is_map=kind == "map")
+            stack = averaged(upright(array[0], orientation), MAX_BROWSED_SIDE[3], is_map=kind == "map")
             pictures[name] = tiled(to_bytes(stack, kind))
             layers.append({"name": name, "kind": kind})
     full = list(upright(pair.real[0], orientation).shape)
-    extent = [side * size for side, size in zip(full, spacing_of(pair, orientation), strict=True)]
-    shape = [min(side, MAX_SIDE[3]) for side in full]
+    extent = [side * size for side, size in zip(full, upright_spacing(pair, orientation), strict=True)]
+    shape = [min(side, MAX_BROWSED_SIDE[3]) for side in full]
     facts = {"name": pair.id, "ids": [pair.id], "shape": shape, "original": full, "extent": extent}
     return facts | {"planes": list(PLANES), "labels": None, "layers": layers}, pictures
 
@@ -95,16 +95,16 @@ def volume_stack(pair: Pair, orientation: str) -> tuple[dict, dict[str, np.ndarr
 def image_stack(pairs: Sequence[Pair], captions: Sequence[str]) -> tuple[dict, dict[str, np.ndarray]]:
     """The same of 2D images of one shape, one a slice; a layer that some of them lack is black there."""
     full = list(pairs[0].real.shape[1:])
-    shape = [len(pairs), *(min(side, MAX_SIDE[2]) for side in full)]
+    shape = [len(pairs), *(min(side, MAX_BROWSED_SIDE[2]) for side in full)]
     layers, pictures = [], {}
-    for name, (_, kind) in arrays_of(pairs[0]).items():
-        arrays = [arrays_of(pair)[name][0] for pair in pairs]
+    for name, (_, kind) in layers_of_pair(pairs[0]).items():
+        arrays = [layers_of_pair(pair)[name][0] for pair in pairs]
         if all(array is None for array in arrays):
             continue
         stack = np.zeros(shape, np.uint8)
         for i, array in enumerate(arrays):
             if array is not None:
-                stack[i] = to_bytes(shrink(array[0], MAX_SIDE[2], is_map=kind == "map"), kind)
+                stack[i] = to_bytes(averaged(array[0], MAX_BROWSED_SIDE[2], is_map=kind == "map"), kind)
         pictures[name] = tiled(stack)
         layers.append({"name": name, "kind": kind})
     facts = {"name": f"{len(pairs)} images", "ids": [pair.id for pair in pairs], "shape": shape}
@@ -118,7 +118,7 @@ def write_browser(
     """<output>/browser/: `num` volumes, or ten times as many images, evenly spread over their names, so that
     two evaluations of the same images show the same ones. Nothing for 0.
     """
-    folder = output / FOLDER
+    folder = output / BROWSER_FOLDER
     for path in folder.glob("*.png"):
         path.unlink()  # of an earlier evaluation
     (folder / "stacks.json").unlink(missing_ok=True)
@@ -141,19 +141,19 @@ def write_browser(
             layer["file"] = f"{number}_{layer['name']}.png"
             with replacing(folder / layer["file"]) as temporary:
                 temporary.write_bytes(cv2.imencode(".png", pictures[layer["name"]])[1].tobytes())
-    write_json(folder / "stacks.json", {"schema_version": SCHEMA_VERSION, "stacks": [s for s, _ in stacks]})
+    write_json(folder / "stacks.json", {"schema_version": BROWSER_VERSION, "stacks": [s for s, _ in stacks]})
 
 
 def read_browser(folder: Path) -> list[Mapping]:
     """The stacks of an evaluation with the bytes of their pictures as `png`; none where none was written.
     InputError where a file is not there or not what `medldm evaluate` writes.
     """
-    path = folder / FOLDER / "stacks.json"
+    path = folder / BROWSER_FOLDER / "stacks.json"
     if not path.is_file():
         return []
     try:
         found = json.loads(path.read_text())
-        if found["schema_version"] != SCHEMA_VERSION:
+        if found["schema_version"] != BROWSER_VERSION:
             raise ValueError(f"schema_version {found['schema_version']}")
         for stack in found["stacks"]:
             for layer in stack["layers"]:

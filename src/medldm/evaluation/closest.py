@@ -17,8 +17,8 @@ from medldm.evaluation.stored import load
 from medldm.files import replacing
 from medldm.metrics.memorization import nearest_training, thumbnail_shape, thumbnails
 
-FOLDER = "closest"
-MAX_SIDE = 512  # pixels of a picture of one image
+CLOSEST_FOLDER = "closest"
+PICTURE_SIDE = 512  # pixels of a picture of one image
 GAP = 8
 
 
@@ -46,7 +46,7 @@ def write_closest(
     """<output>/closest/<k>.png: the k-th closest generated image on the left, its training image on the
     right; of volumes the middle slice of each plane. What an earlier evaluation left is deleted.
     """
-    folder = output / FOLDER
+    folder = output / CLOSEST_FOLDER
     for path in folder.glob("*.png"):
         path.unlink()
     closest = [entry for entry in memorization.get("closest", ()) if "train_id" in entry]
@@ -75,7 +75,7 @@ def flat_picture(image: np.ndarray, orientation: str) -> np.ndarray:
 
 def beside(pictures: list[np.ndarray]) -> np.ndarray:
     """Two pictures of one size with a grey line between them, enlarged or shrunk to a handy size."""
-    scale = MAX_SIDE / max(pictures[0].shape)
+    scale = PICTURE_SIDE / max(pictures[0].shape)
     scale = float(int(scale)) if scale >= 1 else scale
     mode = cv2.INTER_NEAREST if scale >= 1 else cv2.INTER_AREA
     left, right = (cv2.resize(picture, None, fx=scale, fy=scale, interpolation=mode) for picture in pictures)

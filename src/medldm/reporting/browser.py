@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from medldm.reporting.page import data_uri, element, embedded, joined, paragraph, section
+from medldm.evaluation.panels import PLANES
+from medldm.reporting.page import data_uri, element, joined_markup, paragraph, script_data, section
 
-PLANES = ("axial", "coronal", "sagittal")
 DIFFERENCES = (("generated", "real"),)
 HOW = (
     "The sliders, or the arrow keys, Page Up, Page Down, Home and End on a line of pictures, move through "
@@ -81,7 +81,7 @@ def plane_group(number: int, names: Sequence[str], prefix: str) -> Markup:
     controls = element("div", label + element("output", "", for_=slider), class_="controls")
     panes = element(
         "div",
-        joined(map(pane, names)),
+        joined_markup(map(pane, names)),
         class_="panes",
         tabindex="0",
         role="group",
@@ -104,22 +104,26 @@ def browser_section(
         for stack in stacks
     ]
     names = list(dict.fromkeys(layer["name"] for stack in data for layer in stack["layers"]))
-    options = joined(element("option", stack["name"]) for stack in data)
+    options = joined_markup(element("option", stack["name"]) for stack in data)
     choice = element(
-        "label", joined(["case", element("select", options, id=f"{anchor}-case")]), for_=f"{anchor}-case"
+        "label",
+        joined_markup(["case", element("select", options, id=f"{anchor}-case")]),
+        for_=f"{anchor}-case",
     )
     lines = Markup('<label><input type="checkbox" name="lines" checked>lines where the planes cross</label>')
-    planes = joined(plane_group(i, names, anchor) for i in range(max(len(stack["planes"]) for stack in data)))
+    planes = joined_markup(
+        plane_group(i, names, anchor) for i in range(max(len(stack["planes"]) for stack in data))
+    )
     content = [
         element("div", choice + lines, class_="controls"),
         paragraph("", class_="about dim"),
         planes,
         element("noscript", "The slices need JavaScript; the pictures of this page do not."),
-        embedded(data),
+        script_data(data),
     ]
     return section(
         title,
         paragraph(HOW, class_="dim"),
-        element("div", joined(content), class_="card browser"),
+        element("div", joined_markup(content), class_="card browser"),
         anchor=anchor,
     )

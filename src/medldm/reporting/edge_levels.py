@@ -7,7 +7,7 @@ from typing import NamedTuple
 from medldm.errors import InputError
 from medldm.evaluation.screen import brief, cell, row_facts
 from medldm.reporting.charts import level_chart
-from medldm.reporting.page import chart, element, joined, page, section, table
+from medldm.reporting.page import chart, element, joined_markup, page, section, table
 
 LEVEL_HEAD = ("checkpoint", "level", "images (subjects)")
 LEVEL_METRICS = ("ssim", "nmse_var", "psnr", "edge_f1_1px", "edge_f1_2px")
@@ -122,11 +122,11 @@ def to_html(evaluations: Sequence[Mapping], folders: Sequence[str], subtitle: st
     series = by_model(evaluations)
     scores = {m: {at: found.scores for at, found in levels.items()} for m, levels in series.items()}
     names = found_metrics(series)
-    charts = joined(chart(level_chart(name, scores), f"{name} over the roughness") for name in names)
+    charts = joined_markup(chart(level_chart(name, scores), f"{name} over the roughness") for name in names)
     cards = element("div", charts, class_="charts")
     head = [*LEVEL_HEAD, *names]
     body = table(head, lines_of(series), caption=LEVEL_NOTE)
-    made = element("ul", joined(element("li", element("code", folder)) for folder in folders))
+    made = element("ul", joined_markup(element("li", element("code", folder)) for folder in folders))
     content = section("Scores by roughness", cards, body, anchor="levels")
     content += section("Evaluations", made, anchor="evaluations")
     return page("Rough edges", subtitle, [("levels", "Scores by roughness")], content)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 ASSETS = Path(__file__).parent / "assets"
 
 
-def joined(parts: Iterable[str]) -> Markup:
+def joined_markup(parts: Iterable[str]) -> Markup:
     """Pieces one after another; those that are no markup are escaped."""
     return Markup("").join(parts)
 
@@ -26,7 +26,7 @@ def element(name: str, content: object, **attributes: object) -> Markup:
     """`content` is escaped unless it is markup, attribute values are always. `class_` stands for class, and
     `data_x` for data-x.
     """
-    marks = joined(
+    marks = joined_markup(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), str(value))
         for key, value in attributes.items()
     )
@@ -38,7 +38,7 @@ def paragraph(text: object, **attributes: str) -> Markup:
 
 
 def section(title: str, *content: str, anchor: str) -> Markup:
-    return element("section", element("h2", title) + joined(content), id=anchor)
+    return element("section", element("h2", title) + joined_markup(content), id=anchor)
 
 
 def table(
@@ -47,11 +47,11 @@ def table(
     """A table whose first column heads its rows; rows whose first cell is in `marked` stand out."""
     lines = []
     for first, *rest in rows:
-        cells = element("th", first, scope="row") + joined(element("td", cell) for cell in rest)
+        cells = element("th", first, scope="row") + joined_markup(element("td", cell) for cell in rest)
         lines.append(element("tr", cells, **({"class_": "mark"} if first in marked else {})))
-    header = joined(element("th", name, scope="col") if name else element("td", "") for name in head)
+    header = joined_markup(element("th", name, scope="col") if name else element("td", "") for name in head)
     title = element("caption", caption) if caption else Markup("")
-    body = element("thead", element("tr", header)) + element("tbody", joined(lines))
+    body = element("thead", element("tr", header)) + element("tbody", joined_markup(lines))
     return element("div", element("table", title + body), class_="card scroll", tabindex="0", role="group",
                    aria_label=caption or "table")  # fmt: skip
 
@@ -59,11 +59,13 @@ def table(
 def tiles(facts: Sequence[tuple[str, str]]) -> Markup:
     """(what, value) pairs as a row of large numbers."""
     cells = (element("b", value) + element("span", what) for what, value in facts)
-    return element("div", joined(element("div", cell, class_="tile") for cell in cells), class_="tiles")
+    return element(
+        "div", joined_markup(element("div", cell, class_="tile") for cell in cells), class_="tiles"
+    )
 
 
 def facts_list(facts: Sequence[tuple[str, object]]) -> Markup:
-    terms = joined(element("dt", name) + element("dd", value) for name, value in facts)
+    terms = joined_markup(element("dt", name) + element("dd", value) for name, value in facts)
     return element("div", element("dl", terms), class_="card")
 
 
@@ -86,7 +88,7 @@ def folded(title: str, text: str) -> Markup:
     return element("details", element("summary", title) + element("pre", text, tabindex="0"))
 
 
-def embedded(data: object) -> Markup:
+def script_data(data: object) -> Markup:
     """Data for a script of the page, which no text in it can leave."""
     return element("script", htmlsafe_json_dumps(data, dumps=json.dumps), type="application/json")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from medldm.evaluation.screen import brief, cell
-from medldm.reporting.page import element, joined, page, paragraph, section, table
+from medldm.reporting.page import element, joined_markup, page, paragraph, section, table
 
 # column -> (where in metrics.json, names that may fill it: the first there is)
 COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -84,8 +84,8 @@ def to_html(evaluations: Sequence[Mapping], folders: Sequence[str], subtitle: st
     lines = table_lines(evaluations)
     body = table(HEAD, [line.cells for line in lines], caption="A line an evaluation")
     first, *others = notes(evaluations, lines)
-    warned = joined(element("div", note, class_="note") for note in others)
-    made = element("ul", joined(element("li", element("code", folder)) for folder in folders))
+    warned = joined_markup(element("div", note, class_="note") for note in others)
+    made = element("ul", joined_markup(element("li", element("code", folder)) for folder in folders))
     content = section("Results", body, paragraph(first, class_="dim"), warned, anchor="results")
     content += section("Evaluations, in the order of the lines", made, anchor="evaluations")
     return page("Med-LSDM results", subtitle, [("results", "Results")], content)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from medldm.evaluation.compare import comparison_lines
 from medldm.reporting import sections
 from medldm.reporting.browser import browser_section, merged
-from medldm.reporting.page import element, folded, joined, page, paragraph, section, table
+from medldm.reporting.page import element, folded, joined_markup, page, paragraph, section, table
 from medldm.reporting.sections import EvaluationFiles, RunFiles
 
 PROVENANCE = ("folders", "mean_image", "metrics", "seed", "software", "provenance")  # of metrics.json
@@ -22,7 +22,7 @@ def compose(runs: Sequence[RunFiles], evaluation: EvaluationFiles | None, comman
     """The whole page of runs as HTML."""
     blocks = [*(evaluation_blocks(evaluation) if evaluation else ())]
     for i, run in enumerate(runs):
-        title = f"Training: {sections.name_of(run)}"
+        title = f"Training: {sections.name_of_run(run)}"
         blocks.append((f"run{i}", title, sections.run_section(run, i)))
     if evaluation:
         meaning = sections.definitions_section(evaluation.results)
@@ -30,7 +30,7 @@ def compose(runs: Sequence[RunFiles], evaluation: EvaluationFiles | None, comman
     blocks.append(("commands", "Commands", commands_section(runs, evaluation, command)))
     if evaluation:
         blocks.append(("provenance", "Provenance", provenance_section(evaluation.results)))
-    names = [sections.name_of(run) for run in runs]
+    names = [sections.name_of_run(run) for run in runs]
     top = sections.headline(evaluation.results) if evaluation else Markup("")
     return assemble(" + ".join(dict.fromkeys(names)), top, blocks)
 
@@ -72,7 +72,7 @@ def compose_comparison(
 def assemble(title: str, top: str, blocks: Iterable[Block]) -> str:
     found = list(blocks)
     links = [(anchor, text) for anchor, text, _ in found]
-    return page(title, written_now(), links, joined([top, *(content for *_, content in found)]))
+    return page(title, written_now(), links, joined_markup([top, *(content for *_, content in found)]))
 
 
 def evaluation_commands(evaluation: EvaluationFiles) -> Iterable[tuple[str, str | None]]:

@@ -28,7 +28,7 @@ from medldm.reporting.page import (
     element,
     facts_list,
     folded,
-    joined,
+    joined_markup,
     paragraph,
     picture,
     section,
@@ -88,7 +88,7 @@ def score_cell(score: Mapping | None, row_n: int | None = None) -> str:
     spread = f"{brief(interval[0])} to {brief(interval[1])}" if interval else ""
     parts = [spread, "" if row_n is None or score["n"] == row_n else f"n = {score['n']}"]
     below = ", ".join(filter(None, parts))
-    return joined([brief(score.get("mean")), element("small", below, class_="ci")])
+    return joined_markup([brief(score.get("mean")), element("small", below, class_="ci")])
 
 
 def row_label(row: str) -> str:
@@ -147,7 +147,7 @@ def set_cell(score: Mapping | None) -> str:
     spread = score.get("std_over_subsets")
     value = number(score["value"]) + (f" \u00b1 {brief(spread)}" if spread is not None else "")
     sizes = f"n = {score['n']} against {score['n_reference']}{tested(score)}"
-    return joined([value, element("small", sizes, class_="ci")])
+    return joined_markup([value, element("small", sizes, class_="ci")])
 
 
 def sets_table(results: Mapping) -> str:
@@ -162,7 +162,7 @@ def sets_table(results: Mapping) -> str:
     notes = (element("div", f"{name}: {why}", class_="note") for name, why in missing.items())
     head = ["", *(f"{name} {arrow(name)}" for name in names)]
     body = table(head, lines, caption="Distances between sets of images", marked=["generated"])
-    return body + joined(notes)
+    return body + joined_markup(notes)
 
 
 def difference_table(results: Mapping) -> str:
@@ -229,7 +229,7 @@ def evaluation_section(evaluation: EvaluationFiles) -> str:
 def panels_section(panels: Mapping[str, bytes], by: str) -> str:
     order = [name for name in ("best", "median", "worst") if name in panels]
     order += sorted(set(panels) - set(order))
-    figures = joined(picture(panels[name], f"{name} by {by}") for name in order)
+    figures = joined_markup(picture(panels[name], f"{name} by {by}") for name in order)
     return section("Real and generated", element("div", figures, class_="stack"), anchor="panels")
 
 
@@ -243,7 +243,7 @@ def copies_section(evaluation: EvaluationFiles) -> Markup:
         for i, pair in enumerate(pairs)
         if "train_id" in pair
     }
-    figures = joined(
+    figures = joined_markup(
         picture(png, captions[name]) for name, png in evaluation.closest.items() if name in captions
     )
     return section(
@@ -253,7 +253,9 @@ def copies_section(evaluation: EvaluationFiles) -> Markup:
 
 def strips_section(strips: Mapping[str, bytes]) -> Markup:
     """Steps from noise to image of some cases."""
-    figures = joined(picture(png, f"{name}: from the first to the last step") for name, png in strips.items())
+    figures = joined_markup(
+        picture(png, f"{name}: from the first to the last step") for name, png in strips.items()
+    )
     return section("Denoising", element("div", figures, class_="stack"), anchor="denoising")
 
 
@@ -306,9 +308,9 @@ def pictures_block(pictures: Mapping[str, bytes]) -> str:
     blocks = []
     for found in chosen_pictures(list(pictures)).values():
         newest = picture(pictures[found[-1]], f"newest: {caption_of(found[-1])}")
-        earlier = joined(picture(pictures[name], caption_of(name)) for name in found[:-1])
+        earlier = joined_markup(picture(pictures[name], caption_of(name)) for name in found[:-1])
         blocks.append(element("div", newest, class_="stack") + element("div", earlier, class_="pictures"))
-    return joined(blocks)
+    return joined_markup(blocks)
 
 
 def pick(config: Mapping, key: str) -> object:
@@ -332,7 +334,7 @@ RUN_FACTS = {
 }
 
 
-def name_of(run: RunFiles) -> str:
+def name_of_run(run: RunFiles) -> str:
     """Its experiment, or its folder's name where it has none."""
     stated = pick(run.config, "experiment_name")
     return Path(run.path).name if stated in (None, "default") else str(stated)
@@ -346,12 +348,12 @@ def run_section(run: RunFiles, number_of_run: int) -> str:
     steps = [int(curve.steps.max()) for curve in run.columns.values() if len(curve.steps)]
     facts += [("last logged step", f"{max(steps):,}")] if steps else []
     facts += [(name, f"{size / 2**20:,.1f} MiB") for name, size in run.checkpoints.items()]
-    charts = joined(
+    charts = joined_markup(
         chart(curve_chart(name, curves), f"{name} over the steps")
         for name, curves in curve_groups(run.columns).items()
     )
     return section(
-        f"Training: {name_of(run)}",
+        f"Training: {name_of_run(run)}",
         facts_list(facts),
         element("div", charts, class_="charts") if charts else paragraph("No metrics.csv yet.", class_="dim"),
         element("h3", "Pictures over the training") if run.pictures else "",
