@@ -25,6 +25,8 @@ def test_the_readme_shows_the_table():
         ("edge_f1_2px", "edge_f1", "higher", "conditioning edges, matched within 2 px"),
         ("edge_f1_real_1px", "edge_f1_real", "higher", "edges of the real image, matched within 1 px"),
         ("dice_left ventricle", "dice", "higher", "Dice of left ventricle"),
+        ("hd95_left ventricle", "hd95", "lower", "Hausdorff distance of left ventricle"),
+        ("surface_distance_mean", "surface_distance", "lower", "between the surfaces"),
         ("dice_mean", "dice", "higher", "mean over the foreground classes"),
         ("nearest_train_rmse", "nearest_train_rmse", "as real", "nearest training image"),
         ("fid_192_slices", "fid", "lower", "Inception"),

@@ -20,6 +20,7 @@ from medldm.metrics.image import to_unit
 from medldm.metrics.memorization import nearest_correlation, nearest_distance, thumbnail_shape, thumbnails
 from medldm.metrics.overlap import dice
 from medldm.metrics.summary import combine_samples
+from medldm.metrics.surface import surface_distances
 
 Images = Sequence[Image | None]
 CHUNK_ELEMENTS = 2**21  # 32 slices of 256 x 256, one volume of 128^3
@@ -84,7 +85,9 @@ def measure_regions(x_hat: Tensor, x: Tensor, pairs: Sequence[Pair], tools: Tool
 
 
 def measure_dice(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:
-    """Dice of the map that a segmenter finds in the images against the map they were made from."""
+    """Dice, and distances between surfaces, of the map that a segmenter finds in the images and the map they
+    were made from.
+    """
     if tools.segmenter is None:
         return {}
     masks = [load(pair.mask) for pair in pairs]
@@ -98,11 +101,29 @@ def measure_dice(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[st
         raise InputError(
             f"segmenter: '{pairs[0].id}' has class {int(wanted.max())}, the segmenter knows {len(names)}"
         )
-    scores = dice(tools.segmenter.segment(images).cpu(), wanted, len(names) + 1).numpy()  # (B, K - 1)
+    found = tools.segmenter.segment(images).cpu()
+    scores = {"dice": dice(found, wanted, len(names) + 1).numpy()}  # (B, K - 1)
+    surfaces = [
+        surface_distances(a[0], b[0], len(names) + 1, voxel_size(pair, a.ndim - 1))
+        for a, b, pair in zip(found.numpy(), wanted.numpy(), pairs, strict=True)
+    ]
+    scores["hd95"] = np.stack([each.hd95 for each in surfaces])
+    scores["surface_distance"] = np.stack([each.mean for each in surfaces])
+    return {name: values for family in scores for name, values in by_class(family, scores[family], names)}
+
+
+def voxel_size(pair: Pair, spatial_dims: int) -> np.ndarray | None:
+    """In mm along the axes of the image; None where it is not known."""
+    spacing = pair.attributes.get("spacing")
+    return None if spacing is None or np.size(spacing) != spatial_dims else np.ravel(spacing).astype(float)
+
+
+def by_class(family: str, scores: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The mean over classes of (B, K - 1) scores, then each class; an image without any class has no mean."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # an image without any class has no mean
-        mean = np.nanmean(scores, axis=1)
-    return {"dice_mean": mean} | {f"dice_{name}": scores[:, k] for k, name in enumerate(names)}
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield f"{family}_mean", np.nanmean(scores, axis=1)
+    yield from ((f"{family}_{name}", scores[:, k]) for k, name in enumerate(names))
 
 
 def measure_nearest(images: Tensor, tools: Tools) -> dict[str, np.ndarray]:

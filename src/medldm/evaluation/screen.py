@@ -7,7 +7,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from medldm.metrics.catalogue import better
+from medldm.metrics.catalogue import OF_CLASSES, better
 
 STAR = "* on other images than `generated`: see the table of the same images"
 
@@ -220,6 +220,24 @@ def dice_lines(results: Mapping) -> Iterator[Lines]:
     yield Lines(title, ["class", "real", "generated", "ratio", "n (subjects)"], rows)
 
 
+def obeys_lines(results: Mapping) -> Iterator[Lines]:
+    """Does the image show what was asked for? Between the ceiling that real images reach and the floor of
+    images that were made for another map.
+    """
+    rows = results["rows"]
+    families = tuple(f"{name}_" for name in (*OF_CLASSES, "edge_f1"))
+    names = [name for name in rows["generated"] if name.startswith(families)]
+    columns = ("real", "generated", "shuffled")
+    lines = [
+        [f"{name} ({better(name)})"]
+        + [cell(rows.get(row, {}).get(name), row_n=row_facts(results, "generated")["n"]) for row in columns]
+        for name in names
+    ]
+    if any(name.startswith("dice_") for name in names):
+        head = ["measure", "real: ceiling", "generated", "made for another subject: floor"]
+        yield Lines("Does it obey? What is found in the image against what was asked for", head, lines)
+
+
 def dice_mean(results: Mapping, ratio: Mapping, row: str, name: str) -> str:
     """The mean that the ratio divides; an older metrics.json has the row's alone."""
     return brief(ratio[row]) if row in ratio else cell(results["rows"][row].get(name))
@@ -237,7 +255,7 @@ def diversity_lines(results: Mapping) -> Iterator[Lines]:
         yield Lines(title, ["set", "mean +- deviation over pairs", "pairs", "subjects"], rows)
 
 
-LINES = (by_n_lines, same_images_lines, dice_lines, diversity_lines, translation_lines)
+LINES = (by_n_lines, same_images_lines, obeys_lines, dice_lines, diversity_lines, translation_lines)
 
 
 def group_size(scores: Mapping[str, Mapping]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from medldm.metrics.manifold import manifold_scores
 from medldm.metrics.memorization import nearest_correlation, nearest_distance
 from medldm.metrics.overlap import dice
 from medldm.metrics.similarity import ms_ssim, ssim
+from medldm.metrics.surface import surface_distances
 from medldm.networks.lpips import LPIPS
 
 INCEPTION = "Inception weights"
@@ -124,6 +125,25 @@ OTHER_IMAGE_METRICS = {
         "",
         "0 to 1",
         True,
+        "class maps, a segmenter",
+    ),
+    "hd95": MetricInfo(
+        surface_distances,
+        "95th percentile of the Hausdorff distance between the surfaces of a class (hd95_CLASS), or its mean "
+        "over the classes (hd95_mean), in the same two maps; the image's diagonal where one map lacks the "
+        "class",
+        "mm; voxels where the spacing is not known",
+        AT_LEAST_ZERO,
+        False,
+        "class maps, a segmenter",
+    ),
+    "surface_distance": MetricInfo(
+        surface_distances,
+        "mean distance between the surfaces of a class (surface_distance_CLASS, surface_distance_mean), "
+        "taken over both; the image's diagonal where one map lacks the class",
+        "mm; voxels where the spacing is not known",
+        AT_LEAST_ZERO,
+        False,
         "class maps, a segmenter",
     ),
     "nearest_train_rmse": MetricInfo(
@@ -239,12 +259,18 @@ REGIONS = {
     "brain": "where the source is not background",
     "tumour": "where the map of the target is not 0; left out where there is none",
 }
+# What is taken of every class, as <name>_<class>, and over them, as <name>_mean.
+OF_CLASSES = {
+    "dice": "Dice",
+    "hd95": "95th percentile of the Hausdorff distance",
+    "surface_distance": "mean surface distance",
+}
 REGIONAL = [name for name, row in IMAGE_METRICS.items() if row.in_regions]
 # Names that belong to a row under another name; the first group, where there is one, is the row's.
 FAMILIES = {
     r"edge_f1_real_\d+px": "edge_f1_real",
     r"edge_f1_\d+px": "edge_f1",
-    r"dice_.+": "dice",
+    **{f"{name}_.+": name for name in OF_CLASSES},
     r"(lpips)_slices": None,
     r"(fid|kid)(?:_64|_192|_768)?(?:_slices)?": None,
     r"(precision|recall|density|coverage)(?:_3d|_random_conv)?(?:_slices)?": None,
@@ -271,8 +297,10 @@ def define(name: str) -> str:
     if name.startswith("edge_f1_"):
         against = "the edges of the real image" if "_real_" in name else "the conditioning edges"
         return definition(int(last.removesuffix("px")), against)
-    if name.startswith("dice_") and name != "dice_mean":
-        return f"Dice of {name.removeprefix('dice_')}: map found by the segmenter against the map asked for"
+    for family, what in OF_CLASSES.items():
+        if name.startswith(f"{family}_") and name != f"{family}_mean":
+            whose = name.removeprefix(f"{family}_")
+            return f"{what} of {whose}: map found by the segmenter against the map asked for"
     return f"{text}; {REGIONS[last]}" if last in REGIONS else text
 
 
