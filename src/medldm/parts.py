@@ -20,7 +20,14 @@ LISTED = {
     "medldm.diffusion.conditioner": ("NullConditioner", "SpatialConditioner"),
     "medldm.diffusion.likelihood": ("Bernoulli", "DiscretizedGaussian"),
     "medldm.diffusion.objective": ("DenoisingObjective",),
-    "medldm.diffusion.sampler": ("AncestralSampler", "DDIMSampler", "DPMSolverSampler"),
+    "medldm.diffusion.sampler": (
+        "AncestralSampler",
+        "DDIMSampler",
+        "DPMSolverSampler",
+        "EulerSampler",
+        "HeunSampler",
+        "MidpointSampler",
+    ),
     "medldm.diffusion.schedule": (
         "cosine_schedule",
         "exploding_schedule",

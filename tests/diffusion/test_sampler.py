@@ -149,7 +149,7 @@ def test_an_oracle_denoiser_is_recovered_in_2d_and_3d(sampler, num_steps, shape)
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "logsnr"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "logsnr", "karras"])
 def test_every_combination_gives_finite_samples(sampler, schedule, spacing):
     schedule = SCHEDULES[schedule]()
     for clean in (True, False):

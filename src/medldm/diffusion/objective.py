@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,10 @@ from medldm.errors import InputError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> x0_hat
 
-PREDICTIONS = ("noise", "image", "velocity")
+PREDICTIONS = ("noise", "image", "velocity", "preconditioned")
 ELEMENT_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 TIME_KINDS = ("auto", "discrete", "continuous")
-DENSITIES = ("uniform", "logit_normal")
+DENSITIES = ("uniform", "logit_normal", "log_normal")
 
 
 def spread_uniform(
@@ -61,16 +62,33 @@ class StaticCondition:
         return self.kept[1]
 
 
+class Preconditioning(NamedTuple):
+    """x0_hat = skip z_t + out F(in z_t): input and target of F have unit variance where the data have the
+    deviation that it was made for. Table 1, Karras et al. 2022, whose z_t = x + sigma noise, on any path.
+    """
+
+    skip: Tensor
+    out: Tensor
+    into: Tensor
+
+    @classmethod
+    def at(cls, alpha: Tensor, sigma: Tensor, data_std: float) -> "Preconditioning":
+        variance = (alpha * data_std).square() + sigma.square()  # of z_t
+        return cls(alpha * data_std**2 / variance, sigma * data_std * variance.rsqrt(), variance.rsqrt())
+
+
 class DenoisingObjective:
     """Weighted regression of the noise, the image or the velocity along the schedule's path: alpha noise -
-    sigma x where the variance is preserved, noise - x on a straight line.
+    sigma x where the variance is preserved, noise - x on a straight line. "preconditioned" is the mixture of
+    image and noise that EDM learns (`Preconditioning`), for data of the deviation `data_std`.
 
     `loss` "l1" or "l2" is averaged over all but the batch axis, then weighted per sample. `min_snr_gamma` (5
     in the paper) is the weight of Hang et al. 2023 in the form that belongs to the prediction; None weighs
     all times alike. `times` "discrete" draws from the T grid points of a tabulated schedule, "continuous"
     from the interval, "auto" as the schedule has a grid or not. `density` is how often each time is drawn:
-    "uniform", or "logit_normal", whose logits are standard normal. `antithetic` spreads the times of a batch
-    evenly, which lowers the variance of the loss.
+    "uniform"; "logit_normal", whose logits are standard normal; "log_normal", where log(sigma / alpha) is
+    normal of mean `level_mean` and deviation `level_std` and what lies beyond the schedule counts as its end.
+    `antithetic` spreads the times of a batch evenly, which lowers the variance of the loss.
     """
 
     def __init__(
@@ -82,6 +100,9 @@ class DenoisingObjective:
         times: str = "auto",
         density: str = "uniform",
         antithetic: bool = False,
+        data_std: float | None = None,
+        level_mean: float | None = None,
+        level_std: float | None = None,
     ) -> None:
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("loss", loss, tuple(ELEMENT_LOSSES))
@@ -89,7 +110,14 @@ class DenoisingObjective:
         check_choice("density", density, DENSITIES)
         if min_snr_gamma is not None and min_snr_gamma <= 0:
             raise ValueError(f"min_snr_gamma={min_snr_gamma} must be positive, or null for no weight")
-        self.prediction = prediction
+        check_given("data_std", data_std, is_read=prediction == "preconditioned")
+        check_given("level_std", level_std, is_read=density == "log_normal")
+        if (level_mean is None) != (level_std is None):
+            raise ValueError(
+                f"level_mean={level_mean}: density=log_normal reads level_mean and level_std alone"
+            )
+        self.prediction, self.data_std = prediction, data_std
+        self.level_mean, self.level_std = level_mean, level_std
         self.loss = loss
         self.min_snr_gamma = min_snr_gamma
         self.times, self.density = times, density
@@ -107,6 +135,9 @@ class DenoisingObjective:
         if self.density == "logit_normal":
             u = torch.sigmoid(torch.special.ndtri(u))  # the quantiles of Esser et al. 2024, m = 0 and s = 1
         steps = schedule.num_timesteps
+        if self.density == "log_normal":
+            t = schedule.times_of(2 * (self.level_mean + self.level_std * torch.special.ndtri(u)))
+            u = t if steps is None else ((t * steps - 0.5) / steps).clamp(min=0)  # to the nearest grid point
         if self.times == "continuous" or (self.times == "auto" and steps is None):
             # On a table the first interval holds no grid point: DDPM step 0 is t = 1 / T.
             return (u if steps is None else (1 + u * (steps - 1)) / steps).float()
@@ -120,6 +151,9 @@ class DenoisingObjective:
         """What the network should say about z_t = alpha x + sigma noise."""
         if self.prediction == "velocity":
             return scales.velocity(x, noise)  # Eq. 11, Salimans & Ho 2022
+        if self.prediction == "preconditioned":
+            factors = self.preconditioning(scales)
+            return (x - factors.skip * scales.mix(x, noise)) / factors.out  # Eq. 8, Karras et al. 2022
         return noise if self.prediction == "noise" else x
 
     def x0_hat(self, output: Tensor, z_t: Tensor, scales: Scales) -> Tensor:
@@ -128,10 +162,24 @@ class DenoisingObjective:
             return output
         if self.prediction == "noise":
             return (z_t - scales.sigma * output) / scales.alpha
+        if self.prediction == "preconditioned":
+            factors = self.preconditioning(scales)
+            return factors.skip * z_t + factors.out * output
         return scales.sigma_slope * z_t - scales.sigma * output
 
+    def preconditioning(self, scales: Scales) -> Preconditioning:
+        return Preconditioning.at(scales.alpha, scales.sigma, self.data_std)
+
+    def network_input(self, z_t: Tensor, scales: Scales) -> Tensor:
+        """What the network sees of z_t: as it is, but for preconditioning."""
+        if self.prediction != "preconditioned":
+            return z_t
+        return (self.preconditioning(scales).into * at_least_float32(z_t)).to(z_t.dtype)
+
     def weight(self, schedule: NoiseSchedule, gamma: Tensor) -> Tensor:
-        """(B,) min-SNR weights: min(SNR, k) for images, over SNR for noise, times sigma^2 for velocities."""
+        """(B,) min-SNR weights: min(SNR, k) for images, over SNR for noise, times sigma^2 for velocities and
+        the square of `Preconditioning.out` with preconditioning.
+        """
         if self.min_snr_gamma is None:
             return torch.ones_like(gamma)
         if self.prediction == "noise":
@@ -139,6 +187,9 @@ class DenoisingObjective:
         if self.prediction == "image":
             return (-gamma).exp().clamp(max=self.min_snr_gamma)
         signal, noise = schedule.path.powers(gamma)
+        if self.prediction == "preconditioned":
+            out = Preconditioning.at(signal.sqrt(), noise.sqrt(), self.data_std).out
+            return (-gamma).exp().clamp(max=self.min_snr_gamma) * out.square()
         return torch.minimum(signal, self.min_snr_gamma * noise)
 
     def __call__(
@@ -161,9 +212,10 @@ class DenoisingObjective:
         t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t
         noise = standard_normal(x, generator) if noise is None else noise
         levels = schedule.levels(t)
-        z_t = schedule.add_noise(x, noise, levels.gamma)
-        output = at_least_float32(network(z_t, schedule.network_time(t, levels.gamma), condition))
-        target = self.target(x, noise, schedule.scales(levels.gamma, x))
+        z_t, scales = schedule.add_noise(x, noise, levels.gamma), schedule.scales(levels.gamma, x)
+        seen = self.network_input(z_t, scales)
+        output = at_least_float32(network(seen, schedule.network_time(t, levels.gamma), condition))
+        target = self.target(x, noise, scales)
         with full_precision(x.device):
             error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
             loss = levels.integral(self.weight(schedule, levels.gamma) * error)
@@ -175,9 +227,10 @@ class DenoisingObjective:
 
         def denoise(z_t: Tensor, t: Tensor) -> Tensor:
             gamma = schedule.gamma(t)
-            output = at_least_float32(network(z_t, schedule.network_time(t, gamma), static.prepared(z_t)))
-            z_t = at_least_float32(z_t)
-            return self.x0_hat(output, z_t, schedule.scales(gamma, z_t))
+            scales = schedule.scales(gamma, at_least_float32(z_t))
+            seen = self.network_input(z_t, scales)
+            output = at_least_float32(network(seen, schedule.network_time(t, gamma), static.prepared(z_t)))
+            return self.x0_hat(output, at_least_float32(z_t), scales)
 
         return denoise
 
@@ -185,6 +238,14 @@ class DenoisingObjective:
 def standard_normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Noise of the shape, precision and device of `x`."""
     return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+def check_given(key: str, value: float | None, *, is_read: bool) -> None:
+    """ValueError where a positive number is missing, or given to nothing that reads it."""
+    if is_read and not (value is not None and value > 0):
+        raise ValueError(f"{key}={value} must be a number above 0")
+    if not is_read and value is not None:
+        raise ValueError(f"{key}={value} has no effect with this prediction and density; leave it out")
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,7 +5,6 @@ the scales of the schedule's path: nothing assumes that the variance is preserve
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from torch import Tensor
 from medldm.devices import full_precision
 from medldm.diffusion.conditioner import Conditioner
 from medldm.diffusion.objective import Denoise, check_clamp, clamped
-from medldm.diffusion.paths import VARIANCE_PRESERVING, Path
+from medldm.diffusion.paths import VARIANCE_PRESERVING, Path, Scales
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
+from medldm.diffusion.timegrid import SPACINGS, TimeGrid, spaced_times
 from medldm.errors import InputError
-
-CONTINUOUS_STEPS = 1000  # a continuous schedule is laid out as if it had this many
 
 Callback = Callable[[int, Tensor], None]  # (steps done, x0_hat): progress bars and previews
 # One for the batch, or one a sample: a sample then does not depend on the batch it is drawn in.
@@ -37,49 +35,15 @@ class Coefficients(NamedTuple):
     noise: Tensor | None = None
 
 
-class TimeGrid(NamedTuple):
-    times: Tensor  # (N,) float64, falling: where the network is evaluated
-    gamma: Tensor  # (N + 1,) float64: there, and where the last step arrives (-inf: clean data)
-
-
-SPACINGS = ("leading", "trailing", "linspace", "logsnr")
-
-
-def step_positions(num_steps: int, num_timesteps: int, spacing: str) -> list[float]:
-    """N falling positions in [0, T - 1]; fractional where N does not divide T.
-
-    leading: 0, T/N, 2T/N .. shifted by one, as CompVis's DDIM does (200 of 1000: 1, 6, .., 996).
-    trailing: T - 1, T - 1 - T/N ..: starts at pure noise. linspace: both ends, T - 1 .. 0.
-    """
-    k = range(num_steps)
-    if spacing == "leading":
-        offset = 1 if num_steps < num_timesteps else 0
-        return [i * num_timesteps / num_steps + offset for i in reversed(k)]
-    if spacing == "trailing":
-        return [num_timesteps * (1 - i / num_steps) - 1 for i in k]
-    return [(num_timesteps - 1) * (1 - i / max(1, num_steps - 1)) for i in k]
-
-
-def equal_logsnr_times(num_steps: int, schedule: NoiseSchedule, device: torch.device | None) -> Tensor:
-    """(N,) float64 falling times from 1 to the first grid point, equally far apart in gamma."""
-    total = schedule.num_timesteps or CONTINUOUS_STEPS
-    t = torch.linspace(1 / total, 1, 10 * total + 1, dtype=torch.float64, device=device)
-    gamma = schedule.gamma(t).double()
-    shares = torch.linspace(0, 1, num_steps, dtype=torch.float64, device=device)
-    wanted = torch.lerp(gamma[-1], gamma[0], shares)
-    right = torch.searchsorted(gamma, wanted).clamp(1, len(t) - 1)
-    share = (wanted - gamma[right - 1]) / (gamma[right] - gamma[right - 1])
-    return torch.lerp(t[right - 1], t[right], share)
-
-
 @dataclass(kw_only=True)
 class Sampler:
     """The loop, and what every sampler shares; a subclass gives its coefficients.
 
     `num_steps` network evaluations at times laid out by `spacing`: leading, trailing or linspace
-    (`step_positions`; whole steps of a discrete schedule, 1000 unrounded ones of a continuous one), or logsnr
-    (equal steps in gamma). `clean_last_step` ends by returning the last x0_hat; without it the result is z at
-    the first grid point (or t = 0), noise included and not divided by alpha, as CompVis's DDIM does.
+    (`step_positions`; whole steps of a discrete schedule, 1000 unrounded ones of a continuous one), logsnr
+    (equal steps in gamma) or karras (equal steps in the seventh root of sigma / alpha). `clean_last_step`
+    ends by returning the last x0_hat; without it the result is z at the first grid point (or t = 0), noise
+    included and not divided by alpha, as CompVis's DDIM does.
     `guidance_scale` (1 is off; null + scale (conditional - null)) and `guidance_rescale` are read by whoever
     builds the guided denoiser; a null that training never saw is refused (`check_guidance`) unless
     `untrained_null`, as Med-LSDM was published. `clamp` clips x0_hat to +-clamp in normalised latent units,
@@ -123,13 +87,11 @@ class Sampler:
     @torch.no_grad()
     def time_grid(self, schedule: NoiseSchedule, device: torch.device | None = None) -> TimeGrid:
         """Where the network is evaluated; laid out without waiting for the device."""
-        first = 0.0 if schedule.num_timesteps is None else 1 / schedule.num_timesteps
-        if self.spacing == "logsnr":
-            times, last = equal_logsnr_times(self.num_steps, schedule, device), 0.0
-        else:
-            spaced = self.spaced_times(schedule.num_timesteps)
-            times = torch.tensor(spaced, dtype=torch.float64, device=device)
-            last = first if spaced[-1] > first else 0.0
+        return self.laid_out(self.num_steps, schedule, device)
+
+    def laid_out(self, num_steps: int, schedule: NoiseSchedule, device: torch.device | None) -> TimeGrid:
+        """A grid of so many steps, with one evaluation at the beginning of each."""
+        times, last = spaced_times(num_steps, schedule, self.spacing, device)
         gamma = schedule.gamma(torch.cat([times, times.new_full((1,), last)]))
         if self.clean_last_step:
             gamma = torch.cat([gamma[:-1], torch.full_like(gamma[-1:], -torch.inf)])
@@ -139,15 +101,6 @@ class Sampler:
         """The first step of the loop whose time is at most `t`; the last one where none is."""
         times = self.time_grid(schedule).times
         return min(int((times > t + 1e-9).sum()), self.num_steps - 1)
-
-    def spaced_times(self, num_timesteps: int | None) -> list[float]:
-        total = num_timesteps or max(CONTINUOUS_STEPS, self.num_steps)
-        positions = step_positions(self.num_steps, total, self.spacing)
-        if num_timesteps is not None and self.num_steps <= num_timesteps:
-            # The network was trained on whole steps only.
-            snap = math.floor if self.spacing == "leading" else round
-            positions = [snap(position) for position in positions]
-        return [(position + 1) / total for position in positions]
 
     @torch.no_grad()
     def __call__(
@@ -275,6 +228,84 @@ class DPMSolverSampler(Sampler):
         )
 
 
+@dataclass(kw_only=True)
+class EulerSampler(Sampler):
+    """Euler's method along the path: z_t is carried to the next level by the velocity at this one.
+
+    It is exact for a constant x0_hat, and on every path it is DDIM without noise.
+    """
+
+    def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
+        alpha, sigma, *_ = path.scales(gamma)
+        kept = sigma[1:] / sigma[:-1]
+        return Coefficients(z=kept, x0=alpha[1:] - alpha[:-1] * kept)
+
+
+@dataclass(kw_only=True)
+class HeunSampler(Sampler):
+    """Heun's second-order method: an Euler step to the next time, and there a second evaluation by which the
+    step is made again with the mean velocity. Algorithm 1, Karras et al. 2022, on their path.
+
+    A step takes two of the `num_steps` evaluations. The last step has one, as in that paper, for at clean
+    data there is no velocity; where `num_steps` is even the first one has one, too. So 1 and 2 evaluations
+    are Euler's method, and 2 N - 1 are N steps.
+    """
+
+    @property
+    def num_single(self) -> int:
+        """Steps of one evaluation before the first pair."""
+        return (self.num_steps + 1) % 2
+
+    def time_grid(self, schedule: NoiseSchedule, device: torch.device | None = None) -> TimeGrid:
+        base = self.laid_out(self.num_steps // 2 + 1, schedule, device)
+        first, rest = base.times.tensor_split((self.num_single + 1,))
+        second = self.second_times(base.times[self.num_single :], schedule)
+        times = torch.cat([first, torch.stack([second, rest], dim=1).flatten()])
+        return TimeGrid(times, torch.cat([schedule.gamma(times).double(), base.gamma[-1:]]))
+
+    def second_times(self, times: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Falling times (n + 1,) -> where the n steps between them are evaluated again."""
+        return times[1:]
+
+    def first_step(self, schedule: NoiseSchedule, t: float) -> int:
+        """A pair of evaluations is not entered in its middle."""
+        step = super().first_step(schedule, t)
+        return step + max(0, step - self.num_single) % 2
+
+    def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
+        """A pair evaluates at a step's beginning t and at m, and arrives at s. For a constant x0_hat
+        z_s = C(t, s) z_t + S(t, s) v_t with S(t, s) = alpha_t sigma_s - alpha_s sigma_t; here the velocity is
+        v_t + (v_m - v_t) / (2 c) with c = S(t, m) / S(t, s), written in z_m and the two x0_hat.
+        """
+        euler = EulerSampler(num_steps=self.num_steps).coefficients(gamma, path)
+        if self.num_steps < 3:
+            return euler
+        scales, begin, end = path.scales(gamma), self.num_single, self.num_steps
+        t, m, s = (Scales(*(v[begin + i : end - 2 + i : 2] for v in scales)) for i in range(3))
+        moved = (t.alpha * s.sigma - s.alpha * t.sigma).square() / (t.alpha * m.sigma - m.alpha * t.sigma)
+        gain = -moved * (m.alpha * t.sigma_slope - m.sigma * t.alpha_slope) / (2 * m.sigma)
+        z, x0, x0_previous = euler.z.clone(), euler.x0.clone(), torch.zeros_like(euler.z)
+        second = slice(begin + 1, end - 1, 2)
+        z[second], x0[second] = s.sigma / m.sigma, gain
+        x0_previous[second] = s.alpha - s.sigma * m.alpha / m.sigma - gain
+        return Coefficients(z=z, x0=x0, x0_previous=x0_previous)
+
+
+@dataclass(kw_only=True)
+class MidpointSampler(HeunSampler):
+    """The midpoint method: the second evaluation stands in the middle of the step's times, and its velocity
+    makes the whole step. Where time is not the path's own parameter, the two velocities are weighed as in
+    Algorithm 3 of Karras et al. 2022, so that it is second order there, too.
+    """
+
+    def second_times(self, times: Tensor, schedule: NoiseSchedule) -> Tensor:
+        middle = (times[1:] + times[:-1]) / 2
+        total = schedule.num_timesteps
+        if total is None or self.spacing in ("logsnr", "karras") or self.num_steps > total:
+            return middle
+        return (middle * total + 1e-6).floor() / total  # whole steps are what the network was trained on
+
+
 def check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
         raise InputError(f"sampler.eta={eta} must lie in [0, 1]")
@@ -299,7 +330,14 @@ def check_guidance(sampler: Sampler, conditioner: Conditioner, drop: tuple[str, 
         )
 
 
-SAMPLERS = {"ancestral": AncestralSampler, "ddim": DDIMSampler, "dpm_solver": DPMSolverSampler}
+SAMPLERS = {
+    "ancestral": AncestralSampler,
+    "ddim": DDIMSampler,
+    "dpm_solver": DPMSolverSampler,
+    "euler": EulerSampler,
+    "heun": HeunSampler,
+    "midpoint": MidpointSampler,
+}
 
 
 def override_sampler(sampler: Sampler, given: dict[str, Any]) -> Sampler:

@@ -13,6 +13,8 @@ from medldm.devices import full_precision
 from medldm.diffusion.levels import Levels, ScheduleGradient, at_least_float32
 from medldm.diffusion.paths import VARIANCE_PRESERVING, LinearInterpolation, Path, Scales, VarianceExploding
 
+CONTINUOUS_STEPS = 1000  # a continuous schedule is tabulated as if it had this many
+
 
 class NoiseSchedule(nn.Module):
     """A curve gamma(t), the path along which signal becomes noise, and what follows from them.
@@ -38,6 +40,17 @@ class NoiseSchedule(nn.Module):
         """d gamma / dt, positive; differentiable in the parameters of the curve."""
         t = at_least_float32(t)
         return torch.func.jvp(self.gamma, (t,), (torch.ones_like(t),))[1]
+
+    @torch.no_grad()
+    def times_of(self, gamma: Tensor) -> Tensor:
+        """The times in [0, 1] at which the levels (N,) are reached, in the precision of `gamma`: exact where
+        the curve has an inverse or is a table, else interpolated; the ends where a level lies outside.
+        """
+        if hasattr(self.curve, "inverse"):
+            return self.curve.inverse(gamma).clamp(0, 1)
+        total = self.num_timesteps or CONTINUOUS_STEPS
+        t = torch.linspace(0, 1, total + 1, dtype=torch.float64, device=gamma.device)
+        return interpolated(gamma.double(), self.gamma(t).double(), t).clamp(0, 1).to(gamma.dtype)
 
     @property
     def is_learned(self) -> bool:
@@ -88,6 +101,13 @@ class NoiseSchedule(nn.Module):
         gradient = ScheduleGradient(self, by_variance=True, moves_endpoints=False)
         gamma, slope = gradient.at(t)
         return Levels(gamma, slope, self.curve.endpoints(slope.dtype)[1].detach(), gradient)
+
+
+def interpolated(x: Tensor, table: Tensor, values: Tensor) -> Tensor:
+    """`values` at the places where the rising `table` is `x`, on straight lines between its entries."""
+    right = torch.searchsorted(table, x).clamp(1, len(table) - 1)
+    share = (x - table[right - 1]) / (table[right] - table[right - 1])
+    return torch.lerp(values[right - 1], values[right], share)
 
 
 def discrete_times(num_timesteps: int, device: torch.device | None = None) -> Tensor:
@@ -143,6 +163,9 @@ class LinearGamma(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t
 
+    def inverse(self, gamma: Tensor) -> Tensor:
+        return (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
+
 
 class InterpolationGamma(nn.Module):
     """gamma(t) = 2 log(t / (1 - t)): noise over signal is t over 1 - t. `margin` keeps both ends finite."""
@@ -155,6 +178,9 @@ class InterpolationGamma(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return 2 * torch.logit(self.margin + (1 - 2 * self.margin) * t)
+
+    def inverse(self, gamma: Tensor) -> Tensor:
+        return (torch.sigmoid(gamma / 2) - self.margin) / (1 - 2 * self.margin)
 
 
 INTERIORS = ("variance", "bound")
