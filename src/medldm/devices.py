@@ -4,7 +4,7 @@ Every choice takes the `Hardware` that it is for, so that a test without a GPU c
 `choose_settings(hardware=GPU)`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,6 +235,18 @@ def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
 def full_precision(device: torch.device) -> torch.autocast:
     """The context of what must not be rounded to bf16: bounds, codes, the last layer of an image."""
     return torch.autocast(device.type, enabled=False)
+
+
+def in_precision_of_now(function: Callable, device: torch.device) -> Callable:
+    """`function` under autocast, or not, as it is at this moment, whenever it is called."""
+    kind = device.type
+    is_rounded, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(kind, dtype=dtype, enabled=is_rounded):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def is_on_host(x: torch.Tensor) -> bool:

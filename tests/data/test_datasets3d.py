@@ -20,6 +20,7 @@ from medldm.data.datasets import (
     synthrad,
     totalsegmentator_mri,
 )
+from medldm.data.hdf5 import open_hdf5
 from medldm.data.loading.datamodule import CaseDataModule
 from medldm.data.prepared import load_index
 from medldm.data.raw.readers import read_image
@@ -394,3 +395,7 @@ def test_mask_out_leaves_the_body_alone(raw3d, tmp_path):
     outside = first[0, :, 0, 0]  # a corner of every slice is air, with noise
     assert outside.max() > -1 and (second[0, :, 0, 0] == -1).all() and plain["cases"][0]["shape"]
     assert np.mean(np.abs(first - second) < 0.05) > 0.9
+    reader = open_hdf5(next((tmp_path / "b").glob("cases/*.h5")))  # images of others are emptied by it too
+    body = reader.read("body")
+    assert body.dtype == bool and body.shape == tuple(reader.attributes["original_shape"])
+    assert 0 < body.mean() < 1 and reader.dataset("body").attrs["outside"] < 0

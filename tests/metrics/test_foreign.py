@@ -43,13 +43,16 @@ def raw_volume(seed: int) -> np.ndarray:
     return np.rint(x).astype(np.int16)
 
 
-def prepare(root, recipe, volumes: dict[str, np.ndarray]) -> None:
+def prepare(root, recipe, volumes: dict[str, np.ndarray], body: np.ndarray | None = None) -> None:
     (root / "cases").mkdir(parents=True)
     cases = []
     for name, raw in volumes.items():
-        volume = prepare_volume(raw.astype(np.float32), None, AFFINE, recipe)
+        volume = prepare_volume(raw.astype(np.float32), None, AFFINE, recipe, body=body)
         with h5py.File(root / "cases" / f"{name}.h5", "w") as file:
             file["image"] = volume.image.astype(recipe.dtype)
+            if volume.body is not None:
+                file["body"] = volume.body
+                file["body"].attrs["outside"] = volume.outside
             file.attrs.update({key: np.asarray(value) for key, value in volume.record().items()})
             file.attrs["spatial_dims"] = 3
         cases.append({"id": name, "subject": name, "file": f"cases/{name}.h5"} | volume.record())
@@ -174,6 +177,22 @@ def test_what_cleaning_took_from_the_reference_is_taken_from_the_same_image_of_o
     real = load(make_real(tmp_path))
     assert real.max() > 0.5 and real[:, :, :6].max() == -1  # of the 30 voxels of 2 mm, the table is the last
     assert largest_errors(tmp_path)[0] < 2e-3
+
+
+@pytest.mark.parametrize("spacing", [None, [2.0, 2.0, 2.0]])
+def test_what_was_emptied_outside_the_body_of_the_reference_is_emptied_in_others_too(tmp_path, spacing):
+    options = settings(intensity=HU, spacing=spacing, mask_out=True)["preprocess"]
+    raw = np.random.default_rng(0).integers(-900, 900, SHAPE).astype(np.int16)
+    body = np.zeros(SHAPE, np.uint8)
+    body[3:10, 4:12, 2:9] = 1
+    prepare(tmp_path / "data", make_recipe(3, None, options), {"v0": raw}, body)
+    for code in ("RAS", "SPL"):
+        save(tmp_path / "made", {"v0": raw}, code=code)
+        assert largest_errors(tmp_path)[0] < 2e-3
+    assert not any("body mask" in note for note in notes_on(tmp_path))
+    prepare(tmp_path / "old" / "data", make_recipe(3, None, options), {"v0": raw})  # without the body
+    save(tmp_path / "old" / "made", {"v0": raw})
+    assert any("1 of 1 references do not hold the body mask" in note for note in notes_on(tmp_path / "old"))
 
 
 @pytest.mark.parametrize("place", ["samples", "data/cases"])

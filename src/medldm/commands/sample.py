@@ -14,7 +14,9 @@ Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidan
 edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed, device,
 precision (auto, bf16-mixed, 32-true; the last step and the image itself are float32 in each).
 Volumes larger than those of training: windows.size=[32,256,256] (voxels; null: a whole axis) denoises in
-overlapping windows, tile=64 decodes in tiles with the same result.
+overlapping windows, tile=64 decodes in tiles with the same result. What the
+network makes of a map alone stays in memory for windows.keep=16 windows; for others it is made again at each
+step, which takes less memory and more time.
 trajectory=20 also writes that many steps of each case as a GIF; interpolate.count=5 writes volumes between
 each two neighbouring cases instead.
 Writes per case HDF5 with the conditions (3D also NIfTI on the source's grid and in its units), 8-bit PNGs

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Attributes that say what a file was made from: a prepared case of raw files and recipe, latents of an image.
 STAMPS = ("fingerprint", "image_digest")
+BODY = "body"  # of a case that `mask_out` emptied: where it was not, (X, Y, Z) bool of the raw volume
 # Names that the 2D schema and the rest of the program use for the same thing.
 DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
 

@@ -10,7 +10,7 @@ import numpy as np
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.data.case import stem_of
 from medldm.data.datasets.mnms2 import MAPPING_INDEX
-from medldm.data.hdf5 import open_hdf5
+from medldm.data.hdf5 import BODY, open_hdf5
 from medldm.data.prepared import load_index
 from medldm.data.raw.image import HDF5_SUFFIXES, RASTER_SUFFIXES, RawImage, has_suffix
 from medldm.data.raw.readers import is_image, read_image
@@ -113,6 +113,7 @@ def hdf5_records(
             mask = reader.read("mask") if "mask" in reader else None
             image = np.asarray(reader.read("image" if "image" in reader.file else key), np.float32)
             stated = {kind: case[kind] for kind in TABLES if kind in case}
+            stated |= {"body_file": str(file)} if BODY in reader.file else {}
             yield ImageRecord(case["id"], subject, image, known({**attributes, **stated}), None, mask)
         return
     slices = case.get("slices", {})

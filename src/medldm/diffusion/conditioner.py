@@ -260,6 +260,16 @@ class SpatialConditioner(nn.Module):
         used = {"mask": self.use_mask, "edges": self.use_edges}
         return tuple(key for key, is_used in used.items() if is_used)
 
+    @property
+    def halo(self) -> int | None:
+        """How many cells of the latent grid around a window its condition depends on; None where it depends
+        on the whole volume.
+        """
+        encoders = [encoder for encoder in (self.encoder, self.spade_encoder) if encoder is not None]
+        halos = [getattr(encoder, "halo", None) for encoder in encoders]
+        sees_all = None in halos or self.spade == "map_latent"
+        return None if sees_all else max(halos, default=0)
+
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:

@@ -1,6 +1,7 @@
 """Encoders that bring planes on the image grid to the latent grid: class maps, edges.
 
-Each is built from (in_channels, out_channels, downsampling) and states the `out_channels` that it gives.
+Each is built from (in_channels, out_channels, downsampling) and states the `out_channels` that it gives, and
+as `halo` how many cells of the latent grid around a cell it sees; without it, a cell depends on all planes.
 """
 
 import math
@@ -18,6 +19,8 @@ class NearestEncoder(nn.Module):
     with the published code, which has it.
     """
 
+    halo = 0
+
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
         self.out_channels = out_channels
@@ -32,6 +35,8 @@ class NearestEncoder(nn.Module):
 
 class Rescaler(nn.Module):
     """CompVis's SpatialRescaler: linear interpolation by 0.5 per factor of two, then a 1x1 convolution."""
+
+    halo = 0
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
@@ -50,6 +55,8 @@ class Rescaler(nn.Module):
 
 class Unshuffle(nn.Module):
     """Every pixel of a latent cell becomes a channel, then a 1x1 convolution. Shi et al. 2016."""
+
+    halo = 0
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
@@ -73,6 +80,7 @@ class SegConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
         self.out_channels = out_channels
+        self.halo = halo_of_convolutions(stage_strides(downsampling[-2:]))
         dims, layers, width = len(downsampling), [], in_channels
         kernel = (1,) * (dims - 2) + (3, 3)
         padding = tuple(size // 2 for size in kernel)
@@ -88,8 +96,21 @@ class SegConv(nn.Module):
         return self.layers(planes)
 
 
+def halo_of_convolutions(strides: list[tuple[int, ...]]) -> int:
+    """Latent cells that kernels of 3 see around one, before each of `strides` and after the last: they reach
+    one pixel, then as many as the strides before them have put into a cell.
+    """
+    cells = []
+    for axis in zip(*strides, strict=True):
+        scales = [math.prod(axis[:stage]) for stage in range(len(axis) + 1)]
+        cells.append(math.ceil(sum(scales) / scales[-1]))
+    return max(cells)
+
+
 class AreaEncoder(nn.Module):
     """The share of every plane in each latent cell: nothing learned, and no class lost."""
+
+    halo = 0
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
@@ -101,7 +122,10 @@ class AreaEncoder(nn.Module):
 
 
 class StridedCNN(nn.Module):
-    """Convolutions of stride 2, GroupNorm and SiLU down to the latent grid, widths 32, 64, 128, 128 ..."""
+    """Convolutions of stride 2, GroupNorm and SiLU down to the latent grid, widths 32, 64, 128, 128 ...
+
+    It has no `halo`: the group norms take their statistics over the whole image or volume.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()

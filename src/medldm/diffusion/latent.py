@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from medldm.batch import expand_as, one_hot
+from medldm.batch import check_labels, expand_as, one_hot
 from medldm.errors import InputError
 from medldm.networks.tiling import TiledAutoencoder
 from medldm.ranks import all_reduce
@@ -32,7 +32,8 @@ class FirstStage(nn.Module):
     again before decoding. `normalisation` is what `fit` computes: "std" gives each channel mean 0 and
     deviation 1 over the training set, "codebook_range" maps the range of all codebook entries to [-1, 1]
     (Med-LSDM), "none" leaves latents as they are. `translator` maps normalised latents to those of another
-    modality. `tile`, where set, is the size of the tiles in which volumes are decoded, with the same result.
+    modality. `tile`, where set, is the size of the tiles in which volumes are encoded and decoded, with the
+    same result up to rounding.
     eval() is pinned, so that neither training nor sampling touches the codebook.
     """
 
@@ -77,7 +78,15 @@ class FirstStage(nn.Module):
     @torch.no_grad()
     def encode_raw(self, x: Tensor) -> Tensor:
         """(B, C, *S) in [-1, 1] -> h (B, Cz, *S/f) float32, neither quantised nor normalised."""
+        if self.tile is not None:
+            return TiledAutoencoder(self.autoencoder, self.tile).encode(x).to(x.device).float()
         return self.autoencoder.encode(x).float()
+
+    def encode_classes(self, mask: Tensor) -> Tensor:
+        """A class map (B, 1, *S) -> z (B, Cz, *S/f), normalised, by an autoencoder of one-hot maps."""
+        num_classes = self.autoencoder.image_channels
+        check_labels(mask, num_classes)
+        return self.encode(mask if self.tile is not None else one_hot(mask, num_classes))
 
     def scaled(self, h: Tensor) -> Tensor:
         """Shift and scale to normalised units; passes gradients on."""
@@ -111,7 +120,9 @@ class FirstStage(nn.Module):
         return self.autoencoder.decode(h, mask)
 
     def decoder_map(self, batch: dict) -> Tensor | None:
-        """The one-hot map (B, K, *S) that a SPADE decoder sees, None for a plain one."""
+        """What a SPADE decoder sees, None for a plain one: the one-hot map (B, K, *S), or, for tiles, the
+        class map (B, 1, *S).
+        """
         num_classes = self.autoencoder.decoder_map_channels
         if num_classes is None:
             return None
@@ -119,7 +130,8 @@ class FirstStage(nn.Module):
             raise InputError(
                 "the first stage's SPADE decoder needs masks; use a conditioner with use_mask=true"
             )
-        return one_hot(batch["mask"], num_classes)
+        check_labels(batch["mask"], num_classes)
+        return batch["mask"] if self.tile is not None else one_hot(batch["mask"], num_classes)
 
     @torch.no_grad()
     def translate(self, z: Tensor, label: Tensor) -> Tensor:

@@ -36,29 +36,40 @@ def on_grid(u: Tensor, num_timesteps: int) -> Tensor:
     return ((u * num_timesteps).floor().clamp(max=num_timesteps - 1) + 1) / num_timesteps
 
 
+Given = Condition | Callable[[], Condition]  # a condition, or what makes it
+
+
+def made(condition: Given) -> Condition:
+    return condition() if callable(condition) else condition
+
+
 class StaticCondition:
     """One condition for all steps of a sampler. What the network makes of its map alone, which no step
-    changes, is computed at the first step and kept as long as this object lives.
+    changes, is computed at the first step and kept as long as this object lives; the map is not, where the
+    condition is given as a function that makes it.
 
     It is computed again where autocast has been switched on or off since, as for a sampler's last step, and
     at every step where gradients are recorded.
     """
 
-    def __init__(self, network: nn.Module, condition: Condition) -> None:
+    def __init__(self, network: nn.Module, condition: Given) -> None:
         self.condition = condition
-        can_prepare = condition.spade is not None and hasattr(network, "modulations")
-        self.modulations = network.modulations if can_prepare else None
-        self.kept: tuple[bool, Condition] | None = None  # under autocast or not, and what was prepared there
+        self.modulations = getattr(network, "modulations", None)
+        self.kept: tuple[bool | None, Condition] | None = None  # under autocast or not (None: either)
 
     def prepared(self, z_t: Tensor) -> Condition:
         """The condition for z_t (B, C, *s), whose grid is that of all steps."""
-        if self.modulations is None or torch.is_grad_enabled():
-            return self.condition
+        if torch.is_grad_enabled():
+            return made(self.condition)
         is_rounded = torch.is_autocast_enabled(z_t.device.type)
-        if self.kept is None or self.kept[0] != is_rounded:
+        if self.kept is None or self.kept[0] not in (None, is_rounded):
             self.kept = None  # frees the old ones first
-            maps = self.modulations(self.condition.spade, z_t.shape[2:])
-            self.kept = is_rounded, self.condition._replace(spade=maps)
+            condition = made(self.condition)
+            if condition.spade is None or self.modulations is None:
+                self.kept = None, condition
+            else:
+                maps = self.modulations(condition.spade, z_t.shape[2:])
+                self.kept = is_rounded, condition._replace(spade=maps)
         return self.kept[1]
 
 
@@ -221,8 +232,10 @@ class DenoisingObjective:
             loss = levels.integral(self.weight(schedule, levels.gamma) * error)
         return {"loss": loss, "unweighted": error.detach().mean()}
 
-    def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Condition) -> Denoise:
-        """The network under one condition as (z_t, t) -> x0_hat with t (B,) in [0, 1]."""
+    def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Given) -> Denoise:
+        """The network under one condition, or what a function makes at the first step, as (z_t, t) -> x0_hat
+        with t (B,) in [0, 1].
+        """
         static = StaticCondition(network, condition)
 
         def denoise(z_t: Tensor, t: Tensor) -> Tensor:
@@ -257,8 +270,8 @@ def guided(
     objective: DenoisingObjective,
     network: nn.Module,
     schedule: NoiseSchedule,
-    condition: Condition,
-    null: Condition,
+    condition: Given,
+    null: Given,
     *,
     scale: float,
     rescale: float = 0.0,
@@ -274,7 +287,7 @@ def guided(
         return objective.denoiser(network, schedule, condition)
     if scale == 0:
         return objective.denoiser(network, schedule, null)
-    denoise_both = objective.denoiser(network, schedule, concatenate(condition, null))
+    denoise_both = objective.denoiser(network, schedule, lambda: concatenate(made(condition), made(null)))
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
         conditional, unconditional = denoise_both(torch.cat([z_t, z_t]), torch.cat([t, t])).chunk(2)

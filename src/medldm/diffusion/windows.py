@@ -1,21 +1,26 @@
 """Denoising of volumes larger than the training windows: overlapping windows, blended at every step.
 
 Bar-Tal et al. 2023 (MultiDiffusion), with weights that fall off towards the border of a window, so that no
-seam is left.
+seam is left. The condition of a window is made from its part of the edges and the class map, so that memory
+does not grow with the volume.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from medldm.batch import spatial_shape
 from medldm.diffusion.conditioner import Condition
-from medldm.diffusion.objective import Denoise
+from medldm.diffusion.objective import Denoise, Given
 from medldm.errors import InputError
 
-Box = tuple[slice, ...]
+Box = tuple[slice, ...]  # cells of the latent grid
+Conditions = Callable[[Box], Condition]  # of any window
+KEEP = 16
 
 
 def window_starts(length: int, size: int, overlap: int) -> list[int]:
@@ -28,20 +33,26 @@ def window_starts(length: int, size: int, overlap: int) -> list[int]:
 
 class Windows:
     """`size` is a number of cells of the latent grid for each axis, None for a whole axis. `overlap` is the
-    share of a window that its neighbour covers too, in [0, 1).
+    share of a window that its neighbour covers too, in [0, 1). What the network computes from the condition
+    of a window alone stays in memory for the first `keep` windows; for all others it is made again at every
+    step.
     """
 
-    def __init__(self, size: Sequence[int | None], overlap: float = 0.5) -> None:
+    def __init__(self, size: Sequence[int | None], overlap: float = 0.5, keep: int = KEEP) -> None:
         if not 0 <= overlap < 1:
             raise InputError(f"windows.overlap={overlap} must lie in [0, 1)")
         if any(n is not None and n < 1 for n in size):
             raise InputError(
                 f"windows.size: {list(size)} cells of the latent grid; give at least one cell an axis"
             )
-        self.size, self.overlap = tuple(size), overlap
+        if keep < 0:
+            raise InputError(f"windows.keep={keep}: give the number of windows whose condition is kept")
+        self.size, self.overlap, self.keep = tuple(size), overlap, keep
 
     @classmethod
-    def of_image(cls, size: Sequence[int | None], downsampling: Sequence[int], overlap: float) -> "Windows":
+    def of_image(
+        cls, size: Sequence[int | None], downsampling: Sequence[int], overlap: float, keep: int = KEEP
+    ) -> "Windows":
         """Windows of a size in voxels of the image. InputError where it does not divide by the factors."""
         if len(size) != len(downsampling):
             raise InputError(
@@ -54,7 +65,7 @@ class Windows:
                     f"{tuple(downsampling)}"
                 )
         cells = [None if n is None else n // factor for n, factor in zip(size, downsampling, strict=True)]
-        return cls(cells, overlap)
+        return cls(cells, overlap, keep)
 
     def boxes(self, shape: Sequence[int]) -> list[Box]:
         axes = []
@@ -77,46 +88,101 @@ class Windows:
         return total
 
 
+def cut(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
+    """The part of x (B, C, *S) over a window of latents of `shape`. InputError where S is no multiple of
+    that.
+    """
+    if any(size % n for size, n in zip(spatial_shape(x), shape, strict=True)):
+        raise InputError(
+            f"windows: a condition of {spatial_shape(x)} does not lie on latents of {tuple(shape)}"
+        )
+    factors = [size // n for size, n in zip(spatial_shape(x), shape, strict=True)]
+    slices = [slice(s.start * f, s.stop * f) for s, f in zip(box, factors, strict=True)]
+    return x[(..., *slices)].contiguous()
+
+
 def cut_condition(condition: Condition, box: Box, shape: Sequence[int]) -> Condition:
     """The part of a condition that belongs to a window; a map may lie on a finer grid than the latents."""
+    maps = {"concat": condition.concat, "spade": condition.spade}
+    return condition._replace(**{key: cut(x, box, shape) for key, x in maps.items() if x is not None})
 
-    def part(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        factors = [size // n for size, n in zip(x.shape[2:], shape, strict=True)]
-        slices = [slice(s.start * f, s.stop * f) for s, f in zip(box, factors, strict=True)]
-        return x[(..., *slices)].contiguous()
 
-    return condition._replace(concat=part(condition.concat), spade=part(condition.spade))
+def grown(box: Box, halo: int, shape: Sequence[int]) -> Box:
+    """`box` with `halo` cells more on every side, within `shape`."""
+    return tuple(
+        slice(max(0, s.start - halo), min(n, s.stop + halo)) for s, n in zip(box, shape, strict=True)
+    )
+
+
+class WindowConditions:
+    """The condition of any window of latents of `shape`, under which a part of a batch is enough.
+
+    build: batch -> condition. keys: the arrays (B, C, *S) of the batch that conditions are made of. halo: how
+    many cells around a window its condition depends on; what they make of the borders of the part is cut off.
+    None says that every cell depends on the whole volume, as after a group norm: the condition is then made
+    of the whole, once, and kept.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[dict], Condition],
+        batch: dict,
+        keys: Sequence[str],
+        shape: Sequence[int],
+        halo: int | None,
+    ) -> None:
+        self.build, self.batch, self.keys, self.shape, self.halo = build, batch, keys, tuple(shape), halo
+        self.kept: Condition | None = None
+
+    @property
+    def whole(self) -> Condition:
+        if self.halo is not None:
+            return self.build(self.batch)
+        if self.kept is None:
+            self.kept = self.build(self.batch)
+        return self.kept
+
+    def __call__(self, box: Box) -> Condition:
+        if all((s.start, s.stop) == (0, n) for s, n in zip(box, self.shape, strict=True)):
+            return self.whole
+        if self.halo is None:
+            return cut_condition(self.whole, box, self.shape)
+        wide = grown(box, self.halo, self.shape)
+        parts = {key: cut(self.batch[key], wide, self.shape) for key in self.keys if key in self.batch}
+        inner = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(box, wide, strict=True))
+        condition = self.build(self.batch | parts)
+        return cut_condition(condition, inner, tuple(w.stop - w.start for w in wide))
 
 
 def windowed(
-    build: Callable[[Condition, Condition], Denoise],
-    condition: Condition,
-    null: Condition,
+    build: Callable[[Given, Given], Denoise],
+    condition: Conditions,
+    null: Conditions,
     shape: Sequence[int],
     windows: Windows,
 ) -> Denoise:
-    """`build(condition, null)` makes the denoiser of a window; the result denoises latents of `shape`."""
+    """`build` makes the denoiser of a window from functions that make its condition and the null of guidance;
+    the result denoises latents of `shape`.
+    """
+
+    def denoiser_of(box: Box) -> Denoise:
+        return build(partial(condition, box), partial(null, box))
+
     boxes = windows.boxes(shape)
     if len(boxes) == 1:
-        return build(condition, null)
-    parts = [
-        (
-            box,
-            build(cut_condition(condition, box, shape), cut_condition(null, box, shape)),
-            windows.weight(box, shape),
-        )
-        for box in boxes
-    ]
+        return denoiser_of(boxes[0])
+    weights = [windows.weight(box, shape) for box in boxes]
     total = torch.zeros(tuple(shape))
-    for box, _, weight in parts:
+    for box, weight in zip(boxes, weights, strict=True):
         total[box] += weight
+    kept = [denoiser_of(box) for box in boxes[: windows.keep]]
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
         blended = torch.zeros_like(z_t)
-        for box, part, weight in parts:
+        for k, (box, weight) in enumerate(zip(boxes, weights, strict=True)):
+            part = kept[k] if k < len(kept) else denoiser_of(box)
             blended[(..., *box)] += part(z_t[(..., *box)].contiguous(), t) * weight.to(z_t)
+            del part  # before the next window's is made
         return blended / total.to(z_t)
 
     return denoise

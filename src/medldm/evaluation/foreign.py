@@ -163,6 +163,7 @@ def settle(
     how = "as stated" if stated != "auto" else "by their type" if is_pictures(images) else "by their extremes"
     reading.note(describe_range(what, folder, found.limits, how))
     note_grid(what, folder, images, reading)
+    note_surroundings(what, folder, [reals[name] for name in images], reading)
     note_colours(what, folder, images, reading)
     note_passed_over(what, folder, reading)
     return {
@@ -182,11 +183,18 @@ def note_grid(what: str, folder: Path, images: Mapping[str, ForeignImage], readi
     loose = [image for image in files if image.affine is None or reading.grid == "array"]
     if loose:
         reading.note(f"{what} {folder}: voxels of {len(loose)} volumes taken as they lie, not by an affine")
-    recipe = reading.recipe
-    if len(loose) < len(files) and recipe is not None and recipe.mask_out:
+
+
+def note_surroundings(what: str, folder: Path, reals: Sequence[ImageRecord], reading: Reading) -> None:
+    """Where images could not be emptied as their reference was."""
+    if reading.recipe is None or not reading.recipe.mask_out or reading.grid == "array":
+        return
+    lacking = [real.id for real in reals if "body_file" not in real.attributes]
+    if lacking:
         reading.note(
-            f"{what} {folder}: the reference was emptied outside its body mask, which prepared cases do not "
-            "keep; these images were not"
+            f"{what} {folder}: {len(lacking)} of {len(reals)} references do not hold the body mask that "
+            "data.preprocess.mask_out emptied them by (an older medldm prepared them, or they have none); "
+            "these images are compared as they are. Prepare the reference again in a new folder"
         )
 
 

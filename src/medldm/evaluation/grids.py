@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from medldm.data.hdf5 import BODY, open_hdf5
 from medldm.data.preparation.intensity import remove_artifacts, scale_to_unit
 from medldm.data.preparation.recipe import Recipe
 from medldm.data.records import ImageRecord
@@ -77,14 +78,18 @@ def on_grid(
     if "original_affine" not in attributes:
         return placed
     source = tuple(int(n) for n in attributes["original_shape"])
-    if placed is not None:
+    has_body = recipe is not None and recipe.mask_out and "body_file" in attributes
+    is_cleaned = recipe is not None and (recipe.remove_artifacts or has_body)
+    if placed is not None and not is_cleaned:
         whole = np.ones(source, np.float32)
         known = voxels_to(whole, attributes["original_affine"], attributes["affine"], shape)
         return placed if known is None else (placed[0], placed[1] | ~known[1])
     on_source = voxels_to(x, affine, attributes["original_affine"], source)
     if on_source is None or recipe is None:
-        return None
+        return placed
     moved, has_voxels = on_source
+    if has_body:
+        moved = without_surroundings(moved, attributes)
     if recipe.remove_artifacts:
         moved = without_artifacts(moved, attributes)
     y, inside = prepared_like(clipped(moved, recipe), has_voxels, attributes, shape, recipe)
@@ -95,6 +100,15 @@ def clipped(x: np.ndarray, recipe: Recipe | None) -> np.ndarray:
     """`x` within [-1, 1], where a recipe clips before it resamples."""
     is_cut = recipe is not None and recipe.intensity.clip and recipe.intensity.region == "volume"
     return np.clip(x, -1, 1) if is_cut else x
+
+
+def without_surroundings(x: np.ndarray, attributes: Mapping) -> np.ndarray:
+    """A volume on its source's grid with nothing outside the body mask that the reference was emptied by, and
+    there the value of the reference.
+    """
+    reader = open_hdf5(attributes["body_file"])
+    outside = np.float32(reader.dataset(BODY).attrs["outside"])
+    return np.where(reader.read(BODY), x, scale_to_unit(outside, *attributes["intensity_range"], clip=False))
 
 
 def without_artifacts(x: np.ndarray, attributes: Mapping) -> np.ndarray:

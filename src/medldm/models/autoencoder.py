@@ -114,7 +114,7 @@ class AutoencoderModule(AdversarialModule):
             return self(batch["image"], self.decoder_map(batch))
         tiled = TiledAutoencoder(self.autoencoder, self.tile)
         h = self.autoencoder.quantize(tiled.encode(batch["image"]).to(self.device)).z
-        return tiled.decode(h, self.decoder_map(batch))
+        return tiled.decode(h, batch.get("mask"))
 
     def decoder_map(self, batch: dict) -> Tensor | None:
         """One-hot map (B, K, *S) for a SPADE decoder, None for a plain one."""

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medldm.batch import one_hot
+from medldm.devices import in_precision_of_now
 from medldm.diffusion.conditioner import Condition, Conditioner, in_float32
 from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
-from medldm.diffusion.windows import Windows, windowed
+from medldm.diffusion.windows import Box, Conditions, WindowConditions, Windows, windowed
 from medldm.errors import InputError
 from medldm.models.common import (
     TrainedModule,
@@ -31,6 +31,10 @@ from medldm.models.protocols import Output, Request, translations
 def mix(condition: Condition, share: float) -> Condition:
     """The condition between the two samples of a batch; share 0 is the first sample's."""
     return Condition(*(None if x is None else torch.lerp(x[:1], x[1:], share) for x in condition))
+
+
+def mixed_condition(conditions: Conditions, share: float, box: Box) -> Condition:
+    return mix(conditions(box), share)
 
 
 class DiffusionModule(TrainedModule):
@@ -106,6 +110,8 @@ class DiffusionModule(TrainedModule):
         if self.image_decoder is None:
             raise InputError("tile: this model has no first stage to decode with; set it to null")
         self.first_stage.tile = size
+        if self.map_stage is not None:
+            self.map_stage.tile = size
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
@@ -151,12 +157,21 @@ class DiffusionModule(TrainedModule):
         dropped = self.conditioner.drop_groups(size, drop, self.device)
         return in_float32(self.conditioner(self.with_map_latent(batch), self.first_stage, dropped))
 
+    def conditions(
+        self, batch: dict, shape: tuple[int, ...], drop: tuple[str, ...] | None = ()
+    ) -> WindowConditions:
+        """`condition` for windows of latents of `shape`, made when they are asked for, from the part of the
+        batch under a window where the conditioner allows that.
+        """
+        keys, halo = self.conditioner.batch_keys, getattr(self.conditioner, "halo", None)
+        build = in_precision_of_now(partial(self.condition, drop=drop), self.device)
+        return WindowConditions(build, batch, keys, shape, halo)
+
     @torch.no_grad()
     def with_map_latent(self, batch: dict) -> dict:
         if self.map_stage is None or "mask" not in batch:
             return batch
-        planes = one_hot(batch["mask"], self.map_stage.autoencoder.image_channels)
-        return batch | {"map_latent": self.map_stage.encode(planes)}
+        return batch | {"map_latent": self.map_stage.encode_classes(batch["mask"])}
 
     def draw(self, batch: dict, size: tuple[int, ...], request: Request) -> Tensor:
         """New images of the grid `size` under the conditions of a batch."""
@@ -186,12 +201,11 @@ class DiffusionModule(TrainedModule):
         sampler = sampler or self.sampler
         check_guidance(sampler, self.conditioner, drop)
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
-        condition = self.condition(batch, drop)
-        null = condition if sampler.guidance_scale == 1 else self.condition(batch, None)
+        conditions = (self.conditions(batch, latent_shape, left_out) for left_out in (drop, None))
         generator = case_generators(names, seed, self.device)
         # The denoiser keeps what it has computed from the map: it is to be gone before the decoder runs.
         z = sampler(
-            self.denoiser(condition, null, latent_shape, sampler, windows),
+            self.denoiser(*conditions, latent_shape, sampler, windows),
             self.schedule,
             noise,
             generator,
@@ -201,8 +215,8 @@ class DiffusionModule(TrainedModule):
 
     def denoiser(
         self,
-        condition: Condition,
-        null: Condition,
+        condition: Conditions,
+        null: Conditions,
         latent_shape: tuple[int, ...],
         sampler: Sampler,
         windows: Windows | None = None,
@@ -216,8 +230,7 @@ class DiffusionModule(TrainedModule):
             scale=sampler.guidance_scale,
             rescale=sampler.guidance_rescale,
         )
-        if windows is None:
-            return build(condition, null)
+        windows = windows or Windows((None,) * len(latent_shape))
         return windowed(build, condition, null, latent_shape, windows)
 
     def decode(self, z: Tensor, batch: dict) -> Tensor:
@@ -248,10 +261,10 @@ class DiffusionModule(TrainedModule):
         noise = case_noise(["+".join(names)], z.shape[1:], seed).to(z)
         first = sampler.first_step(self.schedule, time)
         start = sampler.time_grid(self.schedule).times[first].expand(1).to(z.device)
-        conditions = (self.condition(batch), self.condition(batch, None))
+        conditions = [self.conditions(batch, shape, drop) for drop in ((), None)]
         volumes = []
         for share in shares:
-            mixed = (mix(condition, share) for condition in conditions)
+            mixed = (partial(mixed_condition, condition, share) for condition in conditions)
             middle = torch.lerp(z[:1], z[1:], share)
             z_t = self.schedule.add_noise(middle, noise, self.schedule.gamma(start))
             generator = case_generators(["+".join(names)], seed, self.device)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.batch import one_hot
 from medldm.networks.autoencoder import VQAutoencoder
 from medldm.networks.layers import AttentionBlock, Downsample, ResBlock, Upsample, per_axis, pointwise
 from medldm.networks.spade import SPADE
@@ -41,6 +42,11 @@ def grown(box: TileBox, halo: int, shape: Sequence[int], multiple: Sequence[int]
         (max(0, a - halo) // m * m, min(n, b + halo))
         for (a, b), n, m in zip(box, shape, multiple, strict=True)
     )
+
+
+def as_planes(x: Tensor, num_planes: int | None) -> Tensor:
+    """A class map of integers (B, 1, *S) as one-hot planes; anything else as it is."""
+    return x if x.is_floating_point() else one_hot(x, num_planes)
 
 
 class Affine(NamedTuple):
@@ -72,6 +78,9 @@ def whole_norm(norm: nn.Module, x: Tensor) -> Affine:
 class TiledAutoencoder:
     """`encode` and `decode` of an autoencoder in eval mode, in tiles.
 
+    Class maps may be given as integers (B, 1, *S): they become one-hot planes tile by tile, which for 37
+    classes of 304 x 512 x 512 saves 11 GiB.
+
     tile: cells of a tile along each axis, at every resolution; a number or one per axis.
     store: the device on which volumes wait between operations; "cpu" leaves a GPU to the tiles.
     """
@@ -85,13 +94,14 @@ class TiledAutoencoder:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """(B, C, *S) -> (B, Cz, *S/f) on the store, neither quantised nor normalised.
+        """Images (B, C, *S), or the class map of an autoencoder of maps -> (B, Cz, *S/f) on the store,
+        neither quantised nor normalised.
 
         Raises ValueError where S does not divide by the autoencoder's downsampling.
         """
         net = self.autoencoder
         net.check_size(x)
-        h = self.run(net.first, [x.to(self.store)], halo=1)
+        h = self.run(lambda part: net.first(as_planes(part, net.image_channels)), [x.to(self.store)], halo=1)
         h = self.stack(net.encoder, h, None)
         norm = whole_norm(net.encoder_norm, h)
 
@@ -102,8 +112,8 @@ class TiledAutoencoder:
 
     @torch.no_grad()
     def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """A quantised latent (B, Cz, *S/f), and the one-hot map (B, K, *S) where the decoder has SPADE norms
-        -> (B, C, *S) on the store.
+        """A quantised latent (B, Cz, *S/f), and the class map, or its one-hot planes (B, K, *S), where the
+        decoder has SPADE norms -> (B, C, *S) on the store.
         """
         net = self.autoencoder
         mask = None if mask is None else mask.to(self.store)
@@ -172,7 +182,8 @@ class TiledAutoencoder:
             (..., *(slice(None, None, n // m) for n, m in zip(mask.shape[2:], self.grid, strict=True)))
         ]
         wide = grown(box, 2, self.grid, (1,) * len(box))
-        maps = norm.modulation(cut(level, wide).to(h), torch.Size(b - a for a, b in wide))
+        planes = as_planes(cut(level, wide).to(self.device), self.autoencoder.decoder_map_channels)
+        maps = norm.modulation(planes.to(h), torch.Size(b - a for a, b in wide))
         inner = tuple((a - w, b - w) for (a, b), (w, _) in zip(box, wide, strict=True))
         return tuple(cut(part, inner) for part in maps)
 

@@ -41,6 +41,8 @@ class Volume(NamedTuple):
     box: tuple[list[int], list[int]]  # start (negative: padding) and end in the oriented, resampled volume
     original_affine: np.ndarray
     original_shape: tuple[int, ...]
+    body: np.ndarray | None = None  # (X, Y, Z) bool of the raw volume, where what lies outside was emptied
+    outside: float | None = None  # the raw value that it got
 
     def record(self) -> dict[str, Any]:
         """What `restore_volume` needs, as an index entry has it."""
@@ -71,6 +73,8 @@ def prepare_volume(
     resampling, or from the box where the recipe says so. Masks are resampled to the nearest class.
     """
     shape, rule = image.shape, recipe.intensity
+    kept = None if body is None or not recipe.mask_out else body != 0
+    outside = None if kept is None else float(image.min())
     image = clean(image, body, affine, recipe)
     low, high = rule.volume_range(image)
     fill = -1.0 if rule.region == "volume" else float(image.min())
@@ -102,6 +106,8 @@ def prepare_volume(
         box_within(grid_affine, final_affine, item["image"].shape[1:]),
         np.asarray(affine, np.float64),
         shape,
+        kept,
+        outside,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from medldm.attributes import TABLES
 from medldm.data.case import Case
+from medldm.data.hdf5 import BODY
 from medldm.data.preparation.casts import finite, within
 from medldm.data.preparation.jobs import (
     FileJob,
@@ -98,6 +99,8 @@ def write_volume(job: FileJob, file: h5py.File) -> None:
         file.create_dataset("image", data=within(volume.image, recipe.dtype, case.main_path), **layout)
     if volume.mask is not None:
         file.create_dataset("mask", data=volume.mask, **layout)
+    if volume.body is not None:  # images of others are emptied alike when they are compared with this one
+        file.create_dataset(BODY, data=volume.body, **COMPRESSION["gzip"]).attrs["outside"] = volume.outside
     file.attrs.update(
         **{key: np.asarray(value) for key, value in volume.record().items()},
         spacing=volume.spacing,
