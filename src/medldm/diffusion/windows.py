@@ -19,8 +19,8 @@ from medldm.diffusion.objective import Denoise, Given
 from medldm.errors import InputError
 
 Box = tuple[slice, ...]  # cells of the latent grid
-Conditions = Callable[[Box], Condition]  # of any window
-KEEP = 16
+ConditionOf = Callable[[Box], Condition]  # of any window
+WINDOWS_KEPT = 16
 
 
 def window_starts(length: int, size: int, overlap: int) -> list[int]:
@@ -38,7 +38,7 @@ class Windows:
     step.
     """
 
-    def __init__(self, size: Sequence[int | None], overlap: float = 0.5, keep: int = KEEP) -> None:
+    def __init__(self, size: Sequence[int | None], overlap: float = 0.5, keep: int = WINDOWS_KEPT) -> None:
         if not 0 <= overlap < 1:
             raise InputError(f"windows.overlap={overlap} must lie in [0, 1)")
         if any(n is not None and n < 1 for n in size):
@@ -51,7 +51,7 @@ class Windows:
 
     @classmethod
     def of_image(
-        cls, size: Sequence[int | None], downsampling: Sequence[int], overlap: float, keep: int = KEEP
+        cls, size: Sequence[int | None], downsampling: Sequence[int], overlap: float, keep: int = WINDOWS_KEPT
     ) -> "Windows":
         """Windows of a size in voxels of the image. InputError where it does not divide by the factors."""
         if len(size) != len(downsampling):
@@ -88,7 +88,7 @@ class Windows:
         return total
 
 
-def cut(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
+def part_over(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
     """The part of x (B, C, *S) over a window of latents of `shape`. InputError where S is no multiple of
     that.
     """
@@ -104,10 +104,10 @@ def cut(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
 def cut_condition(condition: Condition, box: Box, shape: Sequence[int]) -> Condition:
     """The part of a condition that belongs to a window; a map may lie on a finer grid than the latents."""
     maps = {"concat": condition.concat, "spade": condition.spade}
-    return condition._replace(**{key: cut(x, box, shape) for key, x in maps.items() if x is not None})
+    return condition._replace(**{key: part_over(x, box, shape) for key, x in maps.items() if x is not None})
 
 
-def grown(box: Box, halo: int, shape: Sequence[int]) -> Box:
+def with_halo(box: Box, halo: int, shape: Sequence[int]) -> Box:
     """`box` with `halo` cells more on every side, within `shape`."""
     return tuple(
         slice(max(0, s.start - halo), min(n, s.stop + halo)) for s, n in zip(box, shape, strict=True)
@@ -147,8 +147,8 @@ class WindowConditions:
             return self.whole
         if self.halo is None:
             return cut_condition(self.whole, box, self.shape)
-        wide = grown(box, self.halo, self.shape)
-        parts = {key: cut(self.batch[key], wide, self.shape) for key in self.keys if key in self.batch}
+        wide = with_halo(box, self.halo, self.shape)
+        parts = {key: part_over(self.batch[key], wide, self.shape) for key in self.keys if key in self.batch}
         inner = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(box, wide, strict=True))
         condition = self.build(self.batch | parts)
         return cut_condition(condition, inner, tuple(w.stop - w.start for w in wide))
@@ -156,8 +156,8 @@ class WindowConditions:
 
 def windowed(
     build: Callable[[Given, Given], Denoise],
-    condition: Conditions,
-    null: Conditions,
+    condition: ConditionOf,
+    null: ConditionOf,
     shape: Sequence[int],
     windows: Windows,
 ) -> Denoise:

@@ -13,7 +13,7 @@ from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
-from medldm.diffusion.windows import Box, Conditions, WindowConditions, Windows, windowed
+from medldm.diffusion.windows import Box, ConditionOf, WindowConditions, Windows, windowed
 from medldm.errors import InputError
 from medldm.models.common import (
     TrainedModule,
@@ -33,7 +33,7 @@ def mix(condition: Condition, share: float) -> Condition:
     return Condition(*(None if x is None else torch.lerp(x[:1], x[1:], share) for x in condition))
 
 
-def mixed_condition(conditions: Conditions, share: float, box: Box) -> Condition:
+def mixed_condition(conditions: ConditionOf, share: float, box: Box) -> Condition:
     return mix(conditions(box), share)
 
 
@@ -215,8 +215,8 @@ class DiffusionModule(TrainedModule):
 
     def denoiser(
         self,
-        condition: Conditions,
-        null: Conditions,
+        condition: ConditionOf,
+        null: ConditionOf,
         latent_shape: tuple[int, ...],
         sampler: Sampler,
         windows: Windows | None = None,

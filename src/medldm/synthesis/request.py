@@ -13,7 +13,7 @@ from medldm.data.loading.dataset import CaseDataset
 from medldm.data.splits import SUBSETS
 from medldm.diffusion.conditioner import check_drop
 from medldm.diffusion.sampler import check_guidance, override_sampler
-from medldm.diffusion.windows import KEEP, Windows
+from medldm.diffusion.windows import WINDOWS_KEPT, Windows
 from medldm.errors import InputError
 from medldm.held_out import check_held_out, seen_subjects
 from medldm.models.common import TrainedModule
@@ -36,7 +36,7 @@ def check_request(cfg: DictConfig, predictor: Predictor) -> None:
         raise InputError(f"{key}: has no effect on interpolations; leave it out, or interpolate.count=0")
     if not cfg.interpolate.count and cfg.interpolate.time != INTERPOLATION_TIME:
         raise InputError("interpolate.time: has no effect without interpolate.count; set that to 2 or more")
-    for key, default in (("overlap", WINDOW_OVERLAP), ("keep", KEEP)):
+    for key, default in (("overlap", WINDOW_OVERLAP), ("keep", WINDOWS_KEPT)):
         if cfg.windows.size is None and cfg.windows[key] != default:
             raise InputError(f"windows.{key}: has no effect without windows.size; give that too")
 
