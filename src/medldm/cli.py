@@ -19,6 +19,7 @@ COMMANDS = {
     "sample": "write generated images (or a first stage's reconstructions)",
     "translate": "one volume in other modalities, from the volume alone",
     "evaluate": "compare two folders of images: metrics.json, per_case.csv and a table",
+    "utility": "what synthetic images are worth: segmenters trained on them, tested on real images",
     "export": "prepared images and maps as PNG slices, for 2D programs",
     "report": "one self-contained HTML page about a run",
     "doctor": "what this machine has for medldm, and what is wrong with it",

@@ -10,6 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -191,3 +192,18 @@ def misread_path(cfg: Mapping[str, Any], arguments: Sequence[str], prefix: str =
             typed = next((word.removeprefix(start) for word in arguments if word.startswith(start)), value)
             return f"{start}{typed}: is read as the {type(value).__name__} {value}; write {start}./{typed}"
     return None
+
+
+def typed_overrides() -> list[str] | None:
+    """The overrides as they were typed, such as `data.raw=DIR`; None outside the command line."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+
+
+def typed_command() -> str | None:
+    """The whole command as a shell would read it again, `medldm demo output=DIR` for all that the demo runs;
+    None outside the command line.
+    """
+    overrides = typed_overrides()
+    if overrides is None:
+        return None
+    return shlex.join(["medldm", HydraConfig.get().job.config_name, *overrides])

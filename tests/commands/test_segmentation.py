@@ -26,7 +26,9 @@ def test_a_trained_segmenter_reads_real_images_as_well_as_themselves(fixture, mo
     results = json.loads((tmp_path / "out" / "metrics.json").read_text())
     real, generated = results["rows"]["real"], results["rows"]["generated"]
     classes = [name for name in generated if name != "dice_mean"]
-    assert len(classes) >= 2 and all(name.startswith("dice_") for name in classes)
+    families = {name.rpartition("_")[0] if name.endswith("_mean") else name for name in classes}
+    assert {"hd95", "surface_distance"} <= families
+    assert all(name.startswith(("dice_", "hd95_", "surface_distance_")) for name in classes)
     assert 0 < generated["dice_mean"]["mean"] < 1
     for name in classes:
         assert generated[name]["n"] > 0 and generated[name]["mean"] == real[name]["mean"]

@@ -1,14 +1,16 @@
 """What every command shares: Hydra start-up, and a user's mistake told in one line with exit status 2."""
 
 import os
-import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +20,7 @@ from medldm.cli import asks_for_help, explanation
 from medldm.errors import InputError
 from medldm.files import disk_fault, nothing_empty
 from medldm.overrides import check_dashes, explain, misread_path, renamed
+from medldm.runs import RUN_DIR_VARIABLE
 
 Task = Callable[[DictConfig], None]
 
@@ -114,19 +117,14 @@ def adopt_renamed(name: str) -> None:
             sys.argv[place] = now
 
 
-def typed_overrides() -> list[str] | None:
-    """The overrides as they were typed, such as `data.raw=DIR`; None outside the command line."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
-
-
-def typed_command() -> str | None:
-    """The whole command as a shell would read it again, `medldm demo output=DIR` for all that the demo runs;
-    None outside the command line.
-    """
-    overrides = typed_overrides()
-    if overrides is None:
-        return None
-    return shlex.join(["medldm", HydraConfig.get().job.config_name, *overrides])
+def run_here(command: str, overrides: list[str]) -> None:
+    """One command in this process, so that `import torch` is paid for once."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = hydra.compose(command, overrides=overrides)
+    os.environ.pop(RUN_DIR_VARIABLE, None)  # what a training leaves for the ranks it starts
+    import_module(f"medldm.commands.{command}").task(cfg)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_command(task: Task, name: str) -> None:

@@ -8,20 +8,15 @@ ends with are of held-out subjects. Run it again to continue where it stopped; o
 output. The last lines are the paths of metrics.json and of the page of pictures.
 """
 
-import os
-import signal
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from medldm.commands import CONFIG_DIR, run_command
+from medldm.commands import run_command, run_here
 from medldm.outputs import claim
 
 # What decides the content of an output folder, which is made with one value of each.
@@ -109,16 +104,6 @@ def judging_steps(cfg: DictConfig, at: Places) -> Iterator[Step]:
     yield Step("making the page", "report", [runs, f"evaluation={at.evaluation}", f"output={at.page}"])
 
 
-def run(command: str, overrides: list[str]) -> None:
-    """One command in this process, so that `import torch` is paid for once."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose(command, overrides=overrides)
-    os.environ.pop("MEDLDM_RUN_DIR", None)  # what a training leaves for the ranks it starts
-    import_module(f"medldm.commands.{command}").task(cfg)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def task(cfg: DictConfig) -> None:
     console, start = Console(), time.monotonic()
     folder = Path(cfg.output).resolve()
@@ -129,7 +114,7 @@ def task(cfg: DictConfig) -> None:
     for number, step in enumerate(steps, 1):
         passed = time.monotonic() - start
         console.rule(f"[bold]{number}/{len(steps)}[/] {step.what} [dim]{passed:.0f} s[/]")
-        run(step.command, step.overrides)
+        run_here(step.command, step.overrides)
     console.rule(f"done in {time.monotonic() - start:.0f} s")
     print(at.evaluation / "metrics.json")
     print(at.page)

@@ -43,7 +43,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from medldm.checkpoints import read_checkpoint
-from medldm.commands import clean_after_failure, run_command, typed_command
+from medldm.commands import clean_after_failure, run_command
 from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
 from medldm.evaluation.compare import compare_evaluations, comparison_lines, read_evaluated
@@ -66,6 +66,7 @@ from medldm.evaluation.segmenter import load_segmenter
 from medldm.files import write_json
 from medldm.held_out import seen_subjects
 from medldm.metrics.summary import Bootstrap
+from medldm.overrides import typed_command
 
 ROLES = ("generated", "reference", "output", "reconstruction", "train", "spade", "regression")
 

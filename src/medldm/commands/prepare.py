@@ -21,11 +21,12 @@ import shlex
 
 from omegaconf import DictConfig, OmegaConf
 
-from medldm.commands import run_command, typed_overrides
+from medldm.commands import run_command
 from medldm.data.preparation.prepare import prepare_dataset
 from medldm.data.prepared import load_index
 from medldm.data.raw.inventory import summary
 from medldm.data.splits import read_splits
+from medldm.overrides import typed_overrides
 
 OPTIONS = (
     "dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select", "modalities",

@@ -25,10 +25,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from medldm.commands import run_command, typed_command
+from medldm.commands import run_command
 from medldm.errors import InputError
 from medldm.evaluation.origins import changes_since
 from medldm.files import replacing
+from medldm.overrides import typed_command
 from medldm.reporting import edge_levels, results_table
 from medldm.reporting.files import read_chosen, read_columns, read_comparison, read_evaluation
 from medldm.reporting.run_page import compose, compose_comparison, written_now

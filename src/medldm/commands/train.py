@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule, Trainer, seed_everything
 
 from medldm.callbacks import EXIT_REQUEUE, Interrupted
-from medldm.commands import experiment_name, run_command, typed_command, typed_overrides
+from medldm.commands import experiment_name, run_command
 from medldm.devices import DeviceSettings
 from medldm.models.common import TrainedModule
+from medldm.overrides import typed_command, typed_overrides
 from medldm.runs import note_command
 from medldm.training.checks import check_knobs, check_monitor, check_sizes
 from medldm.training.run import Run, make_data, make_module, open_folder, open_run
