@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "callbacks": {"models", "plots"},
     "runs": set(),
     "knobs": set(),
+    "asked": {"data", "knobs"},
     "inference": {"data"},
     "sampling": {"inference", "models", "diffusion", "networks", "data"},
     "conditions": set(),

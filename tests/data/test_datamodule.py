@@ -225,6 +225,7 @@ def test_a_batch_s_edges_are_detected_by_the_recipe_of_their_view(mnms2):
     recipe = {**module.index["preprocess"]["edges"], "per_view": {"LA": {"dark_threshold": 255}}}
     module.index["preprocess"] = {**module.index["preprocess"], "edges": recipe}
     dataset = module.dataset("train", augment=True)
+    seen = set()
     for seed in range(8):  # detected again at one time in ten
         dataset.seed = seed
         batch = dataset.__getitems__([(0, i) for i in range(len(dataset))])
@@ -234,6 +235,8 @@ def test_a_batch_s_edges_are_detected_by_the_recipe_of_their_view(mnms2):
             is_again = [draw.random() for _ in range(3)][-1] < 0.1
             if is_again:
                 assert bool(batch["edges"][i].any()) == (name == "SA"), (seed, i, name)
+                seen.add(name)
+    assert seen == {"SA", "LA"}
 
 
 def test_edges_cannot_be_detected_again_where_no_image_and_no_level_is_read(mnms2, caplog):

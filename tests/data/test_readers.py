@@ -266,6 +266,19 @@ def test_colours_that_become_grey_are_told_once_for_a_folder(tmp_path):
         ]
 
 
+def test_images_of_one_value_are_told(tmp_path):
+    (tmp_path / "raw" / "images").mkdir(parents=True)
+    varied = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
+    for name, picture in {"a": varied, "b": np.full((32, 32), 90, np.uint8)}.items():
+        cv2.imwrite(str(tmp_path / "raw" / "images" / f"{name}.png"), picture)
+    arguments = {"dataset": "folder", "raw": tmp_path / "raw", "root": tmp_path / "out"}
+    for _ in range(2):  # files that were kept tell it too
+        notes = load_index(prepare_dataset(**arguments, **settings(edges=None)))["inventory"]["notes"]
+        assert any(
+            note.startswith("1 of 2 cases have one value throughout") and "b;" in note for note in notes
+        )
+
+
 def test_a_damaged_meta_image_is_told_in_our_line_alone(tmp_path, capfd):
     """MetaIO writes lines of its own to stderr."""
     simple_itk = pytest.importorskip("SimpleITK")

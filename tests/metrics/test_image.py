@@ -143,6 +143,19 @@ def test_errors_equal_scikit_image(spatial_dims):
         assert float(nmse_var(y, x)[i]) == pytest.approx(variance, rel=1e-9)
 
 
+def test_errors_of_a_region_are_those_of_its_voxels():
+    generated, real = pair(2)
+    region = torch.zeros(2, 1, *SHAPES[2], dtype=torch.bool)
+    region[0, :, 3:10, 5:9] = region[1, :, 20:, :3] = True
+    for i in range(2):
+        made, truth = (images[i][region[i]].double() for images in (generated, real))
+        squared, absolute = float((made - truth).square().mean()), float((made - truth).abs().mean())
+        assert float(rmse(generated, real, region=region)[i]) == pytest.approx(squared**0.5, rel=1e-12)
+        assert float(mae(generated, real, region=region)[i]) == pytest.approx(absolute, rel=1e-12)
+        noise = -10 * np.log10(squared)
+        assert float(psnr(generated, real, region=region)[i]) == pytest.approx(noise, rel=1e-12)
+
+
 def test_nmse_energy_and_errors_by_hand():
     real, generated = torch.full((1, 1, 4, 4), 0.5), torch.full((1, 1, 4, 4), 0.75)
     assert float(nmse_energy(generated, real)) == pytest.approx(0.25)

@@ -25,6 +25,17 @@ def test_density_and_coverage_of_one_gaussian_are_their_known_means():
     assert gap == pytest.approx(0, abs=0.02)
 
 
+def test_density_and_coverage_by_hand():
+    """The fifth neighbours of 0..6 lie 5, 4, 3, 3, 3, 4 and 5 away: of their balls, that of 0 alone reaches
+    -5, and its border belongs to it.
+    """
+    real = torch.arange(7.0)[:, None]
+    scores = manifold_scores(torch.full((6, 1), -5.0), real)
+    assert (scores.density, scores.coverage) == (pytest.approx(1 / 5), pytest.approx(1 / 7))
+    assert manifold_scores(torch.full((6, 1), -5.01), real)[2:] == (0, 0)
+    assert expected_coverage(7, 3, k=2) == pytest.approx(1 - 6 / 9 * 5 / 8)
+
+
 def test_manifold_scores_tell_narrow_far_and_equal_sets_apart():
     real = normal(100, 4, 0)
     assert manifold_scores(real, real)[:2] == (1, 1)

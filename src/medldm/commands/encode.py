@@ -19,9 +19,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
+from medldm.asked import refuse_other_recipe
 from medldm.build import load_module
 from medldm.checkpoints import encoder_sha256
-from medldm.commands import run_command
+from medldm.commands import run_command, typed_overrides
 from medldm.data import build_datamodule
 from medldm.data.loading.dataset import CaseDataset, array_digests
 from medldm.devices import inference_precision, pick_device
@@ -119,6 +120,7 @@ def task(cfg: DictConfig) -> None:
     whole_images = {"latents": None, "crop_size": None, "views": None, "pairs": None}
     data = OmegaConf.to_container(cfg.data, resolve=True) | whole_images
     datamodule = build_datamodule(data, keys=("image",), seed=cfg.seed)
+    refuse_other_recipe(cfg.data, datamodule.index, typed_overrides() or ())
     dataset = datamodule.dataset("all")
     seen = seen_subjects(module.description, datamodule.index)
     check_held_out(seen, datamodule.subjects["test"], checkpoint, "test", allow=True, key="checkpoint")

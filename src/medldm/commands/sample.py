@@ -30,8 +30,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from medldm.asked import refuse_other_recipe
 from medldm.build import load_module
-from medldm.commands import clean_after_failure, run_command
+from medldm.commands import clean_after_failure, run_command, typed_overrides
 from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
 from medldm.inference import items_by_case
@@ -67,6 +68,7 @@ def task(cfg: DictConfig) -> None:
     if cfg.interpolate.count:
         keys = tuple(dict.fromkeys(("image", *keys)))
     dataset, datamodule = build_dataset(cfg, module, keys)
+    refuse_other_recipe(cfg.data, datamodule.index, typed_overrides() or ())
     cases = list(items_by_case(dataset.items).items())[: cfg.limit]
     if not cases:
         raise InputError(f"split={cfg.split}: no case of {cfg.data.root} is in it; see its splits.json")

@@ -26,6 +26,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule, Trainer, seed_everything
 
+from medldm.asked import refuse_other_recipe
 from medldm.callbacks import EXIT_REQUEUE, Interrupted
 from medldm.commands import experiment_name, run_command
 from medldm.devices import DeviceSettings
@@ -65,8 +66,9 @@ def lay_out(cfg: DictConfig, module: TrainedModule, settings: DeviceSettings) ->
 
 def check(cfg: DictConfig, run: Run, module: TrainedModule, datamodule: LightningDataModule) -> None:
     """InputError for what this training could not do, before its folder is made."""
-    spatial_dims = datamodule.facts["spatial_dims"]
-    check_knobs(cfg, run.model, module, spatial_dims, typed_overrides() or ())
+    spatial_dims, typed = datamodule.facts["spatial_dims"], typed_overrides() or ()
+    refuse_other_recipe(cfg.data, getattr(datamodule, "index", None), typed)
+    check_knobs(cfg, run.model, module, spatial_dims, typed)
     check_sizes(module, datamodule)
     check_monitor(cfg.callbacks.checkpoints.monitor, module)
     module.setup("fit")  # finds out whether pretrained weights are there

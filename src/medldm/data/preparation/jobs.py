@@ -217,6 +217,7 @@ def original_names(job: FileJob) -> dict[str, str]:
 
 def shared_entry(job: FileJob, path: Path, arrays: Mapping[str, np.ndarray | None]) -> dict:
     """The part of an index entry that 2D and 3D share; `content` are the digests of what is stored."""
+    image = arrays.get("image")
     return {
         "id": job.id,
         "subject": job.subject,
@@ -228,6 +229,7 @@ def shared_entry(job: FileJob, path: Path, arrays: Mapping[str, np.ndarray | Non
         "preprocess_hash": job.recipe.hash,
         "fingerprint": job.fingerprint(),
         "content": {key: array_digest(array) for key, array in arrays.items() if array is not None},
+        **({} if image is None or image.min() < image.max() else {"is_constant": True}),
     }
 
 

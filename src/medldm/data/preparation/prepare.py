@@ -32,7 +32,7 @@ from medldm.data.preparation.slices import describe_slices, warn_of_planes, writ
 from medldm.data.preparation.volumes import describe_volume, write_volume
 from medldm.data.prepared import UNFINISHED
 from medldm.data.raw.grids import warn_of_grids
-from medldm.data.raw.inventory import coloured_pictures, same_images, take_inventory
+from medldm.data.raw.inventory import coloured_pictures, constant_images, same_images, take_inventory
 from medldm.data.splits import make_splits, write_splits_once
 from medldm.errors import InputError
 from medldm.files import nothing_empty, read_json, replacing, write_json, writing_hdf5
@@ -134,7 +134,7 @@ def prepare_dataset(
     drawn = make_splits(
         subjects, splits, splits["seed"], stated=stated, published=published_splits(dataset, subjects)
     )
-    inventory["notes"] += [*same_images(entries), *coloured_pictures(entries)]
+    inventory["notes"] += [*same_images(entries), *coloured_pictures(entries), *constant_images(entries)]
     index = make_index(dataset, recipe, jobs, entries)
     index |= {"raw": str(Path(raw).resolve()), "inventory": inventory}
     warn_of_planes(entries)

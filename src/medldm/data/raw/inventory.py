@@ -134,6 +134,17 @@ def coloured_pictures(entries: Sequence[dict]) -> list[str]:
     ]
 
 
+def constant_images(entries: Sequence[dict]) -> list[str]:
+    """A note on images whose voxels all have one value, as an empty export has."""
+    names = [entry["id"] for entry in entries if entry.get("is_constant")]
+    if not names:
+        return []
+    return [
+        f"{len(names)} of {len(entries)} cases have one value throughout, such as {names[0]}; look "
+        "at the raw file and at data.preprocess.intensity, or take the case away"
+    ]
+
+
 def summary(inventory: dict[str, Any], splits: dict[str, Any]) -> list[str]:
     """The lines that `medldm prepare` ends with."""
     elsewhere = inventory["files_used_elsewhere"]
