@@ -9,7 +9,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from medldm.build import build_module
+from medldm.build import build_module, module_class
 from medldm.errors import InputError
 from medldm.knobs import look_up, refuse_idle, typed_keys
 from medldm.shrinking import shrink
@@ -31,7 +31,13 @@ def refuse(base: tuple[str, ...], *typed: str, dims: int = 2, groups: tuple[str,
         if "/" not in key:
             put(config, key, yaml.safe_load(value))
     options = {name: config[name] for name in ("data", "callbacks")}
-    refuse_idle(config["model"], dims, groups, options=options, typed=typed_keys(typed))
+    kind = module_class(config["model"])
+    has_average = kind.ema_modules is not None and "pixel_weight" not in (
+        config["model"].get("objective") or {}
+    )
+    refuse_idle(
+        config["model"], dims, groups, has_average=has_average, options=options, typed=typed_keys(typed)
+    )
 
 
 def put(config: dict, key: str, value) -> None:

@@ -83,7 +83,7 @@ def unet(batch_size: int, compiled: bool) -> dict[str, Callable]:
     """
     from monai.networks.nets import DiffusionModelUNet
 
-    from medldm.diffusion.conditioner import Condition
+    from medldm.diffusion.condition import Condition
 
     z, concat, target = (torch.randn(batch_size, n, 32, 32, device=DEVICE) for n in (4, 1, 4))
     t = torch.rand(batch_size, device=DEVICE) * 1000

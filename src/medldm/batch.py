@@ -68,3 +68,8 @@ def one_hot(mask: Tensor, num_classes: int) -> Tensor:
     check_labels(mask, num_classes)
     planes = torch.zeros(len(mask), num_classes, *spatial_shape(mask), device=mask.device)
     return planes.scatter_(1, mask, 1.0)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Values in [-1, 1] to 0..255: clamped, and rounded to the nearest, not truncated."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,4 +1,7 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The one exception that stands for a mistake of the user's, and how a message comes to name a key."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -7,3 +10,21 @@ class InputError(ValueError):
     Commands print it on stderr and leave with exit status 2; every other exception is a defect of ours
     and keeps its traceback.
     """
+
+
+@contextmanager
+def told_of(key: str, **keys: str) -> Iterator[None]:
+    """A ValueError in which the part of the config at `key` speaks of its own arguments becomes an InputError
+    that names their keys: "film=x is none of ..." begins with `key`.film then. `keys` has those of arguments
+    that do not stand under `key`.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # Hydra wraps what it calls
+        if not isinstance(cause, ValueError) or isinstance(cause, InputError):
+            raise
+        name, equals, rest = str(cause).partition("=")
+        if equals and name.replace(".", "").isidentifier():
+            raise InputError(f"{keys.get(name, f'{key}.{name}')}={rest}") from error
+        raise InputError(f"{key}: {cause}") from error

@@ -23,7 +23,7 @@ from medldm.conditions import check_facts, embedded, number_as_trained
 from medldm.data.case import stem_of
 from medldm.data.loading.datamodule import CaseDataModule
 from medldm.devices import inference_precision, pick_device
-from medldm.diffusion.conditioner import check_drop
+from medldm.diffusion.condition import check_drop
 from medldm.diffusion.sampler import check_guidance, override_sampler
 from medldm.errors import InputError
 from medldm.files import safe_name
@@ -179,7 +179,7 @@ class Model:
     @contextmanager
     def changed_sampler(self, drop: tuple[str, ...], changes: dict[str, Any]) -> Iterator[None]:
         """The model's sampler with `changes`, for the time of the context."""
-        before = getattr(self.module, "sampler", None)
+        before = self.module.sampler
         if before is None and changes:
             raise InputError(f"{min(changes)}: this model has no sampler; leave it out")
         if before is not None:

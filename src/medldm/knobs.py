@@ -25,16 +25,18 @@ def refuse_idle(
     spatial_dims: int,
     groups: Sequence[str] = (),
     *,
+    has_average: bool = True,
     options: Mapping[str, Any] | None = None,
     typed: Sequence[str] = (),
 ) -> None:
     """InputError for the first setting of `model` (the resolved config) that nothing reads.
 
-    `groups` are the conditions that the built model has, `options` the other sections of the config by name
-    (`data`, `callbacks`), `typed` the keys given on the command line.
+    `groups` are the conditions that the built model has, and `has_average` says whether it keeps a moving
+    average. `options` are the other sections of the config by name (`data`, `callbacks`), `typed` the keys
+    given on the command line.
     """
     config = {"model": model, **(options or {})}
-    rules = [*RULES.get(model["kind"], lambda *_: ())(model, spatial_dims, groups), *of_options(config)]
+    rules = [*of_model(model, spatial_dims, groups), *of_options(config, has_average)]
     for key, neutral, reason in rules:
         value = look_up(config, key)
         names_it = any(name == key or name.startswith(f"{key}.") for name in typed)
@@ -55,25 +57,44 @@ def typed_keys(overrides: Sequence[str]) -> list[str]:
     return [text.lstrip("+").partition("=")[0] for text in overrides if not text.startswith("~")]
 
 
-def of_options(config: Mapping[str, Any]) -> Iterator[Idle]:
+def of_options(config: Mapping[str, Any], has_average: bool) -> Iterator[Idle]:
     """The sections beside the model's."""
     if not look_up(config, "data.flip_axes"):
         yield Idle("data.flip_prob", ANY, "data.flip_axes names no axis to mirror")
     if look_up(config, "data.num_workers") == 0:
         yield Idle("data.worker_context", ANY, "data.num_workers=0 starts no worker")
-    if config["model"]["kind"] not in ("diffusion", "variational", "translation"):
-        yield Idle(
-            "callbacks.ema",
-            ANY,
-            "this model keeps no moving average; leave it out (in a chain: STAGE:key=value)",
-        )
-    if look_up(config, "model.objective.pixel_weight") is not None:
-        yield Idle("callbacks.ema", ANY, "a translator trained with its autoencoder keeps no moving average")
+    if not has_average:
+        mend = "this model keeps no moving average; leave it out (in a chain: STAGE:key=value)"
+        yield Idle("callbacks.ema", ANY, mend)
 
 
-def of_autoencoder(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
-    yield from of_perceptual(model, spatial_dims, "model")
-    yield from of_adversarial(model, spatial_dims, model)
+def of_model(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
+    """The rules of the parts that a model's config has: they hold for any kind of model with these parts."""
+    objective = model.get("objective") or {}
+    for part, prefix in ((model, "model"), (objective, "model.objective")):
+        if "perceptual_weight" in part:
+            yield from of_perceptual(part, spatial_dims, prefix)
+    if {"adversarial", "discriminators"} & model.keys():
+        yield from of_adversarial(model, spatial_dims, model if "perceptual_weight" in model else objective)
+    if "autoencoder" in model:
+        yield from of_autoencoder(model)
+    if "conditioner" in model:
+        yield from of_conditioner(model["conditioner"], groups)
+    if {"conditioner", "network"} <= model.keys():
+        yield from of_network(model)
+    if str(objective.get("_target_", "")).endswith("DenoisingObjective"):
+        yield from of_schedule(model["schedule"])
+    if "first_stage" in model and model["first_stage"].get("checkpoint", "") is None:
+        for name in ("latent", "requantize", "normalisation"):
+            mend = "images themselves are diffused; choose model/first_stage=pixel"
+            yield Idle(f"model.first_stage.{name}", None, mend)
+    if "codec" in model:
+        yield from of_codec(model, groups)
+    if model.get("cosine_steps") is None:
+        yield Idle("model.cosine_final", ANY, "model.cosine_steps is null; give it the length of the cosine")
+
+
+def of_autoencoder(model: Mapping[str, Any]) -> Iterator[Idle]:
     if (model.get("adversarial") or {}).get("kind") == "multiclass":
         raise InputError("model.adversarial.kind=multiclass: an autoencoder has no classes; set it to hinge")
     net = "model.autoencoder"
@@ -122,23 +143,6 @@ def of_adversarial(model: Mapping[str, Any], spatial_dims: int, losses: Mapping[
         yield Idle("model.adversarial.adaptive", ANY, "model.adversarial.weight is 0; set it above 0 too")
 
 
-def of_translation(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
-    objective = model["objective"]
-    if "perceptual_weight" in objective:
-        yield from of_perceptual(objective, spatial_dims, "model.objective")
-    yield from of_adversarial(model, spatial_dims, objective)
-
-
-def of_diffusion(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
-    yield from of_conditioner(model["conditioner"], groups)
-    yield from of_network(model)
-    yield from of_schedule(model)
-    if model["first_stage"].get("checkpoint", "") is None:
-        for name in ("latent", "requantize", "normalisation"):
-            mend = "images themselves are diffused; choose model/first_stage=pixel"
-            yield Idle(f"model.first_stage.{name}", None, mend)
-
-
 def of_conditioner(conditioner: Mapping[str, Any], groups: Sequence[str]) -> Iterator[Idle]:
     key = "model.conditioner"
     if "encoder" in conditioner:
@@ -165,10 +169,9 @@ def of_network(model: Mapping[str, Any]) -> Iterator[Idle]:
         yield Idle(f"{key}.num_mid_units", ANY, f"skips={network['skips']} has two units in the middle")
 
 
-def of_schedule(model: Mapping[str, Any]) -> Iterator[Idle]:
-    if not model["objective"]["_target_"].endswith("DenoisingObjective"):
-        return
-    if model["schedule"]["_target_"].endswith("learned_scalar_schedule"):
+def of_schedule(schedule: Mapping[str, Any]) -> Iterator[Idle]:
+    """Of the schedule of a denoising objective."""
+    if schedule["_target_"].endswith("learned_scalar_schedule"):
         raise InputError(
             "model/schedule=learned_scalar: a denoising objective leaves its end points where they start, so "
             "that nothing learns; choose model/schedule=fixed_linear or learned_nnet"
@@ -178,24 +181,13 @@ def of_schedule(model: Mapping[str, Any]) -> Iterator[Idle]:
     yield Idle("model.schedule.endpoints", ANY, mend)
 
 
-def of_variational(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str]) -> Iterator[Idle]:
-    yield from of_conditioner(model["conditioner"], groups)
-    yield from of_network(model)
+def of_codec(model: Mapping[str, Any], groups: Sequence[str]) -> Iterator[Idle]:
+    """Of what stands around the codec of Medical VDM."""
     if not model.get("gradient_weight"):
         for name, neutral in (("gradient_power", 1.0), ("gradient_is_signed", False)):
             yield Idle(f"model.{name}", neutral, "model.gradient_weight is 0; set it above 0 too")
     if model["codec"]["_target_"].endswith("PixelCodec"):
         for name in ("mse_weight", "gradient_weight"):
             yield Idle(f"model.{name}", 0.0, "a pixel codec reconstructs nothing; choose model/codec=conv")
-    if model.get("cosine_steps") is None:
-        yield Idle("model.cosine_final", ANY, "model.cosine_steps is null; give it the length of the cosine")
     if not groups:
         yield Idle("model.codec.film", ANY, "no condition enters the codec; choose model/conditioner=label")
-
-
-RULES = {
-    "autoencoder": of_autoencoder,
-    "translation": of_translation,
-    "diffusion": of_diffusion,
-    "variational": of_variational,
-}

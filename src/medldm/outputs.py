@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medldm.batch import to_uint8
 from medldm.data.loading.dataset import CaseDataset
 from medldm.data.preparation.labels import as_classes
 from medldm.errors import InputError
 from medldm.files import replacing, write_json, write_nifti, writing_hdf5
 from medldm.fingerprints import digest
-from medldm.plots import middle_slice, save_gif, save_png, to_uint8
+from medldm.plots import middle_slice, save_gif, save_png
 
 log = logging.getLogger(__name__)
 COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")

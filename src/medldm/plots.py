@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from medldm.batch import to_uint8
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.files import replacing
 
@@ -23,7 +24,7 @@ def rendered(figure) -> Tensor:  # noqa: ANN001 - matplotlib is imported lazily
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def new_figure(columns: int, size: float = 3.2):  # noqa: ANN201
+def new_axes(columns: int, size: float = 3.2):  # noqa: ANN201
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(columns * size, size), layout="constrained")
@@ -38,7 +39,7 @@ def schedule_figure(schedule: NoiseSchedule) -> Tensor:
     gamma = schedule.gamma(t)
     alpha, sigma, *_ = schedule.path.scales(gamma)
     t, gamma, alpha, sigma = (v.cpu().numpy() for v in (t, gamma, alpha, sigma))
-    figure, axes = new_figure(3)
+    figure, axes = new_axes(3)
     axes[0].plot(t, gamma)
     axes[0].set_title(f"gamma: {gamma[0]:.2f} to {gamma[-1]:.2f}")
     axes[1].semilogy(t, np.exp(-gamma))
@@ -55,7 +56,7 @@ def schedule_figure(schedule: NoiseSchedule) -> Tensor:
 
 def points_figure(data: Tensor, samples: Tensor) -> Tensor:
     """Two-dimensional points (N, 2): data and samples, side by side on the same axes."""
-    figure, axes = new_figure(2, 4.0)
+    figure, axes = new_axes(2, 4.0)
     for axis, points, title in zip(axes, (data, samples), ("data", "samples"), strict=True):
         x, y = points.float().cpu().numpy().T
         axis.scatter(x, y, s=3)
@@ -115,8 +116,3 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 200) 
         pictures[0].save(
             aside, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0
         )
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Values in [-1, 1] -> 0..255, rounded."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import h5py
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from medldm.callbacks import LatentStatistics
 from medldm.data import build_datamodule
 from medldm.data.loading.dataset import expand
 from medldm.data.loading.sampler import ResumableSampler
@@ -267,6 +269,19 @@ def test_volumes_are_cropped_at_random_in_training_and_centrally_in_validation(v
     (validation,) = list(module.val_dataloader())
     whole = next(iter(module.loader(module.dataset("all"), batch_size=1)))
     assert validation["image"].shape[2:] == (16, 16, 16) and whole["image"].shape[2] >= 16
+
+
+def test_statistics_of_latents_are_of_the_windows_that_training_sees(volumes):
+    module = build(volumes, keys=("image",), batch_size=1, crop_size=[16, 16, 8])
+    seen = []
+
+    def fit(batches):
+        seen.extend(tuple(batch["image"].shape[2:]) for batch in batches)
+
+    stage = SimpleNamespace(shift=torch.zeros(1), scale=torch.ones(1))
+    model = SimpleNamespace(needs_latent_statistics=True, fit_first_stage=fit, first_stage=stage)
+    LatentStatistics(module).on_fit_start(SimpleNamespace(is_global_zero=True), model)
+    assert set(seen) == {(16, 16, 8)}
 
 
 def test_volumes_of_unequal_shape_ask_for_a_crop(volumes, tmp_path):

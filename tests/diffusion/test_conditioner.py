@@ -5,12 +5,8 @@ import pytest
 import torch
 from tests.helpers import stated
 
-from medldm.diffusion.conditioner import (
-    Condition,
-    NullConditioner,
-    SpatialConditioner,
-    concatenate,
-)
+from medldm.diffusion.condition import Condition, concatenate
+from medldm.diffusion.conditioner import NullConditioner, SpatialConditioner
 from medldm.diffusion.encoders import SPATIAL_ENCODERS, stage_strides, unshuffle
 from medldm.errors import InputError
 
@@ -287,7 +283,7 @@ def test_concatenation_doubles_the_batch_field_by_field():
             r"age=true but the dataset has no age \(it declares none\)",
         ),
         ({"attributes": {"age": "maybe"}}, "attributes.age=maybe is none of true, false, auto"),
-        ({"use_age": True}, "conditioner.use_age: no such key"),
+        ({"use_age": True}, "use_age=True: there is no such option"),
         ({"use_edges": False, "use_mask": False}, "encoder=null"),
     ],
 )

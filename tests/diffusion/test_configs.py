@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tests.helpers import stated
 
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.objective import guided
 from medldm.errors import InputError
 

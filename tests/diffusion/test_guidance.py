@@ -4,10 +4,11 @@ import pytest
 import torch
 from tests.helpers import stated
 
-from medldm.diffusion.conditioner import NullConditioner, SpatialConditioner, check_drop
+from medldm.diffusion.condition import check_drop
+from medldm.diffusion.conditioner import NullConditioner, SpatialConditioner
 from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, check_guidance, override_sampler
 from medldm.diffusion.translation import TranslationConditioner
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
 
 
 def spatial(**probs):
@@ -49,17 +50,17 @@ def test_guidance_takes_a_null_that_training_drops_to(conditioner, is_trained):
         if is_trained:
             check_guidance(sampler, conditioner)
         else:
-            with pytest.raises(InputError, match=f"guidance_scale={scale:g}: training never dropped"):
+            with pytest.raises(ValueError, match=f"guidance_scale={scale:g}: training never dropped"):
                 check_guidance(sampler, conditioner)
 
 
 def test_guidance_needs_something_to_guide_by():
     sampler = AncestralSampler(num_steps=2, guidance_scale=3)
-    with pytest.raises(InputError, match="guidance_scale=3: the model has no condition"):
+    with pytest.raises(ValueError, match="guidance_scale=3: the model has no condition"):
         check_guidance(sampler, NullConditioner())
     conditioner = spatial(drop_all_prob=0.1)
     check_guidance(sampler, conditioner, ("edges",))
-    with pytest.raises(InputError, match="drop leaves no condition"):
+    with pytest.raises(ValueError, match="drop leaves no condition"):
         check_guidance(sampler, conditioner, ("mask", "edges"))
 
 
@@ -83,5 +84,5 @@ def test_only_what_training_withheld_can_be_withheld():
     ],
 )
 def test_a_sampler_setting_without_effect_or_meaning_is_refused(given, key):
-    with pytest.raises(InputError, match=f"sampler.*{key}"):
+    with pytest.raises(InputError, match=f"sampler.*{key}"), told_of("sampler"):
         override_sampler(DDIMSampler(num_steps=2), {"kind": None} | given)

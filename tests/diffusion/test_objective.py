@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.objective import DenoisingObjective, clamped, guided, rescale_to
 from medldm.diffusion.sampler import DDIMSampler
 from medldm.diffusion.schedule import (
@@ -181,7 +181,7 @@ def test_loss_is_float32_and_has_gradients_under_autocast():
 
 
 def test_discrete_times_refuse_a_continuous_schedule():
-    with pytest.raises(InputError, match="model.objective.times"):
+    with pytest.raises(InputError, match="objective.times"):
         DenoisingObjective("noise", times="discrete").sample_times(2, fixed_linear_schedule(-13.3, 5.0))
 
 

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from medldm.batch import one_hot
-from medldm.diffusion.conditioner import Condition, SpatialConditioner
+from medldm.diffusion.condition import Condition
+from medldm.diffusion.conditioner import SpatialConditioner
 from medldm.diffusion.objective import DenoisingObjective, guided
 from medldm.diffusion.sampler import AncestralSampler, DDIMSampler
 from medldm.diffusion.schedule import cosine_schedule

@@ -19,7 +19,7 @@ from medldm.evaluation.baselines import make_rows
 from medldm.evaluation.diversity import draw_pairs
 from medldm.evaluation.measure import measure_dice
 from medldm.evaluation.pairs import make_pairs
-from medldm.evaluation.panels import folded, upright
+from medldm.evaluation.panels import in_lines, upright
 from medldm.evaluation.regions import region_masks
 from medldm.evaluation.screen import brief, deviation_cell
 from medldm.evaluation.slices import SliceFeatures, axial_axis, fold
@@ -395,6 +395,6 @@ def test_the_brain_is_where_the_source_is_not_background(volumes):
 
 def test_long_names_are_folded_beside_their_picture():
     name = "PETCT_00000007_01-01-2003-NA-PET-CT"
-    assert folded(f"{name}\naxial") == "PETCT_00000007_01-01-2003-\nNA-PET-CT\naxial"
-    assert folded("BraTS2021_00026_t1ce_to_flair") == "BraTS2021_00026_t1ce_to_\nflair"
-    assert folded("x" * 30) == "x" * 26 + "\nxxxx"
+    assert in_lines(f"{name}\naxial") == "PETCT_00000007_01-01-2003-\nNA-PET-CT\naxial"
+    assert in_lines("BraTS2021_00026_t1ce_to_flair") == "BraTS2021_00026_t1ce_to_\nflair"
+    assert in_lines("x" * 30) == "x" * 26 + "\nxxxx"

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torchmetrics.image.kid import poly_mmd
 
+from medldm.batch import to_uint8
 from medldm.data.preparation.edges import EdgeRecipe
 from medldm.errors import InputError
 from medldm.evaluation import tools as tools_module
@@ -30,7 +31,6 @@ from medldm.networks.features import (
     RandomConvFeatures,
     build_features,
     check_fid_features,
-    to_uint8,
 )
 from medldm.networks.lpips import LPIPS
 

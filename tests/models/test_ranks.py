@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from medldm.data.loading.sampler import ResumableSampler
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.objective import DenoisingObjective
 from medldm.diffusion.schedule import learned_nnet_schedule

@@ -126,12 +126,12 @@ def test_the_cosine_of_vdm_follows_epochs():
 def test_a_cosine_that_ends_nowhere_or_before_the_training(caplog):
     module = build(LDM, *PIXELS, "model.cosine_steps=-1")
     with pytest.raises(
-        InputError, match="model.cosine_steps=-1: the training has no end; set trainer.max_steps"
+        InputError, match="cosine_steps=-1: the training has no end; set max_steps or max_epochs"
     ):
         fit(module, make_batches(1, 2), max_epochs=-1)
     module = build(LDM, *PIXELS, "model.cosine_steps=1")
     fit(module, make_batches(3, 2))
-    assert "model.cosine_steps=1: the rate is 0 from there on, and the training has 3 updates" in caplog.text
+    assert "cosine_steps=1: the rate is 0 from there on, and the training has 3 updates" in caplog.text
     with pytest.raises(InputError, match="model.warmup_steps=-5"):
         build(LDM, *PIXELS, "model.warmup_steps=-5")
 

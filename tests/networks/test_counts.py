@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.networks.unet import UNet
 from tests.helpers import compose_part, num_parameters
 

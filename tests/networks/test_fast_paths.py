@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.networks import quantizer as module
 from medldm.networks.autoencoder import VQAutoencoder
 from medldm.networks.convolution import conv, conv_transpose

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medldm.build import instantiate_parts
+from medldm.builders.keys import instantiate_parts
 from medldm.errors import InputError
 from medldm.losses import AdversarialLoss, PerceptualLoss
 from medldm.networks.autoencoder import VQAutoencoder

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from medldm.devices import mixed_precision
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.objective import DenoisingObjective
 from medldm.diffusion.schedule import fixed_linear_schedule
 from medldm.networks.spade import SPADE

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from medldm.diffusion.conditioner import Condition, SpatialConditioner
+from medldm.diffusion.condition import Condition
+from medldm.diffusion.conditioner import SpatialConditioner
 from medldm.diffusion.encoders import SegConv
 from medldm.errors import InputError
 from medldm.networks.discriminator import PatchDiscriminator

@@ -27,7 +27,7 @@ def named(monkeypatch):
 
 
 def job_of(named, experiment: str, *overrides: str):
-    return plan.describe(OmegaConf.to_container(named(experiment, *overrides), resolve=True), experiment)
+    return plan.job_of(OmegaConf.to_container(named(experiment, *overrides), resolve=True), experiment)
 
 
 def test_a_trace_counts_what_a_real_step_runs(named):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.sampler import AncestralSampler
 from medldm.diffusion.schedule import fixed_linear_schedule, learned_nnet_schedule, sqrt_linear_schedule
 from medldm.diffusion.variational import VariationalObjective, bits

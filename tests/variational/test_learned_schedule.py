@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.objective import DenoisingObjective
 from medldm.diffusion.schedule import (
     LearnedCurve,

@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 
 from medldm.build import build_module
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.likelihood import Bernoulli, DiscretizedGaussian, binary_entropy, grey
 from medldm.diffusion.sampler import AncestralSampler
 from medldm.diffusion.variational import bits, gradient_difference

@@ -23,8 +23,7 @@ class LatentStatistics(Callback):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not module.needs_latent_statistics:
             return
-        has_windows = getattr(self.datamodule, "crop_size", None) is not None
-        dataset = self.datamodule.dataset("train", augment=has_windows)
+        dataset = self.datamodule.dataset("train", augment=self.datamodule.has_windows)
         batches = self.datamodule.loader(dataset, equal_shares=False)
         is_shown = trainer.is_global_zero
         module.fit_first_stage(

@@ -48,7 +48,7 @@ from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
 from medldm.evaluation.compare import compare_evaluations, comparison_lines, read_evaluated
 from medldm.evaluation.foreign import Reading
-from medldm.evaluation.origins import check_cases, check_subjects
+from medldm.evaluation.origins import check_cases, check_unseen
 from medldm.evaluation.results import jsonable
 from medldm.evaluation.run import (
     Folders,
@@ -130,7 +130,7 @@ def check_origins(cfg: DictConfig, inputs: Inputs) -> list[str]:
         segmenter = seen_subjects(read_checkpoint(cfg.segmenter)["medldm"], inputs.facts)
     subjects = {pair.subject for pair in inputs.pairs}
     allow = bool(cfg.allow_training_subjects)
-    lines = [*check_subjects(inputs.provenance, segmenter, subjects, allow)]
+    lines = [*check_unseen(inputs.provenance, segmenter, subjects, allow)]
     lines += check_cases(inputs.folders, inputs.provenance, inputs.facts)
     made_with = inputs.provenance.get("generated", {}).get("data_split")
     trains = inputs.folders["train"] is not None

@@ -67,7 +67,7 @@ def planner_of(plan: Mapping[str, Any], gpu: str, experiment: str) -> Planner:
     if precision == "auto":
         precision = "bf16-mixed" if card.bf16 else "32-true"
     return Planner(
-        job=describe(plan, experiment),
+        job=job_of(plan, experiment),
         card=card,
         habits=habits,
         bf16=precision == "bf16-mixed",
@@ -100,7 +100,7 @@ def measured(planner: Planner, found: Estimate, count: int) -> str:
     )
 
 
-def describe(plan: Mapping[str, Any], experiment: str) -> Job:
+def job_of(plan: Mapping[str, Any], experiment: str) -> Job:
     """The job of a config, with the experiments beside it for stages that are not trained yet."""
     experiments = Experiments(experiment, set(known_experiments()), compose_model)
     model, is_cached = plan["model"], bool(plan["data"].get("latents"))

@@ -31,7 +31,7 @@ from medldm.data.preparation.volume_transforms import restore_volume
 from medldm.data.raw.readers import files_of
 from medldm.devices import inference_precision, pick_device
 from medldm.diffusion.sampler import check_guidance, override_sampler
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
 from medldm.files import read_json, safe_name, write_json
 from medldm.fingerprints import content_of
 from medldm.held_out import stages_of
@@ -40,7 +40,7 @@ from medldm.outputs import write_nifti
 from medldm.translating import choose_targets, prepare_source, translate
 
 log = logging.getLogger(__name__)
-UNITS = ("unit", "training", "source")
+OUTPUT_UNITS = ("unit", "training", "source")
 
 
 def range_in(units: str, facts: dict[str, Any], target: int, own: tuple[float, float]) -> tuple[float, float]:
@@ -64,8 +64,9 @@ def load_translator(cfg: Any) -> Any:
     if cfg.fast and is_given:
         raise InputError("sampler: has no effect with fast=true, which leaves out the diffusion; drop one")
     if diffuses:
-        module.sampler = override_sampler(module.sampler, sampler)
-        check_guidance(module.sampler, module.conditioner)
+        with told_of("sampler"):
+            module.sampler = override_sampler(module.sampler, sampler)
+            check_guidance(module.sampler, module.conditioner)
     elif is_given:
         raise InputError("sampler: the checkpoint has no diffusion; give one of an ldm experiment")
     return module.to(device)
@@ -73,8 +74,8 @@ def load_translator(cfg: Any) -> Any:
 
 @clean_after_failure("output")
 def task(cfg: Any) -> None:
-    if cfg.units not in UNITS:
-        raise InputError(f"units={cfg.units} is none of {', '.join(UNITS)}")
+    if cfg.units not in OUTPUT_UNITS:
+        raise InputError(f"units={cfg.units} is none of {', '.join(OUTPUT_UNITS)}")
     module = load_translator(cfg)
     known = module.facts["label_values"]
     given = None if cfg.targets is None else [str(name) for name in cfg.targets]

@@ -1,145 +1,20 @@
 """From a batch to what the denoiser is conditioned on, with the dropping that guidance needs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medldm.attributes import Attribute, KnownAttributes
-from medldm.batch import Batch, check_labels, spatial_shape
+from medldm.batch import Batch
+from medldm.diffusion.condition import Condition, fixed_drop, require
 from medldm.diffusion.embeddings import embed_by_name, keep, scalar_mlp, unknown_values
 from medldm.diffusion.encoders import build_encoder
-from medldm.diffusion.latent import latent_shape
-from medldm.diffusion.schedule import at_least_float32
-from medldm.errors import InputError
-from medldm.networks.spade import Modulations
+from medldm.diffusion.planes import ConditionPlanes, PlaneOptions
 
-
-class Condition(NamedTuple):
-    """What a denoiser may use besides z_t and t."""
-
-    concat: Tensor | None = None  # (B, Cc, *s), concatenated to z_t
-    embedding: Tensor | None = None  # (B, E), added to the time embedding
-    # (B, Cs, *any), read by SPADE norms, or what the network's `modulations` has made of it
-    spade: Tensor | Modulations | None = None
-    context: Tensor | None = None  # (B, L, Dc), for cross-attention
-
-
-def in_float32(condition: Condition) -> Condition:
-    """The condition in float32, which suits a network of any precision: autocast rounds it where it is
-    wanted.
-    """
-    return Condition(*(None if x is None else at_least_float32(x) for x in condition))
-
-
-def concatenate(first: Condition, second: Condition) -> Condition:
-    """Two conditions with the same fields, one after the other along the batch axis: 2B samples."""
-    pairs = zip(first, second, strict=True)
-    return Condition(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
-
-
-class Conditioner(Protocol):
-    """What the U-Net is built from (the four sizes) and called with.
-
-    `groups` names what can be dropped separately. `drop` is (B, len(groups)) bool, True where a sample loses
-    that group, or None to keep all. The null of guidance is `drop` all True: the very thing that training
-    dropped to, where `trains_null`. `dropped_groups` are those that training drops at all.
-    """
-
-    groups: tuple[str, ...]
-    attributes: tuple[str, ...]  # embedded ones, and those of them that may be unknown
-    null_attributes: tuple[str, ...]
-    dropped_groups: tuple[str, ...]
-    trains_null: bool
-    batch_keys: tuple[str, ...]  # arrays of a batch that conditions are made of
-    concat_channels: int
-    spade_channels: int
-    embedding_dim: int
-    context_dim: int
-
-    def sample_drop(
-        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
-    ) -> Tensor: ...
-
-    def drop_groups(
-        self, batch_size: int, names: tuple[str, ...] | None = None, device: torch.device | None = None
-    ) -> Tensor: ...
-
-    def __call__(
-        self, batch: Batch, first_stage: nn.Module | None = None, drop: Tensor | None = None
-    ) -> Condition: ...
-
-
-PARITY_ENCODER = "nearest_1x1"
 OLDER_USES = ("view", "phase", "label", "slice_position")  # attributes with a key of their own, `use_<name>`
-
-
-@dataclass(frozen=True)
-class PlaneOptions:
-    """Which planes enter, and how they reach the network.
-
-    `encoder` brings them to the latent grid, to be concatenated to z_t. `spade` gives the SPADE norms their
-    map: "planes" are the planes themselves, "map_latent" the latents of an autoencoder of maps, and an
-    encoder's name `spade_out_channels` learned ones on the latent grid. None switches either off. `parity`
-    admits the encoder of the published code that loses most edges.
-    """
-
-    use_edges: bool = True
-    use_mask: bool = True
-    encoder: str | None = "strided_cnn"
-    out_channels: int = 8
-    spade: str | None = None
-    spade_out_channels: int = 64
-    parity: bool = False
-
-    def check(self, num_planes: int, map_latent_channels: int) -> None:
-        """ValueError where the options do not fit each other or the number of planes."""
-        uses_parity = PARITY_ENCODER in (self.encoder, self.spade)
-        if self.use_edges and uses_parity and not self.parity:
-            raise ValueError(
-                f"{PARITY_ENCODER} loses nine edge cells in ten; "
-                "choose strided_cnn, unshuffle or rescaler, or set model.conditioner.parity=true"
-            )
-        if self.parity and not uses_parity:
-            raise ValueError(f"parity=true has an effect with {PARITY_ENCODER} alone; set it to false")
-        if not num_planes and (self.encoder or self.spade):
-            raise ValueError("neither edges nor mask are used; set encoder=null and spade=null")
-        if (self.spade == "map_latent") != bool(map_latent_channels):
-            raise InputError(
-                "model.conditioner.spade=map_latent and model.map_stage belong together: give both or neither"
-            )
-
-
-@dataclass(frozen=True)
-class ConditionPlanes:
-    """Edges and a one-hot class map as planes on the image grid: [edges, classes], as many as are used."""
-
-    use_edges: bool
-    num_classes: int  # 0 where the class map is not used
-    downsampling: tuple[int, ...]
-
-    @property
-    def num_planes(self) -> int:
-        return int(self.use_edges) + self.num_classes
-
-    def __call__(self, batch: Batch, dropped: Mapping[str, Tensor]) -> Tensor:
-        """(B, num_planes, *S) float32 in {0, 1}; zero where `dropped` (by group, (B,) each) says so, which no
-        real one-hot map is.
-        """
-        reference = require(batch, "edges" if self.use_edges else "mask")
-        latent_shape(spatial_shape(reference), self.downsampling)  # raises where the grid does not divide
-        shape = (len(reference), self.num_planes, *spatial_shape(reference))
-        planes = torch.zeros(shape, dtype=torch.float32, device=reference.device)
-        if self.use_edges:
-            planes[:, :1] = keep(require(batch, "edges").float(), dropped.get("edges"))
-        if self.num_classes:
-            mask = require(batch, "mask").long()
-            check_labels(mask, self.num_classes)
-            kept = keep(torch.ones_like(mask, dtype=torch.float32), dropped.get("mask"))
-            planes[:, int(self.use_edges) :].scatter_(1, mask, kept)
-        return planes
 
 
 class SpatialConditioner(nn.Module):
@@ -329,12 +204,13 @@ class SpatialConditioner(nn.Module):
 
 
 def plane_options(options: Mapping[str, Any]) -> PlaneOptions:
-    """From plain config values; InputError for a key that no conditioner has."""
+    """From plain values; ValueError for the name of an option that no conditioner has."""
     names = {option.name for option in fields(PlaneOptions)}
     unknown = sorted(options.keys() - names)
     if unknown:
         keys = (*sorted(names), *(f"use_{name}" for name in OLDER_USES), "attributes")
-        raise InputError(f"model.conditioner.{unknown[0]}: no such key; it has {', '.join(keys)}")
+        name = unknown[0]
+        raise ValueError(f"{name}={options[name]}: there is no such option, but {', '.join(keys)}")
     return PlaneOptions(**options)
 
 
@@ -397,40 +273,3 @@ class NullConditioner(nn.Module):
         self, batch: Batch, first_stage: nn.Module | None = None, drop: Tensor | None = None
     ) -> Condition:
         return Condition()
-
-
-def fixed_drop(
-    groups: tuple[str, ...], batch_size: int, names: tuple[str, ...] | None, device: torch.device | None
-) -> Tensor:
-    """(B, len(groups)) bool, True in the columns of `names`, or everywhere for None."""
-    names = groups if names is None else tuple(names)
-    unknown = [name for name in names if name not in groups]
-    if unknown:
-        raise InputError(
-            f"drop: the model has no condition {unknown[0]}; it has {', '.join(groups) or 'none'}"
-        )
-    drop = torch.zeros(batch_size, len(groups), dtype=torch.bool, device=device)
-    for name in names:
-        drop[:, groups.index(name)] = True
-    return drop
-
-
-def check_drop(conditioner: Conditioner, names: tuple[str, ...]) -> None:
-    """InputError for a condition that the model has not, or that training never withheld: what stands in its
-    place was never learned.
-    """
-    conditioner.drop_groups(1, names)
-    unseen = [name for name in names if name not in conditioner.dropped_groups]
-    if unseen:
-        raise InputError(
-            f"drop=[{unseen[0]}]: training never withheld it; train with model.conditioner.drop_all_prob=0.1"
-        )
-
-
-def require(batch: Batch, key: str) -> Tensor:
-    if key not in batch:
-        raise InputError(
-            f"the data has no `{key}`, which the conditioner uses; give it, or choose a conditioner without "
-            "it (model.conditioner.use_*)"
-        )
-    return batch[key]

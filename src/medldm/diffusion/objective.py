@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
-from medldm.diffusion.conditioner import Condition, concatenate
+from medldm.diffusion.condition import Condition, concatenate
 from medldm.diffusion.paths import Scales
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
 from medldm.errors import InputError
@@ -153,9 +153,7 @@ class DenoisingObjective:
             # On a table the first interval holds no grid point: DDPM step 0 is t = 1 / T.
             return (u if steps is None else (1 + u * (steps - 1)) / steps).float()
         if steps is None:
-            raise InputError(
-                "model.objective.times=discrete needs a schedule with steps; set it to continuous"
-            )
+            raise InputError("objective.times=discrete needs a schedule with steps; set it to continuous")
         return on_grid(u, steps).float()
 
     def target(self, x: Tensor, noise: Tensor, scales: Scales) -> Tensor:
@@ -306,9 +304,7 @@ def rescale_to(reference: Tensor, x: Tensor, strength: float) -> Tensor:
 
 def check_clamp(limit: float, percentile: float | None) -> None:
     if limit <= 0 or (percentile is not None and not 0 < percentile <= 1):
-        raise InputError(
-            f"sampler: clamp={limit} must be positive and clamp_percentile={percentile} in (0, 1]"
-        )
+        raise ValueError(f"clamp={limit} must be positive and clamp_percentile={percentile} in (0, 1]")
 
 
 def clamped(denoise: Denoise, *, limit: float, percentile: float | None = None) -> Denoise:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from medldm.devices import full_precision
-from medldm.diffusion.conditioner import Conditioner
+from medldm.diffusion.condition import Conditioner
 from medldm.diffusion.objective import Denoise, check_clamp, clamped
 from medldm.diffusion.paths import VARIANCE_PRESERVING, Path, Scales
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
 from medldm.diffusion.timegrid import SPACINGS, TimeGrid, spaced_times
-from medldm.errors import InputError
 
 Callback = Callable[[int, Tensor], None]  # (steps done, x0_hat): progress bars and previews
 # One for the batch, or one a sample: a sample then does not depend on the batch it is drawn in.
@@ -61,21 +60,21 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
-            raise InputError(f"sampler.num_steps={self.num_steps} must be at least 1")
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
         if self.spacing not in SPACINGS:
-            raise InputError(f"sampler.spacing={self.spacing} is none of {', '.join(SPACINGS)}")
+            raise ValueError(f"spacing={self.spacing} is none of {', '.join(SPACINGS)}")
         if self.clamp is None and self.clamp_percentile is not None:
-            raise InputError(
-                "sampler.clamp_percentile has no effect without sampler.clamp; set sampler.clamp too"
+            raise ValueError(
+                f"clamp_percentile={self.clamp_percentile} has no effect without clamp; set that too"
             )
         if self.clamp is not None:
             check_clamp(self.clamp, self.clamp_percentile)
         if not 0 <= self.guidance_rescale <= 1:
-            raise InputError(f"sampler.guidance_rescale={self.guidance_rescale} must lie in [0, 1]")
+            raise ValueError(f"guidance_rescale={self.guidance_rescale} must lie in [0, 1]")
         if self.guidance_rescale and self.guidance_scale in (0, 1):
-            raise InputError(
-                f"sampler.guidance_rescale={self.guidance_rescale} has no effect with "
-                f"sampler.guidance_scale={self.guidance_scale}; set sampler.guidance_rescale=0"
+            raise ValueError(
+                f"guidance_rescale={self.guidance_rescale} has no effect with "
+                f"guidance_scale={self.guidance_scale}; set it to 0"
             )
 
     def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
@@ -308,25 +307,25 @@ class MidpointSampler(HeunSampler):
 
 def check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
-        raise InputError(f"sampler.eta={eta} must lie in [0, 1]")
+        raise ValueError(f"eta={eta} must lie in [0, 1]")
 
 
 def check_guidance(sampler: Sampler, conditioner: Conditioner, drop: tuple[str, ...] = ()) -> None:
-    """InputError where `guidance_scale` would do nothing, or set the model against a null that it never saw.
+    """ValueError where `guidance_scale` would do nothing, or set the model against a null that it never saw.
 
     `drop` are the conditions that are withheld from the sample.
     """
     if sampler.guidance_scale == 1:
         return
-    key = f"sampler.guidance_scale={sampler.guidance_scale:g}"
+    stated = f"guidance_scale={sampler.guidance_scale:g}"
     if not conditioner.groups:
-        raise InputError(f"{key}: the model has no condition to guide by; set sampler.guidance_scale=1")
+        raise ValueError(f"{stated}: the model has no condition to guide by; set it to 1")
     if sampler.guidance_scale and set(conditioner.groups) == set(drop):
-        raise InputError(f"{key}: drop leaves no condition to guide by; set sampler.guidance_scale=1")
+        raise ValueError(f"{stated}: drop leaves no condition to guide by; set it to 1")
     if not (conditioner.trains_null or sampler.untrained_null):
-        raise InputError(
-            f"{key}: training never dropped all conditions at once, so there is no null to guide from; set "
-            "sampler.guidance_scale=1, or train with model.conditioner.drop_all_prob=0.1"
+        raise ValueError(
+            f"{stated}: training never dropped all conditions at once, so there is no null to guide from; "
+            "set it to 1, or train with a conditioner of drop_all_prob=0.1"
         )
 
 
@@ -341,17 +340,20 @@ SAMPLERS = {
 
 
 def override_sampler(sampler: Sampler, given: dict[str, Any]) -> Sampler:
-    """The checkpoint's sampler with the fields that the user gave, or another kind of sampler."""
+    """The checkpoint's sampler with the fields that the user gave, or another kind of sampler. ValueError for
+    an unknown kind or field, and for a value that makes no sense.
+    """
     kind = given.pop("kind")
     changes = {key: value for key, value in given.items() if value is not None}
     if kind is not None and kind not in SAMPLERS:
-        raise InputError(f"sampler.kind={kind} is none of {', '.join(SAMPLERS)}")
+        raise ValueError(f"kind={kind} is none of {', '.join(SAMPLERS)}")
     chosen = SAMPLERS[kind] if kind else type(sampler)
     fields = {field.name for field in dataclasses.fields(chosen)}
     unknown = set(changes) - fields
     if unknown:
-        raise InputError(
-            f"sampler.{min(unknown)}: {chosen.__name__} has no such option; it has {', '.join(fields)}"
+        name = min(unknown)
+        raise ValueError(
+            f"{name}={changes[name]}: {chosen.__name__} has no such option; it has {', '.join(fields)}"
         )
     kept = {key: value for key, value in dataclasses.asdict(sampler).items() if key in fields}
     if chosen is not type(sampler):

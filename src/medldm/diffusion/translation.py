@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.batch import Batch, check_stated
-from medldm.diffusion.conditioner import Condition, fixed_drop, keep, require
+from medldm.diffusion.condition import Condition, fixed_drop, require
+from medldm.diffusion.embeddings import keep
 
-LATENTS = ("source", "spade")
+CONDITION_LATENTS = ("source", "spade")
 LABELS = ("embedding", "token", "none")
 
 
@@ -23,6 +24,7 @@ class TranslationConditioner(nn.Module):
     What data and first stage decide is passed by the model; other facts of the data are taken and not used.
     """
 
+    is_of_modalities = True
     spade_channels = 0
 
     def __init__(
@@ -38,7 +40,7 @@ class TranslationConditioner(nn.Module):
         **derived,
     ) -> None:
         super().__init__()
-        unknown = [name for name in latents if name not in LATENTS]
+        unknown = [name for name in latents if name not in CONDITION_LATENTS]
         if unknown or not latents:
             raise ValueError(f"latents={list(latents)}: name one or both of source, spade")
         if label not in LABELS:

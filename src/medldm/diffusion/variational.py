@@ -1,13 +1,14 @@
 """The variational bound of a diffusion model, in nats and bits: Kingma et al. 2021 (VDM)."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.objective import (
     TIME_KINDS,
     Denoise,
@@ -78,9 +79,7 @@ class VariationalObjective:
             raise InputError("schedule: the bound's prior asks for a path that preserves the variance")
         steps = None if self.times == "continuous" else self.num_timesteps or schedule.num_timesteps
         if steps is None and self.times == "discrete":
-            raise InputError(
-                "model.objective.times=discrete needs a number of steps; set model.objective.num_timesteps"
-            )
+            raise InputError("objective.times=discrete needs a number of steps; set objective.num_timesteps")
         return steps
 
     def sample_times(
@@ -228,6 +227,28 @@ class VariationalObjective:
     def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Condition) -> Denoise:
         """The network under one condition as (z_t, t) -> x0_hat with t (B,) in [0, 1]."""
         return self.prediction.denoiser(network, schedule, condition)
+
+
+@dataclass(frozen=True)
+class ImageTerms:
+    """Medical VDM's errors, on [0, 1], between what a decoder expects and the image as it was observed: the
+    squared one, and the `gradient_difference` with `gradient_power` and `gradient_is_signed`.
+    """
+
+    mse_weight: float = 0.0
+    gradient_weight: float = 0.0
+    gradient_power: float = 1.0
+    gradient_is_signed: bool = False
+
+    def __call__(self, loss: Tensor, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """Of images (B, C, *S) in [-1, 1]: both errors and the "loss" with them; {} without weights."""
+        if not (self.mse_weight or self.gradient_weight):
+            return {}
+        x_hat, x = (x_hat + 1) / 2, (x.float() + 1) / 2
+        mse = (x_hat - x).square().mean()
+        gradient = gradient_difference(x_hat, x, power=self.gradient_power, signed=self.gradient_is_signed)
+        loss = loss + self.mse_weight * mse + self.gradient_weight * gradient
+        return {"loss": loss, "mse": mse, "gradient": gradient}
 
 
 def gradient_difference(x_hat: Tensor, x: Tensor, *, power: float = 1.0, signed: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medldm.batch import spatial_shape
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.objective import Denoise, Given
 from medldm.errors import InputError
 

@@ -42,7 +42,7 @@ class Match(NamedTuple):
     note: str = ""
 
 
-def candidates(stated: str | Sequence[str], conditions: Conditions) -> tuple[str, ...]:
+def attributes_to_match(stated: str | Sequence[str], conditions: Conditions) -> tuple[str, ...]:
     """Attributes to match on. `auto`: those that were conditions of the model, since a stand-in that shares
     what the model was never told is no fair one. InputError for an unknown name.
     """

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from medldm.errors import InputError
+from medldm.evaluation.names import first_names
 from medldm.evaluation.screen import Lines, brief, cell
 from medldm.metrics.catalogue import better
 from medldm.metrics.permutation import sign_test
 from medldm.metrics.summary import Bootstrap
 
 ROW = "generated"
-NUM_NAMED = 3  # images named in a line
 
 
 class Evaluated(NamedTuple):
@@ -110,8 +110,8 @@ def warnings_of(first: Evaluated, second: Evaluated, common: Sequence[str]) -> I
     for run, other in ((first, second), (second, first)):
         alone = sorted(run.subjects.keys() - set(common))
         if alone:
-            shown = ", ".join(alone[:NUM_NAMED]) + (", ..." if len(alone) > NUM_NAMED else "")
-            yield f"{len(alone)} images of {run.path} are not in {other.path} and take no part ({shown})"
+            what = f"{len(alone)} images of {run.path} are not in {other.path} and take no part"
+            yield f"{what} ({first_names(alone)})"
     references = [(run.results.get("inputs") or {}).get("reference") for run in (first, second)]
     if None not in references and references[0] != references[1]:
         yield "the two were measured against differently prepared reference images"

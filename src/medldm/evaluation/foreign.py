@@ -19,7 +19,8 @@ from medldm.data.raw.image import RawImage
 from medldm.data.raw.readers import read_image
 from medldm.data.records import ImageRecord, every_image_below, list_image_files
 from medldm.errors import InputError
-from medldm.evaluation.grids import clipped, on_grid, stored_as
+from medldm.evaluation.grids import clipped, on_grid_of_reference, stored_as
+from medldm.evaluation.names import first_names
 from medldm.evaluation.ranges import (
     NAMED,
     Limits,
@@ -33,7 +34,6 @@ from medldm.evaluation.stored import StoredImage, hdf5_files, load
 
 GRIDS = ("affine", "array")
 BACKGROUND = -0.99  # in [-1, 1]: up to here a reference is empty
-NUM_NAMED = 3  # files named in a line
 EXTREMES = "extremes"  # attribute of an image of an HDF5 file that medldm did not write: (low, high)
 
 
@@ -112,7 +112,7 @@ def place(image: ForeignImage, real: ImageRecord, limits: Limits, reading: Readi
             f"{image.file}: has a place in the body and its reference none, so their axes cannot be "
             "compared; set generated_grid=array to take its values as they lie"
         )
-    placed = on_grid(x, image.affine, real, recipe)
+    placed = on_grid_of_reference(x, image.affine, real, recipe)
     if placed is None:
         raise InputError(
             f"{image.file}: lies on another grid than its reference ({describe_grid(image)}); write it on "
@@ -232,8 +232,7 @@ def sample_places(folder: Path) -> list[Path]:
 
 def named(files: Sequence[Path], folder: Path) -> str:
     """The first of these files, as they lie in the folder."""
-    shown = [str(file.relative_to(folder)) for file in files[:NUM_NAMED]]
-    return ", ".join(shown) + (", ..." if len(files) > NUM_NAMED else "")
+    return first_names([str(file.relative_to(folder)) for file in files])
 
 
 def as_foreign(record: ImageRecord) -> ForeignImage | None:

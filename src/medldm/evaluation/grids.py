@@ -65,7 +65,7 @@ def prepared_like(
     return moved[0][0], moved[1][0] <= 0
 
 
-def on_grid(
+def on_grid_of_reference(
     x: np.ndarray, affine: np.ndarray, real: ImageRecord, recipe: Recipe | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """A volume, -1 to 1 and beyond, on the grid of its reference, and where it has voxels there (or the

@@ -23,7 +23,7 @@ from medldm.metrics.summary import combine_samples
 from medldm.metrics.surface import surface_distances
 
 Images = Sequence[Image | None]
-CHUNK_ELEMENTS = 2**21  # 32 slices of 256 x 256, one volume of 128^3
+VALUES_AT_ONCE = 2**21  # 32 slices of 256 x 256, one volume of 128^3
 ROW_ORDER = (
     "generated",
     "generated_mean_of_k",
@@ -51,7 +51,7 @@ def chunks(pairs: list[Pair]) -> Iterator[Chunk]:
     start = 0
     while start < len(pairs):
         shape = pairs[start].real.shape
-        limit = start + max(1, CHUNK_ELEMENTS // int(np.prod(shape)))
+        limit = start + max(1, VALUES_AT_ONCE // int(np.prod(shape)))
         stop = start + 1
         while stop < min(limit, len(pairs)) and pairs[stop].real.shape == shape:
             stop += 1

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from medldm.evaluation.conditions import Conditions
 from medldm.evaluation.measure import Measured
+from medldm.evaluation.names import NUM_NAMED, first_names
 from medldm.evaluation.pairs import Pair
 
-NUM_NAMED = 3  # images named in a line
 FRECHET = "Frechet distance, float64, unbiased covariance"
 DIFFERENT = "the edges differ from those of the test images (degraded or drawn)"
 NOT_GIVEN = (
@@ -38,8 +38,7 @@ def warn_cases(cases: Mapping) -> list[str]:
 
 def warn_constant(measured: Measured) -> list[str]:
     return [
-        f"{len(names)} {row} images are constant: {', '.join(names[:NUM_NAMED])}"
-        + (", ..." if len(names) > NUM_NAMED else "")
+        f"{len(names)} {row} images are constant: {first_names(names)}"
         for row, names in measured.constant.items()
         if names
     ]

@@ -36,7 +36,7 @@ def for_report(provenance: Mapping[str, dict]) -> dict[str, dict]:
     }
 
 
-def check_subjects(
+def check_unseen(
     provenance: Mapping[str, dict], segmenter: Seen | None, subjects: Collection[str], allow: bool
 ) -> Iterator[str]:
     """A line for every folder whose model, and one for the segmenter, if it was trained on judged subjects or

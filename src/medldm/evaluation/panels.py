@@ -74,7 +74,7 @@ def aspect(pair: Pair, plane: int | None, orientation: str) -> float:
     return sizes[0] / sizes[1]
 
 
-def folded(text: str, width: int = 26) -> str:
+def in_lines(text: str, width: int = 26) -> str:
     """Long names over several lines, so that they fit beside one picture, broken at their separators."""
     lines = []
     for line in text.split("\n"):
@@ -111,5 +111,5 @@ def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str 
             axis.spines[:].set_visible(False)
             if row == 0:
                 axis.set_title(title, fontsize=9)
-        axes[row][0].set_ylabel(folded(label), fontsize=7)
+        axes[row][0].set_ylabel(in_lines(label), fontsize=7)
     return figure

@@ -15,7 +15,7 @@ CHOICES = "unit, symmetric, raw or [low,high]"
 Limits = tuple[float, float]
 
 
-class Values(Protocol):
+class ImageValues(Protocol):
     """What an image holds; `is_picture` where its type alone tells the range."""
 
     dtype: np.dtype
@@ -53,7 +53,7 @@ def decide_range(
     key: str,
     stated: str | Sequence[float],
     folder: Path,
-    images: Sequence[Values],
+    images: Sequence[ImageValues],
     units: Sequence[Limits | None],
 ) -> Range:
     """`units`: what the raw values of each image's reference span. InputError where `auto` has not exactly
@@ -77,7 +77,7 @@ def decide_range(
     raise InputError(f"{folder}: values from {low:.4g} to {high:.4g} {may_be}; set {key} to {CHOICES}")
 
 
-def picture_top(key: str, folder: Path, images: Sequence[Values]) -> float:
+def picture_top(key: str, folder: Path, images: Sequence[ImageValues]) -> float:
     """The largest number that pictures of one type hold. InputError where their depth is open."""
     types = sorted({image.dtype.itemsize * 8 for image in images})
     high = max(image.high for image in images)
@@ -94,7 +94,9 @@ def picture_top(key: str, folder: Path, images: Sequence[Values]) -> float:
     )
 
 
-def possible_ranges(images: Sequence[Values], units: Sequence[Limits | None]) -> dict[str, Limits | None]:
+def possible_ranges(
+    images: Sequence[ImageValues], units: Sequence[Limits | None]
+) -> dict[str, Limits | None]:
     """Every reading of the values of a folder that they and the reference's units leave open, by name."""
     low, high = min(image.low for image in images), max(image.high for image in images)
     found: dict[str, Limits | None] = {}
@@ -116,7 +118,7 @@ def possible_ranges(images: Sequence[Values], units: Sequence[Limits | None]) ->
     return found
 
 
-def fit_units(known: Sequence[tuple[Values, Limits]]) -> bool:
+def fit_units(known: Sequence[tuple[ImageValues, Limits]]) -> bool:
     """Whether values may be in the units of their references: spans of like size that overlap."""
     spans = [(image.high - image.low) / max(high - low, 1e-12) for image, (low, high) in known]
     overlap = [image.low < high and image.high > low for image, (low, high) in known]
@@ -130,7 +132,7 @@ def describe_range(what: str, folder: Path, limits: Limits | None, how: str) -> 
 
 
 def decide_reference(
-    key: str, stated: str | Sequence[float], folder: Path, images: Sequence[Values]
+    key: str, stated: str | Sequence[float], folder: Path, images: Sequence[ImageValues]
 ) -> Range:
     if stated == "raw":
         return Range(None)

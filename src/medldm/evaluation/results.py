@@ -12,9 +12,9 @@ from medldm.evaluation.baselines import Match, describe_row
 from medldm.evaluation.conditions import Conditions
 from medldm.evaluation.distances import distances
 from medldm.evaluation.measure import Measured
+from medldm.evaluation.names import NUM_NAMED
 from medldm.evaluation.notes import (
     FRECHET,
-    NUM_NAMED,
     describe_condition,
     warn_cases,
     warn_constant,

@@ -12,7 +12,7 @@ from medldm.errors import InputError
 from medldm.evaluation import screen
 from medldm.evaluation.baselines import (
     TrainingSet,
-    candidates,
+    attributes_to_match,
     choose_match,
     has_partner,
     make_rows,
@@ -159,7 +159,7 @@ def judge(
         settings["baselines"],
         training=training and training.means,
         seed=seed,
-        match=candidates(settings["match"], conditions),
+        match=attributes_to_match(settings["match"], conditions),
         relax=settings["match"] == "auto",
     )
     groups = group_members(pairs, inputs.facts)
@@ -240,4 +240,4 @@ def show_results(results: Mapping[str, Any]) -> None:
     if results["distribution"]:
         tables.append(screen.distribution_table(results))
     lines = [table for lines in screen.LINES for table in lines(results)]
-    screen.print_tables([*tables, *lines, *screen.group_tables(results)], screen.notes(results))
+    screen.print_tables([*tables, *lines, *screen.group_tables(results)], screen.notes_of(results))

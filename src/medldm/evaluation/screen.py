@@ -288,7 +288,7 @@ def condition_lines(results: Mapping) -> list[str]:
     return condition.get("lines", [condition["note"]] * (condition["edges_from_test_image"] is not None))
 
 
-def notes(results: Mapping) -> Iterator[str]:
+def notes_of(results: Mapping) -> Iterator[str]:
     """What must be read with the numbers: missing weights, small n, where the condition came from."""
     whys: dict[str, list[str]] = {}
     for name, facts in results["networks"].items():

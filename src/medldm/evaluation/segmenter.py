@@ -11,7 +11,6 @@ from medldm.build import load_module
 from medldm.errors import InputError
 from medldm.evaluation.tools import Segmenter
 from medldm.inference import autocast
-from medldm.models.segmentation import SegmentationModule
 
 
 def load_segmenter(
@@ -29,7 +28,7 @@ def load_segmenter(
     if checkpoint is None:
         return None
     module = load_module(checkpoint)
-    if not isinstance(module, SegmentationModule):
+    if not module.class_names:
         raise InputError(f"segmenter={checkpoint}: holds no segmenter; train one with model=segmentation")
     expected = (module.facts["image_channels"], module.facts["spatial_dims"])
     if expected != (image_shape[0], len(image_shape) - 1):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medldm.metrics.frechet import polynomial_kernel
 
-BLOCK = 256  # permutations at once
+PERMUTATIONS_AT_ONCE = 256
 
 
 def exchanges(groups: Sequence[str], num: int, seed: int) -> np.ndarray:
@@ -34,7 +34,7 @@ def kernel_test(x: Tensor, y: Tensor, groups: Sequence[str], *, num: int = 999, 
     change = torch.from_numpy(exchanges(groups, num, seed))
     change = torch.cat([torch.zeros(1, n, dtype=torch.bool), change])  # the first: as it is
     values = []
-    for part in change.split(BLOCK):
+    for part in change.split(PERMUTATIONS_AT_ONCE):
         first = torch.cat([~part, part], 1).to(kernel)  # (P, 2N): 1 where an image is on the first side
         second = 1 - first
         on_first = first @ kernel
@@ -51,8 +51,8 @@ def sign_test(differences: np.ndarray, subjects: Sequence[str], *, num: int = 99
     sums = np.bincount(index, weights=differences, minlength=len(names))
     rng = np.random.default_rng(seed)
     totals = []
-    for start in range(0, num, BLOCK):
-        signs = rng.integers(0, 2, (min(BLOCK, num - start), len(names))) * 2 - 1
+    for start in range(0, num, PERMUTATIONS_AT_ONCE):
+        signs = rng.integers(0, 2, (min(PERMUTATIONS_AT_ONCE, num - start), len(names))) * 2 - 1
         totals.append(np.abs(signs @ sums))
     return p_value(np.concatenate(totals), float(abs(sums.sum())))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from medldm.errors import InputError
 
 Window = Literal["uniform", "gaussian"]
-BLOCK = 48  # rows of one banded matrix: longer ones multiply more zeros
+BAND_ROWS = 48  # rows of one banded matrix: longer ones multiply more zeros
 SLAB_ELEMENTS = 2**18  # what is filtered at once stays in the cache, whatever the volume
 MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, finest scale first
 
@@ -42,7 +42,7 @@ def banded(num_rows: int, weights: Sequence[float], like: Tensor) -> Tensor:
 def correlate(x: Tensor, weights: Sequence[float], axis: int) -> Tensor:
     """Correlation with a window along one axis, valid part only."""
     size = x.shape[axis] - len(weights) + 1
-    rows = math.ceil(size / math.ceil(size / BLOCK))
+    rows = math.ceil(size / math.ceil(size / BAND_ROWS))
     blocks = []
     for start in range(0, size, rows):
         matrix = banded(min(rows, size - start), weights, x)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medldm.errors import InputError
 from medldm.losses import AdversarialLoss, adaptive_weight, feature_matching, random_slices
 from medldm.models.common import TrainedModule, build_optimizer, clip_gradients, rank_part, step_generator
 
@@ -60,9 +59,7 @@ class AdversarialModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, cosine_steps=cosine_steps)
         if bool(discriminators) != (adversarial is not None):
-            raise InputError(
-                "model.discriminators and model.adversarial belong together: give both or neither"
-            )
+            raise ValueError("discriminators and adversarial belong together: give both or neither")
         self.automatic_optimization = False
         self.discriminators = nn.ModuleList(discriminators)
         self.adversarial = adversarial

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from medldm.batch import one_hot
-from medldm.errors import InputError
+from medldm.diffusion.latent import FirstStage
 from medldm.losses import PIXEL_LOSSES, PerceptualLoss
 from medldm.metrics.image import psnr, ssim
 from medldm.metrics.overlap import dice
@@ -41,13 +41,13 @@ class AutoencoderModule(AdversarialModule):
         """`optimisation`: what `AdversarialModule` takes."""
         super().__init__(**optimisation)
         if pixel_loss not in PIXEL_LOSSES:
-            raise InputError(f"model.pixel_loss '{pixel_loss}' is none of {', '.join(PIXEL_LOSSES)}")
+            raise ValueError(f"pixel_loss={pixel_loss} is none of {', '.join(PIXEL_LOSSES)}")
         if reconstructs not in ("image", "mask"):
-            raise InputError(f"model.reconstructs '{reconstructs}' is none of image, mask")
+            raise ValueError(f"reconstructs={reconstructs} is none of image, mask")
         if reconstructs == "mask" and (perceptual_weight or autoencoder.decoder_map_channels):
-            raise InputError("model.reconstructs=mask: set perceptual_weight=0 and decoder_sees_map=false")
+            raise ValueError("reconstructs=mask: set perceptual_weight=0 and decoder_sees_map=false")
         if reconstructs == "image" and pixel_loss == "cross_entropy":
-            raise InputError("model.pixel_loss=cross_entropy is for model.reconstructs=mask; choose l1 or l2")
+            raise ValueError("pixel_loss=cross_entropy is for reconstructs=mask; choose l1 or l2")
         self.reconstructs = reconstructs
         self.autoencoder, self.perceptual = autoencoder, perceptual
         self.pixel_loss = PIXEL_LOSSES[pixel_loss]
@@ -76,6 +76,9 @@ class AutoencoderModule(AdversarialModule):
             return {}
         keys = ("image",) if self.autoencoder.decoder_map_channels is None else ("image", "mask")
         return {"autoencoder": Output(keys, self.reconstruct)}
+
+    def as_first_stage(self, **options: Any) -> FirstStage:
+        return FirstStage(self.autoencoder, **options)
 
     def use_tiles(self, size: int) -> None:
         self.tile = size

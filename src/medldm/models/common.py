@@ -66,6 +66,7 @@ class TrainedModule(LightningModule):
     validation_metrics: tuple[str, ...] = ("val/loss",)
     ema_modules: nn.ModuleDict | None = None
     encodes: str | None = None
+    class_names: Sequence[str] = ()
     image_decoder: nn.Module | None = None
     translation: FirstStage | None = None
 
@@ -80,7 +81,7 @@ class TrainedModule(LightningModule):
         super().__init__()
         self.conditioner = self.sampler = self.first_stage = None
         if warmup_steps < 0:
-            raise InputError(f"model.warmup_steps={warmup_steps}: the rate would be negative; give 0 or more")
+            raise ValueError(f"warmup_steps={warmup_steps}: the rate would be negative; give 0 or more")
         self.make_optimizer = optimizer
         self.warmup_steps, self.cosine_steps, self.cosine_final = warmup_steps, cosine_steps, cosine_final
         self.accumulate_grad_batches = 1  # of a module that steps by hand; else the trainer accumulates
@@ -109,8 +110,14 @@ class TrainedModule(LightningModule):
     def figures(self, batch: dict) -> dict[str, Tensor]:
         return {}
 
+    def segment(self, x: Tensor) -> Tensor:
+        raise InputError(f"{type(self).__name__} segments no images; give a segmentation model")
+
     def use_tiles(self, size: int) -> None:
         raise InputError("tile: needs an autoencoder or latent diffusion checkpoint; set it to null")
+
+    def as_first_stage(self, **options: Any) -> FirstStage:
+        raise InputError(f"{type(self).__name__} encodes no images; give an autoencoder or a translator")
 
     def losses(self, batch: dict, step: int) -> dict[str, Tensor]:
         """ "loss", which is minimised, and the terms that are logged beside it; random numbers are a function
@@ -136,12 +143,12 @@ class TrainedModule(LightningModule):
             length = num_updates(trainer, self.accumulate_grad_batches)
             if total <= 0 and length is None:
                 raise InputError(
-                    f"model.cosine_steps={total}: the training has no end; set trainer.max_steps or "
-                    "trainer.max_epochs, or model.cosine_steps=null"
+                    f"cosine_steps={total}: the training has no end; set max_steps or max_epochs of the "
+                    "trainer, or cosine_steps to null"
                 )
             if 0 < total < (length or math.inf) and self.cosine_final == 0:
                 log.warning(
-                    "model.cosine_steps=%s: the rate is 0 from there on, and the training has %s updates",
+                    "cosine_steps=%s: the rate is 0 from there on, and the training has %s updates",
                     total, length or "no end of",
                 )  # fmt: skip
             total = total if total > 0 else length

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medldm.devices import in_precision_of_now
-from medldm.diffusion.conditioner import Condition, Conditioner, in_float32
+from medldm.diffusion.condition import Condition, Conditioner, in_float32
 from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
 from medldm.diffusion.sampler import Sampler, check_guidance

@@ -4,13 +4,13 @@
 differently. Commands, callbacks and `medldm plan` use nothing of a model but what stands here.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from medldm.diffusion.conditioner import Conditioner
+from medldm.diffusion.condition import Conditioner
 from medldm.diffusion.latent import FirstStage
 from medldm.diffusion.sampler import Sampler
 from medldm.diffusion.windows import Windows
@@ -95,6 +95,8 @@ class Trainable(Protocol):
     def fit_first_stage(self, batches: Iterable[dict]) -> None:
         """Set the statistics that latents are normalised with, from batches of the training set."""
 
+    automatic_optimization: bool  # False for a module that steps its optimisers itself (`AdversarialModule`)
+
     def training_step(self, batch: dict, batch_idx: int) -> Tensor | None:
         """The loss to minimise, or None where the module updates its weights itself."""
 
@@ -117,6 +119,7 @@ class Predictive(Protocol):
     description: dict[str, Any]
     facts: Mapping[str, Any]
     device: torch.device
+    class_names: Sequence[str]  # what `segment` tells apart, the background left out; () where it cannot
 
     @property
     def outputs(self) -> dict[str, Output]:
@@ -130,6 +133,15 @@ class Predictive(Protocol):
         """ "image" or "mask" for a model that is, or holds, the autoencoder that it trains on them: what a
         second stage can be built on. None for all others.
         """
+
+    def as_first_stage(self, **options: Any) -> FirstStage:
+        """The frozen stage of a diffusion model; `options` say how its latents are taken (`FirstStage`).
+
+        InputError for a model that encodes nothing, ValueError for options where its latents are settled.
+        """
+
+    def segment(self, x: Tensor) -> Tensor:
+        """Class map (B, 1, *S) int64 of images (B, C, *S) in [-1, 1]. InputError where it has none."""
 
     @property
     def image_decoder(self) -> nn.Module | None:

@@ -76,7 +76,7 @@ class ImageTranslation:
         perceptual: PerceptualLoss | None = None,
     ) -> None:
         if perceptual_weight and perceptual is None:
-            raise InputError(f"model.objective.perceptual_weight={perceptual_weight} needs a perceptual loss")
+            raise ValueError(f"perceptual_weight={perceptual_weight}: give the loss too, as perceptual")
         self.pixel_weight, self.identity_weight = pixel_weight, identity_weight
         self.quantizer_weight, self.cycle_weight = quantizer_weight, cycle_weight
         self.perceptual_weight = perceptual_weight
@@ -136,8 +136,8 @@ class TranslationModule(AdversarialModule):
         """`optimisation`: what `AdversarialModule` takes."""
         super().__init__(**optimisation)
         if objective.trains_autoencoder and first_stage.requantize:
-            raise InputError(
-                "model.first_stage.requantize=true: image-space translation decodes latents as they are; "
+            raise ValueError(
+                "first_stage.requantize=true: image-space translation decodes latents as they are; "
                 "set it to false"
             )
         self.first_stage, self.translator, self.objective = first_stage, translator, objective
@@ -186,8 +186,12 @@ class TranslationModule(AdversarialModule):
     def compiled_parts(self) -> list[nn.Module]:
         return [self.translator, *self.discriminators]
 
-    def as_first_stage(self) -> FirstStage:
-        """The frozen stage of a diffusion model: autoencoder, translator and latent statistics."""
+    def as_first_stage(self, **options: Any) -> FirstStage:
+        """The frozen stage of a diffusion model: autoencoder, translator and latent statistics, as they were
+        trained. ValueError for any of the `options`.
+        """
+        for name, value in sorted(options.items()):
+            raise ValueError(f"{name}={value}: a translator keeps the latents that it was trained on")
         old = self.first_stage
         stage = FirstStage(
             old.autoencoder,

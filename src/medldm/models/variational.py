@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from medldm.batch import spatial_shape
-from medldm.diffusion.conditioner import Condition, Conditioner, in_float32
+from medldm.diffusion.condition import Condition, Conditioner, in_float32
 from medldm.diffusion.objective import guided
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
-from medldm.diffusion.variational import Bound, VariationalObjective, bits, gradient_difference
+from medldm.diffusion.variational import Bound, ImageTerms, VariationalObjective, bits
 from medldm.metrics.image import psnr, ssim
 from medldm.models.common import (
     TrainedModule,
@@ -36,10 +36,9 @@ class VariationalModule(TrainedModule):
     label.
 
     The same embedding, with the same null, enters codec and network, in training and in guidance.
-    `mse_weight` and `gradient_weight` add Medical VDM's squared error and gradient difference of the decoded
-    mean to the loss, outside the bound that is reported. All random numbers of a step are a function of
-    `seed` and the step, drawn for the global batch, separately for times, diffusion noise, decoder noise and
-    labels.
+    `image_terms` add Medical VDM's errors of the decoded mean to the loss, outside the bound that is
+    reported. All random numbers of a step are a function of `seed` and the step, drawn for the global batch,
+    separately for times, diffusion noise, decoder noise and labels.
     """
 
     validation_metrics = ("val/loss", "val/bpd_total", "val/recon_gap", "val/psnr", "val/ssim")
@@ -54,25 +53,15 @@ class VariationalModule(TrainedModule):
         objective: VariationalObjective,
         likelihood: nn.Module,
         sampler: Sampler,
-        mse_weight: float = 0.0,
-        gradient_weight: float = 0.0,
-        gradient_power: float = 1.0,
-        gradient_is_signed: bool = False,
+        image_terms: ImageTerms,
         seed: int = 0,
         **optimisation,
     ) -> None:
         """`optimisation`: what `TrainedModule` takes."""
         super().__init__(**optimisation)
         self.codec, self.conditioner, self.network = codec, conditioner, network
-        self.schedule, self.objective, self.likelihood, self.sampler = (
-            schedule,
-            objective,
-            likelihood,
-            sampler,
-        )
-        self.mse_weight, self.gradient_weight = mse_weight, gradient_weight
-        self.gradient_power, self.gradient_is_signed = gradient_power, gradient_is_signed
-        self.seed = seed
+        self.schedule, self.objective, self.sampler = schedule, objective, sampler
+        self.likelihood, self.image_terms, self.seed = likelihood, image_terms, seed
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -142,21 +131,7 @@ class VariationalModule(TrainedModule):
         losses["entropy_floor"] = bits(self.likelihood.entropy_floor(x).mean(), num_dims)
         losses["recon_gap"] = losses["bpd_recon"] - losses["entropy_floor"]
         losses["rms_latent"] = f.detach().float().square().mean().sqrt()
-        return losses | self.extra_losses(losses["loss"], self.likelihood.expected(output), x_seen)
-
-    def extra_losses(self, loss: Tensor, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """MSE and gradient difference on [0, 1] between what a decoder expects and the image as it was
-        observed, and the loss with them; both are Medical VDM's.
-        """
-        if not (self.mse_weight or self.gradient_weight):
-            return {}
-        x_hat, x = (x_hat + 1) / 2, (x.float() + 1) / 2
-        extra = {"mse": (x_hat - x).square().mean()}
-        extra["gradient"] = gradient_difference(
-            x_hat, x, power=self.gradient_power, signed=self.gradient_is_signed
-        )
-        loss = loss + self.mse_weight * extra["mse"] + self.gradient_weight * extra["gradient"]
-        return {"loss": loss} | extra
+        return losses | self.image_terms(losses["loss"], self.likelihood.expected(output), x_seen)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The bound on fixed noise and evenly spread times, and the quality of the autoencoder at t = 0."""

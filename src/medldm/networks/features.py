@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.batch import to_uint8
 from medldm.errors import InputError
 from medldm.networks.lpips import LPIPS_WEIGHTS, to_rgb
 from medldm.networks.medicalnet import MedicalNet, load_medicalnet
@@ -101,11 +102,6 @@ def state_sha256(module: nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255, rounded to the nearest (not truncated), clamped first."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def empty_inception(layers: Sequence[str]) -> nn.Module:

@@ -26,7 +26,7 @@ class Experiments(NamedTuple):
 
 def describe_job(plan: Mapping[str, Any], experiments: Experiments, keys: Sequence[str]) -> Job:
     """The job of a plain config of `medldm plan`. InputError where image size or an earlier stage is open."""
-    model, facts = dict(plan["model"]), known_facts(plan)
+    model, facts = dict(plan["model"]), facts_to_assume(plan)
     stages = {}
     for key in ("first_stage", "map_stage"):
         options = model.get(key)
@@ -36,7 +36,7 @@ def describe_job(plan: Mapping[str, Any], experiments: Experiments, keys: Sequen
     return Job(model, facts, keys, image_shape(plan, facts), **stages)
 
 
-def known_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+def facts_to_assume(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Of prepared data where there are some, else what the config says about them; `facts=` wins."""
     root = plan["data"].get("root")
     if root in (None, "???", "-"):
@@ -91,7 +91,7 @@ def stage_before(
     name = plan.get(f"{key}_experiment") or guess_stage(key, model, experiments)
     theirs = experiments.model(name)
     description = {"stage": theirs["kind"], "model": theirs, "facts": facts, "format": 1}
-    if theirs["kind"] == "translation":  # it stands on an autoencoder itself
+    if theirs.get("first_stage"):  # a translator stands on an autoencoder itself
         description["first_stage"] = stage_before(key, theirs, {}, experiments._replace(name=name), facts)
         theirs["first_stage"]["checkpoint"] = GIVEN
     return description
@@ -99,7 +99,7 @@ def stage_before(
 
 def guess_stage(key: str, model: Mapping[str, Any], experiments: Experiments) -> str:
     """The experiment of the stage before, by the names beside this one: autopet_ldm -> autopet_vqgan."""
-    for candidate in candidates(key, model, experiments.name):
+    for candidate in candidate_experiments(key, model, experiments.name):
         if candidate in experiments.known:
             return candidate
     raise InputError(
@@ -108,7 +108,7 @@ def guess_stage(key: str, model: Mapping[str, Any], experiments: Experiments) ->
     )
 
 
-def candidates(key: str, model: Mapping[str, Any], name: str) -> Iterator[str]:
+def candidate_experiments(key: str, model: Mapping[str, Any], name: str) -> Iterator[str]:
     kinds: tuple[str, ...] = ("vqgan", "vqvae")
     if key == "map_stage":
         kinds = ("map_vqvae",)

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from medldm.devices import peak_memory, wait_for
-from medldm.models.adversarial import AdversarialModule
 from medldm.planning.step import Job, random_batch, train_step
 
 WARM_UP = 3
 
 
-class Measured(NamedTuple):
+class MeasuredStep(NamedTuple):
     seconds: float  # median
     spread: tuple[float, float]
     allocated_gib: float | None  # None: the device does not tell
@@ -27,7 +26,7 @@ def step_times(module: nn.Module, batch: dict, count: int, *, bf16: bool) -> Ite
     """Seconds of each step, the optimiser's part included; the first ones choose kernels."""
     device = next(module.parameters()).device
     updates = [partial(update, optimizer) for optimizer in module.configure_optimizers()[0]]
-    if isinstance(module, AdversarialModule):
+    if not module.automatic_optimization:
         module.update_generator, module.update_discriminators = updates[0], updates[-1]
 
     for _ in range(WARM_UP + count):
@@ -44,11 +43,11 @@ def update(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def measured_step(job: Job, batch_size: int, device: torch.device, count: int, *, bf16: bool) -> Measured:
+def measured_step(job: Job, batch_size: int, device: torch.device, count: int, *, bf16: bool) -> MeasuredStep:
     """Median time of `count` steps after three to warm up, and the allocator's own figures on a GPU."""
     module = job.build().to(device)
     batch = random_batch(job, module, batch_size, device)
     peak_memory(device, forget=True)
     times = list(step_times(module, batch, count, bf16=bf16))[WARM_UP:]
     allocated, reserved = peak_memory(device)
-    return Measured(statistics.median(times), (min(times), max(times)), allocated, reserved)
+    return MeasuredStep(statistics.median(times), (min(times), max(times)), allocated, reserved)

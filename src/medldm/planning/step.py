@@ -14,7 +14,6 @@ from medldm.build import build_module
 from medldm.devices import CHUNK_ELEMENTS
 from medldm.errors import InputError
 from medldm.losses import PerceptualLoss
-from medldm.models.adversarial import AdversarialModule
 from medldm.networks.medicalnet import MedicalNet
 from medldm.planning.trace import AutocastAsOnCUDA, Cost, StepTrace
 
@@ -80,7 +79,7 @@ def attach(module: nn.Module) -> nn.Module:
     )
     module.log = module.log_dict = lambda *args, **kwargs: None
     module.manual_backward = lambda loss: loss.backward()
-    if isinstance(module, AdversarialModule):
+    if not module.automatic_optimization:
         module.update_generator = lambda: drop_gradients(module.generator)
         module.update_discriminators = lambda: drop_gradients(module.discriminators)
         module.draw_slices = first_slices

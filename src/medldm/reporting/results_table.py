@@ -16,7 +16,7 @@ COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "PSNR": ("rows", ("psnr",)),
 }
 HEAD = ["Dataset", "Decoder", "#channels", "n", *COLUMNS]
-UNITS = (
+UNITS_NOTE = (
     "FID: Inception on axial slices. 3D-FID: MedicalNet ResNet-50 on whole volumes. LPIPS: mean over axial "
     "slices. SSIM: Gaussian window 11 in 3D, sigma 1.5, range 1. RMSE on [0, 1] (twice that on [-1, 1]). "
     "PSNR in dB, range 1 on [0, 1]. Means over volumes, 95% intervals over subjects; FID and 3D-FID with n."
@@ -70,7 +70,7 @@ def notes(evaluations: Sequence[Mapping], lines: Sequence[Line]) -> list[str]:
             whys.setdefault(why, []).append(column)
     missing = [f"{', '.join(dict.fromkeys(columns))} missing: {why}" for why, columns in whys.items()]
     warnings = dict.fromkeys(text for results in evaluations for text in results["warnings"])
-    return [UNITS, *missing, *warnings]
+    return [UNITS_NOTE, *missing, *warnings]
 
 
 def to_markdown(evaluations: Sequence[Mapping]) -> str:

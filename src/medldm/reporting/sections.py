@@ -284,7 +284,7 @@ def curve_groups(columns: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
     return dict(sorted(groups.items(), key=lambda item: ("loss" not in item[0], item[0])))
 
 
-def spread(names: Sequence[str], num: int) -> list[str]:
+def evenly_chosen(names: Sequence[str], num: int) -> list[str]:
     """`num` of the names, evenly, the first and the last among them."""
     index = np.linspace(0, len(names) - 1, num).round().astype(int)
     return [names[i] for i in sorted(set(index.tolist()))]
@@ -295,7 +295,7 @@ def chosen_pictures(names: Sequence[str]) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)]):
         kinds.setdefault(re.sub(r"\d+", "", name).strip("_-. "), []).append(name)
-    return {kind: spread(found, MAX_STEPS_SHOWN) for kind, found in kinds.items()}
+    return {kind: evenly_chosen(found, MAX_STEPS_SHOWN) for kind, found in kinds.items()}
 
 
 def caption_of(name: str) -> str:

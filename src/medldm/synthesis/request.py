@@ -11,10 +11,10 @@ from medldm.data import build_datamodule
 from medldm.data.loading.datamodule import CaseDataModule
 from medldm.data.loading.dataset import CaseDataset
 from medldm.data.splits import SUBSETS
-from medldm.diffusion.conditioner import check_drop
+from medldm.diffusion.condition import check_drop
 from medldm.diffusion.sampler import check_guidance, override_sampler
 from medldm.diffusion.windows import WINDOWS_KEPT, Windows
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
 from medldm.held_out import check_held_out, seen_subjects
 from medldm.models.common import TrainedModule
 from medldm.sampling import Predictor
@@ -43,9 +43,10 @@ def check_request(cfg: DictConfig, predictor: Predictor) -> None:
 
 def choose_sampler(cfg: DictConfig, module: TrainedModule) -> None:
     """The checkpoint's sampler with the user's changes; InputError where it or `drop` cannot work."""
-    module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
     check_drop(module.conditioner, tuple(cfg.drop))
-    check_guidance(module.sampler, module.conditioner, tuple(cfg.drop))
+    with told_of("sampler"):
+        module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
+        check_guidance(module.sampler, module.conditioner, tuple(cfg.drop))
 
 
 def check_latent(predictor: Predictor, key: str) -> None:

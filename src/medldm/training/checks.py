@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from medldm.attributes import check_nulls
 from medldm.data.loading.datamodule import CaseDataModule
 from medldm.diffusion.sampler import check_guidance
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
 from medldm.held_out import EARLIER, check_held_out, seen_subjects
 from medldm.knobs import refuse_idle, typed_keys
 from medldm.models.common import TrainedModule
@@ -31,9 +31,13 @@ def check_knobs(
     options = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("data", "callbacks")}
     conditioner = module.conditioner
     groups = () if conditioner is None else conditioner.groups
-    refuse_idle(model, spatial_dims, groups, options=options, typed=typed_keys(typed))
+    has_average = module.ema_modules is not None
+    refuse_idle(
+        model, spatial_dims, groups, has_average=has_average, options=options, typed=typed_keys(typed)
+    )
     if conditioner is not None:
-        check_guidance(module.sampler, conditioner)
+        with told_of("model.sampler"):
+            check_guidance(module.sampler, conditioner)
     start, updates = (model.get("adversarial") or {}).get("start", 0), cfg.trainer.max_steps
     if 0 < updates <= start:
         log.warning(
@@ -46,7 +50,7 @@ def check_knobs(
 def check_sizes(module: TrainedModule, datamodule: CaseDataModule) -> None:
     """InputError where an image of training or validation does not divide by the model's factors."""
     factors = module.size_factors
-    sizes = datamodule.image_sizes() if factors and hasattr(datamodule, "image_sizes") else {}
+    sizes = datamodule.image_sizes() if factors else {}
     for size, path in sizes.items():
         if any(n % f for n, f in zip(size, factors, strict=True)):
             larger, smaller = (

@@ -64,8 +64,7 @@ def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> T
     """The module with its description, after checking that its data are those of a resumed run and that
     held-out subjects are unseen.
     """
-    record = getattr(datamodule, "record", None)  # None for data that are made on the fly
-    facts, content = datamodule.facts, run.content
+    facts, content, record = datamodule.facts, run.content, datamodule.record
     if content is not None:
         check_order(content["medldm"]["facts"], facts, f"resume={run.resume}")
         check_resumed_data(run.resume, content, record)

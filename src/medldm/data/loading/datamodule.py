@@ -1,44 +1,40 @@
 """The one Lightning data module: prepared cases of any dataset, in 2D and 3D, split by subject."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
-import torch
 from torch.utils.data import DataLoader
 
 from medldm.attributes import TABLES
 from medldm.batch import Batch
-from medldm.data.datasets import published_splits
 from medldm.data.loading.augment import CenterCrop, RandomCrop, RandomFlip
+from medldm.data.loading.boxes import box_size, image_sizes
 from medldm.data.loading.checks import check_files, check_keys, check_prepared
 from medldm.data.loading.dataset import (
     CaseDataset,
     Item,
-    as_is,
     case_items,
     expand,
-    single_threaded_worker,
 )
 from medldm.data.loading.degradation import EdgeDegradation, make_degradation
 from medldm.data.loading.facts import FACTS, typical_volume, unknown_attributes, view_weights
 from medldm.data.loading.latents import check_latents
+from medldm.data.loading.loader import make_loader
 from medldm.data.loading.pairs import OF_SOURCE, PairDataset, pair_items
 from medldm.data.loading.record import training_record
 from medldm.data.loading.sampler import ResumableSampler
 from medldm.data.loading.settings import LoaderSettings
+from medldm.data.loading.subjects import read_subjects, share_of
 from medldm.data.loading.synthetic import SyntheticImages
 from medldm.data.prepared import load_index
-from medldm.data.splits import SUBSETS, Split, make_splits, read_splits
-from medldm.devices import choose_settings
+from medldm.data.splits import Split
 from medldm.errors import InputError
 from medldm.files import read_json
 
 log = logging.getLogger(__name__)
-FRACTIONS = {"val": 0.1, "test": 0.1}
 
 
 class CaseDataModule(pl.LightningDataModule):
@@ -86,7 +82,7 @@ class CaseDataModule(pl.LightningDataModule):
         if self.settings.latents is not None:
             check_latents(self.latents_dir, self.latent_facts, index)
         check_files(self.root, [*index["cases"], *self.frames(index)])
-        self.subjects = self.read_split(index)
+        self.subjects = read_subjects(self.root, index, self.settings.split)
         self.index = index
         if self.settings.synthetic is not None:
             self.synthetic = SyntheticImages(self.settings.synthetic, index["spatial_dims"])
@@ -142,31 +138,6 @@ class CaseDataModule(pl.LightningDataModule):
     def latents_dir(self) -> Path | None:
         return None if self.settings.latents is None else self.root / "latents" / self.settings.latents
 
-    def read_split(self, index: dict) -> Split:
-        subjects = sorted({case["subject"] for case in index["cases"]})
-        path = self.root / "splits.json"
-        if not path.is_file() and "preprocess" in index:  # folders of ldm-medical-image have none
-            log.warning("%s: not there; subjects are drawn with data.splits' defaults", path)
-        splits = (
-            read_splits(path)
-            if path.is_file()
-            else make_splits(
-                subjects,
-                fractions=FRACTIONS,
-                seed=42,
-                published=published_splits(index["dataset"], subjects),
-            )
-        )
-        if self.settings.split not in splits:
-            raise InputError(f"data.split={self.settings.split}: {path} has {', '.join(splits)}")
-        named = {subset: list(splits[self.settings.split].get(subset, ())) for subset in SUBSETS}
-        absent = {subject for part in named.values() for subject in part} - set(subjects)
-        if absent:
-            log.warning(
-                "%s: %d subjects of split '%s' are not in the index", path, len(absent), self.settings.split
-            )
-        return {subset: [s for s in part if s not in absent] for subset, part in named.items()}
-
     # ---- items ----
 
     def items(self, subset: str) -> list[Item]:
@@ -214,14 +185,9 @@ class CaseDataModule(pl.LightningDataModule):
             )
 
     def part_of(self, subset: str) -> list[str]:
-        """The subjects of a subset; of train the first of a seeded order, so that a larger share holds a
-        smaller one.
-        """
+        """The subjects of a subset; of train the share that `train_fraction` asks for."""
         subjects = self.subjects[subset]
-        if subset != "train" or self.settings.train_fraction == 1:
-            return subjects
-        order = np.random.default_rng(self.seed).permutation(len(subjects))
-        return [subjects[i] for i in order[: max(1, round(self.settings.train_fraction * len(subjects)))]]
+        return subjects if subset != "train" else share_of(subjects, self.settings.train_fraction, self.seed)
 
     def dataset(
         self, subset: str, *, augment: bool = False, edge_level: float | str | None = None
@@ -262,36 +228,17 @@ class CaseDataModule(pl.LightningDataModule):
     def box_size(self) -> tuple[int | None, ...] | None:
         """`crop_size` by axis, None for an axis kept whole. InputError where it does not fit every case."""
         self.setup()
-        dims = self.index["spatial_dims"]
-        if self.settings.crop_size is None:
-            return None
-        size = (
-            (self.settings.crop_size,) * dims
-            if isinstance(self.settings.crop_size, int)
-            else tuple(self.settings.crop_size)
-        )
-        if len(size) != dims or min((n for n in size if n is not None), default=1) < 1:
-            raise InputError(f"data.crop_size={list(size)}: give one number, or {dims} of them, above 0")
-        for case in self.readable["cases"]:
-            shape = case.get("shape") or self.index["image_size"] or ()
-            if any(n is not None and n > m for n, m in zip(size, shape, strict=False)):
-                raise InputError(
-                    f"data.crop_size={list(size)}: {self.root / case['file']} has {list(shape)} only; take a "
-                    "smaller box, or prepare with data.preprocess.min_size or data.image_size to pad it"
-                )
-        return size
+        return box_size(self.root, self.readable, self.settings.crop_size)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether training sees random boxes of the images instead of whole ones."""
+        return self.settings.crop_size is not None
 
     def image_sizes(self) -> dict[tuple[int, ...], Path]:
         """The grids of the images that training and validation see, each with the file of one of them."""
-        dims, box = self.index["spatial_dims"], self.box_size()
-        subjects = {*self.part_of("train"), *self.subjects["val"]}
-        sizes: dict[tuple[int, ...], Path] = {}
-        for case in self.index["cases"]:
-            shape = (case.get("shape") or self.index["image_size"] or ())[-dims:]
-            if case["subject"] in subjects and len(shape) == dims:
-                size = tuple(m if n is None else n for n, m in zip(box or [None] * dims, shape, strict=True))
-                sizes.setdefault(size, self.root / case["file"])
-        return sizes
+        box, subjects = self.box_size(), {*self.part_of("train"), *self.subjects["val"]}
+        return image_sizes(self.root, self.index, box, subjects)
 
     def edge_degradation(self, augment: bool, edge_level: float | str | None) -> EdgeDegradation | None:
         settings = self.settings.edge_degrade
@@ -326,23 +273,7 @@ class CaseDataModule(pl.LightningDataModule):
             equal_shares=equal_shares,
             weights=view_weights(dataset.items) if train and self.settings.balance_views else None,
         )
-        workers = {}
-        if self.settings.num_workers > 0:
-            workers = {
-                "persistent_workers": True,
-                "multiprocessing_context": self.settings.worker_context,
-                "worker_init_fn": single_threaded_worker,
-            }
-        return CaseLoader(
-            dataset,
-            expand_here=trainer is None,
-            batch_sampler=sampler,
-            num_workers=self.settings.num_workers,
-            collate_fn=as_is,
-            pin_memory=choose_settings(pin_memory=self.settings.pin_memory).pin_memory,
-            generator=torch.Generator().manual_seed(self.seed),  # else each pass draws from the global one
-            **workers,
-        )
+        return make_loader(dataset, sampler, self.settings, seed=self.seed, expand_here=trainer is None)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Lightning moves the compact batch to the device; here it gets its dtypes."""
@@ -389,15 +320,3 @@ class CaseDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         self.set_position(int(state_dict["epoch"]), int(state_dict["batch"]))
-
-
-class CaseLoader(DataLoader):
-    """A DataLoader that expands batches on their way out, unless Lightning does it after the transfer."""
-
-    def __init__(self, dataset: CaseDataset, *, expand_here: bool, **settings: Any) -> None:
-        super().__init__(dataset, **settings)
-        self.expand_here = expand_here
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = super().__iter__()
-        return map(expand, batches) if self.expand_here else batches

@@ -77,6 +77,12 @@ class SwirlDataModule(pl.LightningDataModule):
             "image_size": [],
         }
 
+    record = None  # no subjects that a checkpoint could have seen
+
+    def image_sizes(self) -> dict:
+        """Points have none."""
+        return {}
+
     def dataset(self, subset: str, **options) -> SwirlPoints:
         raise InputError("data=swirl: its points are no images; the run's samples/ has the pictures of them")
 
