@@ -5,17 +5,23 @@ lie outside medldm.
 import sys
 import textwrap
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
-from medldm.commands import prepare
+from medldm.build import MODELS, load_module
+from medldm.builders.kinds import Kind
+from medldm.commands import plan, prepare, sample
 from medldm.data import datasets
 from medldm.data.prepared import load_index
 from medldm.diffusion.encoders import SPATIAL_ENCODERS
 from medldm.metrics.catalogue import IMAGE_METRICS, METRICS, MetricInfo, markdown_table, select_metrics
+from medldm.models.common import stage_latents
+from medldm.networks.autoencoder_plan import AUTOENCODER_LAYOUTS
 from tests.helpers import compose_config
 from tests.training import VQVAE, build, fit, load, make_batches, run_training
+from tests.translation import MSSPADE, VQGAN, build_stage, describe_stage, make_pairs
 
 PARTS = '''
     """Parts of somebody's own study."""
@@ -28,6 +34,9 @@ PARTS = '''
     from medldm.diffusion.objective import DenoisingObjective
     from medldm.diffusion.sampler import Coefficients, Sampler
     from medldm.diffusion.schedule import NoiseSchedule
+    from medldm.models.common import stage_latents
+    from medldm.models.translation import Translated
+    from medldm.networks.autoencoder_plan import BlockStep, Plan
 
 
     class Straight(nn.Module):
@@ -80,6 +89,29 @@ PARTS = '''
             return h + self.strength * h * torch.sigmoid(self.gate(h.mean((2, 3))))[:, :, None, None]
 
 
+    class SquaredTranslation:
+        """A loss of translation: squared differences of latents."""
+
+        trains_autoencoder = False
+
+        def discriminated_channels(self, first_stage, image_channels):
+            return first_stage.latent_channels
+
+        def __call__(self, module, batch, slices_of):
+            z = stage_latents(module.first_stage, batch)
+            z_hat = module.translator(stage_latents(module.first_stage, batch, "source"), batch["label"])
+            loss = (z_hat - z).square().mean()
+            return Translated({"squared": loss}, loss, loss, z, z_hat)
+
+
+    def plan_halves(stages, strides):
+        """A plan of an autoencoder: resampling alone, a strided convolution a level."""
+        widths = [stages.stem_channels, *stages.channels]
+        levels = list(zip(widths, widths[1:], strides))
+        down = [BlockStep("down", a, b, stride) for a, b, stride in levels]
+        return Plan(down, [BlockStep("up", b, a, stride) for a, b, stride in reversed(levels)])
+
+
     class Gradients(nn.Module):
         """A loss of stage one in the place of the perceptual one: differences of neighbours."""
 
@@ -94,7 +126,57 @@ PARTS = '''
         def forward(self, x_hat, x):
             return (x_hat.diff(dim=-1) - x.diff(dim=-1)).abs().mean()
 '''
+KIND = '''
+    """A kind of model: an image is the mean image of its view."""
+
+    import torch
+    from torch import nn
+
+    from medldm.builders.keys import instantiate_parts
+    from medldm.models.common import TrainedModule, build_optimizer
+    from medldm.models.protocols import Output
+
+
+    class MeanModule(TrainedModule):
+        def __init__(self, num_views, shape, **optimisation):
+            super().__init__(**optimisation)
+            self.means = nn.Parameter(torch.zeros(num_views, *shape))
+
+        @staticmethod
+        def batch_keys(model, *, is_cached):
+            return ("image",)
+
+        @property
+        def outputs(self):
+            return {"mean": Output(("image",), lambda batch, size, request: self.means[batch["view"]])}
+
+        @property
+        def compiled_parts(self):
+            return []
+
+        def configure_optimizers(self):
+            optimizer = build_optimizer(self.make_optimizer, [self])
+            return [optimizer], [{"scheduler": self.learning_rate(optimizer), "interval": "step"}]
+
+        def losses(self, batch, step):
+            return {"loss": (self.means[batch["view"]] - batch["image"]).square().mean()}
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.losses(batch, 0)["loss"], batch_size=len(batch["image"]))
+
+        def picture(self, batch):
+            return [batch["image"], self.means[batch["view"]].detach()]
+
+
+    def build_mean_module(model, facts, stages):
+        shape = (facts["image_channels"], *facts["image_size"])
+        return MeanModule(facts["num_views"], shape, **instantiate_parts(model, skip=()))
+'''
 MEMBERS = {
+    "model/translation_loss/squared": "_target_: study.SquaredTranslation",
+    "model/mean": "defaults: [optimizer: adam, _self_]\nkind: mean\noptimizer: {lr: 0.1}",
+    "model/network/halves": "defaults: [vqvae_f8, _self_]\nlayout: halves\nchannels: [16, 32]\n"
+    "strides: [2, 2]\nattention_levels: []",
     "model/schedule/straight": "_target_: study.straight_schedule",
     "model/objective/halved": "defaults: [noise, _self_]\n_target_: study.HalvedObjective",
     "model/sampler/jump": "defaults: [ancestral, _self_]\n_target_: study.JumpSampler\nnum_steps: 3",
@@ -126,6 +208,7 @@ DATASET = '''
 def study(tmp_path, monkeypatch):
     """The package `study` and the folder of its configs, as the override that makes Hydra read it."""
     (tmp_path / "study.py").write_text(textwrap.dedent(PARTS))
+    (tmp_path / "study_kind.py").write_text(textwrap.dedent(KIND))
     monkeypatch.syspath_prepend(tmp_path)
     for name, text in MEMBERS.items():
         path = tmp_path / "configs" / f"{name}.yaml"
@@ -133,6 +216,7 @@ def study(tmp_path, monkeypatch):
         path.write_text(text)
     yield f"hydra.searchpath=[file://{tmp_path / 'configs'}]"
     sys.modules.pop("study", None)
+    sys.modules.pop("study_kind", None)
 
 
 OWN = ("straight_schedule", "HalvedObjective", "JumpSampler", "Gate")
@@ -160,6 +244,48 @@ def test_schedule_objective_sampler_encoder_attention_and_preset_of_one_s_own(
     assert any(isinstance(part, parts.Gate) for part in module.network.modules())
     case = load_index(prepared)["cases"][0]["id"]
     assert np.isfinite(model.sample(model.conditions(prepared, case))).all()
+
+
+def test_a_loss_of_translation_of_one_s_own(study):
+    overrides = ("model/translation_loss@model.objective=squared", "model.adversarial=null")
+    module = build_stage(
+        MSSPADE, study, *overrides, "model.discriminators=null", first_stage=describe_stage(VQGAN)
+    )
+    module.first_stage.is_fitted.fill_(True)
+    (batch,) = make_pairs(1)
+    z_hat, _ = module.translated(batch)
+    expected = (z_hat - stage_latents(module.first_stage, batch)).square().mean()
+    logged = fit(module, [batch]).callback_metrics
+    assert logged["train/squared"] == logged["train/loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_autoencoder_s_plan_of_one_s_own(study, monkeypatch):
+    import study as parts
+
+    monkeypatch.setitem(AUTOENCODER_LAYOUTS, "halves", parts.plan_halves)
+    autoencoder = build(
+        VQVAE, study, "model/network@model.autoencoder=halves", "model.autoencoder.mid=[]"
+    ).autoencoder
+    assert autoencoder.downsampling == (4, 4) and len(autoencoder.encoder) == len(autoencoder.decoder) == 2
+    x_hat, quantized = autoencoder(torch.zeros(1, 1, 16, 16))
+    assert x_hat.shape == (1, 1, 16, 16) and quantized.z.shape[2:] == (4, 4)
+
+
+def test_a_kind_of_model_of_one_s_own(prepared, study, tmp_path, monkeypatch):
+    import study_kind as parts
+
+    monkeypatch.setitem(MODELS, "mean", Kind(parts.MeanModule, parts.build_mean_module))
+    last = run_training(prepared, tmp_path / "run", study, "model=mean")
+    module = load_module(last)
+    assert isinstance(module, parts.MeanModule)
+    # Two updates of Adam, at a rate of 0.1, from 0 towards images that are dark almost everywhere.
+    assert module.means.min().item() == pytest.approx(-0.2, abs=1e-3)
+    paths = (f"checkpoint={last}", f"data.root={prepared}", f"output={tmp_path / 'out'}")
+    sample.task(compose_config("sample", *paths, "split=all", "limit=1", "device=cpu"))
+    plan.task(compose_config("plan", study, "model=mean", "data=mnms2", f"data.root={prepared}"))
+    (written,) = (tmp_path / "out").glob("*.h5")
+    with h5py.File(written) as file:
+        assert np.array_equal(file["images"][0], module.means[file["view"][0], 0].detach().numpy())
 
 
 def test_a_loss_of_stage_one_of_one_s_own(study):

@@ -144,7 +144,7 @@ def encoder_sha256(description: Mapping[str, Any], sha256: str) -> str:
     stage's own, whose hash is `sha256`.
     """
     is_shared = (
-        description["stage"] == "translation"
+        "translator" in description["model"]
         and not find_part(description["model"]["objective"]["_target_"]).trains_autoencoder
     )
     return description["first_stage"]["sha256"] if is_shared else sha256

@@ -4,6 +4,7 @@ Kim and Park 2024, "Adaptive Latent Diffusion Model for 3D Medical Image to Imag
 """
 
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +150,8 @@ class TranslationModule(AdversarialModule):
     def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
         if not is_cached:
             return ("image", "source")
-        if model["objective"].get("pixel_weight") is not None:
+        objective = model["objective"].get("_target_")
+        if objective is not None and resolve_name(objective).trains_autoencoder:
             raise InputError("data.latents: this objective compares images; set data.latents=null")
         return ("latent", "source_latent")
 

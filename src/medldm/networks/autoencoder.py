@@ -141,7 +141,7 @@ class VQAutoencoder(nn.Module):
         self.add_latent_layers(quantizer, widest, ends.latent_kernel)
         self.decoder_entry_norm = decoder_norm(widest) if ends.latent_kernel is None else None
         self.decoder = blocks.make(spatial_dims, plan.decoder, decoder_norm)
-        self.decoder_norm = None if stages.layout == "strided" else decoder_norm(narrowest)
+        self.decoder_norm = decoder_norm(narrowest) if plan.has_last_norm else None
         self.head = padded(narrowest, image_channels)
 
     def add_latent_layers(self, quantizer: Callable[..., nn.Module], width: int, kernel: int | None) -> None:

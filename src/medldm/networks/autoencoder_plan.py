@@ -21,8 +21,11 @@ class BlockStep(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """The blocks of both halves, and whether a norm and an activation follow the decoder's last block."""
+
     encoder: list[BlockStep]
     decoder: list[BlockStep]
+    has_last_norm: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +64,10 @@ class Stages:
         """Both halves, with the blocks of the middle at the end of the encoder and at the start of the
         decoder.
         """
-        encoder, decoder = AUTOENCODER_LAYOUTS[self.layout](self, self.strides_per_axis(spatial_dims))
+        layout = AUTOENCODER_LAYOUTS[self.layout]
+        encoder, decoder, has_last_norm = layout(self, self.strides_per_axis(spatial_dims))
         middle = [BlockStep(kind, self.channels[-1], self.channels[-1]) for kind in self.mid]
-        return Plan(encoder + middle, middle + decoder)
+        return Plan(encoder + middle, middle + decoder, has_last_norm)
 
     def blocks(self, level: int, half: int, in_channels: int, out_channels: int) -> list[BlockStep]:
         """Residual blocks of a level, each with attention after it where the level has any; half 0 is the
@@ -116,7 +120,9 @@ def plan_up_res(stages: Stages, strides: Strides) -> Plan:
 
 
 def plan_strided(stages: Stages, strides: Strides) -> Plan:
-    """Every level starts with a strided convolution, which changes the width; residual blocks follow it."""
+    """Every level starts with a strided convolution, which changes the width; residual blocks follow it. The
+    decoder ends without a norm.
+    """
     encoder, width = [], stages.stem_channels
     for level, out in enumerate(stages.channels):
         encoder += [BlockStep("down", width, out, strides[level]), *stages.blocks(level, 0, out, out)]
@@ -126,7 +132,7 @@ def plan_strided(stages: Stages, strides: Strides) -> Plan:
         out = stages.channels[level]
         decoder += [BlockStep("up", width, out, strides[level]), *stages.blocks(level, 1, out, out)]
         width = out
-    return Plan(encoder, decoder)
+    return Plan(encoder, decoder, has_last_norm=False)
 
 
 AUTOENCODER_LAYOUTS = {"res_up": plan_res_up, "up_res": plan_up_res, "strided": plan_strided}
