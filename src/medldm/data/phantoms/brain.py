@@ -2,14 +2,12 @@
 differently, in the layouts of BraTS and IXI.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
-from medldm.data.phantoms.files import Progress
+from medldm.data.phantoms.files import Progress, save_rows
 from medldm.data.phantoms.scene import Scene, check_volume_request
-from medldm.files import replacing
 
 CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")
 SIGNAL = {  # relative signal in the order of CONTRASTS; t1: spin echo, t1ce: inversion-prepared, with agent
@@ -154,9 +152,7 @@ def write_ixi(
     }
     for split, members in parts.items():
         if members:
-            with replacing(root / f"{split}_subs.csv") as aside, open(aside, "w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerows([["subject_id"], *([name] for name in members)])
+            save_rows(root / f"{split}_subs.csv", [{"subject_id": name} for name in members])
     return root
 
 

@@ -1,15 +1,13 @@
 """Cardiac MR written in M&Ms-2's own layout, so that demo and tests go through the real readers."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from medldm.data.phantoms.canvas import Canvas
-from medldm.data.phantoms.files import Progress, check_picture_request, save_nifti
+from medldm.data.phantoms.files import Progress, check_picture_request, save_nifti, save_rows
 from medldm.data.phantoms.folder import write_folder
 from medldm.data.phantoms.heart import Anatomy, contraction_of, draw_chest, draw_long_axis, draw_short_axis
-from medldm.files import replacing
 
 VENDORS = {  # scanner, field in T, grey scale, gamma, noise
     "SIEMENS": ("Avanto", 1.5, 520.0, 1.0, 0.012),
@@ -106,10 +104,7 @@ def write_mnms2(
     for number in range(1, num_subjects + 1):
         rows.append(write_mnms2_subject(root, number, seed, image_size, tuple(num_slices)))
         progress()
-    with replacing(root / "dataset_information.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    save_rows(root / "dataset_information.csv", rows)
     return root
 
 

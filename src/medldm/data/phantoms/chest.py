@@ -4,13 +4,12 @@ A radiograph is drawn as an absorption: body, lungs, mediastinum, ribs, clavicle
 exponentiate; pneumonia is one or two soft opacities in a lung.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from medldm.data.phantoms.files import Progress, check_picture_request
+from medldm.data.phantoms.files import Progress, check_picture_request, save_rows
 from medldm.files import replacing
 
 
@@ -126,10 +125,7 @@ def write_nih_cxr14(
                 }
             )
         progress()
-    with replacing(root / "Data_Entry_2017.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    save_rows(root / "Data_Entry_2017.csv", rows)
     return root
 
 

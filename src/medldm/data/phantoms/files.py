@@ -1,7 +1,11 @@
-"""What the phantoms' writers share: NIfTI files that come out the same byte for byte, and checks of sizes."""
+"""What the phantoms' writers share: NIfTI files that come out the same byte for byte, tables, and checks of
+sizes.
+"""
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -32,3 +36,11 @@ def check_picture_request(num_subjects: int, image_size: int) -> None:
         raise InputError(f"num_subjects={num_subjects}: give 1 or more")
     if image_size < 16:
         raise InputError(f"image_size={image_size}: give 16 pixels or more")
+
+
+def save_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV table whose columns are the keys of its first row."""
+    with replacing(path) as aside, open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
