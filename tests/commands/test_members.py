@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
 from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
 
 from tests.helpers import CONFIG_DIR
 
@@ -159,8 +161,21 @@ def keys(part: dict, prefix: str = "") -> Iterator[str]:
 def test_every_key_outside_the_model_is_a_word_of_the_code():
     """The keys of models are tried one by one: tests/test_knobs.py."""
     known, unread = words_of_code() | set(body("trainer/default")), []  # the latter go to Lightning
-    for name in MEMBERS + COMMANDS:
+    for name in NAMES:
         if not name.startswith("model/") and "_target_" not in body(name):
-            stated = {key: value for key, value in body(name).items() if key not in ("hydra", "cards")}
-            unread += [f"{name}: {key}" for key in keys(stated) if key.rpartition(".")[2] not in known]
+            stated = body(name)
+            for key in ("hydra", "model"):
+                stated.pop(key, None)
+            stated |= {f"card {card}": facts for card, facts in stated.pop("cards", {}).items()}
+            found = (key for key in keys(stated) if not key.startswith("card ") or "." in key)
+            unread += [f"{name}: {key}" for key in found if key.rpartition(".")[2] not in known]
     assert not unread
+
+
+def test_every_key_under_hydra_is_hydra_s():
+    known, stated = OmegaConf.structured(HydraConf), [body(name).get("hydra") for name in NAMES]
+    assert any(stated)
+    for part in filter(None, stated):
+        OmegaConf.merge(known, part)  # raises ConfigKeyError for a key that Hydra has not
+    with pytest.raises(ConfigKeyError):
+        OmegaConf.merge(known, {"runn": {"dir": "."}})
