@@ -25,13 +25,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
 
-import counting  # noqa: E402
-import measuring  # noqa: E402
-import rows  # noqa: E402
-import torch  # noqa: E402
-from measuring import DEVICE, Measured  # noqa: E402
+import counting
+import measuring
+import rows
+import torch
+from measuring import DEVICE, Measured
 
-from medldm.files import write_json  # noqa: E402
+from medldm.files import write_json
 
 
 class OutOfTime(Exception):  # noqa: N818 - not an error: the row is skipped

@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(module, batch: dict, steps: int, generator: torch.Generator) -> dict[str, torch.Tensor]:  # noqa: ANN001
+def measure(module, batch: dict, steps: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """(B,) values of one batch; bits per image dimension."""
     x, condition = batch["image"], module.condition(batch)
     bound = module.vlb_exact(x, condition, num_timesteps=steps, generator=generator)

@@ -25,10 +25,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "soak"))
 
-import faults  # noqa: E402
-import world  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import faults
+import world
+from rich.console import Console
+from rich.table import Table
 
 OUTCOMES = ("equal", "told", "wrong")
 

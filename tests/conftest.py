@@ -7,7 +7,7 @@ from pathlib import Path
 # Tests fork trainings that they then kill: a pool of OpenMP threads does not survive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
+import pytest
 
 from tests.helpers import compose_config
 

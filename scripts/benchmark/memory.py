@@ -11,7 +11,7 @@ from medldm.planning.step import Job
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.helpers import compose_config  # noqa: E402
+from tests.helpers import compose_config
 
 VQGAN = "medlsdm/autopet_vqgan"
 ALONE = Experiments(VQGAN, (), lambda name: {})  # it stands on no other experiment

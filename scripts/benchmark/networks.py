@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.helpers import compose_part  # noqa: E402
+from tests.helpers import compose_part
 
 UNET_CHANNELS = (256, 384, 512)
 # MONAI's settings: what its classes do by themselves, and what its users can switch on.

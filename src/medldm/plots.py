@@ -14,7 +14,7 @@ from medldm.diffusion.schedule import NoiseSchedule
 from medldm.files import replacing
 
 
-def rendered(figure) -> Tensor:  # noqa: ANN001 - matplotlib is imported lazily
+def rendered(figure) -> Tensor:
     """A matplotlib figure as (3, H, W) uint8."""
     from PIL import Image
 
@@ -24,7 +24,7 @@ def rendered(figure) -> Tensor:  # noqa: ANN001 - matplotlib is imported lazily
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def new_axes(columns: int, size: float = 3.2):  # noqa: ANN201
+def new_axes(columns: int, size: float = 3.2):
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(columns * size, size), layout="constrained")

@@ -21,7 +21,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "medldm"
 def told(monkeypatch, name: str, *arguments: str) -> str:
     """The line that a command prints for its arguments, without its name."""
     monkeypatch.setattr(sys, "argv", ["medldm", *arguments])
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's own kinds, told by user_message
+    with pytest.raises(Exception) as caught:
         compose_config(name, *arguments)
     return user_message(caught.value, name)
 
@@ -99,7 +99,7 @@ def test_dashes_numbers_for_folders_and_missing_keys_are_told():
     assert misread_path(cfg, ["data.root=1e3"]) == line
     assert misread_path(OmegaConf.to_container(compose_config("prepare", "data.root=./7")), []) is None
     assert explain(ValueError("another"), "prepare", [], CONFIG_DIR) is None
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         compose_config("prepare").data.root  # noqa: B018
     assert user_message(caught.value, "prepare") == (
         "data.root: not given; write data.root=... on the command line"

@@ -255,7 +255,7 @@ def settled(
     return record._replace(image=array)
 
 
-def mapped(image, limits: Limits):  # noqa: ANN001, ANN201 - an array, or a volume that is read later
+def mapped(image, limits: Limits):
     if isinstance(image, StoredImage):
         return StoredImage(image.shape, lambda: scale_to_unit(image.read(), *limits, clip=False))
     return scale_to_unit(image, *limits, clip=False)

@@ -34,7 +34,7 @@ def flat(image: np.ndarray | None, plane: int | None = None, orientation: str = 
     return volume.take(volume.shape[plane] // 2, axis=plane)
 
 
-def label_colours():  # noqa: ANN201 - matplotlib is imported lazily
+def label_colours():
     """Black background, then ten colours; further classes begin again."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
@@ -86,7 +86,7 @@ def in_lines(text: str, width: int = 26) -> str:
     return "\n".join(lines)
 
 
-def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str = "SPL"):  # noqa: ANN201
+def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str = "SPL"):
     """A matplotlib figure: one line of pictures a pair (a volume three: its planes), columns that no pair has
     left out.
     """

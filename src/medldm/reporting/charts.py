@@ -24,7 +24,7 @@ class Curve(NamedTuple):
     values: np.ndarray
 
 
-def to_svg(figure) -> Markup:  # noqa: ANN001 - matplotlib is imported lazily
+def to_svg(figure) -> Markup:
     """Inline SVG without fixed size, document header or dates."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -36,7 +36,7 @@ def to_svg(figure) -> Markup:  # noqa: ANN001 - matplotlib is imported lazily
     return Markup(svg)
 
 
-def new_figure(width: float, height: float, salt: str):  # noqa: ANN201
+def new_figure(width: float, height: float, salt: str):
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -45,7 +45,7 @@ def new_figure(width: float, height: float, salt: str):  # noqa: ANN201
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def style(axis) -> None:  # noqa: ANN001
+def style(axis) -> None:
     axis.tick_params(colors=INK, labelsize=8, length=0)
     axis.grid(True, color="#8895a7", alpha=0.25, linewidth=0.6)
     axis.set_axisbelow(True)
@@ -144,7 +144,7 @@ def score_chart(rows: Mapping[str, Mapping], names: Sequence[str]) -> Markup:
     return to_svg(figure)
 
 
-def draw_score(axis, y: int, row: str, score: Mapping | None) -> None:  # noqa: ANN001
+def draw_score(axis, y: int, row: str, score: Mapping | None) -> None:
     mean = as_float((score or {}).get("mean"))
     if not math.isfinite(mean):
         return
