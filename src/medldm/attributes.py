@@ -35,15 +35,16 @@ UNNAMED = "class "  # how a class is called whose name is not published
 
 
 def renumber(own: Sequence[str], known: Sequence[str]) -> list[int]:
-    """For each name of `own` its place among `known`; UNKNOWN for a name that is not there."""
+    """For each name in `own`, its place among `known`; UNKNOWN for a name that is not there."""
     return [known.index(name) if name in known else UNKNOWN for name in own]
 
 
 def with_unknown(index: dict) -> dict:
-    """Change an index of an earlier version, which wrote 0 for what nobody stated, to UNKNOWN there, in
-    place.
+    """Change an index of an earlier version in place: such a version wrote 0 where nobody had stated
+    anything, and UNKNOWN takes its place.
 
-    Nothing is stated where a case's numbers are all 0 and its acquisitions share no such attribute.
+    Nothing is taken to be stated where a case's numbers are all 0 and its acquisitions share no such
+    attribute.
     """
     for kind, table in TABLES.items():
         for case in index["cases"] if index.get(table) else ():
@@ -69,8 +70,8 @@ def class_names(facts: Mapping[str, Any]) -> list[str] | None:
 def check_class_names(
     trained: Mapping[str, Any], given: Mapping[str, Any], what: str, root: str | Path
 ) -> None:
-    """InputError where a model and the maps of `root` call the same number by two names. Classes without
-    names are taken by their numbers.
+    """InputError where a model and the maps of `root` give one number to two names of classes. Classes
+    without names are taken by their numbers.
     """
     known, own = class_names(trained), class_names(given)
     if known is None or own is None or known == own:
@@ -87,8 +88,8 @@ def check_class_names(
 
 
 def check_order(trained: Mapping[str, Any], given: Mapping[str, Any], what: str) -> None:
-    """InputError where weights and data number the same views, labels, classes or other names otherwise.
-    Other names altogether are another task, which fine-tuning may go on to.
+    """InputError where weights and data number the same views, labels, classes or other names in two ways.
+    Names that are different altogether are another task, to which fine-tuning may go on.
     """
     tables = {
         table: [facts.get(table) for facts in (trained, given)] for table in (*TABLES.values(), "label_names")

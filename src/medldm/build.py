@@ -66,7 +66,7 @@ def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> Tr
             if key.startswith("module.")
         }
         if module.ema_modules is None:
-            raise InputError(f"{path}: holds a moving average, which a {description['stage']} model has not")
+            raise InputError(f"{path}: holds a moving average, which no {description['stage']} model has")
         fit_weights(module.ema_modules, averaged, f"{path}: ema")
     module.facts, module.description = description["facts"], description
     return module.eval()

@@ -100,7 +100,7 @@ def check_description(description: Any, place: str) -> None:
             f"{place}: written by a newer medldm (format {description['format']}); update medldm"
         )
     if description["model"].get("kind") != description["stage"]:
-        raise InputError(f"{place}: says that it is a {description['stage']} model, and its config another")
+        raise InputError(f"{place}: says that it is a {description['stage']} model, unlike its config")
     check_stored(description["model"], f"{place}: its config")
     check_plain(description["facts"], f"{place}: the facts of its data")
     for key in EARLIER_STAGES:

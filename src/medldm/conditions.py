@@ -11,7 +11,7 @@ SAME_FACTS = ("spatial_dims", "image_channels", "num_classes")
 
 
 def check_facts(trained: dict, prepared: dict, checkpoint: str, root: str) -> None:
-    """A model fits a dataset only where dimensions, channels and classes are the same."""
+    """InputError unless the model and the dataset have the same dimensions, channels and classes."""
     for key in SAME_FACTS:
         if trained[key] != prepared[key]:
             raise InputError(
@@ -21,7 +21,7 @@ def check_facts(trained: dict, prepared: dict, checkpoint: str, root: str) -> No
 
 
 def embedded(module: Any, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Attributes that a model makes use of, and those of them that may be unknown."""
+    """The attributes that a model makes use of, and those of them that may be unknown."""
     if "source" in keys:
         return ("label",), ()
     conditioner = module.conditioner
@@ -57,7 +57,9 @@ def number_as_trained(
 
 
 def tell_missing(kind: str, items: list[Any], dataset: Any, has_null: bool) -> None:
-    """InputError where what nobody stated would enter as a null that was never trained; else a line."""
+    """InputError where images without a stated attribute would enter as a null that was never trained; a line
+    of the log where one was trained.
+    """
     what = f"{dataset.root}: {len(items)} images ('{dataset.item_id(items[0])}' first) state no {kind}"
     if not has_null:
         raise InputError(

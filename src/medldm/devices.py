@@ -26,8 +26,8 @@ CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class Hardware:
-    """`kind`: "cuda" or "cpu"; `multiplies_bf16`: itself, rather than by emulation, which is slower than
-    float32; `count`: how many devices of the kind there are.
+    """What computes: its `kind`, "cuda" or "cpu", and how many devices of it there are (`count`).
+    `multiplies_bf16` says whether it does so itself: emulation is slower than float32.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device: `capability` its (major, minor) compute capability, memory in GiB."""
+    """One CUDA device: its (major, minor) compute `capability`, and its memory in GiB."""
 
     index: int
     name: str
@@ -72,7 +72,7 @@ def uses_gpu(accelerator: str = "auto") -> bool:
 
 
 def find_hardware(accelerator: str = "auto") -> Hardware:
-    """Of this machine, or, with `accelerator` "cpu", of its processor alone."""
+    """The hardware of this machine; with `accelerator` "cpu", its processor alone."""
     if uses_gpu(accelerator):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware("cuda", has_bf16, torch.cuda.device_count())
@@ -80,7 +80,7 @@ def find_hardware(accelerator: str = "auto") -> Hardware:
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies bf16 matrices itself."""
+    """Whether this CPU has instructions that multiply bf16 matrices."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
@@ -178,7 +178,7 @@ def check_accelerator(accelerator: str, devices: Any, hardware: Hardware) -> Non
 
 
 def devices_of(devices: Any) -> list[int] | None:
-    """The numbers of the devices that Lightning's `devices` asks for; None for all there are."""
+    """The numbers of the devices that Lightning's `devices` asks for; None for all that there are."""
     if devices in ("auto", -1, "-1"):
         return None
     try:
@@ -233,7 +233,7 @@ def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """The context of what must not be rounded to bf16: bounds, codes, the last layer of an image."""
+    """A context for what must not be rounded to bf16: bounds, codes, the last layer of an image."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -250,19 +250,19 @@ def in_precision_of_now(function: Callable, device: torch.device) -> Callable:
 
 
 def is_on_host(x: torch.Tensor) -> bool:
-    """Whether its values can be read, and nobody waits for them: not on a device, not of a mere shape."""
+    """Whether the values of `x` can be read without waiting: it is on no device, and no mere shape."""
     return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device, *, forget: bool = False) -> tuple[float | None, float | None]:
-    """GiB that tensors took at most since the last `forget`, and that the allocator held for them; None where
-    the device does not tell.
+    """The most GiB that tensors have taken since the last `forget`, and what the allocator held for them;
+    None where the device does not tell.
     """
     if device.type != "cuda":
         return None, None
@@ -281,7 +281,9 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """The inverse of `random_state`; the device's is left alone where the state was taken on another kind."""
+    """Put back what `random_state` gave; the device's generator is left alone where the state was taken on
+    another kind of device.
+    """
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Bad input: the message is one line that names the file or key and the mend.
 
-    Commands print it on stderr and leave with exit status 2; every other exception is a defect of ours
-    and keeps its traceback.
+    Commands print it on stderr and leave with exit status 2. Every other exception is a defect of medldm and
+    keeps its traceback.
     """
 
 
 @contextmanager
 def told_of(key: str, **keys: str) -> Iterator[None]:
-    """A ValueError in which the part of the config at `key` speaks of its own arguments becomes an InputError
-    that names their keys: "film=x is none of ..." begins with `key`.film then. `keys` has those of arguments
-    that do not stand under `key`.
+    """A context in which a ValueError about the arguments of a part becomes an InputError about keys of the
+    config: where the part stands at `key`, "film=x is none of ..." becomes "`key`.film=x is none of ...".
+    `keys` has the keys of those arguments that do not stand under `key`.
     """
     try:
         yield

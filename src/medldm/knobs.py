@@ -10,11 +10,13 @@ from medldm.errors import InputError
 
 
 class Idle(NamedTuple):
-    """A key without effect. Presets hold it at `neutral`; `ANY`: whatever they hold, only typing it errs."""
+    """A key without effect, and why (`reason`, with the mend). It is refused where it holds another value
+    than `neutral`, which presets hold; with `ANY`, it is refused only where it is typed on the command line.
+    """
 
     key: str
     neutral: Any
-    reason: str  # with the mend
+    reason: str
 
 
 ANY = object()
@@ -58,7 +60,7 @@ def typed_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def of_options(config: Mapping[str, Any], has_average: bool) -> Iterator[Idle]:
-    """The sections beside the model's."""
+    """Rules for the sections of the config beside the model."""
     if not look_up(config, "data.flip_axes"):
         yield Idle("data.flip_prob", ANY, "data.flip_axes names no axis to mirror")
     if look_up(config, "data.num_workers") == 0:
@@ -95,6 +97,7 @@ def of_model(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str])
 
 
 def of_autoencoder(model: Mapping[str, Any]) -> Iterator[Idle]:
+    """Rules for an autoencoder and its quantiser."""
     if (model.get("adversarial") or {}).get("kind") == "multiclass":
         raise InputError("model.adversarial.kind=multiclass: an autoencoder has no classes; set it to hinge")
     net = "model.autoencoder"
@@ -116,7 +119,7 @@ def of_autoencoder(model: Mapping[str, Any]) -> Iterator[Idle]:
 
 
 def of_perceptual(part: Mapping[str, Any], spatial_dims: int, prefix: str) -> Iterator[Idle]:
-    """Of a loss's `perceptual` and its weight."""
+    """Rules for a perceptual loss and its weight."""
     perceptual, weight = part.get("perceptual"), part.get("perceptual_weight")
     if perceptual is None:
         mend = f"{prefix}.perceptual is null; set {prefix}.perceptual_weight=0"
@@ -131,7 +134,7 @@ def of_perceptual(part: Mapping[str, Any], spatial_dims: int, prefix: str) -> It
 
 
 def of_adversarial(model: Mapping[str, Any], spatial_dims: int, losses: Mapping[str, Any]) -> Iterator[Idle]:
-    """Of discriminators, and of the random slice that the 2D ones and LPIPS see of a volume."""
+    """Rules for discriminators, and for the random slice of a volume that 2D discriminators and LPIPS see."""
     discriminators = [part for part in (model.get("discriminators") or {}).values() if part]
     perceptual = losses.get("perceptual") if losses.get("perceptual_weight") else None
     sees_slices = any(part.get("spatial_dims") == 2 for part in discriminators)
@@ -144,6 +147,7 @@ def of_adversarial(model: Mapping[str, Any], spatial_dims: int, losses: Mapping[
 
 
 def of_conditioner(conditioner: Mapping[str, Any], groups: Sequence[str]) -> Iterator[Idle]:
+    """Rules for a conditioner; `groups` are the conditions that the built model has."""
     key = "model.conditioner"
     if "encoder" in conditioner:
         if conditioner["encoder"] in (None, "area"):
@@ -157,6 +161,7 @@ def of_conditioner(conditioner: Mapping[str, Any], groups: Sequence[str]) -> Ite
 
 
 def of_network(model: Mapping[str, Any]) -> Iterator[Idle]:
+    """Rules for a U-Net, and for the one inside a score network."""
     network, conditioner = model["network"], model["conditioner"]
     network = network.get("unet", network)
     key = "model.network.unet" if "unet" in model["network"] else "model.network"
@@ -170,7 +175,7 @@ def of_network(model: Mapping[str, Any]) -> Iterator[Idle]:
 
 
 def of_schedule(schedule: Mapping[str, Any]) -> Iterator[Idle]:
-    """Of the schedule of a denoising objective."""
+    """Rules for the schedule of a denoising objective."""
     if schedule["_target_"].endswith("learned_scalar_schedule"):
         raise InputError(
             "model/schedule=learned_scalar: a denoising objective leaves its end points where they start, so "
@@ -182,7 +187,7 @@ def of_schedule(schedule: Mapping[str, Any]) -> Iterator[Idle]:
 
 
 def of_codec(model: Mapping[str, Any], groups: Sequence[str]) -> Iterator[Idle]:
-    """Of what stands around the codec of Medical VDM."""
+    """Rules for what stands around the codec of Medical VDM."""
     if not model.get("gradient_weight"):
         for name, neutral in (("gradient_power", 1.0), ("gradient_is_signed", False)):
             yield Idle(f"model.{name}", neutral, "model.gradient_weight is 0; set it above 0 too")

@@ -113,7 +113,7 @@ class SampleFolder:
         return [case for case in cases if why[case]]
 
     def remove_pictures(self, case: int) -> None:
-        """Those of an earlier preparation, which may have had more slices."""
+        """Remove the pictures of an earlier preparation of the case, which may have had more slices."""
         name = re.compile(re.escape(self.dataset.cases[case]["id"]) + r"(_\d+)?\.png")
         for path in (self.root / "png").glob("*.png"):
             if name.fullmatch(path.name):

@@ -130,7 +130,9 @@ def check_stored(config: Any, place: str) -> None:
 
 
 def check_entry(name: Any, value: Any, place: str, known: Mapping[str, str]) -> None:
-    """Of the names that begin with an underscore a stored config may use `_target_` and `_partial_` alone."""
+    """InputError for an entry of a stored config that instructs whoever instantiates it: of the names that
+    begin with an underscore, `_target_` and `_partial_` alone are allowed.
+    """
     if not isinstance(name, str) or (name.startswith("_") and name not in ("_target_", "_partial_")):
         raise InputError(f"{place} has the key {name!r:.80}, which no config of a model has")
     if name == "_target_" and (not isinstance(value, str) or value not in known):

@@ -1,4 +1,4 @@
-"""What the processes of one training share; alone, a process shares with itself."""
+"""What the processes of one training share. A process that runs alone is the only rank."""
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Changes x in place."""
+    """The mean over ranks. Changes x in place."""
     if num_ranks() > 1:
         dist.all_reduce(x)
         x /= num_ranks()

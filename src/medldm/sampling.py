@@ -84,7 +84,7 @@ class CaseSamples(NamedTuple):
 
 
 def spread(positions: list[int], count: int | None) -> list[int]:
-    """At most `count` positions, evenly spread."""
+    """At most `count` of the positions, evenly spread; all of them where `count` is None."""
     if count is None or len(positions) <= count:
         return positions
     return [positions[round(i * (len(positions) - 1) / max(1, count - 1))] for i in range(count)]

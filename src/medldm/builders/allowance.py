@@ -10,13 +10,13 @@ LARGEST_COUNT = 100_000  # tensors made while a model is built
 
 
 def memory_of_machine() -> int:
-    """Bytes."""
+    """The memory of this machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Allowance(TorchDispatchMode):
-    """Tensors that are made meanwhile have at most `num_bytes` together, and are not more than LARGEST_COUNT:
-    InputError before the one that is too much is allocated.
+    """A context in which at most LARGEST_COUNT tensors are made, of at most `num_bytes` together: InputError
+    before the one that is too much is allocated.
     """
 
     def __init__(self, num_bytes: int) -> None:

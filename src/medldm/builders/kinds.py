@@ -58,7 +58,9 @@ def build_autoencoder_module(
 
 
 def build_discriminators(parts: dict[str, Any], facts: Mapping[str, Any], **sizes: int) -> list[nn.Module]:
-    """Taken out of `parts`; a discriminator of its own `spatial_dims` sees slices of volumes."""
+    """The discriminators, which are taken out of `parts`. One with a `spatial_dims` of its own sees slices of
+    volumes.
+    """
     discriminators = []
     for name, build in (parts.pop("discriminators", None) or {}).items():
         if build is not None:
@@ -80,7 +82,7 @@ def build_translation_module(
         translator = parts.pop("translator")(
             facts["spatial_dims"], latent_channels=first_stage.latent_channels, num_classes=num_labels
         )
-    if first_stage.translator is not None:  # a translator's checkpoint: training goes on from its weights
+    if first_stage.translator is not None:  # from a checkpoint of a translator
         continue_from(first_stage, translator)
     channels = parts["objective"].discriminated_channels(first_stage, facts["image_channels"])
     classes = num_labels + 1 if parts["adversarial"] is not None and parts["adversarial"].uses_label else 1
@@ -93,7 +95,9 @@ def build_translation_module(
 
 
 def continue_from(first_stage: FirstStage, translator: nn.Module) -> None:
-    """Moves the stage's translator over; InputError where it has other sizes than the config's."""
+    """Move the weights of the translator that `first_stage` holds to `translator`, with which training goes
+    on. InputError where it has other sizes than the config's.
+    """
     try:
         translator.load_state_dict(first_stage.translator.state_dict())
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""metrics.csv."""
+"""The file metrics.csv of a run: one row for each logged step."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The bar on screen."""
+"""The progress bar on the terminal."""
 
 from typing import Any
 

@@ -110,7 +110,7 @@ class SpatialConditioner(nn.Module):
 
     @property
     def null_attributes(self) -> tuple[str, ...]:
-        """Those of `attributes` whose null training has seen: only these may be unknown."""
+        """Those of `attributes` whose null training has seen: no other may be unknown."""
         seen = self.attributes if self.drop_all_prob > 0 else self.unknown_attributes
         seen = (*seen, *(("slice_position",) if self.lone_position is not None else ()))
         return tuple(name for name in self.attributes if name in seen)
@@ -260,13 +260,13 @@ class NullConditioner(nn.Module):
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:
-        """(B, 0)."""
+        """(B, 0): there is nothing to drop."""
         return fixed_drop((), batch_size, None, device)
 
     def drop_groups(
         self, batch_size: int, names: tuple[str, ...] | None = None, device: torch.device | None = None
     ) -> Tensor:
-        """(B, 0)."""
+        """(B, 0): there is nothing to drop."""
         return fixed_drop((), batch_size, names, device)
 
     def forward(

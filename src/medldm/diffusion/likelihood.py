@@ -18,7 +18,7 @@ def grey(x: Tensor) -> Tensor:
 
 
 def binary_entropy(y: Tensor) -> Tensor:
-    """Nats; 0 at 0 and 1."""
+    """The entropy, in nats, of a coin that falls on one side with this probability: 0 at 0 and at 1."""
     return -(torch.special.xlogy(y, y) + torch.special.xlogy(1 - y, 1 - y))
 
 

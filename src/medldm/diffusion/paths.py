@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 class Scales(NamedTuple):
-    """Of signal and noise, and their derivatives by the path's natural parameter."""
+    """The scales alpha and sigma of signal and noise, and their derivatives by the natural parameter s of the
+    path.
+    """
 
     alpha: Tensor
     sigma: Tensor
@@ -19,11 +21,11 @@ class Scales(NamedTuple):
     sigma_slope: Tensor
 
     def mix(self, x: Tensor, noise: Tensor) -> Tensor:
-        """z at this level."""
+        """The noised z = alpha x + sigma noise at this level."""
         return self.alpha * x + self.sigma * noise
 
     def velocity(self, x: Tensor, noise: Tensor) -> Tensor:
-        """dz / ds."""
+        """The derivative dz / ds of the noised z by the path's natural parameter."""
         return self.sigma_slope * noise + self.alpha_slope * x
 
 
@@ -31,10 +33,10 @@ class Path(Protocol):
     """All functions take gamma = -log SNR of any shape; -inf is clean data, of scales exactly 1 and 0."""
 
     def powers(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha^2 and sigma^2."""
+        """alpha^2 and sigma^2, of the shape of gamma."""
 
     def scales(self, gamma: Tensor) -> Scales:
-        """alpha, sigma and their derivatives."""
+        """alpha, sigma and their derivatives, of the shape of gamma."""
 
     def prior_std(self, gamma: Tensor) -> Tensor:
         """The deviation of the noise that sampling starts from at this level."""

@@ -36,7 +36,7 @@ class Bound(NamedTuple):
 
 
 def sum_dims(x: Tensor) -> Tensor:
-    """(B, ...) -> (B,)."""
+    """Sum over all axes but the batch: (B, ...) -> (B,)."""
     return x.flatten(1).sum(1)
 
 
@@ -241,7 +241,7 @@ class ImageTerms:
     gradient_is_signed: bool = False
 
     def __call__(self, loss: Tensor, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """Of images (B, C, *S) in [-1, 1]: both errors and the "loss" with them; {} without weights."""
+        """Both errors of images (B, C, *S) in [-1, 1], and the "loss" with them; {} where both weights are 0."""
         if not (self.mse_weight or self.gradient_weight):
             return {}
         x_hat, x = (x_hat + 1) / 2, (x.float() + 1) / 2

@@ -97,10 +97,10 @@ def has_partner(pairs: Sequence[Pair], match: Sequence[str]) -> list[bool]:
 
 
 class MeanImages:
-    """Pixelwise sums per shape and attributes, in float64, and the mean of any matched part of them.
+    """Pixelwise sums by shape and attributes, in float64, from which the mean of any matched part follows.
 
-    With training images their mean; without, the mean over every other subject of the reference set
-    (leave one subject out), so that no image takes part in its own baseline.
+    The mean is that of training images where there are any, else that of all other subjects of the reference
+    set, so that no image takes part in its own baseline.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class MeanImages:
 
     @staticmethod
     def narrowed(key: tuple, match: Sequence[str]) -> tuple:
-        """The key of the same images where they are told apart by `match` alone."""
+        """The key of the images that share the shape, and those attributes alone that `match` names."""
         kept = (True, *(name in match for name in MATCHABLE))
         return tuple(part if keep else None for part, keep in zip(key, kept, strict=True))
 
@@ -245,7 +245,9 @@ def make_rows(
     match: tuple[str, ...] = (),
     relax: bool = True,
 ) -> Rows:
-    """The rows; `match` and `relax` as in `choose_match`. A row without any image is left out and said."""
+    """The rows of the table; `match` and `relax` are those of `choose_match`. A row without any image is left
+    out, and a line says why.
+    """
     rows: dict[str, list[Image | None]] = {
         "generated": [pair.generated[0] for pair in pairs],
         "reconstruction": [pair.reconstruction for pair in pairs],

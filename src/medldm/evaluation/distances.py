@@ -18,7 +18,9 @@ TESTED_IMAGES = 1000  # of a side at most, in whole subjects: the test holds all
 
 
 class FeatureSets(NamedTuple):
-    """Features of generated and of real images, (N, D) each, or (N, n, D) of slices, and their subjects."""
+    """Features of generated and of real images, (N, D) each or, for slices, (N, n, D), and the subjects of
+    both.
+    """
 
     generated: Tensor
     real: Tensor
@@ -74,7 +76,9 @@ def frechet_by_n(generated: Tensor, real: Tensor, seed: int) -> dict[str, float]
 
 
 def test_of_sets(sets: FeatureSets, seed: int) -> dict[str, float | int]:
-    """Of the kernel distance: whether the sets differ by more than a change of sides of subjects explains."""
+    """The permutation test of the kernel distance: whether the sets differ by more than an exchange of
+    subjects between them explains.
+    """
     names = np.random.default_rng(seed).permutation(np.unique(sets.subjects))
     each = sets.generated.shape[1] if sets.generated.ndim == 3 else 1
     chosen, count = set(), 0

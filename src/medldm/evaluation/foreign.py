@@ -75,7 +75,9 @@ class ForeignImage(NamedTuple):
 
     @property
     def is_picture(self) -> bool:
-        """Of a type that alone tells the range: unsigned integers without a place in the body."""
+        """Whether its type alone tells the range of its values: unsigned integers, in a file that says
+        nothing of a place in the body.
+        """
         return self.affine is None and self.dtype.kind == "u"
 
 
@@ -85,7 +87,7 @@ def squeezed(image: RawImage) -> np.ndarray:
 
 
 def look(file: Path) -> ForeignImage:
-    """Read a file for what it holds. InputError where it is damaged or holds values that are not finite."""
+    """Read a file to learn what it holds. InputError where it is damaged or holds values that are not finite."""
     image = read_image(file)
     array = squeezed(image)
     if array.ndim not in (2, 3):
@@ -209,7 +211,7 @@ def note_colours(what: str, folder: Path, images: Mapping[str, ForeignImage], re
 
 
 def note_passed_over(what: str, folder: Path, reading: Reading) -> None:
-    """How many images of a folder nobody looked at, since others in it go before them."""
+    """Note how many images of a folder were not looked at, because others in it take precedence."""
     if not folder.is_dir():
         return
     places = sample_places(folder) if what == "generated" else [folder]
@@ -236,7 +238,7 @@ def named(files: Sequence[Path], folder: Path) -> str:
 
 
 def as_foreign(record: ImageRecord) -> ForeignImage | None:
-    """None for an image that is in [-1, 1] on the prepared grid already."""
+    """The record's image as one of another program; None where it is in [-1, 1] on the prepared grid already."""
     if isinstance(record.image, ForeignImage):
         return record.image
     ends = record.attributes.get(EXTREMES)
@@ -264,8 +266,8 @@ def mapped(image, limits: Limits):
 def settle_reference(
     folder: Path, records: Mapping[str, ImageRecord], reading: Reading
 ) -> dict[str, ImageRecord]:
-    """The same for real images that were not prepared: each in its own place. Raw values are scaled by the
-    image's own 0.5 and 99.5 percentiles, and what is generated for it by the same ones.
+    """Put real images that were not prepared in place, each on its own grid. Raw values are scaled by the
+    image's own 0.5 and 99.5 percentiles, and so is what is generated for it.
     """
     stated, key = reading.reference_range, "reference_range"
     images = {name: found for name, record in records.items() if (found := as_foreign(record)) is not None}

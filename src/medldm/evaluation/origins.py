@@ -1,4 +1,6 @@
-"""Where judged images come from: of these very cases as they are prepared now, and of unseen subjects?"""
+"""Where judged images come from: whether from these very cases as they are prepared now, and of which
+subjects.
+"""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -27,7 +29,7 @@ def read_provenance(folders: Mapping[str, Path | None]) -> dict[str, dict]:
 
 
 def for_report(provenance: Mapping[str, dict]) -> dict[str, dict]:
-    """Without the long list of subjects, which may be all of a dataset."""
+    """The provenance without the long list of subjects, which may be all of a dataset."""
     return {
         name: facts | {"training_subjects": len(facts["training_subjects"])}
         if isinstance(facts.get("training_subjects"), list)
@@ -112,7 +114,7 @@ def check_one_run(folder: Path) -> None:
 
 
 def expected_content(case_id: str, cases: Mapping[str, dict]) -> dict[str, str]:
-    """Digests of a case's arrays; of a translation those of its target, and of its source."""
+    """Digests of a case's arrays; for a translation, those of its target and of its source."""
     source_id, is_pair, target = case_id.rpartition("_to_")
     if case_id in cases or not is_pair or source_id not in cases:
         return array_digests(cases.get(case_id, {}))
@@ -138,8 +140,8 @@ def describe_inputs(folders: Mapping[str, Path | None], index: Mapping[str, Any]
 
 
 def images_digest(folder: Path) -> str | None:
-    """Of the files of a folder by name and size, and of what those of `medldm sample` say they were made from
-    and how; None where there is no such folder.
+    """A digest of the files in a folder, by their names and sizes, and of what those of `medldm sample` say
+    they were made from and how; None where there is no such folder.
     """
     if not folder.is_dir():
         return None

@@ -55,7 +55,7 @@ class Pair:
         return self.real.shape, *(self.attributes.get(name) for name in match)
 
     def loaded(self) -> "Pair":
-        """With its volumes in memory."""
+        """The same pair with its volumes in memory."""
         arrays = {name: load(getattr(self, name)) for name in ("real", "reconstruction", "mask", "source")}
         return replace(self, generated=[load(sample) for sample in self.generated], **arrays)
 
@@ -69,7 +69,9 @@ class Pair:
 
 
 def stored_names(path: Path) -> dict[str, str]:
-    """Name by position -> name by row of the prepared case, for files that hold some of its slices."""
+    """The name of each image by its position in a file that holds some of a case's slices: the name of the
+    slice's row in the prepared case.
+    """
     names: dict[str, str] = {}
     for file in hdf5_files(path):
         try:
@@ -129,7 +131,9 @@ def read_file(file: Path, case: dict, ids: Collection[str] | None, sample: int) 
 
 
 def told_apart(record: ImageRecord, path: Path) -> ImageRecord:
-    """With its extremes where neither an index nor a provenance.json says that medldm wrote it."""
+    """The record with the extremes of its values, where neither an index nor a provenance.json says that
+    medldm wrote it.
+    """
     known = any((path / name).is_file() for name in ("index.json", "provenance.json", MAPPING_INDEX))
     if known or not isinstance(record.image, np.ndarray):
         return record
@@ -307,7 +311,7 @@ def known_facts(reference: Path) -> dict:
 
 
 def edge_recipe(facts: dict) -> EdgeRecipe:
-    """The recipe that the data was prepared with, else the published one."""
+    """The recipe by which the edges of the data were detected; the published one where nothing is recorded."""
     stated = dict((facts.get("preprocess") or {}).get("edges") or {})
     known = {name: stated[name] for name in EdgeRecipe.__dataclass_fields__ if name in stated}
     if known.get("thresholds"):

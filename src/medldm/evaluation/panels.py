@@ -87,8 +87,8 @@ def in_lines(text: str, width: int = 26) -> str:
 
 
 def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str = "SPL"):
-    """A matplotlib figure: one line of pictures a pair (a volume three: its planes), columns that no pair has
-    left out.
+    """A matplotlib figure with one line of pictures for each pair, or three, one for each plane, where it
+    holds volumes; columns that no pair has are left out.
     """
     from matplotlib.figure import Figure
 

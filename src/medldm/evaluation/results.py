@@ -51,8 +51,8 @@ def table_dict(table: Table) -> dict:
 
 
 def describe_cases(pairs: Sequence[Pair], measured: Measured) -> dict:
-    """On how many images of how many subjects each row is, and which it lacks. `fingerprint` is that of the
-    names of all images: two evaluations of the same fingerprint are on the same ones.
+    """On how many images of how many subjects each row is, and which images it lacks. `fingerprint` is that
+    of the names of all images: two evaluations with the same fingerprint are on the same images.
     """
     names = sorted(pair.id for pair in pairs)
     rows = {}

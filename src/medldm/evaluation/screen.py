@@ -45,7 +45,9 @@ def cell(score: Mapping | None, *, interval: bool = True, row_n: int | None = No
 
 
 def row_facts(results: Mapping, row: str) -> Mapping:
-    """n, num_subjects and same_as_generated of a row; an older metrics.json tells its metrics' n alone."""
+    """n, num_subjects and same_as_generated of a row; of an older metrics.json no more than the n of its
+    metrics.
+    """
     known = results.get("cases", {}).get("rows", {}).get(row)
     if known is not None:
         return known
@@ -69,7 +71,7 @@ def metric_names(rows: Mapping[str, Mapping]) -> list[str]:
 
 
 def main_table(results: Mapping) -> Table:
-    """A line a metric: the generated images with their interval, then every other row's mean."""
+    """One line for each metric: the generated images with their interval, then the mean of every other row."""
     n, rows = results["n"], results["rows"]
     others = any(not row_facts(results, row)["same_as_generated"] for row in rows)
     table = Table(
@@ -91,7 +93,7 @@ def main_table(results: Mapping) -> Table:
 
 
 def distribution_table(results: Mapping) -> Table:
-    """A line a distance between sets, a column a set; n beside the number."""
+    """One line for each distance between sets and one column for each set, with n beside the number."""
     rows = results["distribution"]
     table = Table(title="distance between sets of images (n)", box=SIMPLE)
     table.add_column("metric", no_wrap=True)
@@ -163,7 +165,9 @@ def counted_cell(score: Mapping | None) -> str:
 
 
 def translation_lines(results: Mapping) -> Iterator[Lines]:
-    """Source by target, a table a metric of the whole box; then every pair and row with all metrics."""
+    """Tables of sources by targets, one for each metric of the whole box; then every pair and row with all
+    metrics.
+    """
     pairs = results["groups"].get("pair", {})
     names = metric_names({"generated": results["rows"]["generated"]})
     if not pairs:
@@ -196,7 +200,7 @@ def text_table(lines: Lines) -> Table:
 
 
 def print_tables(tables: Iterable[Table | Lines], notes: Iterable[str]) -> None:
-    """Tables and a line a note, on the terminal, or as wide as a log file can bear."""
+    """Print tables, and one line for each note, as wide as the terminal or as a log file can bear."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
@@ -265,7 +269,7 @@ def group_size(scores: Mapping[str, Mapping]) -> tuple[int, int]:
 
 
 def group_tables(results: Mapping) -> Iterator[Table]:
-    """One table a group: the generated images by view, phase, label and slice third."""
+    """One table for each group: the generated images by view, phase, label and third of the stack."""
     names = metric_names({"generated": results["rows"]["generated"]})
     groups = results["groups"]
     for group, tables in groups.items():

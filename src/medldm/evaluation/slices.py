@@ -20,7 +20,7 @@ def axial_axis(facts: Mapping, attributes: Mapping) -> int:
 
 
 def orientation_of(facts: Mapping, attributes: Mapping) -> str:
-    """Of the prepared data, else of a NIfTI's affine, else SPL."""
+    """The orientation of the prepared data, else that of a NIfTI file's affine, else SPL."""
     code = (facts.get("preprocess") or {}).get("orientation")
     affine = attributes.get("affine")
     if code is None and affine is not None:
@@ -36,8 +36,8 @@ def fold(x: Tensor, axis: int) -> Tensor:
 
 
 def by_pieces(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
-    """`function` of (N, C, H, W) stacks, a few slices at a time: a network's maps of all would be many times
-    the volume.
+    """A `function` of stacks (N, C, H, W), applied to a few slices at a time: the maps that a network makes
+    of all of them would be many times the volume.
     """
     num = max(1, PIECE_ELEMENTS // stacks[0][0].numel())
     return torch.cat([function(*part) for part in zip(*(s.split(num) for s in stacks), strict=True)])

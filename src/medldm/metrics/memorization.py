@@ -36,7 +36,7 @@ def nearest_distance(images: Tensor, train: Tensor) -> Tensor:
 
 
 def thumbnail_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of the thumbnail (C, *s) of an image (C, *S)."""
+    """The shape (C, *s) of the thumbnail of an image (C, *S)."""
     return shape[0], *(min(s, POOLED[len(shape) - 1]) for s in shape[1:])
 
 

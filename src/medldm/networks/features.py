@@ -202,7 +202,7 @@ class FeatureNet(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all metrics that are taken of these features."""
+        """The names of all metrics that are taken of these features."""
         return self.frechet_name, self.kernel_name, *self.manifold_names
 
 

@@ -49,8 +49,8 @@ class SPADE(nn.Module):
         self.beta = conv(spatial_dims, hidden_channels, channels, kernel_size, padding=padding)
 
     def modulation(self, spade: Tensor, size: torch.Size) -> Modulation:
-        """Of activations on a grid of `size`, from a map (B, map_channels, *any), resized by nearest
-        neighbours.
+        """The modulation of activations on a grid of `size`, from a map (B, map_channels, *any), which is
+        resized by nearest neighbours.
         """
         if spade.shape[2:] != size:
             spade = F.interpolate(spade, size=size, mode="nearest")

@@ -37,7 +37,9 @@ def describe_job(plan: Mapping[str, Any], experiments: Experiments, keys: Sequen
 
 
 def facts_to_assume(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Of prepared data where there are some, else what the config says about them; `facts=` wins."""
+    """The facts of prepared data where there are some, else what the config says about them; what `facts=`
+    states wins.
+    """
     root = plan["data"].get("root")
     if root in (None, "???", "-"):
         facts = stated_facts(plan["data"])

@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 class Memory(NamedTuple):
-    """GiB of one step."""
+    """What one step takes, in GiB."""
 
     state: float  # weights, moments, moving average, buffers, the batch
     activations: float  # tensors of the step, gradients with them

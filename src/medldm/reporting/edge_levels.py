@@ -1,4 +1,6 @@
-"""How the scores fall as the edges of the condition get rougher: several evaluations, one line a level."""
+"""How the scores fall as the edges of the condition get rougher: several evaluations, with one line for each
+level.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +81,9 @@ def by_model(evaluations: Sequence[Mapping]) -> Series:
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """What tells paths of checkpoints apart: without the folders that all begin and end with."""
+    """The part of each path of a checkpoint that tells it apart: without the folders with which all of them
+    begin and end.
+    """
     parts = {model: list(Path(model).parts) for model in models}
     for end in (-1, 0):
         while (

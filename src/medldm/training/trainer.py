@@ -126,7 +126,7 @@ def trainer_options(cfg: DictConfig, module: TrainedModule, settings: DeviceSett
 def make_callbacks(
     cfg: DictConfig, module: TrainedModule, datamodule: LightningDataModule, run_dir: Path
 ) -> Iterator[Callback]:
-    """In the order in which they must act."""
+    """The callbacks of a training, in the order in which they must act."""
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
     yield LatentStatistics(datamodule)
     yield CountUpdates()

@@ -188,7 +188,9 @@ def load_mapping_index(root: Path) -> dict:
 
 
 def published_splits(subjects: Sequence[str]) -> dict[str, Split]:
-    """By name, that of ldm-medical-image first; {} where not all of the 360 subjects are there."""
+    """The published splits by name, that of ldm-medical-image first; {} where not all of the 360 subjects are
+    there.
+    """
     if sorted(set(subjects)) != SUBJECTS:
         return {}
     return {"seed42_350_10": seed42_350_10(), "official_160_40_160": official_160_40_160()}

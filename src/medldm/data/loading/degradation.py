@@ -44,8 +44,9 @@ def make_degradation(
     settings: Mapping[str, Any],
     edge_level: float | str | None,
 ) -> EdgeDegradation:
-    """By `data.edge_degrade` in training, where `edge_level` is None; else at this level, or the `contours`
-    of the class map alone. InputError where the data have no edges to degrade, or a setting makes no sense.
+    """The degradation of edges that `data.edge_degrade` asks for in training, where `edge_level` is None;
+    else that of one level, or the `contours` of the class map alone. InputError where the data have no edges
+    to degrade, or a setting makes no sense.
     """
     if index["spatial_dims"] != 2:
         raise InputError("data.edge_degrade: edges exist in 2D only; set it to null")

@@ -172,7 +172,7 @@ def earlier_entries(root: Path) -> dict[str, dict]:
 
 
 def say_what_was_renewed(jobs: Sequence[FileJob], prepared: Sequence[Prepared]) -> None:
-    """One line a reason."""
+    """Log, in one line for each reason, why cases were prepared again."""
     reasons = Counter(one.renewed_because for one in prepared if one.renewed_because)
     for reason, count in reasons.items():
         first = next(job.id for job, one in zip(jobs, prepared, strict=True) if one.renewed_because == reason)
@@ -180,7 +180,9 @@ def say_what_was_renewed(jobs: Sequence[FileJob], prepared: Sequence[Prepared]) 
 
 
 def run_jobs(jobs: Sequence[FileJob], num_workers: int) -> Iterator[Prepared]:
-    """In the order of the jobs, under a progress bar. The first failure cancels the rest."""
+    """The results in the order of the jobs, which run under a progress bar. The first failure cancels the
+    rest.
+    """
     from rich.progress import track
 
     if num_workers < 1:

@@ -68,7 +68,7 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """Of the parameters and of the versions of the libraries that do the work."""
+        """A digest of the parameters, and of the versions of the libraries that do the work."""
         libraries = (
             ("numpy", "cv2", "scipy") if self.spatial_dims == 2 else ("numpy", "nibabel", "monai", "torch")
         )
