@@ -1,6 +1,6 @@
 """Settings that would change nothing beside the others: refused before training, each in one line.
 
-An object checks its own arguments; here stands what only the whole of a config tells.
+A part checks its own arguments; here stands what only the whole of a config tells.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
 
 
-# Of a provenance, what does not decide the images: where inputs lay (a moved dataset is the same one), and
+# Keys of a provenance that do not decide the images: where inputs lay (a moved dataset is the same one), and
 # what is known of the whole dataset.
 REMARKS = ("checkpoint", "command", "data_root", "training_subjects", "unrecorded_stages")
 NAMES = {"cases": "set of cases", "checkpoint_sha256": "checkpoint"}  # of settings, in messages
 
 
 def settings_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a provenance decides the images, as JSON would read it back."""
+    """The part of a provenance that decides the images, as JSON would read it back."""
     return {key: value for key, value in json.loads(json.dumps(provenance)).items() if key not in REMARKS}
 
 
 def claim(root: Path, provenance: Mapping[str, Any]) -> None:
-    """Write provenance.json. InputError where the folder was begun with other settings; what an older medldm
-    did not record counts as equal.
+    """Write provenance.json. InputError where the folder was begun with other settings; a setting that an
+    older medldm did not record counts as equal.
     """
     path = root / "provenance.json"
     settings = settings_of(provenance)
@@ -56,8 +56,8 @@ def claim(root: Path, provenance: Mapping[str, Any]) -> None:
 
 
 class SampleFolder:
-    """Writes case by case, each file whole or not at all; a folder of other settings is refused, a begun one
-    continued.
+    """A folder that is written case by case, each file whole or not at all. One that holds images of other
+    settings is refused, and one that was begun is continued.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class SampleFolder:
         return self.root / f"{self.dataset.cases[case]['id']}.h5"
 
     def made_from(self, case: int) -> dict[str, str]:
-        """Attributes of a case's file: its conditions, where they are known, and the run's settings."""
+        """The attributes of a case's file: its conditions, where they are known, and the settings
+        of the run.
+        """
         conditions = self.dataset.made_from(case)
         known = {} if conditions is None else {"made_from": json.dumps(conditions)}
         return known | {"settings_digest": self.settings}
@@ -98,7 +100,7 @@ class SampleFolder:
         )
 
     def pending(self, cases: Sequence[int]) -> list[int]:
-        """The cases that are to be made; what stands and is made anew is told, by reason."""
+        """The cases that are to be made. Where images stand and are made anew, the log says why."""
         why = {case: self.reason_to_write(case) for case in cases}
         known = [self.dataset.made_from(case) is not None for case in cases]
         stand = [case for case in cases if self.path(case).is_file()]
@@ -126,8 +128,9 @@ class SampleFolder:
         samples: Sequence[Tensor],
         batches: Sequence[dict[str, Any]],
     ) -> None:
-        """`samples`: one (N, C, *S) in [-1, 1] per sample, in the order of `positions`; `batches` hold the
-        conditions. The HDF5 file is written last: where it stands, the pictures do too.
+        """Write the images of a case. `samples` holds one (N, C, *S) in [-1, 1] for each sample, in the order
+        of `positions`, and `batches` the conditions. The HDF5 file is written last: where it stands, the
+        pictures do too.
         """
         if self.path(case).is_file():
             self.remove_pictures(case)

@@ -1,4 +1,4 @@
-"""A command line that Hydra does not take, told in one line with the words that it would."""
+"""A command line that Hydra does not take, explained in one line with the words that it would take."""
 
 import difflib
 import re
@@ -54,7 +54,7 @@ def parsed(word: str) -> Any:
 
 
 def renamed(word: str) -> str:
-    """An override as it is written today: a member's former name becomes the one that took its place."""
+    """An override as it is written today: the former name of a member becomes the present one."""
     key, equals, value = word.partition("=")
     names = RENAMED.get(key.lstrip("+").partition("@")[0])
     if not names:
@@ -75,8 +75,8 @@ def elements(text: str) -> list[str]:
 
 
 def shell_word(key: str, value: str) -> str | None:
-    """`key=value` as it is typed into a shell so that Hydra reads this very text, or this list of texts; None
-    where its brackets do not close.
+    """`key=value` as it is typed into a shell, so that Hydra reads this very text, or this list of texts;
+    None where its brackets do not close.
     """
     if value.startswith("~/"):
         value = str(Path(value).expanduser())
@@ -112,7 +112,9 @@ def known_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that was meant, if any: one of its own last part, or one that looks alike."""
+    """The known word that was meant, if any: the one that looks alike, or the only one that ends in the same
+    key.
+    """
     same_end = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]]
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     return found[0] if found else same_end[0] if len(same_end) == 1 else None
@@ -131,7 +133,7 @@ def config_keys(name: str, arguments: Sequence[str], config_dir: Path) -> list[s
 
 
 def tell_unknown(key: str, name: str, arguments: Sequence[str], config_dir: Path) -> str:
-    """What to write in the place of a key that the command has not."""
+    """What to write in the place of a key that the command does not have."""
     known = config_keys(name, arguments, config_dir)
     if key in known:  # a mapping, which Hydra extends only where it is told to
         word = next((word for word in arguments if word.startswith(f"{key}=")), f"{key}=...")
@@ -141,7 +143,9 @@ def tell_unknown(key: str, name: str, arguments: Sequence[str], config_dir: Path
 
 
 def explain(error: BaseException, name: str, arguments: Sequence[str], config_dir: Path) -> str | None:
-    """The line for what Hydra says of a command line, or None where it says it well enough itself."""
+    """The line in the place of what Hydra says of a command line, or None where Hydra says it well enough
+    itself.
+    """
     text = str(error)
     unread = getattr(error, "override", None)
     if isinstance(unread, str):
@@ -159,7 +163,9 @@ def explain(error: BaseException, name: str, arguments: Sequence[str], config_di
 
 
 def tell_no_choice(path: str, arguments: Sequence[str], config_dir: Path) -> str | None:
-    """What a group offers in the place of `path`, a file that it has not; None where it is no group."""
+    """What a group offers in the place of `path`, a file that it does not have; None where `path` lies in no
+    group.
+    """
     words = (word.lstrip("+") for word in arguments if "=" in word)
     group = next((word.partition("=")[0] for word in words if word.replace("=", "/", 1) == path), None)
     folder = config_dir / (group or path.rpartition("/")[0])
@@ -173,7 +179,9 @@ def tell_no_choice(path: str, arguments: Sequence[str], config_dir: Path) -> str
 
 
 def check_dashes(arguments: Sequence[str]) -> str | None:
-    """The line for options in the place of keys, which Hydra would answer with its whole usage."""
+    """The line for options such as --key, which are no keys and which Hydra would answer with its whole
+    usage; None where there are none.
+    """
     flags = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     for word in arguments:
         if word.startswith("-") and word.partition("=")[0] not in flags and not word.lstrip("-").isdigit():
@@ -182,7 +190,7 @@ def check_dashes(arguments: Sequence[str]) -> str | None:
 
 
 def misread_path(cfg: Mapping[str, Any], arguments: Sequence[str], prefix: str = "") -> str | None:
-    """The line for a path that Hydra took for a number, or for true or false."""
+    """The line for a path that Hydra took for a number, or for true or false; None where there is none."""
     for key, value in cfg.items():
         if isinstance(value, Mapping):
             if line := misread_path(value, arguments, f"{prefix}{key}."):

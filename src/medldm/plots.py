@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,8 +14,12 @@ from medldm.batch import to_uint8
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.files import replacing
 
+if TYPE_CHECKING:  # matplotlib is imported where a figure is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def rendered(figure) -> Tensor:
+
+def rendered(figure: "Figure") -> Tensor:
     """A matplotlib figure as (3, H, W) uint8."""
     from PIL import Image
 
@@ -24,8 +29,11 @@ def rendered(figure) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def new_axes(columns: int, size: float = 3.2):
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+def new_axes(columns: int, size: float = 3.2) -> "tuple[Figure, Sequence[Axes]]":
+    """A figure with this many axes side by side, each `size` inches wide and high, and the axes. It is made
+    without pyplot, which would need a display and keep every figure.
+    """
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * size, size), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
@@ -65,8 +73,8 @@ def points_figure(data: Tensor, samples: Tensor) -> Tensor:
 
 
 def axial_slices(x: Tensor, orientation: str | None = None) -> Tensor:
-    """Volumes (B, C, D, H, W) -> (B, C, S, H', W'): axial slices from the feet up, front up and the patient's
-    left to the right, whatever the axes of `orientation` (none: SPL).
+    """Volumes (B, C, D, H, W) -> (B, C, S, H', W'): axial slices from the feet up, the front of the body up
+    and its left to the right, whatever the axes of `orientation` (SPL where it is None).
     """
     pairs, code = ("SI", "PA", "LR"), orientation or "SPL"
     places = [next(i for i, letter in enumerate(code) if letter in pair) for pair in pairs]
@@ -75,7 +83,9 @@ def axial_slices(x: Tensor, orientation: str | None = None) -> Tensor:
 
 
 def middle_slice(x: Tensor, orientation: str | None = None) -> Tensor:
-    """The middle one of a volume's `axial_slices`; 2D images stay."""
+    """The middle one of the `axial_slices` of volumes (B, C, D, H, W); images (B, C, H, W) stay
+    as they are.
+    """
     if x.ndim == 4:
         return x
     x = axial_slices(x, orientation)
@@ -83,13 +93,15 @@ def middle_slice(x: Tensor, orientation: str | None = None) -> Tensor:
 
 
 def sweep(rows: Sequence[Tensor], orientation: str | None = None) -> list[np.ndarray]:
-    """The first volume of each row (B, C, D, H, W) in [-1, 1], side by side: a (H, W) uint8 frame a slice."""
+    """The first volume of each row (B, C, D, H, W) in [-1, 1], side by side: one frame (H, W) uint8 for each
+    slice.
+    """
     slices = [axial_slices(row[:1, :1].float().cpu(), orientation)[0, 0] for row in rows]
     return list(to_uint8(torch.cat(slices, dim=2)).numpy())
 
 
 def grid(rows: list[Tensor], orientation: str | None = None) -> Tensor:
-    """Rows of (B, C, *S) in [-1, 1] -> (3, H, W) uint8, one row per line."""
+    """Rows of (B, C, *S) in [-1, 1] -> a picture (3, H, W) uint8 with one line for each row."""
     images = torch.cat([middle_slice(row.float().cpu(), orientation)[:, :1] for row in rows])
     picture = make_grid(
         images.clamp(-1, 1), nrow=len(rows[0]), padding=2, normalize=True, value_range=(-1, 1)
@@ -98,7 +110,7 @@ def grid(rows: list[Tensor], orientation: str | None = None) -> Tensor:
 
 
 def save_png(path: Path, picture: Tensor) -> None:
-    """(3, H, W) uint8 -> a PNG file, whole or not at all."""
+    """Write (3, H, W) uint8 as a PNG file, whole or not at all."""
     from PIL import Image
 
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
@@ -107,7 +119,7 @@ def save_png(path: Path, picture: Tensor) -> None:
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 200) -> None:
-    """(H, W) uint8 frames; the last one stays longer."""
+    """Write frames (H, W) uint8 as a GIF; the last one stays longer."""
     from PIL import Image
 
     pictures = [Image.fromarray(frame) for frame in frames]

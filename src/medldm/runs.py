@@ -8,7 +8,7 @@ from pathlib import Path
 from medldm.errors import InputError
 from medldm.files import replacing
 
-# The first rank tells the ranks that it starts by this variable where the run is.
+# By this variable the first rank tells those that it starts where the run is.
 RUN_DIR_VARIABLE = "MEDLDM_RUN_DIR"
 COMMANDS_FILE = "commands.txt"  # of a run: one line a start
 

@@ -18,7 +18,7 @@ from medldm.sampling import predictor_of
 
 log = logging.getLogger(__name__)
 SPACING_TOLERANCE = 0.2  # relative: beyond it the source is resampled to the voxels of training
-SPACING_NOTED = 0.02  # beyond it the difference is said
+SPACING_NOTED = 0.02  # beyond it the log tells the difference
 
 
 def choose_targets(known: list[str] | None, source: str, targets: list[str] | None) -> list[str]:
@@ -63,7 +63,9 @@ def prepare_source(path: str, facts: Mapping[str, Any]) -> Any:
 
 
 def spacing_along(affine: Any, orientation: str) -> list[float]:
-    """mm of a voxel along the body's axes, in the order of the prepared array, such as S, P and L."""
+    """The edges of a voxel, in mm, along the axes of the body, in the order of the prepared array, such as S,
+    P and L.
+    """
     from medldm.data.preparation.volume_transforms import axis_order
 
     return edges_of(affine)[axis_order(affine, orientation)].tolist()

@@ -13,13 +13,14 @@ from medldm.plots import grid, save_gif, save_png, sweep
 
 
 class Pictures(Callback):
-    """The same validation samples every few validations: the module's `picture` as `samples/step_<n>.png`.
+    """The same validation samples every few validations: the module's `picture` as `samples/step_<n>.png`,
+    and what its `figures` draws as `samples/<name>_<n>.png`.
 
-    What the module's `figures` draws, where it has them, goes to `samples/<name>_<n>.png`. Of volumes every
-    `volumes_every_n_validations` the first sample goes whole: `volume_<n>.nii.gz`, whose fourth axis are the
-    rows of the picture, in [-1, 1], and `sweep_<n>.gif`, its axial slices with the rows side by side. Loggers
-    that take videos get the latter. It is a GIF and no MP4: a GIF keeps all 256 grey levels, and the only MP4
-    encoder that comes with OpenCV (`mp4v`) makes files that browsers do not play.
+    Where the samples are volumes, the first of them is written whole every `volumes_every_n_validations`
+    validations: as `volume_<n>.nii.gz`, in [-1, 1], with the rows of the picture along its fourth axis, and
+    as `sweep_<n>.gif`, which runs through its axial slices with the rows side by side. Loggers that take
+    videos get the latter. It is a GIF and no MP4: a GIF keeps all 256 grey levels, and the only MP4 encoder
+    that comes with OpenCV (`mp4v`) makes files that browsers do not play.
     """
 
     def __init__(

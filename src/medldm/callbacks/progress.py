@@ -7,8 +7,8 @@ from pytorch_lightning.callbacks import RichProgressBar
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, whose numbers change when they are logged: it reads the loss after every batch, and each
-    time the host waits for the device.
+    """Lightning's bar, with numbers that change only when they are logged. Lightning's own reads the loss
+    after every batch, and each time the host waits for the device.
     """
 
     shown: dict[str, Any] | None = None

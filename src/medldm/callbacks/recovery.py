@@ -33,11 +33,12 @@ class CountUpdates(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """`best.ckpt` by a validation metric; `last.ckpt` every so many updates and at every epoch's end.
+    """`best.ckpt` is the best by a validation metric; `last.ckpt` is written every so many updates and at the
+    end of every epoch.
 
-    With `keep_best` above 1 as many of the best validations stay, as `step_<n>_<value>.ckpt`; `best.ckpt` is
-    another name of the best of them, which takes no room where the file system has hard links.
-    A model with a number that is not finite is never written: the last good checkpoint stays.
+    With `keep_best` above 1, that many of the best validations stay as `step_<n>_<value>.ckpt`; `best.ckpt`
+    is then another name of the best of them, which takes no room where the file system has hard links. A
+    model with a number that is not finite is never written: the last good checkpoint stays.
     """
 
     def __init__(
@@ -200,7 +201,8 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the way out of the l
 
 
 class StopOnSignal(Callback):
-    """SIGUSR1 (SLURM, before the limit), SIGTERM, Ctrl-C: finish the step, write last.ckpt, leave the loop.
+    """On SIGUSR1, which SLURM sends before the time limit, on SIGTERM and on Ctrl-C: finish the step, write
+    last.ckpt and leave the loop.
 
     Lightning's own requeue saves inside the signal handler, in the middle of a step. A signal during
     validation takes effect after it. A second Ctrl-C ends at once.

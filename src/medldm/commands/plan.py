@@ -120,7 +120,9 @@ def compose_model(experiment: str) -> dict[str, Any]:
 
 
 def configs() -> AbstractContextManager:
-    """A context in which `compose` finds medldm's configs: the one that Hydra has set up, or one of its own."""
+    """A context in which `compose` finds medldm's configs: the one that Hydra has set up, or one
+    of its own.
+    """
     if GlobalHydra.instance().is_initialized():
         return nullcontext()
     return initialize_config_dir(str(CONFIG_DIR), version_base="1.3")

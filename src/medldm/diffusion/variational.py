@@ -241,7 +241,9 @@ class ImageTerms:
     gradient_is_signed: bool = False
 
     def __call__(self, loss: Tensor, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """Both errors of images (B, C, *S) in [-1, 1], and the "loss" with them; {} where both weights are 0."""
+        """Both errors of images (B, C, *S) in [-1, 1], and the "loss" with them; {} where both
+        weights are 0.
+        """
         if not (self.mse_weight or self.gradient_weight):
             return {}
         x_hat, x = (x_hat + 1) / 2, (x.float() + 1) / 2

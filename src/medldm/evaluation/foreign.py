@@ -87,7 +87,9 @@ def squeezed(image: RawImage) -> np.ndarray:
 
 
 def look(file: Path) -> ForeignImage:
-    """Read a file to learn what it holds. InputError where it is damaged or holds values that are not finite."""
+    """Read a file to learn what it holds. InputError where it is damaged or holds values that are
+    not finite.
+    """
     image = read_image(file)
     array = squeezed(image)
     if array.ndim not in (2, 3):
@@ -238,7 +240,9 @@ def named(files: Sequence[Path], folder: Path) -> str:
 
 
 def as_foreign(record: ImageRecord) -> ForeignImage | None:
-    """The record's image as one of another program; None where it is in [-1, 1] on the prepared grid already."""
+    """The record's image as one of another program; None where it is in [-1, 1] on the prepared
+    grid already.
+    """
     if isinstance(record.image, ForeignImage):
         return record.image
     ends = record.attributes.get(EXTREMES)
@@ -257,7 +261,7 @@ def settled(
     return record._replace(image=array)
 
 
-def mapped(image, limits: Limits):
+def mapped(image: np.ndarray | StoredImage, limits: Limits) -> np.ndarray | StoredImage:
     if isinstance(image, StoredImage):
         return StoredImage(image.shape, lambda: scale_to_unit(image.read(), *limits, clip=False))
     return scale_to_unit(image, *limits, clip=False)

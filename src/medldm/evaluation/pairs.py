@@ -311,7 +311,9 @@ def known_facts(reference: Path) -> dict:
 
 
 def edge_recipe(facts: dict) -> EdgeRecipe:
-    """The recipe by which the edges of the data were detected; the published one where nothing is recorded."""
+    """The recipe by which the edges of the data were detected; the published one where nothing is
+    recorded.
+    """
     stated = dict((facts.get("preprocess") or {}).get("edges") or {})
     known = {name: stated[name] for name in EdgeRecipe.__dataclass_fields__ if name in stated}
     if known.get("thresholds"):

@@ -1,10 +1,15 @@
 """Comparison pictures: real, generated, difference and condition of the best, median and worst images."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medldm.evaluation.pairs import Pair
+
+if TYPE_CHECKING:  # matplotlib is imported where a figure is drawn
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
 
 
 def choose(scores: np.ndarray, num: int, lower_is_better: bool = True) -> dict[str, list[int]]:
@@ -34,7 +39,7 @@ def flat(image: np.ndarray | None, plane: int | None = None, orientation: str = 
     return volume.take(volume.shape[plane] // 2, axis=plane)
 
 
-def label_colours():
+def label_colours() -> "ListedColormap":
     """Black background, then ten colours; further classes begin again."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
@@ -86,7 +91,7 @@ def in_lines(text: str, width: int = 26) -> str:
     return "\n".join(lines)
 
 
-def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str = "SPL"):
+def draw_panel(pairs: Sequence[Pair], captions: Sequence[str], orientation: str = "SPL") -> "Figure":
     """A matplotlib figure with one line of pictures for each pair, or three, one for each plane, where it
     holds volumes; columns that no pair has are left out.
     """

@@ -71,7 +71,9 @@ def metric_names(rows: Mapping[str, Mapping]) -> list[str]:
 
 
 def main_table(results: Mapping) -> Table:
-    """One line for each metric: the generated images with their interval, then the mean of every other row."""
+    """One line for each metric: the generated images with their interval, then the mean of every
+    other row.
+    """
     n, rows = results["n"], results["rows"]
     others = any(not row_facts(results, row)["same_as_generated"] for row in rows)
     table = Table(

@@ -83,7 +83,9 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of products and convolutions, as `torch.utils.flop_counter` counts them."""
+        """Floating-point operations of products and convolutions, as `torch.utils.flop_counter`
+        counts them.
+        """
         return sum(op.flops for op in self.operations.values())
 
     @property

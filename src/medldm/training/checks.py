@@ -89,7 +89,7 @@ def check_stages(cfg: DictConfig, description: dict[str, Any], datamodule: CaseD
         for subset in ("test", "val"):
             allow = bool(cfg.allow_training_subjects) or subset == "val"
             check_held_out(seen, datamodule.subjects[subset], path, subset, allow=allow, key=key)
-            seen = seen._replace(unrecorded=[])  # said once
+            seen = seen._replace(unrecorded=[])  # they have been told of already
 
 
 def check_unknown(module: TrainedModule, datamodule: CaseDataModule) -> None:

@@ -36,8 +36,8 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> list[dict[str, Any] | None]:
-    """Descriptions of first stage and map stage where a resumed checkpoint brings their weights, else None:
-    load them.
+    """The descriptions of the first stage and of the map stage, where a resumed checkpoint brings their
+    weights along; None for one that is to be loaded. InputError where a checkpoint is needed and not named.
     """
     resumed = [content["medldm"].get(key) if content else None for key in ("first_stage", "map_stage")]
     hints = {

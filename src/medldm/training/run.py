@@ -51,7 +51,9 @@ def open_run(cfg: DictConfig, experiment: str) -> Run:
 
 
 def make_data(cfg: DictConfig, run: Run) -> LightningDataModule:
-    """The prepared data with the arrays that the model needs, or the cached latents in the images' place."""
+    """The prepared data with the arrays that the model needs, or with cached latents in the place
+    of images.
+    """
     first_stage, _ = require_stages(run.model, run.content)
     data = OmegaConf.to_container(cfg.data, resolve=True)
     data["latents"] = find_latents(data, run.model, first_stage)

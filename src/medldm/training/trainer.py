@@ -49,8 +49,8 @@ def quieten() -> None:
         ".*does not have many workers.*",
         ".*LeafSpec.*",
         ".*module\\(s\\) in eval mode.*",
-        ".*your dataloader is not resumable.*",  # the data module is
-        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # and to be used
+        ".*your dataloader is not resumable.*",  # it is, by a sampler of its own
+        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose, see `TrainedModule`
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval.*")
@@ -151,8 +151,9 @@ def check_volumes(pictures: DictConfig | None, module: TrainedModule) -> None:
 
 
 def syncs_batchnorm(options: dict[str, Any], module: TrainedModule) -> bool:
-    """`auto`: where batch norms would each see one process's part of a batch. InputError for `true` where
-    nothing can be synchronised; torch does it on GPUs alone.
+    """Whether batch norms are synchronised: under `auto`, where each would otherwise see its own process's
+    part of a batch alone. InputError for `true` where nothing can be synchronised; torch does it on GPUs
+    alone.
     """
     choice = options["sync_batchnorm"]
     if choice not in (True, False, "auto"):
