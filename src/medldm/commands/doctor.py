@@ -56,7 +56,7 @@ def examine(cfg: DictConfig, machine: Machine) -> Iterator[Finding]:
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """The table, a line a finding."""
+    """Print the table, one line for each finding."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log file has no width of its own

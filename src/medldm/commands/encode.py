@@ -58,8 +58,8 @@ def encode_case(
 
 
 def reason_to_encode(path: Path, image: str | None) -> str | None:
-    """Why the latents of a case must be made, None where those that stand are of this image; `image` is its
-    digest, None where an older medldm prepared it: then whatever stands is taken.
+    """Why the latents of a case must be made; None where those that stand are of this image. `image` is its
+    digest, None where an older medldm prepared it: whatever stands is then taken.
     """
     if not path.is_file():
         return "not there yet"
@@ -74,8 +74,8 @@ def reason_to_encode(path: Path, image: str | None) -> str | None:
 
 
 def pending_cases(dataset: CaseDataset, cases: dict[int, list[int]], folder: Path) -> dict[int, list[int]]:
-    """The cases whose latents are missing or of other images. What is renewed is told, and latents.json is
-    taken away before the first file changes: it speaks of a whole cache.
+    """The cases whose latents are missing, or are of other images. The log tells what is renewed, and
+    latents.json is taken away before the first file changes: it speaks of a whole cache.
     """
     entries = {case: dataset.cases[case] for case in cases}
     if not all(array_digests(entry) for entry in entries.values()):
@@ -104,7 +104,7 @@ def check_encoder(module: TrainedModule, checkpoint: str) -> None:
 
 
 def write_latents(path: Path, latents: np.ndarray, encoder: str, image: str | None) -> None:
-    """One case's file; `image` is the digest of the image that was encoded, where it is known."""
+    """Write one case's file; `image` is the digest of the image that was encoded, where it is known."""
     with replacing(path) as aside, writing_hdf5(aside) as file:
         file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
         file.attrs["encoder_sha256"] = encoder

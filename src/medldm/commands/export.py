@@ -53,7 +53,9 @@ def write_grey(path: Path, array: np.ndarray) -> None:
 
 
 def write_case(record: Any, axis: int | None, output: Path, part: str) -> None:
-    """The slices of one case that do not stand yet; a slice's image is written last, after its map."""
+    """Write the slices of one case that do not stand yet; the image of a slice is written last, after its
+    map.
+    """
     for name, image, mask in planes_of(record, axis):
         path = output / "images" / part / f"{name}.png"
         if path.is_file():

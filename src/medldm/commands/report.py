@@ -72,7 +72,7 @@ def write_comparison(folder: Path, output: str | None) -> None:
 
 
 def write_table(cfg: DictConfig) -> None:
-    """<output>.md and <output>.html: a line for each evaluation."""
+    """Write <output>.md and <output>.html, with one line for each evaluation."""
     if cfg.table not in TABLE_KINDS:
         raise InputError(f"table={cfg.table}: choose {' or '.join(TABLE_KINDS)}")
     table = TABLE_KINDS[cfg.table]
@@ -88,7 +88,7 @@ def write_table(cfg: DictConfig) -> None:
 
 
 def add_changes(evaluation: EvaluationFiles, runs: Sequence[Path]) -> None:
-    """What changed since the evaluation becomes a note of the page, and is said here."""
+    """What has changed since the evaluation becomes a note of the page and a line of the log."""
     lines = list(changes_since(evaluation.results, [str(run) for run in runs]))
     evaluation.results["warnings"] = [*evaluation.results.get("warnings", ()), *lines]
     for line in lines:

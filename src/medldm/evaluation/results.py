@@ -259,7 +259,9 @@ def describe_names(measured: Measured, matches: Mapping[str, Match]) -> dict:
 def case_columns(
     pairs: Sequence[Pair], measured: Measured, groups: Mapping[str, Sequence[str | None]]
 ) -> tuple[list[str], list[list]]:
-    """Header and lines of per_case.csv: one line an image and row, `row_n` being the images of that row."""
+    """Header and lines of per_case.csv, one line for each image and row; `row_n` says on how many images the
+    row is.
+    """
     metrics = metric_names_of(measured)
     header = ["row", "row_n", "id", "subject", *groups, "slice_index", "num_slices", *metrics]
     lines = []

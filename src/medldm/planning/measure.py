@@ -16,6 +16,10 @@ WARM_UP = 3
 
 
 class MeasuredStep(NamedTuple):
+    """What one step took on this machine: the median of its seconds, the fastest and slowest, and GiB of
+    memory.
+    """
+
     seconds: float  # median
     spread: tuple[float, float]
     allocated_gib: float | None  # None: the device does not tell
@@ -23,7 +27,9 @@ class MeasuredStep(NamedTuple):
 
 
 def step_times(module: nn.Module, batch: dict, count: int, *, bf16: bool) -> Iterator[float]:
-    """Seconds of each step, the optimiser's part included; the first ones choose kernels."""
+    """The seconds of each step, with the optimiser's part; the first steps, in which libraries choose
+    kernels, are among them.
+    """
     device = next(module.parameters()).device
     updates = [partial(update, optimizer) for optimizer in module.configure_optimizers()[0]]
     if not module.automatic_optimization:

@@ -68,12 +68,14 @@ def compute_seconds(op: Operation, card: Card) -> float:
 
 
 def optimiser_seconds(num_trainable: int, card: Card) -> float:
-    """A fused Adam step is memory traffic alone."""
+    """The seconds of a fused Adam step, which is memory traffic alone."""
     return num_trainable * ADAM_BYTES / (card.bandwidth * 1e9)
 
 
 def largest_batch(memories: Sequence[tuple[int, float]], limit_gib: float) -> int:
-    """The largest batch within `limit_gib` on the line through two (batch, GiB) points; 0: not even one."""
+    """The largest batch within `limit_gib` on the line through two (batch, GiB) points; 0 where not even one
+    image fits.
+    """
     (n1, m1), (n2, m2) = memories
     slope = (m2 - m1) / (n2 - n1)
     return max(0, int((limit_gib - (m1 - n1 * slope)) / slope)) if slope > 0 else n2

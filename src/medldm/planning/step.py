@@ -42,7 +42,7 @@ class Job:
 
 
 class UntrainedLPIPS(nn.Module):
-    """LPIPS' network with weights of any kind: its work and its activations are what counts."""
+    """The network of LPIPS with weights of any kind: its work and its activations are what counts."""
 
     def __init__(self, net: str) -> None:
         super().__init__()
@@ -66,7 +66,9 @@ def untrained_features(name: str) -> nn.Module:
 
 
 def attach(module: nn.Module) -> nn.Module:
-    """Stands in for Lightning's trainer: one process, late in training, every batch an update."""
+    """Put a stand-in for Lightning's trainer on the module: one process, late in training, every batch an
+    update.
+    """
     module._trainer = SimpleNamespace(
         world_size=1,
         global_step=LATE,
@@ -128,7 +130,9 @@ def random_batch(job: Job, module: nn.Module, batch_size: int, device: torch.dev
 
 
 def state_bytes(module: nn.Module, *, averages: bool) -> int:
-    """Weights, buffers, Adam's moments and, where `averages`, the moving average of what it follows."""
+    """The bytes of weights, buffers and Adam's moments and, where `averages`, of the moving average of what
+    it follows.
+    """
     held = [*module.parameters(), *module.buffers()]
     trainable = num_trainable(module)
     followed = module.ema_modules if averages else None
@@ -155,7 +159,9 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Choices by the kind of device, for tensors that stand in for those of a GPU on the host."""
+    """A context in which choices by the kind of device are those of a GPU, for tensors on the host that stand
+    in for its own.
+    """
     before = CHUNK_ELEMENTS["cpu"]
     CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cuda"]
     try:
