@@ -1,8 +1,8 @@
 """medldm evaluate: compare a folder of generated images with the real ones, and with baselines.
 
 Images are matched by name. Writes metrics.json (numbers with n, 95% interval over subjects, range, networks
-and seeds), per_case.csv (one line an image and row), panels/{best,median,worst}.png, and browser/: the slices
-that `medldm report` lets one browse.
+and seeds), per_case.csv (one line for each image and row), panels/{best,median,worst}.png, and browser/: the
+slices that `medldm report` lets one browse.
 
 keys
   generated=DIR        images to judge, of any program: HDF5, NIfTI, NRRD, MetaImage, NumPy, PNG, JPEG.

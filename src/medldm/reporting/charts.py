@@ -4,12 +4,16 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
 from medldm.metrics.catalogue import better
+
+if TYPE_CHECKING:  # matplotlib is imported where a figure is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#010203"  # drawn in this colour, then replaced by the page's own
 COLOURS = {"train": "#3f7fd9", "val": "#e0792b", "": "#3f7fd9"}
@@ -24,7 +28,7 @@ class Curve(NamedTuple):
     values: np.ndarray
 
 
-def to_svg(figure) -> Markup:
+def to_svg(figure: "Figure") -> Markup:
     """Inline SVG without fixed size, document header or dates."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -36,7 +40,8 @@ def to_svg(figure) -> Markup:
     return Markup(svg)
 
 
-def new_figure(width: float, height: float, salt: str):
+def new_figure(width: float, height: float, salt: str) -> "Figure":
+    """An empty figure, in inches; `salt` makes the names inside its SVG the same in every run."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -45,7 +50,8 @@ def new_figure(width: float, height: float, salt: str):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def style(axis) -> None:
+def style(axis: "Axes") -> None:
+    """Give an axis the look that all charts share."""
     axis.tick_params(colors=INK, labelsize=8, length=0)
     axis.grid(True, color="#8895a7", alpha=0.25, linewidth=0.6)
     axis.set_axisbelow(True)
@@ -92,8 +98,8 @@ def curve_chart(name: str, curves: Mapping[str, Curve]) -> Markup:
 
 
 def level_chart(name: str, series: Mapping[str, Mapping]) -> Markup:
-    """One metric over the roughness of the edges, a line a model; a level that is no number (contours) stands
-    to the right of the others.
+    """One metric over the roughness of the edges, with one line for each model; a level that is no number
+    (contours) stands to the right of the others.
     """
     figure = new_figure(4.2, 2.7, f"level-{name}")
     axis = figure.subplots()
@@ -124,7 +130,9 @@ def as_float(value: object) -> float:
 
 
 def score_chart(rows: Mapping[str, Mapping], names: Sequence[str]) -> Markup:
-    """One small panel a metric, one line a row: the mean as a dot, its interval as a bar."""
+    """One small panel for each metric, with one line for each row: the mean as a dot, its
+    interval as a bar.
+    """
     from matplotlib.ticker import MaxNLocator
 
     order = [row for row in rows if any(name in rows[row] for name in names)][::-1]
@@ -144,7 +152,10 @@ def score_chart(rows: Mapping[str, Mapping], names: Sequence[str]) -> Markup:
     return to_svg(figure)
 
 
-def draw_score(axis, y: int, row: str, score: Mapping | None) -> None:
+def draw_score(axis: "Axes", y: int, row: str, score: Mapping | None) -> None:
+    """Draw the score of a row at height `y`, its interval and its mean; nothing where it has no
+    finite mean.
+    """
     mean = as_float((score or {}).get("mean"))
     if not math.isfinite(mean):
         return
