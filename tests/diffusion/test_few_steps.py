@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from medldm.diffusion.conditioner import Condition
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.objective import DenoisingObjective, Preconditioning
 from medldm.diffusion.paths import LinearInterpolation, VarianceExploding, VariancePreserving
 from medldm.diffusion.sampler import DDIMSampler, EulerSampler, HeunSampler, MidpointSampler

@@ -83,10 +83,7 @@ def prepare_volume(
         arrays["mask"] = mask
     if recipe.crop_foreground:
         arrays["foreground"] = find_foreground(image if foreground is None else foreground, recipe)
-    item = {
-        key: MetaTensor(torch.from_numpy(np.asarray(x, np.float32))[None], affine=torch.from_numpy(affine))
-        for key, x in arrays.items()
-    }
+    item = with_affine(arrays, affine)
     with warnings.catch_warnings():  # of scale_extent: places are right, see the tests
         warnings.filterwarnings("ignore", "align_corners")
         resampled = Compose(onto_grid(list(item), recipe, shape, affine))(item)
@@ -109,6 +106,14 @@ def prepare_volume(
         kept,
         outside,
     )
+
+
+def with_affine(arrays: dict[str, np.ndarray], affine: np.ndarray) -> dict[str, MetaTensor]:
+    """Arrays (X, Y, Z) of one grid as MONAI's float32 tensors (1, X, Y, Z), which know where they lie."""
+    return {
+        key: MetaTensor(torch.from_numpy(np.asarray(x, np.float32))[None], affine=torch.from_numpy(affine))
+        for key, x in arrays.items()
+    }
 
 
 def box_within(grid: np.ndarray, affine: np.ndarray, shape: Sequence[int]) -> tuple[list[int], list[int]]:
