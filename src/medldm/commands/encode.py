@@ -22,7 +22,7 @@ from rich.progress import track
 from medldm.asked import refuse_other_recipe
 from medldm.build import load_module
 from medldm.checkpoints import encoder_sha256
-from medldm.commands import run_command, typed_overrides
+from medldm.commands import run_command
 from medldm.data import build_datamodule
 from medldm.data.loading.dataset import CaseDataset, array_digests
 from medldm.devices import inference_precision, pick_device
@@ -32,6 +32,7 @@ from medldm.held_out import check_held_out, seen_subjects
 from medldm.inference import autocast, case_batches, items_by_case, to_device
 from medldm.models.common import TrainedModule
 from medldm.networks.tiling import TiledAutoencoder
+from medldm.overrides import typed_overrides
 
 log = logging.getLogger(__name__)
 

@@ -32,12 +32,12 @@ from omegaconf import DictConfig
 
 from medldm.asked import refuse_other_recipe
 from medldm.build import load_module
-from medldm.commands import clean_after_failure, run_command, typed_overrides
+from medldm.commands import clean_after_failure, run_command
 from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
 from medldm.inference import items_by_case
 from medldm.outputs import SampleFolder
-from medldm.overrides import typed_command
+from medldm.overrides import typed_command, typed_overrides
 from medldm.sampling import predictor_of
 from medldm.synthesis.provenance import describe_data, describe_run
 from medldm.synthesis.request import (
