@@ -75,9 +75,7 @@ def reason_to_encode(path: Path, image: str | None) -> str | None:
 
 
 def pending_cases(dataset: CaseDataset, cases: dict[int, list[int]], folder: Path) -> dict[int, list[int]]:
-    """The cases whose latents are missing, or are of other images. The log tells what is renewed, and
-    latents.json is taken away before the first file changes: it speaks of a whole cache.
-    """
+    """The cases whose latents are missing, or are of other images. The log tells what is renewed."""
     entries = {case: dataset.cases[case] for case in cases}
     if not all(array_digests(entry) for entry in entries.values()):
         log.warning(
@@ -92,7 +90,7 @@ def pending_cases(dataset: CaseDataset, cases: dict[int, list[int]], folder: Pat
     for reason, count in reasons.items():
         log.warning("%s: %d of %d renewed, %s", folder, count, len(cases), reason)
     pending = {case: positions for case, positions in cases.items() if why[case]}
-    if pending:
+    if pending:  # latents.json speaks of a whole cache
         (folder / "latents.json").unlink(missing_ok=True)
     return pending
 
