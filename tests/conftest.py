@@ -70,7 +70,8 @@ def diffusion(prepared, first_stage, tmp_path_factory):
     from tests.training import LDM, run_training
 
     run_dir = tmp_path_factory.mktemp("diffusion") / "run"
-    return run_training(prepared, run_dir, LDM, f"model.first_stage.checkpoint={first_stage}")
+    options = (f"model.first_stage.checkpoint={first_stage}", "callbacks=post_hoc_ema")
+    return run_training(prepared, run_dir, LDM, *options)
 
 
 @pytest.fixture(scope="session")

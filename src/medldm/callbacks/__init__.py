@@ -4,6 +4,7 @@ from medldm.callbacks.ema import EMA
 from medldm.callbacks.latents import LatentStatistics
 from medldm.callbacks.metrics_file import MetricsFile
 from medldm.callbacks.pictures import Pictures
+from medldm.callbacks.power_averages import PowerAverages
 from medldm.callbacks.progress import ProgressBar
 from medldm.callbacks.recovery import (
     EXIT_REQUEUE,
@@ -23,6 +24,7 @@ __all__ = [
     "LatentStatistics",
     "MetricsFile",
     "Pictures",
+    "PowerAverages",
     "ProgressBar",
     "RandomState",
     "StopOnSignal",

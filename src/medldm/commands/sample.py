@@ -11,7 +11,7 @@ with a regression checkpoint the predictions of every pair (data.pair_labels=[[t
 A split that holds subjects which the checkpoint, or a stage inside it, was trained on is refused unless
 allow_training_subjects=true.
 Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop,
-edge_level, limit, max_slices, weights (ema or raw), data.batch_size, seed, device,
+edge_level, limit, max_slices, weights (ema or raw), ema_length, data.batch_size, seed, device,
 precision (auto, bf16-mixed, 32-true; the last step and the image itself are float32 in each).
 Volumes larger than those of training: windows.size=[32,256,256] (voxels; null: a whole axis) denoises in
 overlapping windows, tile=64 decodes in tiles with the same result. What the
@@ -41,6 +41,7 @@ from medldm.overrides import typed_command, typed_overrides
 from medldm.sampling import predictor_of
 from medldm.synthesis.provenance import describe_data, describe_run
 from medldm.synthesis.request import (
+    average_as_asked,
     build_dataset,
     check_latent,
     check_request,
@@ -56,7 +57,9 @@ from medldm.synthesis.writing import write_interpolations, write_samples
 def task(cfg: DictConfig) -> None:
     device = pick_device(cfg.device)
     precision = inference_precision(cfg.precision, device)
-    module = load_module(cfg.checkpoint, weights=cfg.weights).to(device)
+    module = load_module(cfg.checkpoint, weights=cfg.weights)
+    average_as_asked(cfg, module)
+    module = module.to(device)
     predictor = predictor_of(module, stage=cfg.stage, tile=cfg.tile)
     check_request(cfg, predictor)
     if predictor.is_generative:

@@ -22,6 +22,7 @@ def describe_run(
         "checkpoint": str(cfg.checkpoint),
         "checkpoint_sha256": module.checkpoint_sha256,
         "weights": cfg.weights,
+        "ema_length": cfg.ema_length,
         "stage": predictor.stage,
         "decoder": describe_decoder(module),
         "condition_channels": None if conditioner is None else conditioner.spade_channels,

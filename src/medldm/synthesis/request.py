@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from medldm.attributes import check_class_names
+from medldm.averages import use_average
 from medldm.conditions import check_facts, embedded, number_as_trained
 from medldm.data import build_datamodule
 from medldm.data.loading.datamodule import CaseDataModule
@@ -39,6 +40,15 @@ def check_request(cfg: DictConfig, predictor: Predictor) -> None:
     for key, default in (("overlap", WINDOW_OVERLAP), ("keep", WINDOWS_KEPT)):
         if cfg.windows.size is None and cfg.windows[key] != default:
             raise InputError(f"windows.{key}: has no effect without windows.size; give that too")
+
+
+def average_as_asked(cfg: DictConfig, module: TrainedModule) -> None:
+    """Gives the model the average of the length `ema_length`, where one is asked for."""
+    if cfg.ema_length is None:
+        return
+    if cfg.weights != "ema" or module.ema_modules is None:
+        raise InputError(f"ema_length={cfg.ema_length}: has no effect without an average; set it to null")
+    use_average(module.ema_modules, cfg.checkpoint, cfg.ema_length)
 
 
 def choose_sampler(cfg: DictConfig, module: TrainedModule) -> None:

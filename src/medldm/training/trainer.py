@@ -21,6 +21,7 @@ from medldm.callbacks import (
     LatentStatistics,
     MetricsFile,
     Pictures,
+    PowerAverages,
     ProgressBar,
     RandomState,
     StopOnSignal,
@@ -132,6 +133,8 @@ def make_callbacks(
     yield CountUpdates()
     if cfg.callbacks.ema:
         yield EMA(**cfg.callbacks.ema)
+    if cfg.callbacks.get("post_hoc_ema"):
+        yield PowerAverages(run_dir, **cfg.callbacks.post_hoc_ema)
     check_volumes(cfg.callbacks.pictures, module)
     if cfg.callbacks.pictures:
         yield Pictures(run_dir / "samples", **cfg.callbacks.pictures)
