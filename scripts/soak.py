@@ -3,12 +3,17 @@
     python scripts/soak.py                           200 kills, every other fault three times per command
     python scripts/soak.py --kills 10 train encode   some commands
     python scripts/soak.py --json soak.json          the rows as a file too, written as they come
+    python scripts/soak.py --fuzz 2000               instead: so many changed inputs of each kind
 
 Each trial starts a command on tiny phantom data, disturbs it, and starts the same command again (a training
 with resume=auto). Faults: `kill` is SIGKILL at a random moment; `term`, `interrupt` and `usr1` are SIGTERM,
 Ctrl-C and SLURM's warning; `disk` is a file system that fills up and `read_only` one that takes no writes
 (both need the right to mount a tmpfs); `neighbour` is a second process with the same output; `clock` gives
 files tomorrow's times between kill and restart; `moved` moves the run folder in between.
+
+Changed inputs (`soak/mutations.py`) are raw files, manifests, indexes, splits, recipes and checkpoints with
+bytes or entries changed at random: each must work or be told in one line, never end in a traceback, a crash,
+a hang or without memory.
 
 A trial is `equal` where the end is that of an undisturbed run, bit for bit. It is `told` where the second of
 two neighbours ended in a single clear line. All else is `wrong` and listed with its folder, and the exit
@@ -26,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "soak"))
 
 import faults
+import fuzzing
 import world
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--faults", nargs="+", choices=faults.FAULTS, default=list(faults.FAULTS))
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which faults come")
     parser.add_argument("--folder", type=Path, help="where trials are made; those that fail stay there")
+    parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="N changed inputs of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=fuzzing.KINDS, default=list(fuzzing.KINDS))
     parser.add_argument("--json", type=Path, help="rows as a file, written as they come")
     options = parser.parse_args()
     if unknown := set(options.commands) - set(world.COMMANDS):
@@ -57,6 +65,8 @@ def main() -> int:
     names = options.commands or list(world.COMMANDS)
     console.print(f"trials in {folder}")
     made = world.World(folder / "world")
+    if options.fuzz:
+        return fuzz_all(options, made, console, folder)
     moments = random.Random(options.seed)
     rows, failures = [], []
     for name in names:
@@ -76,6 +86,21 @@ def main() -> int:
     for failure in failures:
         console.print(failure, style="red", soft_wrap=True)
     return 1 if failures else 0
+
+
+def fuzz_all(options: argparse.Namespace, made: world.World, console: Console, folder: Path) -> int:
+    """Print a row a kind of input; 1 where one ended badly."""
+    rows = []
+    for kind in options.kinds:
+        seed = options.seed * len(fuzzing.KINDS) + fuzzing.KINDS.index(kind)
+        rows.append(fuzzing.fuzz(kind, options.fuzz, seed, folder / "fuzz", made.data, made.model))
+        counts = ", ".join(f"{rows[-1][name]} {name}" for name in fuzzing.OUTCOMES)
+        console.print(f"{kind}: n = {rows[-1]['n']}: {counts}")
+        for words, place in rows[-1]["bad"].items():
+            console.print(f"  {words} ({place})", style="red", soft_wrap=True)
+        if options.json:
+            options.json.write_text(json.dumps({"fuzz": rows}, indent=1))
+    return int(any(row["bad"] for row in rows))
 
 
 def repeat(

@@ -29,7 +29,9 @@ is_in() {  # is_in WORD WORDS...
 absolute() { realpath -m -- "$1"; }
 
 quoted() {  # a path as a value in Hydra's grammar, where spaces, commas and brackets mean something
-  if [[ $1 =~ ^[A-Za-z0-9_./-]+$ ]]; then printf %s "$1"; else printf "'%s'" "${1//\'/\\\'}"; fi
+  local value=${1//\'/\\\'}
+  value=${value//'${'/'\${'}  # else an interpolation
+  if [[ $1 =~ ^[A-Za-z0-9_./-]+$ ]]; then printf %s "$1"; else printf "'%s'" "$value"; fi
 }
 
 read_arguments() {
@@ -108,7 +110,7 @@ submit() {
   for before in $after; do dependency+=${job_ids[$before]:+:${job_ids[$before]}}; done
   local -n options=${kind}_options
   overrides_of "$stage"
-  local line=(sbatch --parsable --job-name="$chain-$stage" --output="$RUNS/slurm/%x-%j.out" "${options[@]}"
+  local line=(sbatch --parsable --job-name="$chain-$stage" --output="${RUNS//%/%%}/slurm/%x-%j.out" "${options[@]}"
     ${dependency:+"--dependency=afterok$dependency" --kill-on-invalid-dep=yes} ${SBATCH_OPTIONS:-}
     "$slurm_dir/job.sbatch" "$command" "$@" ${own[@]+"${own[@]}"})
   if [ "${DRY_RUN:-0}" != 0 ]; then

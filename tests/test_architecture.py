@@ -7,13 +7,20 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "medldm"
-LEAVES = {"attributes", "errors", "batch", "files", "fingerprints", "held_out", "ranks", "devices"}
+LEAVES = {
+    "attributes", "batch", "bounds", "devices", "errors", "files", "fingerprints", "held_out", "locks",
+    "ranks",    "schemas", "values",
+}  # fmt: skip
 # package or module -> what of medldm it may import, beside itself and the leaves
 MAY_IMPORT = {
     "attributes": set(),
     "errors": set(),
     "batch": set(),
     "files": set(),
+    "bounds": set(),
+    "locks": set(),
+    "values": set(),
+    "schemas": set(),
     "fingerprints": set(),
     "held_out": set(),
     "ranks": set(),
@@ -26,7 +33,10 @@ MAY_IMPORT = {
     "plots": {"diffusion"},
     "models": {"diffusion", "networks", "losses", "metrics", "plots"},
     "parts": set(),
-    "checkpoints": {"parts"},
+    "tensors": set(),
+    "checkpoints": {"parts", "tensors"},
+    "sharing": {"checkpoints", "tensors"},
+    "exporting": {"data", "outputs"},
     "averages": {"checkpoints"},
     "builders": {"parts", "models", "diffusion"},
     "build": {"builders", "checkpoints", "models", "diffusion"},

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from medldm.errors import InputError
 from medldm.files import replacing
 from medldm.parts import TRUSTED, check_plain, check_stored, find_part, known_parts, targets_in
+from medldm.tensors import is_safetensors, read_tensors
 
 FORMAT = 1
 EARLIER_STAGES = ("first_stage", "map_stage")  # what a second stage stands on
@@ -62,8 +63,13 @@ def existing(path: str | Path) -> Path:
 
 def read_content(file: BinaryIO, path: str | Path, map_location: Any) -> dict[str, Any]:
     try:
-        check_archive(file)
-        content = torch.load(file, map_location=map_location, weights_only=True)
+        if is_safetensors(path):
+            content = read_tensors(file.read())
+        else:
+            check_archive(file)
+            content = torch.load(file, map_location=map_location, weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # of bytes that anyone may have written, anything can be raised
         raise InputError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); take another one of the run"
@@ -77,12 +83,16 @@ def read_content(file: BinaryIO, path: str | Path, map_location: Any) -> dict[st
 
 
 def check_archive(file: BinaryIO) -> None:
-    """ValueError for an archive whose content is larger than the file: torch writes without compression."""
+    """ValueError for an archive whose content is larger than the file, as torch writes without compression,
+    or differs from its checksums, which torch does not look at.
+    """
     if zipfile.is_zipfile(file):
         file.seek(0)
-        entries = zipfile.ZipFile(file).infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        archive = zipfile.ZipFile(file)
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed")
+        if (name := archive.testzip()) is not None:
+            raise ValueError(f"{name} is damaged")
     file.seek(0)
 
 

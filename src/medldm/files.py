@@ -119,18 +119,45 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path, mend: str) -> dict:
-    """The content of a JSON file; InputError with the `mend` where it is missing or damaged."""
+    """The mapping that a JSON file holds; InputError with the `mend` where it is missing or damaged."""
     if not path.is_file():
         raise InputError(f"{path}: not found; {mend}")
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from error
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{path}: not valid JSON ({reason}); {mend}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__} in the place of a mapping; {mend}")
+    return content
 
 
 def write_json(path: Path, content: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path is no name of something below a folder: absolute, by way of `..`, or no path at all."""
+    steps = re.split(r"[/\\]", path)
+    return not path.strip("/\\. ") or "\0" in path or ".." in steps or not steps[0]
+
+
+def inside(folder: Path, *parts: str) -> Path:
+    """The path of something below `folder`, made of names that anyone may have chosen. Every file that is
+    named by a case, a subject or a file of somebody's is written to a path from here.
+
+    InputError where it would lie elsewhere: by `..`, as an absolute path, or because a folder on the way is a
+    link that leads out. A file that is a link is replaced, so that what it leads to stays as it is.
+    """
+    path = folder.joinpath(*parts)
+    if any(map(leads_out, parts)):
+        raise InputError(f"{path}: leads out of {folder}; nothing is written there, rename it at its origin")
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"{path.parent}: is a link that leads out of {folder}; put the folder itself into its place"
+        )
+    return path
 
 
 def safe_name(name: str) -> str:
@@ -188,10 +215,13 @@ def walk(
 
 
 @contextmanager
-def nothing_empty(folder: Path) -> Iterator[None]:
+def nothing_empty(folder: Path | None) -> Iterator[None]:
     """After a failure before anything was written, `folder` is as it was before: no empty folder is left, and
-    none that holds a provenance.json alone.
+    none that holds a provenance.json alone. None is no folder.
     """
+    if folder is None:
+        yield
+        return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     provenance = folder / "provenance.json"
     is_new = not provenance.exists()

@@ -19,9 +19,10 @@ from medldm.batch import to_uint8
 from medldm.data.loading.dataset import CaseDataset
 from medldm.data.preparation.labels import as_classes
 from medldm.errors import InputError
-from medldm.files import replacing, write_json, write_nifti, writing_hdf5
+from medldm.files import inside, replacing, write_json, write_nifti, writing_hdf5
 from medldm.fingerprints import digest
 from medldm.plots import middle_slice, save_gif, save_png
+from medldm.schemas import Provenance, read_checked
 
 log = logging.getLogger(__name__)
 COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
@@ -45,7 +46,7 @@ def claim(root: Path, provenance: Mapping[str, Any]) -> None:
     path = root / "provenance.json"
     settings = settings_of(provenance)
     if path.is_file():
-        earlier = json.loads(path.read_text())
+        earlier = read_checked(path, Provenance, "give another folder, or delete it")
         changed = sorted(key for key in settings.keys() & earlier.keys() if earlier[key] != settings[key])
         if changed:
             raise InputError(
@@ -68,7 +69,7 @@ class SampleFolder:
         claim(root, provenance)
 
     def path(self, case: int) -> Path:
-        return self.root / f"{self.dataset.cases[case]['id']}.h5"
+        return inside(self.root, f"{self.dataset.cases[case]['id']}.h5")
 
     def made_from(self, case: int) -> dict[str, str]:
         """The attributes of a case's file: its conditions, where they are known, and the settings
@@ -117,7 +118,7 @@ class SampleFolder:
     def remove_pictures(self, case: int) -> None:
         """Remove the pictures of an earlier preparation of the case, which may have had more slices."""
         name = re.compile(re.escape(self.dataset.cases[case]["id"]) + r"(_\d+)?\.png")
-        for path in (self.root / "png").glob("*.png"):
+        for path in inside(self.root, "png", "*").parent.glob("*.png"):
             if name.fullmatch(path.name):
                 path.unlink()
 
@@ -142,11 +143,11 @@ class SampleFolder:
     def write_gif(self, name: str, frames: Sequence[Tensor]) -> None:
         """Middle slices of (1, C, *S) images in [-1, 1], one frame each."""
         pictures = [to_uint8(middle_slice(frame, self.dataset.orientation)[0, :1]) for frame in frames]
-        save_gif(self.root / f"{name}.gif", [picture[0].numpy() for picture in pictures])
+        save_gif(inside(self.root, f"{name}.gif"), [picture[0].numpy() for picture in pictures])
 
     def write_series(self, name: str, images: Tensor, shares: Sequence[float]) -> None:
         """(N, C, *S) images between two cases, as HDF5 and GIF."""
-        path = self.root / f"{name}.h5"
+        path = inside(self.root, f"{name}.h5")
         with replacing(path) as aside, writing_hdf5(aside) as file:
             file["images"] = images[:, 0].numpy()
             file["share"] = np.asarray(shares, np.float32)
@@ -162,7 +163,7 @@ class SampleFolder:
         rows = [self.dataset.items[p].row for p in positions]
         for row, image in zip(rows, samples[0] if self.png else (), strict=False):
             name = f"{self.dataset.cases[case]['id']}_{row:03d}.png"
-            save_png(self.root / "png" / name, to_uint8(image).expand(3, -1, -1))
+            save_png(inside(self.root, "png", name), to_uint8(image).expand(3, -1, -1))
         source = self.dataset.reader("image", case)
         with replacing(self.path(case)) as aside, writing_hdf5(aside) as file:
             for k, images in enumerate(samples):
@@ -189,7 +190,7 @@ class SampleFolder:
         facts = {key: entry[key] for key in COPIED if key in entry} | self.made_from(case)
         if self.png:
             middle = to_uint8(middle_slice(samples[0], self.dataset.orientation)[0])
-            save_png(self.root / "png" / f"{entry['id']}.png", middle.expand(3, -1, -1))
+            save_png(inside(self.root, "png", f"{entry['id']}.png"), middle.expand(3, -1, -1))
         write_volumes(self.root, entry["id"], volumes, entry, mask=mask, attributes=facts)
 
 
@@ -212,16 +213,17 @@ def write_volumes(
     from medldm.data.preparation.volume_transforms import restore_volume  # MONAI, which 2D does without
 
     for k, volume in enumerate(volumes):
-        path = root / "nifti_samples" / f"{name}_{k}.nii.gz" if k else root / f"{name}.nii.gz"
-        write_nifti(path, *restore_volume(volume, record))
-    with replacing(root / f"{name}.h5") as aside, writing_hdf5(aside) as file:
+        parts = ("nifti_samples", f"{name}_{k}.nii.gz") if k else (f"{name}.nii.gz",)
+        write_nifti(inside(root, *parts), *restore_volume(volume, record))
+    path = inside(root, f"{name}.h5")
+    with replacing(path) as aside, writing_hdf5(aside) as file:
         for k, volume in enumerate(volumes):
             file[f"images_{k}" if k else "images"] = np.asarray(volume, np.float32)
         if mask is not None:
-            file["mask"] = as_classes(mask, f"{root / name}: mask")
+            file["mask"] = as_classes(mask, f"{path}: mask")
         file.attrs["spatial_dims"] = 3
         for key in ("subject", "affine", "original_affine", "original_shape", "intensity_range"):
             if key in record:
                 file.attrs[key] = record[key]
         file.attrs.update(attributes or {})
-    return root / f"{name}.h5"
+    return path

@@ -14,6 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from medldm.errors import InputError
+
 PATH_KEYS = (
     "raw", "root", "run_dir", "output", "checkpoint", "resume", "init_from", "generated", "reference",
     "source", "reconstruction", "train", "segmenter", "synthetic", "weights", "output_root", "label_dir",
@@ -187,6 +189,12 @@ def check_dashes(arguments: Sequence[str]) -> str | None:
         if word.startswith("-") and word.partition("=")[0] not in flags and not word.lstrip("-").isdigit():
             return f"'{word}': keys are written without dashes, as {word.lstrip('-').partition('=')[0]}=VALUE"
     return None
+
+
+def check_paths(cfg: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """InputError for a path that Hydra took for a number, or for true or false."""
+    if line := misread_path(cfg, arguments):
+        raise InputError(line)
 
 
 def misread_path(cfg: Mapping[str, Any], arguments: Sequence[str], prefix: str = "") -> str | None:

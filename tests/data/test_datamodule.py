@@ -292,7 +292,7 @@ def test_volumes_of_unequal_shape_ask_for_a_crop(volumes, tmp_path):
         image = file["image"][..., :8]
         del file["image"]
         file["image"] = image
-    index["cases"][0]["file_size"] = path.stat().st_size
+    index["cases"][0] |= {"file_size": path.stat().st_size, "content": None}
     (root / "index.json").write_text(json.dumps(index))
     module = build(root, keys=("image",), batch_size=4)
     with pytest.raises(InputError, match="data.crop_size"):

@@ -16,10 +16,15 @@ class Run:
         folder.mkdir(exist_ok=True)
         self.folder, self.step = folder, start
         self.callback = Checkpoints(folder, **options)
-        self.callback.save = lambda trainer, module, name: (folder / name).write_text(str(self.step))
+        self.callback.save = self.save
         if restored is not None:
             self.callback.load_state_dict(restored)
             self.callback.on_train_start(SimpleNamespace(is_global_zero=True), None)
+
+    def save(self, trainer, module, name: str) -> None:
+        """As a checkpoint is written: a new file takes the old one's place."""
+        (self.folder / name).unlink(missing_ok=True)
+        (self.folder / name).write_text(str(self.step))
 
     def __call__(self, *values: float) -> "Run":
         for value in values:
@@ -69,3 +74,14 @@ def test_a_value_that_is_no_number_is_never_the_best(tmp_path, caplog):
     assert Run(tmp_path / "run")(math.nan, 0.4).files == {"best.ckpt": "2"}
     assert "val/loss is not a number at step 1" in caplog.text
     assert "best.ckpt" in Run(tmp_path / "three", keep_best=3)(math.nan, 0.4, math.nan).files
+
+
+def test_as_many_of_the_last_stay_and_those_beyond_a_restart_are_made_again(tmp_path):
+    run = Run(tmp_path / "run", keep_last=2)
+    for run.step in (10, 20, 30):
+        run.callback.save_last(SimpleNamespace(global_step=run.step, is_global_zero=True), None)
+    assert run.files == {"last.ckpt": "30", "last_0000020.ckpt": "20", "last_0000030.ckpt": "30"}
+    run.callback.on_train_start(SimpleNamespace(global_step=20, is_global_zero=True), None)
+    assert run.files.keys() == {"last.ckpt", "last_0000020.ckpt"}
+    with pytest.raises(InputError, match="keep_last=0: give 1 or more"):
+        Checkpoints(tmp_path, keep_last=0)

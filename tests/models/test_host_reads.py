@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medldm.build import load_module
-from medldm.callbacks import EMA, CountUpdates, ProgressBar, StopOnSignal
+from medldm.callbacks import EMA, CountUpdates, ProgressBar, SkipNonFinite, StopOnSignal
 from tests.host_reads import HostReads
 from tests.training import FACTS, LDM, PIXELS, VQVAE, build, fit, make_batches
 
@@ -50,7 +50,7 @@ def reads_of(module, batches) -> list[str]:
         module.gradient_clip_val = 1.0
     options = {"gradient_clip_val": 1.0} if module.automatic_optimization else {}
     watch = HostReads()
-    callbacks = (CountUpdates(), EMA(0.99), StopOnSignal(checkpoints=None), watch)
+    callbacks = (CountUpdates(), EMA(0.99), SkipNonFinite(), StopOnSignal(checkpoints=None), watch)
     fit(module, batches, *callbacks, log_every_n_steps=100, **options)
     assert watch.num_steps == len(batches) - watch.first
     return watch.tensors.found

@@ -79,6 +79,11 @@ SEGMENTER=maybe check "medlsdm: another word for the segmenter is refused" lsdm_
 DATA=mnms2 check "medlsdm: another dataset is refused" lsdm_refuses "DATA=mnms2: choose from"
 DECODER=odd check "medlsdm: another decoder is refused" lsdm_refuses "DECODER=odd: choose from"
 
+odd="$work/50% \${HOME} it's"
+DRY_RUN=1 RAW="$odd" ROOT=$odd RUNS=$odd "$slurm/cardiac2d.sh" >"$work/dry"
+check "a path with %, \${...} and a quote arrives as written" eval 'line_of prepare | grep -qF "$(printf %q "data.raw='"'"'$work/50% \\\${HOME} it\\'"'"'s'"'"'")"'
+check "and a % in the name of the log is doubled" eval 'line_of prepare | grep -qF "50%%"'
+
 mkdir -p "$work/my raw"
 chain() { GPU=cpu RAW="$work/my raw" ROOT=$work/root RUNS="$work/$1" "$slurm/cardiac2d.sh" "${@:2}" >"$work/$1.txt"; }
 chain 'all runs' 'vqvae:+model.note=[1, "a b", {x: $HOME}]'

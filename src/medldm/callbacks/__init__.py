@@ -1,5 +1,6 @@
 """Training callbacks: moving average, checkpoints, signals, pictures, metrics that survive a resume."""
 
+from medldm.callbacks.divergence import SkipNonFinite
 from medldm.callbacks.ema import EMA
 from medldm.callbacks.latents import LatentStatistics
 from medldm.callbacks.metrics_file import MetricsFile
@@ -27,5 +28,6 @@ __all__ = [
     "PowerAverages",
     "ProgressBar",
     "RandomState",
+    "SkipNonFinite",
     "StopOnSignal",
 ]

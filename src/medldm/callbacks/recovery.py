@@ -37,8 +37,9 @@ class Checkpoints(Checkpoint):
     end of every epoch.
 
     With `keep_best` above 1, that many of the best validations stay as `step_<n>_<value>.ckpt`; `best.ckpt`
-    is then another name of the best of them, which takes no room where the file system has hard links. A
-    model with a number that is not finite is never written: the last good checkpoint stays.
+    is then another name of the best of them, which takes no room where the file system has hard links. With
+    `keep_last` above 1, that many of the last stay as `last_<n>.ckpt`. A model with a number that is not
+    finite is never written: the last good checkpoint stays.
     """
 
     def __init__(
@@ -50,7 +51,10 @@ class Checkpoints(Checkpoint):
         every_n_steps: int = 1000,
         every_epoch: bool = True,
         keep_best: int = 1,
+        keep_last: int = 1,
     ) -> None:
+        if keep_last < 1:
+            raise InputError(f"callbacks.checkpoints.keep_last={keep_last}: give 1 or more")
         if keep_best < 1:
             raise InputError(f"callbacks.checkpoints.keep_best={keep_best}: give 1 or more")
         if mode not in ("min", "max"):
@@ -59,7 +63,7 @@ class Checkpoints(Checkpoint):
         self.every_epoch = every_epoch
         self.sign = 1.0 if mode == "min" else -1.0
         self.best: float | None = None
-        self.keep_best = keep_best
+        self.keep_best, self.keep_last = keep_best, keep_last
         self.kept: list[tuple[float, str]] = []  # value and file, the best first; empty where one is kept
         self.last_saved = -1
         self.is_epoch_end = False
@@ -76,6 +80,16 @@ class Checkpoints(Checkpoint):
         self.kept = [(value, name) for value, name in self.kept if (self.folder / name).is_file()]
         if self.keep_best > 1 and trainer.is_global_zero:
             self.remove_others()
+        if self.keep_last > 1 and trainer.is_global_zero:
+            self.remove_last(trainer.global_step)
+
+    def remove_last(self, step: int) -> None:
+        """Remove the `last_<n>.ckpt` beyond `keep_last`, and those after `step`, which are made again."""
+        files = (path for path in self.folder.glob("last_*.ckpt") if path.stem[5:].isdigit())
+        numbered = {int(path.stem[5:]): path for path in files}
+        kept = sorted(number for number in numbered if number <= step)[-self.keep_last :]
+        for number in numbered.keys() - set(kept):
+            numbered[number].unlink(missing_ok=True)
 
     def remove_others(self) -> None:
         names = {name for _, name in self.kept}
@@ -89,7 +103,10 @@ class Checkpoints(Checkpoint):
 
     def save_last(self, trainer: Trainer, module: LightningModule) -> None:
         self.save(trainer, module, "last.ckpt")
-        self.last_saved = trainer.global_step
+        self.last_saved = step = trainer.global_step
+        if self.keep_last > 1 and trainer.is_global_zero:
+            link(self.folder / "last.ckpt", self.folder / f"last_{step:07d}.ckpt")
+            self.remove_last(step)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step

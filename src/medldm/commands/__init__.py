@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -19,8 +19,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from medldm.cli import asks_for_help, explanation
 from medldm.errors import InputError
 from medldm.files import disk_fault, nothing_empty
-from medldm.overrides import check_dashes, explain, misread_path, renamed
+from medldm.locks import one_writer
+from medldm.overrides import check_dashes, check_paths, explain, renamed
 from medldm.runs import RUN_DIR_VARIABLE
+from medldm.values import check_values
 
 Task = Callable[[DictConfig], None]
 
@@ -82,16 +84,17 @@ def mistakes_in_one_line(name: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def clean_after_failure(key: str) -> Callable[[Task], Task]:
-    """Decorates `task(cfg)`: a failure before anything was written leaves no empty folder behind at the path
-    that the config gives under `key`.
+def clean_after_failure(key: str, *, alone: bool = True) -> Callable[[Task], Task]:
+    """Decorates `task(cfg)`, which writes into the folder that the config gives under `key`: a failure leaves
+    no empty folder behind, and where the task is `alone`, nobody else writes there meanwhile.
     """
 
     def decorate(task: Task) -> Task:
         @wraps(task)
         def guarded(cfg: DictConfig) -> None:
             folder = OmegaConf.select(cfg, key, throw_on_missing=False)
-            with nothing_empty(Path(str(folder))) if folder else nullcontext():
+            path = folder and Path(str(folder))
+            with nothing_empty(path), one_writer(path if alone else None):
                 task(cfg)
 
         return guarded
@@ -136,8 +139,8 @@ def run_command(task: Task, name: str) -> None:
 
     def guarded(cfg: DictConfig) -> None:
         with mistakes_in_one_line(name):  # inside Hydra, which would print a line of its own
-            if line := misread_path(OmegaConf.to_container(cfg), sys.argv[1:]):
-                raise InputError(line)
+            check_paths(OmegaConf.to_container(cfg), sys.argv[1:])
+            check_values(OmegaConf.to_container(cfg))
             task(cfg)
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

@@ -13,7 +13,6 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,11 +24,13 @@ from medldm.checkpoints import encoder_sha256
 from medldm.commands import run_command
 from medldm.data import build_datamodule
 from medldm.data.loading.dataset import CaseDataset, array_digests
+from medldm.data.loading.latents import reason_to_encode, write_latents
 from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
-from medldm.files import replacing, write_json, writing_hdf5
+from medldm.files import inside, nothing_empty, write_json
 from medldm.held_out import check_held_out, seen_subjects
 from medldm.inference import autocast, case_batches, items_by_case, to_device
+from medldm.locks import one_writer
 from medldm.models.common import TrainedModule
 from medldm.networks.tiling import TiledAutoencoder
 from medldm.overrides import typed_overrides
@@ -58,22 +59,6 @@ def encode_case(
     return latents.astype(np.float16)
 
 
-def reason_to_encode(path: Path, image: str | None) -> str | None:
-    """Why the latents of a case must be made; None where those that stand are of this image. `image` is its
-    digest, None where an older medldm prepared it: whatever stands is then taken.
-    """
-    if not path.is_file():
-        return "not there yet"
-    try:
-        with h5py.File(path, "r") as file:
-            stated = file.attrs.get("image_digest")
-    except OSError:
-        return "damaged"
-    if image is None or stated == image:
-        return None
-    return "of images as prepared before" if stated else "of unknown images (an older medldm made them)"
-
-
 def pending_cases(dataset: CaseDataset, cases: dict[int, list[int]], folder: Path) -> dict[int, list[int]]:
     """The cases whose latents are missing, or are of other images. The log tells what is renewed."""
     entries = {case: dataset.cases[case] for case in cases}
@@ -83,7 +68,7 @@ def pending_cases(dataset: CaseDataset, cases: dict[int, list[int]], folder: Pat
             "the cases' names",
             dataset.root,
         )
-    paths = {case: folder / f"{entry['id']}.h5" for case, entry in entries.items()}
+    paths = {case: inside(folder, f"{entry['id']}.h5") for case, entry in entries.items()}
     images = {case: array_digests(entry).get("image") for case, entry in entries.items()}
     why = {case: reason_to_encode(path, images[case]) for case, path in paths.items()}
     reasons = Counter(reason for case, reason in why.items() if reason and paths[case].is_file())
@@ -102,18 +87,9 @@ def check_encoder(module: TrainedModule, checkpoint: str) -> None:
         raise InputError(f"{checkpoint}: {what}; `medldm encode` takes an autoencoder of images")
 
 
-def write_latents(path: Path, latents: np.ndarray, encoder: str, image: str | None) -> None:
-    """Write one case's file; `image` is the digest of the image that was encoded, where it is known."""
-    with replacing(path) as aside, writing_hdf5(aside) as file:
-        file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
-        file.attrs["encoder_sha256"] = encoder
-        if image is not None:
-            file.attrs["image_digest"] = image
-
-
 def task(cfg: DictConfig) -> None:
     checkpoint, device = str(cfg.checkpoint), pick_device(cfg.device)
-    precision = inference_precision(cfg.precision, device)
+    inference_precision(cfg.precision, device)  # names an unknown one before anything is done
     module = load_module(checkpoint)
     check_encoder(module, checkpoint)
     whole_images = {"latents": None, "crop_size": None, "views": None, "pairs": None}
@@ -124,22 +100,32 @@ def task(cfg: DictConfig) -> None:
     seen = seen_subjects(module.description, datamodule.index)
     check_held_out(seen, datamodule.subjects["test"], checkpoint, "test", allow=True, key="checkpoint")
     encoder = encoder_sha256(module.description, module.checkpoint_sha256)
-    folder = Path(data["root"]) / "latents" / encoder[:12]
+    folder = inside(Path(data["root"]), "latents", encoder[:12], "latents.json").parent
     module.to(device)
+    with nothing_empty(folder), one_writer(folder):
+        encode_pending(cfg, module, dataset, folder, encoder)
+    print(folder)
+
+
+def encode_pending(
+    cfg: DictConfig, module: TrainedModule, dataset: CaseDataset, folder: Path, encoder: str
+) -> None:
+    """What the cache lacks, and then latents.json; `encoder` is the sha256 of what encodes."""
+    precision, batch_size = inference_precision(cfg.precision, module.device), cfg.data.batch_size
     cases = items_by_case(dataset.items)
     images = {case: array_digests(dataset.cases[case]).get("image") for case in cases}
     pending = pending_cases(dataset, cases, folder)
     for case, positions in track(pending.items(), "encoding", total=len(pending)):
-        latents = encode_case(module, dataset, positions, data["batch_size"], device, cfg.tile, precision)
-        write_latents(folder / f"{dataset.cases[case]['id']}.h5", latents, encoder, images[case])
+        latents = encode_case(module, dataset, positions, batch_size, module.device, cfg.tile, precision)
+        write_latents(inside(folder, f"{dataset.cases[case]['id']}.h5"), latents, encoder, images[case])
     facts = {
-        "checkpoint": checkpoint, "checkpoint_sha256": module.checkpoint_sha256, "encoder_sha256": encoder,
+        "checkpoint": str(cfg.checkpoint), "checkpoint_sha256": module.checkpoint_sha256,
+        "encoder_sha256": encoder,
         "num_cases": len(cases), "latent": "prequant", "dtype": "float16", "precision": precision,
         "downsampling": list(module.autoencoder.downsampling),
         "cases": {dataset.cases[case]["id"]: image for case, image in images.items()},
     }  # fmt: skip
     write_json(folder / "latents.json", facts)
-    print(folder)
 
 
 def main() -> None:

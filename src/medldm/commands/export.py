@@ -1,126 +1,55 @@
-"""medldm export: prepared images and class maps as 8-bit PNG slices, for people and for 2D programs.
+"""medldm export: prepared images as 8-bit PNG slices, or a checkpoint as safetensors with a model card.
 
   medldm export root=DATA output=DIR
+  medldm export format=safetensors checkpoint=CKPT output=DIR [licence=CC-BY-4.0] [evaluation=DIR]
 
-Writes DIR/images/<split>/<case>_<slice>.png, [-1, 1] as 0 to 255, and where there are maps
-DIR/masks/all/<split>/<case>_<slice>.png with the class numbers: the two folders that segmentation-guided
-diffusion (Konz et al. 2024) trains on. Slices of volumes are axial ones, numbered from the first of the
-prepared array; `medldm evaluate generated=DIR/images/test reference=DATA` puts pictures of these names
-together again. Keys: root, output, split (a name in splits.json). Run it again to continue, or to replace
-the slices of cases that were prepared again.
+png, for people and 2D programs: DIR/images/<split>/<case>_<slice>.png, [-1, 1] as 0 to 255, and where there
+are maps DIR/masks/all/<split>/<case>_<slice>.png with the class numbers: the two folders that
+segmentation-guided diffusion (Konz et al. 2024) trains on. Slices of volumes are axial ones, numbered from
+the first of the prepared array; `medldm evaluate generated=DIR/images/test reference=DATA` puts pictures of
+these names together again. Keys: root, output, split (a name in splits.json). Run it again to continue, or to
+replace the slices of cases that were prepared again.
+safetensors, to give a model away: DIR/model.safetensors, which every command and `medldm.load` take as a
+checkpoint, DIR/config.yaml, and DIR/README.md: data, split, licence, metrics and intended use. The state of
+the training is left out. Keys: checkpoint, output, licence, evaluation (a folder of `medldm evaluate`).
 """
 
-import logging
-import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from omegaconf import DictConfig
-from PIL import Image
-from rich.progress import track
+from omegaconf import DictConfig, OmegaConf
 
 from medldm.commands import clean_after_failure, run_command
-from medldm.data.loading.dataset import array_digests
-from medldm.data.preparation.casts import exact
-from medldm.data.prepared import load_index
-from medldm.data.raw.grids import body_axis
-from medldm.data.records import read_images
-from medldm.data.splits import SUBSETS, read_splits
 from medldm.errors import InputError
-from medldm.files import read_json, replacing, write_json
-from medldm.fingerprints import digest
-from medldm.outputs import claim
+from medldm.exporting import export_slices
+from medldm.sharing import share_checkpoint
 
-log = logging.getLogger(__name__)
-MAX_CLASSES = 256  # what 8 bits hold
+FORMATS = ("png", "safetensors")
 
 
-def planes_of(record: Any, axis: int | None) -> Iterator[tuple[str, Any, Any]]:
-    """(name, image (H, W), class map or None) of every slice."""
-    if axis is None:
-        yield record.id, record.image[0], None if record.mask is None else record.mask[0]
-        return
-    for k in range(record.image.shape[axis + 1]):
-        mask = None if record.mask is None else record.mask[0].take(k, axis)
-        yield f"{record.id}_{k:03d}", record.image[0].take(k, axis), mask
-
-
-def write_grey(path: Path, array: np.ndarray) -> None:
-    with replacing(path) as aside:
-        Image.fromarray(array).save(aside, format="PNG")
-
-
-def write_case(record: Any, axis: int | None, output: Path, part: str) -> None:
-    """Write the slices of one case that do not stand yet; the image of a slice is written last, after its
-    map.
-    """
-    for name, image, mask in planes_of(record, axis):
-        path = output / "images" / part / f"{name}.png"
-        if path.is_file():
-            continue
-        if mask is not None:
-            classes = exact(mask, np.uint8, f"{record.id}: class map")
-            write_grey(output / "masks" / "all" / part / f"{name}.png", classes)
-        levels = np.rint((np.clip(image, -1, 1) + 1) * 127.5)
-        write_grey(path, levels.astype(np.uint8))
-
-
-def remove_stale(output: Path, cases: Mapping[str, Mapping[str, str]]) -> None:
-    """Delete the slices of cases that were prepared again or left out since they were written.
-
-    Only then does provenance.json name the new ones, so that a run that is stopped leaves no old slice.
-    """
-    path = output / "provenance.json"
-    if not path.is_file():
-        return
-    known = read_json(path, "delete the folder")
-    earlier = known.get("cases")
-    if earlier is None:
-        log.warning("%s: an older medldm did not record what the cases hold; slices are kept by name", output)
-        return
-    stale = {name for name, content in earlier.items() if cases.get(name) != content}
-    if not stale:
-        return
-    log.warning(
-        "%s: %d of %d cases changed since they were written; written again", output, len(stale), len(earlier)
-    )
-    for picture in output.glob("*/**/*.png"):
-        if re.sub(r"_\d+$", "", picture.stem) in stale:
-            picture.unlink()
-    write_json(path, known | {"cases": dict(cases)})
-
-
-def claim_folder(cfg: DictConfig, index: Mapping[str, Any], part_of: Mapping[str, str]) -> None:
-    """Write the folder's provenance.json. InputError where it holds slices of another dataset or split."""
-    root, output = Path(cfg.root), Path(cfg.output)
-    about = {"data_root": str(root.resolve()), "split": cfg.split, "subjects": digest(part_of)}
-    contents = {case["id"]: array_digests(case) for case in index["cases"]}
-    if all(contents.values()):
-        remove_stale(output, contents)
-        about["cases"] = contents
-    else:  # prepared by an older medldm: the recipe is all that is known
-        about["preprocess_hash"] = index.get("preprocess_hash")
-    claim(output, about)
+def check_format(cfg: DictConfig) -> None:
+    """InputError for an unknown format, and for keys that belong to the other one."""
+    if cfg.format not in FORMATS:
+        raise InputError(f"format={cfg.format}: choose {' or '.join(FORMATS)}")
+    of_weights = [key for key in ("checkpoint", "licence", "evaluation") if cfg[key] is not None]
+    if cfg.format == "png" and of_weights:
+        raise InputError(f"{of_weights[0]}: has no effect on pictures; leave it out, or format=safetensors")
+    if cfg.format == "safetensors" and (not OmegaConf.is_missing(cfg, "root") or cfg.split != "default"):
+        raise InputError("root, split: have no effect on weights; leave them out, or format=png")
+    if cfg.format == "safetensors" and cfg.checkpoint is None:
+        raise InputError("checkpoint: not given; name the model as checkpoint=CKPT")
 
 
 @clean_after_failure("output")
 def task(cfg: DictConfig) -> None:
-    root, output = Path(cfg.root), Path(cfg.output)
-    index, splits = load_index(root), read_splits(root / "splits.json")
-    if cfg.split not in splits:
-        raise InputError(f"split={cfg.split}: {root / 'splits.json'} has {', '.join(splits)}")
-    part_of = {subject: part for part in SUBSETS for subject in splits[cfg.split].get(part, ())}
-    if (index["num_classes"] or 0) > MAX_CLASSES:
-        raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
-    axis = body_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
-    claim_folder(cfg, index, part_of)
-    for case in track(index["cases"], description="Writing slices"):
-        if (part := part_of.get(case["subject"])) is not None:
-            for record in read_images(root / case["file"]):
-                write_case(record, axis, output, part)
-    print(output)
+    check_format(cfg)
+    if cfg.format == "png":
+        export_slices(Path(cfg.root), Path(cfg.output), cfg.split)
+        print(cfg.output)
+        return
+    for path in share_checkpoint(
+        cfg.checkpoint, Path(cfg.output), licence=cfg.licence, evaluation=cfg.evaluation
+    ):
+        print(path)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import inspect
 from omegaconf import DictConfig
 from rich.progress import Progress
 
-from medldm.commands import run_command
+from medldm.commands import clean_after_failure, run_command
 from medldm.data.phantoms.brain import BRAIN_PHANTOMS
 from medldm.data.phantoms.cardiac import PHANTOMS
 from medldm.data.phantoms.chest import CHEST_PHANTOMS
@@ -33,6 +33,7 @@ from medldm.errors import InputError
 ALL_PHANTOMS = PHANTOMS | CHEST_PHANTOMS | TORSO_PHANTOMS | BRAIN_PHANTOMS
 
 
+@clean_after_failure("root")
 def task(cfg: DictConfig) -> None:
     if cfg.dataset not in ALL_PHANTOMS:
         known = ", ".join(ALL_PHANTOMS)

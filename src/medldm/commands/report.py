@@ -23,7 +23,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from medldm.commands import run_command
 from medldm.errors import InputError
@@ -35,6 +35,7 @@ from medldm.reporting.files import read_chosen, read_columns, read_comparison, r
 from medldm.reporting.run_page import compose, compose_comparison, written_now
 from medldm.reporting.sections import EvaluationFiles, RunFiles
 from medldm.runs import COMMANDS_FILE
+from medldm.training.configs import read_config
 
 log = logging.getLogger(__name__)
 TABLE_KINDS = {"medlsdm": results_table, "edge_levels": edge_levels}
@@ -116,8 +117,8 @@ def read_run(folder: Path) -> RunFiles:
         raise InputError(f"run={folder}: no such folder; give the folder that `medldm train` printed")
     if not config_path.is_file() and not metrics_path.is_file():
         raise InputError(f"run={folder}: holds neither config.yaml nor metrics.csv; give a run folder")
-    text = config_path.read_text() if config_path.is_file() else ""
-    config = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text else {}
+    text = config_path.read_text(errors="replace") if config_path.is_file() else ""
+    config = read_config(text, config_path)
     checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"))
     return RunFiles(
         path=str(folder),

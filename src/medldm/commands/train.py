@@ -30,6 +30,7 @@ from medldm.asked import refuse_other_recipe
 from medldm.callbacks import EXIT_REQUEUE, Interrupted
 from medldm.commands import experiment_name, run_command
 from medldm.devices import DeviceSettings
+from medldm.locks import one_writer
 from medldm.models.common import TrainedModule
 from medldm.overrides import typed_command, typed_overrides
 from medldm.runs import note_command
@@ -49,11 +50,12 @@ def task(cfg: DictConfig) -> None:
     check(cfg, run, module, datamodule)
     trainer = build_trainer(cfg, module, datamodule, run.folder, run.step, settings)
     config = OmegaConf.to_yaml(cfg, resolve=True)
-    open_folder(run, module, config, is_first_rank=trainer.is_global_zero)
-    if trainer.is_global_zero:
-        note_command(run.folder, typed_command())
-    torch.manual_seed(cfg.seed)
-    fit(trainer, module, datamodule, run)
+    with one_writer(run.folder if trainer.is_global_zero else None):
+        open_folder(run, module, config, is_first_rank=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            note_command(run.folder, typed_command())
+        torch.manual_seed(cfg.seed)
+        fit(trainer, module, datamodule, run)
 
 
 def lay_out(cfg: DictConfig, module: TrainedModule, settings: DeviceSettings) -> None:

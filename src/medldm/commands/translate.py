@@ -32,14 +32,17 @@ from medldm.data.raw.readers import files_of
 from medldm.devices import inference_precision, pick_device
 from medldm.diffusion.sampler import check_guidance, override_sampler
 from medldm.errors import InputError, told_of
-from medldm.files import read_json, safe_name, write_json
+from medldm.files import inside, safe_name, write_json
 from medldm.fingerprints import content_of
 from medldm.held_out import stages_of
+from medldm.locks import one_writer
 from medldm.models.protocols import Request
 from medldm.outputs import write_nifti
+from medldm.schemas import Provenance, read_checked
 from medldm.translating import choose_targets, prepare_source, translate
 
 log = logging.getLogger(__name__)
+WAIT = 60.0  # seconds for another translation that writes into the same folder
 OUTPUT_UNITS = ("unit", "training", "source")
 
 
@@ -72,7 +75,7 @@ def load_translator(cfg: Any) -> Any:
     return module.to(device)
 
 
-@clean_after_failure("output")
+@clean_after_failure("output", alone=False)
 def task(cfg: Any) -> None:
     if cfg.units not in OUTPUT_UNITS:
         raise InputError(f"units={cfg.units} is none of {', '.join(OUTPUT_UNITS)}")
@@ -93,7 +96,7 @@ def task(cfg: Any) -> None:
     for name, label, image in zip(names, labels, images.numpy(), strict=True):
         limits = range_in(cfg.units, module.facts, label, volume.intensity_range)
         record = volume.record() | {"intensity_range": list(limits)}
-        path = output / f"{name}.nii.gz"
+        path = inside(output, f"{name}.nii.gz")
         write_nifti(path, *restore_volume(image, record))
         print(path)
     about = {
@@ -113,8 +116,9 @@ def task(cfg: Any) -> None:
         **seen,
     }
     path = output / "provenance.json"
-    others = read_json(path, "delete it").get("images", {}) if path.is_file() else {}
-    write_json(path, about | {"images": others | {f"{name}.nii.gz": about for name in names}})
+    with one_writer(output, wait=WAIT):
+        others = read_checked(path, Provenance, "delete it").get("images", {}) if path.is_file() else {}
+        write_json(path, about | {"images": others | {f"{name}.nii.gz": about for name in names}})
 
 
 def trained_on(source: str, module: Any, checkpoint: str) -> dict[str, list[str]]:

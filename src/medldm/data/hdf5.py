@@ -3,20 +3,26 @@
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medldm.bounds import DEFLATE, check_claim, check_unpacked, largest
 from medldm.data.raw.image import require_file
 from medldm.errors import InputError
+from medldm.fingerprints import array_digest
 
 if TYPE_CHECKING:
     import h5py
 
 # Attributes that say what a file was made from: a prepared case of raw files and recipe, latents of an image.
-STAMPS = ("fingerprint", "image_digest")
+STAMPS = ("fingerprint", "image_digest", "latents_digest")
 BODY = "body"  # of a case that `mask_out` emptied: where it was not, (X, Y, Z) bool of the raw volume
+NUMBER_KINDS = "biuf"  # of numbers: anything else is made of pointers, which a file may choose as it likes
+MOST_LINKS = 16  # soft links that lead to another
 # Names that the 2D schema and the rest of the program use for the same thing.
 DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
 
@@ -32,38 +38,45 @@ class HDF5Reader:
         import h5py
 
         self.path = Path(path)
-        try:
+        with hdf5_errors(self.path, "not a complete HDF5 file"):
             self.file = h5py.File(require_file(self.path), "r")
-        except OSError as error:
-            raise InputError(
-                f"{path}: not a complete HDF5 file ({str(error).splitlines()[0]}); run `medldm prepare` again"
-            ) from error
+            self.stamps = {key: self.file.attrs[key] for key in STAMPS if key in self.file.attrs}
         self.descriptor = os.open(self.path, os.O_RDONLY)
         self.identity = file_identity(self.path)
-        self.stamps = {key: self.file.attrs[key] for key in STAMPS if key in self.file.attrs}
         self.offsets: dict[str, np.ndarray | None] = {}
         self.datasets: dict[str, h5py.Dataset] = {}
         self.maps: dict[str, np.ndarray] = {}
 
     def dataset(self, key: str) -> "h5py.Dataset":
         if key not in self.datasets:
-            names = [name for name in DATASET_NAMES.get(key, (key,)) if name in self.file]
-            if not names:
-                raise InputError(
-                    f"{self.path}: holds no dataset '{key}'; prepare it again with this part switched on"
-                )
-            self.datasets[key] = self.file[names[0]]
+            with hdf5_errors(self.path, f"dataset '{key}' is damaged"):
+                found = (linked_dataset(self.file, name) for name in DATASET_NAMES.get(key, (key,)))
+                dataset = next((one for one in found if one is not None), None)
+                if dataset is None:
+                    raise InputError(
+                        f"{self.path}: holds no dataset '{key}'; prepare it again with this part switched on"
+                    )
+                check_dataset(dataset, self.path)
+            self.datasets[key] = dataset
         return self.datasets[key]
 
     def __contains__(self, key: str) -> bool:
-        return any(name in self.file for name in DATASET_NAMES.get(key, (key,)))
+        with hdf5_errors(self.path, f"dataset '{key}' is damaged"):
+            return any(linked_dataset(self.file, name) is not None for name in DATASET_NAMES.get(key, (key,)))
+
+    @property
+    def names(self) -> set[str]:
+        """Of what lies at the top of the file."""
+        with hdf5_errors(self.path, "its names are damaged"):
+            return set(self.file)
 
     @property
     def attributes(self) -> dict:
-        return {
-            key: value.tolist() if hasattr(value, "tolist") else value
-            for key, value in self.file.attrs.items()
-        }
+        with hdf5_errors(self.path, "its attributes are damaged"):
+            return {
+                key: value.tolist() if hasattr(value, "tolist") else value
+                for key, value in self.file.attrs.items()
+            }
 
     def row_offsets(self, key: str) -> np.ndarray | None:
         """Byte offset of every row, or None where rows are not stored whole and unfiltered."""
@@ -82,13 +95,21 @@ class HDF5Reader:
 
     def read(self, key: str, selection: object = ()) -> np.ndarray:
         dataset = self.dataset(key)
-        try:
+        with hdf5_errors(self.path, f"dataset '{key}' is damaged"):
             return dataset[selection]
-        except OSError as error:
+
+    def check_content(self, key: str, digest: str | None) -> None:
+        """InputError where a dataset is not the one of this `array_digest`. It is read as a whole
+        once in each process, and believed after that.
+        """
+        if digest is None or (self.identity, key) in CHECKED:
+            return
+        if array_digest(self.read(key)) != digest:
             raise InputError(
-                f"{self.path}: dataset '{key}' is damaged ({str(error).splitlines()[0]}); run `medldm "
-                "prepare` again"
-            ) from error
+                f"{self.path}: dataset '{key}' is damaged: it differs from what index.json says; delete "
+                "the file and run `medldm prepare` again"
+            )
+        CHECKED.add((self.identity, key))
 
     def mapped(self, key: str) -> np.ndarray:
         """The whole dataset, mapped into memory where it is stored in one unfiltered piece: a crop reads only
@@ -109,6 +130,82 @@ class HDF5Reader:
     def close(self) -> None:
         self.file.close()
         os.close(self.descriptor)
+
+
+@contextmanager
+def hdf5_errors(path: Path, what: str) -> Iterator[None]:
+    """Whatever the library raises of bytes that it cannot read, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: {what} ({reason}); run `medldm prepare` again") from error
+
+
+def linked_dataset(file: "h5py.File", name: str, depth: int = 0) -> "h5py.Dataset | None":
+    """The dataset of a name, None where there is none. InputError where a link on the way leads out of the
+    file: nothing is opened there.
+    """
+    import h5py
+
+    if depth > MOST_LINKS:
+        raise InputError(f"{file.filename}: its links lead in circles; save it again without them")
+    node, place = file, ""
+    for step in filter(None, name.split("/")):
+        link = node.get(step, getlink=True) if isinstance(node, h5py.Group) and step != "." else None
+        if link is None:
+            return None
+        if isinstance(link, h5py.ExternalLink):
+            raise InputError(
+                f"{file.filename}: '{name}' is a link into another file ({link.filename}); save the data in "
+                "this file"
+            )
+        place += f"/{step}"
+        if isinstance(link, h5py.SoftLink):
+            target = link.path if link.path.startswith("/") else f"{place.rpartition('/')[0]}/{link.path}"
+            node = linked_dataset(file, target, depth + 1)
+            if node is None:
+                return None
+        else:
+            node = node[step]
+    return node if depth or isinstance(node, h5py.Dataset) else None
+
+
+def check_dataset(dataset: "h5py.Dataset", path: Path) -> None:
+    """InputError for a dataset that is no array of numbers in this very file, and for one that claims more
+    than it can hold, or unpacks to more than it claims.
+    """
+    place = f"{path}::{dataset.name.lstrip('/')}"
+    if dataset.external or dataset.is_virtual:
+        raise InputError(f"{place}: its values lie in other files; save them in this one")
+    if dataset.dtype.kind not in NUMBER_KINDS:
+        raise InputError(f"{place}: holds {dataset.dtype}, no numbers; save it as integers or floats")
+    stored = dataset.id.get_storage_size()
+    holds, times = (None, 1) if dataset.chunks else (stored, 1)
+    check_claim(place, dataset.shape, dataset.dtype.itemsize, holds=holds, times=times)
+    if dataset.chunks:
+        chunk = check_claim(place, dataset.chunks, dataset.dtype.itemsize)
+        if dataset.id.get_create_plist().get_nfilters() and DEFLATE * stored > largest():
+            check_chunks(dataset, chunk, place)
+
+
+def check_datasets(file: "h5py.File", path: Path, *, besides: Collection[str]) -> None:
+    """`check_dataset` of all at the top of a file but those named `besides`, which are texts."""
+    for name in file:
+        dataset = linked_dataset(file, name)
+        if dataset is not None and name not in besides:
+            check_dataset(dataset, path)
+
+
+def check_chunks(dataset: "h5py.Dataset", size: int, place: str) -> None:
+    """InputError where a deflated chunk unpacks to more than its `size`, which the library would follow."""
+    for i in range(dataset.id.get_num_chunks()):
+        offset = dataset.id.get_chunk_info(i).chunk_offset
+        skipped, data = dataset.id.read_direct_chunk(offset)
+        if dataset.compression == "gzip" and not skipped:
+            check_unpacked(place, [data], size + 4)  # a checksum may stand behind
 
 
 def file_identity(path: Path) -> tuple[int, int, int] | None:
@@ -166,6 +263,7 @@ class HandleCache:
 
 
 HANDLES = HandleCache()
+CHECKED: set[tuple] = set()  # (identity of a file, dataset) whose content was compared with its digest
 
 
 def open_hdf5(path: str | Path) -> HDF5Reader:

@@ -6,6 +6,7 @@ from medldm.attributes import with_attributes, with_unknown
 from medldm.data.datasets.mnms2 import MAPPING_INDEX, load_mapping_index
 from medldm.errors import InputError
 from medldm.files import read_json
+from medldm.schemas import Index, check_schema
 
 UNFINISHED = "unfinished"  # key of an index whose cases are being replaced: the command that does it
 
@@ -29,4 +30,5 @@ def load_index(root: str | Path) -> dict:
             f"{root / 'index.json'}: schema version {index.get('schema_version')} is not 1; prepare the "
             "data again"
         )
+    check_schema(index, Index, root / "index.json", "prepare the data again")
     return with_attributes(with_unknown(index))

@@ -106,12 +106,15 @@ def hdf5_records(
     if subjects is not None and subject not in subjects:
         return
     key = "images" if sample == 0 else f"images_{sample}"
-    if not {"image", "images"} & set(reader.file):
+    names = reader.names
+    if not {"image", "images"} & names:
         raise InputError(f"{file}: holds a class map and no image, so there is nothing to see or to compare")
-    if "image" in reader.file or attributes.get("spatial_dims") == 3:  # one volume, prepared or generated
+    for name, digest in (case.get("content") or {}).items():
+        reader.check_content(name, digest)
+    if "image" in names or attributes.get("spatial_dims") == 3:  # one volume, prepared or generated
         if ids is None or case["id"] in ids:
             mask = reader.read("mask") if "mask" in reader else None
-            image = np.asarray(reader.read("image" if "image" in reader.file else key), np.float32)
+            image = np.asarray(reader.read("image" if "image" in names else key), np.float32)
             stated = {kind: case[kind] for kind in TABLES if kind in case}
             stated |= {"body_file": str(file)} if BODY in reader.file else {}
             yield ImageRecord(case["id"], subject, image, known({**attributes, **stated}), None, mask)

@@ -1,6 +1,5 @@
 """Splits by subject: drawn from a seed, written once, checked on every reading."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from medldm.errors import InputError
 from medldm.files import write_json
+from medldm.schemas import Splits, read_checked
 
 log = logging.getLogger(__name__)
 SUBSETS = ("train", "val", "test")
@@ -119,12 +119,7 @@ def check_splits(splits: Mapping[str, Split], where: str | Path) -> None:
 
 
 def read_splits(path: Path) -> dict[str, Split]:
-    try:
-        splits = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{path}: not a readable splits file ({error}); delete it and run `medldm prepare`"
-        ) from error
+    splits = read_checked(path, Splits, "delete it and run `medldm prepare`")
     check_splits(splits, path)
     return splits
 

@@ -1,7 +1,6 @@
 """Two evaluations of the same images against each other: paired differences, with intervals and tests."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from medldm.evaluation.screen import Lines, brief, cell
 from medldm.metrics.catalogue import better
 from medldm.metrics.permutation import sign_test
 from medldm.metrics.summary import Bootstrap
+from medldm.schemas import Metrics, read_checked
 
 ROW = "generated"
 
@@ -34,7 +34,7 @@ def read_evaluated(folder: Path) -> Evaluated:
         if not path.is_file():
             raise InputError(f"{path}: not found; run `medldm evaluate ... output={folder}` first")
     try:
-        results = json.loads(paths[0].read_text())
+        results = read_checked(paths[0], Metrics, "run `medldm evaluate` again")
         with open(paths[1], newline="") as file:
             lines = [line for line in csv.DictReader(file) if line["row"] == ROW]
         names = [name for name in results["definitions"] if lines and name in lines[0]]
@@ -42,7 +42,9 @@ def read_evaluated(folder: Path) -> Evaluated:
             name: {line["id"]: float(line[name]) for line in lines if line[name] != ""} for name in names
         }
         return Evaluated(folder, {line["id"]: line["subject"] for line in lines}, values, results)
-    except (json.JSONDecodeError, KeyError, ValueError, TypeError) as error:
+    except InputError:
+        raise
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise InputError(
             f"{folder}: not written by this version of `medldm evaluate`; run it again"
         ) from error

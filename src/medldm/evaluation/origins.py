@@ -2,7 +2,6 @@
 subjects.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from medldm.errors import InputError
 from medldm.evaluation.stored import hdf5_files
 from medldm.fingerprints import digest, file_sha256
 from medldm.held_out import Seen
+from medldm.schemas import Provenance, read_checked
 
 HELD_OUT = ("val", "test")
 ARRAYS = ("image", "mask", "edges", "source")
@@ -24,7 +24,7 @@ def read_provenance(folders: Mapping[str, Path | None]) -> dict[str, dict]:
     for name in ("generated", "reconstruction", "spade", "regression"):
         path = folders.get(name) and folders[name] / "provenance.json"
         if path and path.is_file():
-            found[name] = json.loads(path.read_text())
+            found[name] = read_checked(path, Provenance, "make the images again")
     return found
 
 

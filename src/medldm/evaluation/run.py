@@ -40,7 +40,7 @@ from medldm.evaluation.results import build_results, case_columns, jsonable
 from medldm.evaluation.slices import axial_axis, orientation_of
 from medldm.evaluation.tools import Segmenter, Tools, build_tools
 from medldm.evaluation.translation import make_translation_pairs
-from medldm.files import replacing, write_json
+from medldm.files import inside, replacing, write_json
 from medldm.metrics.catalogue import find_metric, select_metrics
 from medldm.metrics.summary import Bootstrap
 
@@ -220,7 +220,8 @@ def write_pictures(
 
 def write_panels(output: Path, inputs: Inputs, outcome: Outcome, num_rows: int) -> None:
     """panels/{best,median,worst}.png by the first of `PANEL_ORDER`, or by the first metric there is."""
-    for path in (output / "panels").glob("*.png"):
+    panels = inside(output, "panels", "best.png").parent
+    for path in panels.glob("*.png"):
         path.unlink()  # of an earlier evaluation
     if num_rows < 1:
         return
@@ -230,7 +231,7 @@ def write_panels(output: Path, inputs: Inputs, outcome: Outcome, num_rows: int) 
         if chosen:
             captions = [f"{pairs[i].id}\n{name} {values[i]:.3f}" for i in chosen]
             figure = draw_panel([pairs[i].loaded() for i in chosen], captions, inputs.orientation)
-            with replacing(output / "panels" / f"{kind}.png") as temporary:
+            with replacing(panels / f"{kind}.png") as temporary:
                 figure.savefig(temporary, format="png")
 
 

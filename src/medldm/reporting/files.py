@@ -1,17 +1,18 @@
 """What a page reads: pictures, curves and numbers from the folders of runs and evaluations."""
 
 import csv
-import json
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
 from medldm.errors import InputError
 from medldm.evaluation.browsing import evenly, read_browser
+from medldm.files import read_json
 from medldm.reporting.charts import Curve
 from medldm.reporting.sections import EvaluationFiles, chosen_pictures
+from medldm.schemas import Metrics, check_schema
 
 MAX_WIDTH = 1600  # pixels; wider pictures are scaled down
 MAX_STRIPS, MAX_FRAMES = 3, 8  # cases whose denoising is shown, and steps of each
@@ -68,14 +69,10 @@ def fitted(png: bytes) -> bytes:
 def read_evaluation(folder: Path) -> EvaluationFiles:
     """What `medldm evaluate` wrote. InputError where it is not there, or of another version."""
     path = folder / "metrics.json"
-    if not path.is_file():
-        raise InputError(f"{path}: not found; run `medldm evaluate ... output={folder}` first")
-    try:
-        results: Mapping = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); run `medldm evaluate` again") from error
+    results = read_json(path, f"run `medldm evaluate ... output={folder}` first")
     if results.get("schema_version") != 1:
         raise InputError(f"{path}: not written by this version of `medldm evaluate`; run it again")
+    check_schema(results, Metrics, path, "run `medldm evaluate` again")
     panels = {file.stem: read_png(file) for file in sorted((folder / "panels").glob("*.png"))}
     made = Path((results.get("folders") or {}).get("generated") or folder)
     return EvaluationFiles(
@@ -111,15 +108,10 @@ def filmstrip(path: Path) -> bytes:
     return cv2.imencode(".png", np.concatenate(parts, axis=1))[1].tobytes()
 
 
-def read_comparison(folder: Path) -> Mapping:
+def read_comparison(folder: Path) -> dict[str, Any]:
     """What `medldm evaluate compare=[A,B]` wrote. InputError where it is not there or cannot be read."""
     path = folder / "comparison.json"
-    if not path.is_file():
-        raise InputError(f"{path}: not found; run `medldm evaluate compare=[A,B] output={folder}` first")
-    try:
-        results = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); run `medldm evaluate compare` again") from error
+    results = read_json(path, f"run `medldm evaluate compare=[A,B] output={folder}` first")
     if not {"compared", "metrics", "distribution"} <= results.keys():
         raise InputError(f"{path}: not written by this version of `medldm evaluate`; run it again")
     return results

@@ -7,7 +7,7 @@ from typing import Any
 from medldm.checkpoints import encoder_sha256, latents_name
 from medldm.data.loading.latents import encode_command
 from medldm.errors import InputError
-from medldm.files import read_json
+from medldm.schemas import Latents, read_checked
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def find_latents(data: dict[str, Any], model: dict[str, Any], resumed: dict[str,
     if name == "auto" and not folder.is_dir():
         log.warning("data.latents=auto: no cache of %s; encoding every batch", checkpoint)
         return None
-    facts = read_json(folder / "latents.json", f"{mend}, or set data.latents=null")
+    facts = read_checked(folder / "latents.json", Latents, f"{mend}, or set data.latents=null")
     made_with = facts.get("encoder_sha256") or folder.name  # an older medldm says it in the name alone
     if expected is not None and made_with[:12] != expected:
         raise InputError(

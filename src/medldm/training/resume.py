@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from medldm.attributes import check_order
 from medldm.build import load_module
 from medldm.checkpoints import read_checkpoint
@@ -33,6 +35,34 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
             f"{path}: model.{changed[0]} differs from the run's config; undo it or start a new run"
         )
     return content
+
+
+def check_optimizers(path: Path, content: dict[str, Any], module: TrainedModule) -> None:
+    """InputError where what a checkpoint keeps of its optimisers, such as Adam's moments, is not of the shape
+    of the parameters that they step: fused optimisers read and write it without looking.
+    """
+    optimizers, _ = module.configure_optimizers()
+    states = content.get("optimizer_states")
+    if not isinstance(states, list) or len(states) != len(optimizers):
+        raise InputError(f"{path}: does not hold the state of {len(optimizers)} optimisers; take another one")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        try:
+            groups = [group["params"] for group in state["param_groups"]]
+            own = [group["params"] for group in optimizer.param_groups]
+            pairs = [pair for a, b in zip(groups, own, strict=True) for pair in zip(a, b, strict=True)]
+            shapes = {number: parameter.shape for number, parameter in pairs}
+            fits = all(
+                value.numel() == 1 and not value.is_meta if name == "step" else value.shape == shapes[number]
+                for number, entries in state["state"].items()
+                for name, value in entries.items()
+                if isinstance(value, Tensor)
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: the state of its optimiser is damaged; take another one") from error
+        if not fits:
+            raise InputError(
+                f"{path}: the state of its optimiser does not fit the parameters; take another one"
+            )
 
 
 def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> list[dict[str, Any] | None]:

@@ -18,6 +18,7 @@ from medldm.shrinking import shrink
 from medldm.training.checks import check_stages, check_unknown
 from medldm.training.latents import find_latents
 from medldm.training.resume import (
+    check_optimizers,
     check_resumed_data,
     checked_resume,
     initialise,
@@ -77,6 +78,8 @@ def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> T
         module.description["init_from"] = content["medldm"]["init_from"]
     elif cfg.init_from and not run.resume:
         module.description["init_from"] = initialise(module, cfg.init_from, facts)
+    if content is not None:
+        check_optimizers(run.resume, content, module)
     if record is not None:
         check_stages(cfg, module.description, datamodule)
         check_unknown(module, datamodule)

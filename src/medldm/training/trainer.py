@@ -24,6 +24,7 @@ from medldm.callbacks import (
     PowerAverages,
     ProgressBar,
     RandomState,
+    SkipNonFinite,
     StopOnSignal,
 )
 from medldm.checkpoints import AtomicCheckpointIO
@@ -131,6 +132,7 @@ def make_callbacks(
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
     yield LatentStatistics(datamodule)
     yield CountUpdates()
+    yield SkipNonFinite()
     if cfg.callbacks.ema:
         yield EMA(**cfg.callbacks.ema)
     if cfg.callbacks.get("post_hoc_ema"):

@@ -16,7 +16,7 @@ from medldm.data.raw.nifti import nifti_shape
 from medldm.data.raw.tables import Note, read_rows
 from medldm.data.splits import SUBSETS, Split
 from medldm.errors import InputError
-from medldm.files import read_json
+from medldm.schemas import SubjectFiles, read_checked
 
 log = logging.getLogger(__name__)
 # In the order in which ldm-medical-image stores them.
@@ -145,10 +145,11 @@ def mapped_slices(num_samples: int) -> dict[str, list[int]]:
 
 def load_mapping_index(root: Path) -> dict:
     """An index for `{NNN}_data.h5` files with `dataset_index_mapping.json` of ldm-medical-image."""
-    mapping = read_json(root / MAPPING_INDEX, "restore it beside the `NNN_data.h5` files")
+    mend = "restore it beside the `NNN_data.h5` files"
+    mapping = read_checked(root / MAPPING_INDEX, SubjectFiles, mend)
     cases = []
     for subject, entry in sorted(mapping.items()):
-        path = require_file(root / entry.get("file_name", f"{subject}_data.h5"))
+        path = require_file(root / (entry.get("file_name") or f"{subject}_data.h5"))
         num_samples = int(entry["num_samples"])
         if num_samples < 4 or num_samples % 2:
             raise InputError(f"{path}: {num_samples} samples are no LA ED, LA ES, SA ED..., SA ES... series")

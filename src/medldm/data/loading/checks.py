@@ -28,6 +28,9 @@ def check_prepared(root: Path, index: Mapping, keys: Sequence[str], settings: Lo
         raise InputError(
             f"{root}: was prepared from class maps alone, to sample from; add the images for this"
         )
+    for case in index["cases"] if index["spatial_dims"] == 3 else ():
+        if None in (case.get("spacing"), case.get("affine")):
+            raise InputError(f"{root}: index.json states no spacing or affine of {case['id']}; prepare again")
     check_pairs(settings.pairs, settings.pair_labels, keys, index.get("label_values") or [])
     if "mask" in keys:
         check_has_masks(root, index)

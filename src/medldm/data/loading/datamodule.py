@@ -32,7 +32,7 @@ from medldm.data.loading.synthetic import SyntheticImages
 from medldm.data.prepared import load_index
 from medldm.data.splits import Split
 from medldm.errors import InputError
-from medldm.files import read_json
+from medldm.schemas import Latents, read_checked
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +129,9 @@ class CaseDataModule(pl.LightningDataModule):
     @property
     def latent_facts(self) -> dict:
         """The `latents.json` of the cache in use: checkpoint_sha256, downsampling..."""
-        return read_json(
+        return read_checked(
             self.latents_dir / "latents.json",
+            Latents,
             f"run `medldm encode checkpoint=CKPT data.root={self.root}` first",
         )
 

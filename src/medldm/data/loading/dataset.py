@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 from medldm.attributes import TABLES, UNKNOWN, further_attributes, further_entries, names_of, stated_number
 from medldm.batch import Batch
 from medldm.data.hdf5 import HDF5Reader, open_hdf5
+from medldm.data.loading.augment import CenterCrop, RandomCrop
 from medldm.data.loading.degradation import EdgeDegradation
 from medldm.data.loading.sampler import ItemRequest
 from medldm.data.loading.synthetic import SyntheticImages
@@ -138,6 +139,11 @@ class CaseDataset(Dataset):
         self.num_findings = len(self.names["label"]) if index.get("multi_label") else 0
         self.numbering: dict[str, Sequence[int]] = {}  # kind -> the model's number for each of the data's
 
+    @property
+    def is_cropped(self) -> bool:
+        """Whether items are parts of what is stored, so that a volume is not read as a whole."""
+        return any(isinstance(transform, RandomCrop | CenterCrop) for transform in self.transforms)
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -187,6 +193,10 @@ class CaseDataset(Dataset):
             mend = "run `medldm prepare` to its end, then start again"
         if None not in (stated, expected) and stated != expected:
             raise InputError(f"{reader.path}: was made from other data than index.json says; {mend}")
+        if key != "latent" and (self.spatial_dims == 2 or not self.is_cropped):
+            reader.check_content(key, array_digests(entry).get(key))
+        if key == "latent":
+            reader.check_content("latents", reader.stamps.get("latents_digest"))
         return reader
 
     def read(self, key: str, item: Item) -> np.ndarray:

@@ -4,8 +4,13 @@ import logging
 import shlex
 from pathlib import Path
 
+import h5py
+import numpy as np
+
 from medldm.data.loading.dataset import array_digests
 from medldm.errors import InputError
+from medldm.files import replacing, writing_hdf5
+from medldm.fingerprints import array_digest
 
 log = logging.getLogger(__name__)
 
@@ -41,3 +46,28 @@ def check_latents(folder: Path, facts: dict, index: dict) -> None:
             f"{folder}: {len(stale)} of {len(images)} cases ({stale[0]}, ...) were prepared anew "
             f"since it was made; {mend}"
         )
+
+
+def reason_to_encode(path: Path, image: str | None) -> str | None:
+    """Why the latents of a case must be made, None where those that stand are of this image; `image` is its
+    digest, None where an older medldm prepared it: then whatever stands is taken.
+    """
+    if not path.is_file():
+        return "not there yet"
+    try:
+        with h5py.File(path, "r") as file:
+            stated = file.attrs.get("image_digest")
+    except OSError:
+        return "damaged"
+    if image is None or stated == image:
+        return None
+    return "of images as prepared before" if stated else "of unknown images (an older medldm made them)"
+
+
+def write_latents(path: Path, latents: np.ndarray, encoder: str, image: str | None) -> None:
+    """One case's file; `image` is the digest of the image that was encoded, where it is known."""
+    with replacing(path) as aside, writing_hdf5(aside) as file:
+        file.create_dataset("latents", data=latents, chunks=(1, *latents.shape[1:]))
+        file.attrs.update(encoder_sha256=encoder, latents_digest=array_digest(latents))
+        if image is not None:
+            file.attrs["image_digest"] = image

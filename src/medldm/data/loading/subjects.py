@@ -22,7 +22,9 @@ def read_subjects(root: Path, index: dict, split: str) -> Split:
     subjects = sorted({case["subject"] for case in index["cases"]})
     path = root / "splits.json"
     if not path.is_file() and "preprocess" in index:  # folders of ldm-medical-image have none
-        log.warning("%s: not there; subjects are drawn with data.splits' defaults", path)
+        raise InputError(
+            f"{path}: not there, so it is open who is held out; restore it, or run `medldm prepare`"
+        )
     splits = (
         read_splits(path)
         if path.is_file()

@@ -8,9 +8,9 @@ import numpy as np
 
 from medldm.data.hdf5 import made_from, open_hdf5
 from medldm.errors import InputError
-from medldm.files import read_json
 from medldm.fingerprints import digest
 from medldm.held_out import Seen
+from medldm.schemas import Provenance, read_checked
 
 if TYPE_CHECKING:
     from medldm.data.loading.dataset import Item
@@ -31,7 +31,7 @@ class SyntheticImages:
         if not any(self.root.glob("*.h5")):
             raise InputError(f"data.synthetic={root}: no .h5 file there; give what `medldm sample` wrote")
         path = self.root / "provenance.json"
-        self.facts: dict = read_json(path, "sample again") if path.is_file() else {}
+        self.facts: dict = read_checked(path, Provenance, "sample again") if path.is_file() else {}
 
     @property
     def provenance(self) -> str:

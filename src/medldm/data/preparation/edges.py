@@ -10,10 +10,22 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 
+from medldm.bounds import check_number
 from medldm.errors import InputError
 
 SOURCES = ("image", "labels", "both")
 EIGHT = 8  # connectivity
+# What the steps take: OpenCV ends the process, or runs for hours, beyond some of these.
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "bilateral_diameter": (1, 99, True),
+    "bilateral_sigma_color": (0, 10_000, False),
+    "bilateral_sigma_space": (0, 10_000, False),
+    "clahe_clip": (0, 10_000, False),
+    "clahe_tiles": (1, 64, True),
+    "dark_threshold": (0, 255, False),
+    "min_length": (0, 2**31, True),
+    "blur": (0, 256, False),
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,16 @@ class EdgeRecipe:
             raise InputError(f"data.preprocess.edges.source={self.source}: choose from {', '.join(SOURCES)}")
         if self.aperture not in (3, 5, 7):
             raise InputError(f"data.preprocess.edges.aperture={self.aperture}: Canny takes 3, 5 or 7")
-        if not 0 <= self.sigma < 1:
+        if not isinstance(self.sigma, int | float) or not 0 <= self.sigma < 1:
             raise InputError(f"data.preprocess.edges.sigma={self.sigma}: must lie in [0, 1)")
+        for name, (low, high, whole) in RANGES.items():
+            check_number(f"data.preprocess.edges.{name}", getattr(self, name), low, high, whole=whole)
+        for threshold in self.thresholds or ():
+            check_number("data.preprocess.edges.thresholds", threshold, 0, 10_000)
+        if self.thresholds is not None and len(self.thresholds) != 2:
+            raise InputError(
+                "data.preprocess.edges.thresholds: give two, the lower and the upper one, or null"
+            )
         known = {"bilateral_diameter", "sigma", "min_length", "thresholds", "blur", "dark_threshold"}
         is_list = isinstance(self.levels, Sequence) and not isinstance(self.levels, str)
         fits = is_list and all(isinstance(x, Mapping) and x and x.keys() <= known for x in self.levels)
@@ -59,6 +79,8 @@ class EdgeRecipe:
                 f"data.preprocess.edges.levels={self.levels}: give a list of mappings of "
                 f"{', '.join(sorted(known))}; source must be image or both"
             )
+        if not all(isinstance(changes, Mapping) for changes in self.per_view.values()):
+            raise InputError("data.preprocess.edges.per_view: give a mapping of settings for each view")
         if any("levels" in changes for changes in self.per_view.values()):
             raise InputError("data.preprocess.edges.per_view: levels are the same for every view")
 

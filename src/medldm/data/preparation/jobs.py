@@ -15,7 +15,7 @@ from medldm.data.case import Case, split_path
 from medldm.data.preparation.recipe import SCHEMA_VERSION, Recipe
 from medldm.data.raw.readers import files_of
 from medldm.errors import InputError
-from medldm.files import safe_name
+from medldm.files import inside, safe_name
 from medldm.fingerprints import array_digest, content_of, digest
 
 PER_SLICE = ("view", "phase", "slice_index", "num_slices", "label")
@@ -130,7 +130,7 @@ def make_jobs(
         groups[file_of(case, recipe.spatial_dims), case.subject].append(case)
     return [
         FileJob(
-            name, subject, tuple(members), root / "cases" / f"{name}.h5", dataset,
+            name, subject, tuple(members), inside(root, "cases", f"{name}.h5"), dataset,
             replace(recipe, edges=None) if members[0].is_cine else recipe, tables, command, earlier.get(name),
         )
         for (name, subject), members in sorted(groups.items())

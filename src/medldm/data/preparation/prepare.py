@@ -5,7 +5,6 @@ A file is written beside its place, verified and renamed, so that whatever stand
 second run keeps what was made from the same raw files with the same preprocessing.
 """
 
-import json
 import logging
 import multiprocessing
 from collections import Counter
@@ -18,6 +17,7 @@ import cv2
 import h5py
 
 from medldm.data.datasets import published_splits
+from medldm.data.hdf5 import check_datasets
 from medldm.data.preparation.index import make_index, verify
 from medldm.data.preparation.jobs import FileJob, make_jobs, root_attributes
 from medldm.data.preparation.recipe import make_recipe
@@ -28,7 +28,7 @@ from medldm.data.preparation.selection import (
     with_safe_names,
     with_their_cine,
 )
-from medldm.data.preparation.slices import describe_slices, warn_of_planes, write_slices
+from medldm.data.preparation.slices import TEXTS, describe_slices, warn_of_planes, write_slices
 from medldm.data.preparation.volumes import describe_volume, write_volume
 from medldm.data.prepared import UNFINISHED
 from medldm.data.raw.grids import warn_of_grids
@@ -37,6 +37,8 @@ from medldm.data.splits import make_splits, write_splits_once
 from medldm.errors import InputError
 from medldm.files import nothing_empty, read_json, replacing, write_json, writing_hdf5
 from medldm.fingerprints import recall
+from medldm.locks import one_writer
+from medldm.schemas import Index, read_checked
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,9 @@ def run_job(job: FileJob) -> Prepared:
     fingerprint = job.fingerprint()
     if job.path.is_file():
         try:
-            return Prepared(describe_file(job.path, job, fingerprint), None)
+            entry = describe_file(job.path, job, fingerprint)
+            check_content(job, entry)
+            return Prepared(entry, None)
         except InputError as error:
             log.debug("%s: made anew (%s)", job.path, error)
             reason = job.reason_to_renew()
@@ -69,6 +73,14 @@ def run_job(job: FileJob) -> Prepared:
         if reason is not None:
             mark_unfinished(job.path.parents[1], job.command)
     return Prepared(entry, reason)
+
+
+def check_content(job: FileJob, entry: dict) -> None:
+    """InputError where a file holds other arrays than the index that speaks of it says."""
+    earlier = job.earlier or {}
+    known = earlier.get("content") if earlier.get("fingerprint") == entry["fingerprint"] else None
+    if known is not None and known != entry["content"]:
+        raise InputError(f"{job.path}: holds other arrays than index.json says; run `medldm prepare` again")
 
 
 def mark_unfinished(root: Path, command: str) -> None:
@@ -89,6 +101,7 @@ def describe_file(path: Path, job: FileJob, fingerprint: str) -> dict:
                 raise InputError(
                     f"{path}: was made from other raw files or with other preprocessing; run prepare again"
                 )
+            check_datasets(file, path, besides=TEXTS)
             return (describe_slices if job.recipe.spatial_dims == 2 else describe_volume)(file, path, job)
     except OSError as error:
         raise InputError(
@@ -128,22 +141,29 @@ def prepare_dataset(
     cases = with_safe_names(cases, inventory["notes"].append)
     stated = stated_splits(cases)
     command = command or f"medldm prepare data.raw={raw} data.root={root}"
-    jobs = make_jobs(cases, root, dataset, recipe, modalities, command=command, earlier=earlier_entries(root))
-    entries = write_files(jobs, root, num_workers)
-    subjects = [job.subject for job in jobs]
-    drawn = make_splits(
-        subjects, splits, splits["seed"], stated=stated, published=published_splits(dataset, subjects)
-    )
-    inventory["notes"] += [*same_images(entries), *coloured_pictures(entries), *constant_images(entries)]
-    index = make_index(dataset, recipe, jobs, entries)
-    index |= {"raw": str(Path(raw).resolve()), "inventory": inventory}
-    warn_of_planes(entries)
-    if modalities:
-        warn_of_grids(entries)
+    with nothing_empty(root), one_writer(root):
+        jobs = make_jobs(
+            cases, root, dataset, recipe, modalities, command=command, earlier=earlier_entries(root)
+        )
+        entries = write_files(jobs, root, num_workers)
+        inventory["notes"] += [*same_images(entries), *coloured_pictures(entries), *constant_images(entries)]
+        index = make_index(dataset, recipe, jobs, entries)
+        index |= {"raw": str(Path(raw).resolve()), "inventory": inventory}
+        warn_of_planes(entries)
+        if modalities:
+            warn_of_grids(entries)
+        write_index(root, index, splits, stated)
+    return root
+
+
+def write_index(root: Path, index: dict, splits: Mapping[str, Any], stated: Mapping[str, str] | None) -> None:
+    """splits.json, unless it stands, and index.json, which is compared with the files beside it."""
+    subjects = [entry["subject"] for entry in (*index["cases"], *index.get("cine", ()))]
+    published = published_splits(index["dataset"], subjects)
+    drawn = make_splits(subjects, splits, splits["seed"], stated=stated, published=published)
     write_splits_once(root / "splits.json", drawn, subjects)
     write_json(root / "index.json", index)
     verify(root)
-    return root
 
 
 def write_files(jobs: Sequence[FileJob], root: Path, num_workers: int) -> list[dict]:
@@ -162,13 +182,13 @@ def earlier_entries(root: Path) -> dict[str, dict]:
     if not path.is_file():
         return {}
     try:
-        index = json.loads(path.read_text())
-        cases = [*index["cases"], *index.get("cine", ())]
-        return {case["id"]: case for case in cases if {"raw", "preprocess_hash"} <= case.keys()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        index = read_checked(path, Index, "prepare again")
+    except InputError:
         log.warning("%s: not a readable index, taken away; every case is checked anew", path)
         path.unlink()
         return {}
+    cases = [*index["cases"], *index.get("cine", ())]
+    return {case["id"]: case for case in cases if {"raw", "preprocess_hash"} <= case.keys()}
 
 
 def say_what_was_renewed(jobs: Sequence[FileJob], prepared: Sequence[Prepared]) -> None:

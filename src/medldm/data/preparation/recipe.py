@@ -2,16 +2,18 @@
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from medldm.bounds import check_number
 from medldm.data.preparation.edges import EdgeRecipe
 from medldm.data.preparation.intensity import INVERSIONS, Intensity
-from medldm.data.preparation.labels import Labels
+from medldm.data.preparation.labels import NUM_STORABLE, Labels
 from medldm.data.preparation.resize import Resize
 from medldm.errors import InputError
 from medldm.fingerprints import digest
+from medldm.schemas import Preprocess, check_setting
 
 SCHEMA_VERSION = 1
 FROM_BACKGROUND = (
@@ -87,8 +89,8 @@ def make_recipe(
         raise InputError(f"data.spatial_dims={spatial_dims}: choose 2 or 3")
     if image_size is None and spatial_dims == 2:
         image_size = 256
-    size = (image_size,) * spatial_dims if isinstance(image_size, int) else image_size and tuple(image_size)
-    check_grid_size(image_size, size, spatial_dims)
+    check_setting(preprocess, Preprocess, "data.preprocess")
+    size = grid_size(image_size, spatial_dims)
     options = dict(preprocess)
     for key, choices in RECIPE_CHOICES.items():
         if options[key] not in choices:
@@ -116,24 +118,44 @@ def make_recipe(
     return Recipe(
         spatial_dims=spatial_dims,
         image_size=size,
-        resize=Resize(**options.pop("resize")),
-        intensity=Intensity(**intensity),
+        resize=built(Resize, options.pop("resize"), "resize"),
+        intensity=built(Intensity, intensity, "intensity"),
         labels=Labels(
             numbered_names(labels.get("names")),
             {int(k): int(v) for k, v in mapping.items()} if mapping else None,
         ),
-        edges=EdgeRecipe(**edges) if edges is not None and spatial_dims == 2 else None,
+        edges=built(EdgeRecipe, edges, "edges") if edges is not None and spatial_dims == 2 else None,
         min_size=least,
         spacing=tuple(spacing) if isinstance(spacing, Iterable) else spacing and (float(spacing),) * 3,
         **options,
     )
 
 
+def built(part: Callable, options: Mapping[str, Any], key: str) -> Any:
+    """A part of a recipe. InputError that names an option which it has not."""
+    unknown = options.keys() - {field.name for field in fields(part)}
+    if unknown:
+        raise InputError(
+            f"no key data.preprocess.{key}.{min(map(str, unknown))}; see configs/data/common.yaml"
+        )
+    return part(**options)
+
+
 def numbered_names(names: int | Sequence[str] | None) -> tuple[str, ...] | None:
     """A number stands for classes whose names are not published."""
-    if isinstance(names, int):
+    if isinstance(names, int | float):
+        check_number("data.preprocess.labels.names", names, 1, NUM_STORABLE, whole=True)
         return ("background", *(f"class {i}" for i in range(1, names)))
     return tuple(names) if names else None
+
+
+def grid_size(given: Any, spatial_dims: int) -> tuple[int | None, ...] | None:
+    """`data.image_size` by axis."""
+    if isinstance(given, str | bool) or not isinstance(given, int | Sequence | None):
+        raise InputError(f"data.image_size={given}: give one number, or {spatial_dims} of them")
+    size = (given,) * spatial_dims if isinstance(given, int) else given and tuple(given)
+    check_grid_size(given, size, spatial_dims)
+    return size
 
 
 def check_grid_size(
@@ -143,7 +165,7 @@ def check_grid_size(
     if size is None:
         return
     numbers = [n for n in size if n is not None or spatial_dims == 2]
-    if len(size) != spatial_dims or any(n is None or n < 8 for n in numbers):
+    if len(size) != spatial_dims or any(not isinstance(n, int) or not 8 <= n < 2**17 for n in numbers):
         raise InputError(f"data.{key}={given}: give one number, or {spatial_dims} of them, of at least 8")
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,11 @@ def find_cases(
             f"data.{min(given.keys() - taken)}: the dataset {dataset} has no such option; set it to null"
         )
     given |= {"note": note} if "note" in taken else {}
-    return index(raw, **given)
+    cases = index(raw, **given)
+    twice = next((name for name, count in Counter(case.id for case in cases).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"data.raw={raw}: two images would be the case {twice:.120}; rename one of them")
+    return cases
 
 
 def with_their_cine(found: Sequence[Case], recipe: Recipe, **select: Any) -> list[Case]:

@@ -3,12 +3,14 @@ radiograph, a mammogram) a picture.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medldm.bounds import DEFLATE, check_claim
 from medldm.data.raw.image import LPS_TO_RAS, RawImage
 from medldm.errors import InputError
 
@@ -50,15 +52,10 @@ def is_radiograph(path: Path) -> bool:
     cannot be read is none: reading it tells why.
     """
     try:
-        import pydicom
-        from pydicom.errors import InvalidDicomError
-    except ImportError:
+        header = read_dataset(path, stop_before_pixels=True, specific_tags=[*PLACE, "Rows"])
+        return "Rows" in header and not all(header.get(name) for name in PLACE)
+    except Exception:  # of bytes that anyone may have written, anything can be raised
         return False
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*PLACE, "Rows"])
-    except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError):
-        return False
-    return "Rows" in header and not all(header.get(name) for name in PLACE)
 
 
 def dicom_images(folder: Path) -> list[Path]:
@@ -82,8 +79,8 @@ def read_radiograph(path: Path) -> RawImage:
         spacing = picture.get("PixelSpacing") or picture.get("ImagerPixelSpacing")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (AttributeError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable DICOM picture ({reason}); convert it to PNG") from error
     return RawImage(array, None, None if not spacing else tuple(float(mm) for mm in spacing))
 
@@ -108,8 +105,8 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         thickness = float(getattr(slices[0], "SliceThickness", None) or 1)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    except (AttributeError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder}: not a readable DICOM series ({reason}); convert it to NIfTI") from error
     if len({plane.shape for plane in planes}) > 1:
         raise InputError(f"{folder}: slices have unequal sizes; keep one series a folder")
@@ -123,18 +120,33 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_dicom_files(paths: Sequence[Path]) -> list:
     """The files with their pixels. InputError names one that is damaged."""
     try:
-        import pydicom
-        from pydicom.errors import InvalidDicomError
+        import pydicom  # noqa: F401
     except ImportError as error:
         where = paths[0].parent if paths else "DICOM"
         raise InputError(f"{where}: DICOM needs pydicom; run `pip install 'medldm[dicom]'`") from error
     slices = []
     for path in paths:
         try:
-            slices.append(pydicom.dcmread(path))
-        except (InvalidDicomError, OSError, EOFError) as error:
+            slices.append(read_dataset(path))
+        except InputError:
+            raise
+        except Exception as error:  # of bytes that anyone may have written, anything can be raised
             raise InputError(f"{path}: not a complete DICOM file; copy or download it again") from error
     return slices
+
+
+def read_dataset(path: Path, **options: Any) -> Any:
+    """A DICOM file as pydicom reads it, without its warnings. InputError where it could unpack to more than
+    the bound: a deflated file is unpacked as a whole.
+    """
+    import pydicom
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            check_claim(path, (path.stat().st_size,), DEFLATE)
+        return pydicom.dcmread(path, **options)
 
 
 def check_one_series(folder: Path, slices: Sequence[Any]) -> None:
@@ -163,6 +175,7 @@ def dicom_plane(s: Any) -> np.ndarray:
     MONOCHROME1 shows high numbers dark: they are turned within their bits, or within the values of the LUT.
     Of CT and PET, whose numbers are physical, it is not said whether the writer has turned them: InputError.
     """
+    check_claim(s.filename, (int(s.Rows), int(s.Columns), int(s.get("SamplesPerPixel") or 1)), 8)
     stored = s.pixel_array.astype(np.float64)
     if s.PhotometricInterpretation == "MONOCHROME1":
         if getattr(s, "Modality", None) in ("CT", "PT"):

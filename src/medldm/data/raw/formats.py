@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from medldm.bounds import DEFLATE, check_claim
 from medldm.data.raw.image import LPS_TO_RAS
 from medldm.errors import InputError
+from medldm.files import leads_out
 
 
 @contextmanager
@@ -37,8 +39,11 @@ def read_meta_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: MetaImage needs SimpleITK; run `pip install 'medldm[itk]'`") from error
     try:
         with no_output_of_libraries():
+            check_meta_header(path)
             image = SimpleITK.ReadImage(str(path), imageIO="MetaImageIO")
-    except RuntimeError as error:
+    except InputError:
+        raise
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
         raise InputError(f"{path}: not a complete MetaImage file; copy or download it again") from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise InputError(
@@ -51,11 +56,53 @@ def read_meta_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0), LPS_TO_RAS @ affine
 
 
+def check_meta_header(path: Path) -> None:
+    """InputError where a MetaImage header claims more voxels than its data can hold, or than the bound."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO("MetaImageIO")
+    reader.ReadImageInformation()
+    data = detached_data(path) or path
+    values = (*reader.GetSize(), max(reader.GetNumberOfComponents(), 1))
+    holds = data.stat().st_size if data.is_file() else 0
+    check_claim(path, values, 1, holds=holds, times=DEFLATE, kind="MetaImage file")
+    check_claim(path, values, 8)
+
+
 def detached_data(path: Path) -> Path | None:
-    """The file that a header (.nhdr, .mhd) names for its voxels."""
+    """The file that a header (.nhdr, .mhd) names for its voxels. InputError where that lies in another folder
+    than the header's, or above: a header may be anyone's, and says nothing of the files of whoever reads it.
+    """
     text = path.read_bytes()[: 1 << 16].decode(errors="replace")
     found = re.search(r"^\s*(?:data ?file\s*:|ElementDataFile\s*=)\s*(\S.*?)\s*$", text, re.MULTILINE | re.I)
-    return None if found is None or found.group(1).upper() == "LOCAL" else path.parent / found.group(1)
+    if found is None or found.group(1).upper() == "LOCAL":
+        return None
+    names = [found.group(1)]
+    if names[0].upper().startswith("LIST"):
+        names = [line.strip() for line in text[found.end() :].splitlines() if line.strip()]
+    for name in names:
+        if leads_out(name):
+            raise InputError(
+                f"{path}: has its voxels in {name:.120}, outside of its folder; put it beside the header and "
+                "name it there without a folder"
+            )
+    return path.parent / names[0] if names else None
+
+
+def check_numpy_header(path: Path) -> None:
+    """InputError where a .npy file claims more values than it has, or than the bound; other files pass."""
+    from numpy.lib import format as npy
+
+    with open(path, "rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            return
+        file.seek(0)
+        version = npy.read_magic(file)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+        check_claim(path, shape, dtype.itemsize, holds=path.stat().st_size - file.tell(), kind="NumPy array")
 
 
 def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -64,8 +111,11 @@ def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     has them as they were stored.
     """
     try:
+        check_numpy_header(path)
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path}: not a complete NumPy array ({reason}); save it again, or remove its case"

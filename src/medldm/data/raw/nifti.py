@@ -1,7 +1,6 @@
 """NIfTI files: voxels, and where they lie in the body."""
 
 import logging
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medldm.bounds import DEFLATE, PART, check_claim, largest
 from medldm.data.hdf5 import file_identity
 from medldm.data.raw.grids import distance, is_same_grid
 from medldm.data.raw.image import RawImage, has_suffix, require_file
 from medldm.errors import InputError
 
 if TYPE_CHECKING:
-    from nibabel import Nifti1Header
+    from nibabel import Nifti1Header, Nifti1Image
 
 log = logging.getLogger(__name__)
 MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a NIfTI header, beside mm
@@ -52,7 +52,8 @@ def read_nifti(path: Path) -> RawImage:
         raise InputError(f"{path}: ends in .gz but is not compressed; rename it to '{str(path)[:-3]}'")
     with nifti_errors(path):
         image = nibabel.load(path)
-        array = np.asanyarray(image.dataobj)
+        check_header(image.header, path)
+        array = unpacked(image, path) if is_gzip(path) else np.asanyarray(image.dataobj)
         with image.file_map["image"].get_prepare_fileobj("rb") as file:
             voxel_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
     if array.size == 0:
@@ -62,17 +63,50 @@ def read_nifti(path: Path) -> RawImage:
     return RawImage(array, affine, tuple(spacing[: array.ndim]))
 
 
+def check_header(header: "Nifti1Header", path: Path) -> None:
+    """InputError for voxels beyond the bound, more than the file has, or that are made of no numbers."""
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    if len(shape) > 7 or dtype.kind not in "biufcV":
+        raise InputError(f"{path}: holds {dtype} of shape {shape}, which is no volume; remove its case")
+    is_scaled = header.get_slope_inter() not in ((None, None), (1.0, 0.0))
+    holds = max(path.stat().st_size - (0 if is_gzip(path) else int(header.get_data_offset())), 0)
+    check_claim(
+        path, shape, dtype.itemsize, holds=holds, times=DEFLATE if is_gzip(path) else 1, kind="NIfTI file"
+    )
+    if is_scaled:
+        check_claim(path, shape, 8)  # bytes of a float64, which scaled voxels become
+
+
+def unpacked(image: "Nifti1Image", path: Path) -> np.ndarray:
+    """The voxels of a compressed file, which is read to its end: its checksum stands there, and nibabel does
+    not come to it. InputError where what follows the voxels is beyond the bound.
+    """
+    import gzip
+
+    from nibabel.fileholders import FileHolder
+
+    with gzip.open(path) as file:
+        again = type(image).from_file_map({**image.file_map, "image": FileHolder(fileobj=file)})
+        array = np.array(np.asanyarray(again.dataobj))
+        rest, bound = 0, largest()
+        while part := file.read(PART):
+            rest += len(part)
+            if rest > bound:
+                raise InputError(f"{path}: unpacks to more than its voxels, without end; remove its case")
+    return array
+
+
 @contextmanager
 def nifti_errors(path: Path) -> Iterator[None]:
     """What nibabel says of a damaged file as an InputError."""
-    from nibabel.filebasedimages import ImageFileError
     from nibabel.imageglobals import logger
-    from nibabel.spatialimages import HeaderDataError
 
     logger.setLevel(logging.CRITICAL)  # what it mends by itself in a header is looked at here
     try:
         yield
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path}: not a complete NIfTI file ({reason}); copy or download it again, or remove its case"

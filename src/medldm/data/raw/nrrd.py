@@ -1,5 +1,6 @@
 """NRRD files, and the segmentations that 3D Slicer writes in them."""
 
+import bz2
 import logging
 import re
 import zlib
@@ -10,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from medldm.bounds import DEFLATE, PART, check_claim, check_unpacked, largest
 from medldm.errors import InputError
+from medldm.files import leads_out
 
 log = logging.getLogger(__name__)
+BZIP2 = 2**21  # bytes that one byte of bzip2 can unpack to, in round numbers
 # The signs that bring a named NRRD space to RAS. Spaces of no body, such as scanner-xyz, are not in it.
 NRRD_SPACES = {
     "right-anterior-superior": (1, 1, 1),
@@ -25,16 +29,47 @@ NRRD_SPACES |= {"".join(word[0] for word in name.split("-")): signs for name, si
 @contextmanager
 def nrrd_errors(path: Path) -> Iterator[None]:
     """What the library raises of a file that it cannot read, as an InputError."""
-    import nrrd
-
     try:
         yield
-    except (nrrd.NRRDError, OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path}: not a complete NRRD file, or of an encoding that is not read ({reason}); copy it "
             "again, or save it with encoding gzip"
         ) from error
+
+
+def check_nrrd_header(path: Path) -> None:
+    """InputError where a header keeps its data outside of its folder, claims more voxels than there are or
+    than the bound, or where they unpack to more than it claims.
+    """
+    import nrrd
+
+    with open(path, "rb") as file:
+        header, start = nrrd.read_header(file), file.tell()
+    name = header.get("datafile", header.get("data file"))
+    if name is not None and leads_out(name):
+        raise InputError(
+            f"{path}: has its voxels in {name:.120}, outside of its folder; put it beside the header and "
+            "name it there without a folder"
+        )
+    data, start = (path, start) if name is None else (path.parent / name, 0)
+    holds = data.stat().st_size - start
+    if int(header.get("lineskip", header.get("line skip", 0))) > holds:
+        raise InputError(f"{path}: skips more lines than there are; copy or download it again")
+    encoding = header["encoding"].lower()
+    itemsize = np.dtype(nrrd.reader._TYPEMAP_NRRD2NUMPY[header["type"]]).itemsize
+    times = {"raw": 1, "gzip": DEFLATE, "gz": DEFLATE, "bzip2": BZIP2, "bz2": BZIP2}.get(encoding, itemsize)
+    size = check_claim(
+        path, [int(n) for n in header["sizes"]], itemsize, holds=holds, times=times, kind="NRRD file"
+    )
+    if times > itemsize and holds * times > largest():
+        with open(data, "rb") as file:
+            file.seek(start)
+            unpacker = bz2.BZ2Decompressor() if times == BZIP2 else zlib.decompressobj(zlib.MAX_WBITS | 16)
+            check_unpacked(path, iter(lambda: file.read(PART), b""), size + PART, unpacker)
 
 
 def nrrd_sizes(path: Path) -> tuple[int, ...]:
@@ -54,8 +89,16 @@ def read_nrrd(path: Path, segment: str | None = None) -> tuple[np.ndarray, np.nd
     import nrrd
 
     with nrrd_errors(path):
+        check_nrrd_header(path)
         array, fields = nrrd.read(str(path))
-    header = {key.lower(): value for key, value in fields.items()}
+        header = {key.lower(): value for key, value in fields.items()}
+        return placed_volume(array, header, segment, path)
+
+
+def placed_volume(
+    array: np.ndarray, header: Mapping[str, Any], segment: str | None, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `read_nrrd` gives of the whole array and the header, whose keys are in lower case."""
     directions = np.asarray(header.get("space directions", np.zeros((0, 0))), np.float64)
     is_spatial = np.isfinite(directions).all(-1) if directions.ndim == 2 else np.zeros(0, bool)
     if is_spatial.sum() != 3 or directions.shape[1] != 3:

@@ -1,13 +1,20 @@
 """Pictures (PNG, JPEG, BMP, TIFF) as grey values, or as class numbers."""
 
+import io
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from medldm.bounds import check_claim
+from medldm.data.raw.formats import no_output_of_libraries
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
+MOST_BYTES = 8  # of a decoded pixel: four channels of 16 bits
 EXIF_SUFFIXES = (".png", ".jpg", ".jpeg")
 EXIF_ORIENTATION = 0x0112
 # EXIF 2.3, tag Orientation: what brings the stored rows and columns to what is to be seen; 1 leaves them.
@@ -53,14 +60,48 @@ def decode_raster(path: Path) -> np.ndarray:
     complete = {".png": b"IEND" in data[-64:]}.get(suffix, True)
     if suffix in (".jpg", ".jpeg"):
         complete = b"\xff\xd9" in data[-1024:]
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data and complete else None
+    array = decoded(path, data) if data and complete else None
     if array is None:
         raise InputError(f"{path}: not a complete image file; copy or download it again, or remove its case")
-    if suffix in (".tif", ".tiff") and (pages := cv2.imcount(str(path), cv2.IMREAD_UNCHANGED)) > 1:
+    with no_output_of_libraries():
+        pages = cv2.imcount(str(path), cv2.IMREAD_UNCHANGED) if suffix in (".tif", ".tiff") else 1
+    if pages > 1:
         raise InputError(f"{path}: holds {pages} pages; save one picture a file, or the stack as NIfTI")
     if array.ndim == 3 and array.shape[-1] == 4 and np.ptp(array[..., 3]) > 0:
         log.warning("%s: partly transparent; its colours are taken as they lie", path)
     return turned_by_exif(array if array.ndim == 2 else np.ascontiguousarray(array[..., :3]), path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of Pillow's: a damaged picture is told in our line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def decoded(path: Path, data: bytes) -> np.ndarray | None:
+    """The picture in the bytes of a file, None where they are none. InputError where it would be larger than
+    the bound. What libpng and libtiff say of a damaged one on stderr is not passed on.
+    """
+    import cv2
+    from PIL import Image as Picture
+
+    size, Picture.MAX_IMAGE_PIXELS = Picture.MAX_IMAGE_PIXELS, None  # the bound is here
+    try:
+        with quiet(), Picture.open(io.BytesIO(data)) as header:
+            check_claim(path, header.size, MOST_BYTES)
+    except InputError:
+        raise
+    except Exception:  # a header that Pillow does not understand says nothing
+        log.debug("%s: its header is not Pillow's", path)
+    finally:
+        Picture.MAX_IMAGE_PIXELS = size
+    try:
+        with no_output_of_libraries():
+            return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
 
 
 def turned_by_exif(picture: np.ndarray, path: Path) -> np.ndarray:
@@ -72,9 +113,9 @@ def turned_by_exif(picture: np.ndarray, path: Path) -> np.ndarray:
     if path.suffix.lower() not in EXIF_SUFFIXES:
         return picture
     try:
-        with Picture.open(path) as header:
+        with quiet(), Picture.open(path) as header:
             orientation = header.getexif().get(EXIF_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError):  # a header that Pillow does not understand says nothing
+    except Exception:  # a header that Pillow does not understand says nothing
         return picture
     turn = EXIF_TURNS.get(orientation)
     return picture if turn is None else np.ascontiguousarray(turn(picture))
@@ -108,10 +149,13 @@ def palette_numbers(path: Path) -> np.ndarray | None:
     """
     from PIL import Image as Picture
 
-    with Picture.open(path) as picture:
-        if picture.mode != "P":
-            return None
-        numbers, grey = np.asarray(picture), np.asarray(picture.convert("RGB"))
+    try:
+        with quiet(), Picture.open(path) as picture:
+            if picture.mode != "P":
+                return None
+            numbers, grey = np.asarray(picture), np.asarray(picture.convert("RGB"))
+    except Exception as error:  # of bytes that anyone may have written, anything can be raised
+        raise InputError(f"{path}: its palette cannot be read; save it as 8-bit grey") from error
     if (grey == grey[..., :1]).all() and (grey[..., 0] != numbers).any():
         raise InputError(
             f"{path}: its palette gives other grey levels than its numbers, so its classes are open; save it "

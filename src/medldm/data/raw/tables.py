@@ -8,7 +8,7 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from medldm.errors import InputError
 log = logging.getLogger(__name__)
 Note = Callable[[str], None]  # takes a line that `medldm prepare` prints and keeps in index.json
 DELIMITERS = (",", ";", "\t")
+LARGEST_TABLE = 2**28  # bytes of a table
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UNNAMED_COLUMN = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")  # as pandas writes row numbers
 EMPTY_CELLS = {"", "nan", "<na>", "n/a", "#n/a", "null"}  # a cell that says nothing, in lower case
@@ -31,6 +32,8 @@ def read_text(path: Path, note: Note = log.info) -> str:
     """The text of a file in UTF-8, or UTF-16 with its mark, else in cp1252, which `note` is told of.
     InputError where it is none of them.
     """
+    if path.stat().st_size > LARGEST_TABLE:
+        raise InputError(f"{path}: larger than {LARGEST_TABLE // 2**20} MiB, which is no table; take it away")
     data = path.read_bytes()
     try:
         if data.startswith(UTF16):
@@ -62,23 +65,23 @@ def read_rows(
     if delimiter is None:
         wanted = " or ".join(f"'{name}'" for name in needs)
         raise InputError(f"{path}: needs a header line with the column {wanted} and at least one row")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = header_names(next(reader), {name.lower(): name for name in (*needs, *known)})
+    lines = list(parsed_lines(text, delimiter, path))
+    columns = header_names(lines[0][1], {name.lower(): name for name in (*needs, *known)})
     twice = next((name for name, count in Counter(filter(None, columns)).items() if count > 1), None)
     if twice:
         raise InputError(f"{path}: has the column '{twice}' twice; rename or remove one of them")
     rows, has_unnamed = [], False
-    for cells in reader:
+    for number, cells in lines[1:]:
         cells = ["" if cell.strip().lower() in EMPTY_CELLS else cell.strip() for cell in cells]
         if any(cells[len(columns) :]):
             raise InputError(
-                f"{path}: line {reader.line_num} has more cells than the header; put a value that holds a "
+                f"{path}: line {number} has more cells than the header; put a value that holds a "
                 f"'{delimiter}' into double quotes"
             )
         named = [(name, cell) for name, cell in zip(columns, cells, strict=False) if name]
         has_unnamed |= any(cell and not name for name, cell in zip(columns, cells, strict=False))
         if any(cell for _, cell in named):
-            rows.append(Row(reader.line_num, dict.fromkeys(filter(None, columns), "") | dict(named)))
+            rows.append(Row(number, dict.fromkeys(filter(None, columns), "") | dict(named)))
     if not rows:
         raise InputError(f"{path}: has a header line and no row below it; add the rows")
     if has_unnamed:
@@ -86,11 +89,26 @@ def read_rows(
     return rows
 
 
+def parsed_lines(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number of the line, cells) of every row. InputError where a cell has no end."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: line {reader.line_num} cannot be read ({error}); is a quote open?"
+        ) from error
+
+
 def find_delimiter(text: str, needs: Collection[str]) -> str | None:
     """What parts the header into columns of which one is needed; None where there is no such header."""
     first = text.lstrip("\r\n").partition("\n")[0]
     for delimiter in DELIMITERS:
-        cells = next(csv.reader([first], delimiter=delimiter), [])
+        try:
+            cells = next(csv.reader([first[: csv.field_size_limit()]], delimiter=delimiter), [])
+        except csv.Error:
+            continue
         if {cell.strip().lower() for cell in cells} & set(needs):
             return delimiter
     return None

@@ -1,0 +1,110 @@
+"""Whether the values of a config can be what they are for: true or false, or a number within its range.
+
+Checked before a command does anything, so that a slip of the keyboard ends in a line and not in a folder. The
+tables go by the last part of a key. Parts that are not medldm's know their own keys.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from medldm.bounds import check_number
+from medldm.errors import InputError
+
+OURS = ("medldm.", "torch.", "monai.", "pytorch_lightning.")  # whose parts the tables speak of
+SWITCHES = {
+    "adaptive", "allow_training_subjects", "antialias", "antithetic", "balance_views", "benchmark",
+    "bias_before_norm", "body_mask", "clean_last_step", "clip", "clip_overshoot", "compile", "conv_skip",
+    "crop_foreground", "decoder_sees_map", "enable_progress_bar", "every_epoch", "fast", "fused",
+    "gradient_is_signed", "l2_gradient", "legacy_beta", "log_model", "mask_out", "measure",
+    "norm_on_shortcut", "offline", "parity", "pin_memory", "png", "relative_bias", "remove_artifacts",
+    "requantize", "scale_shift", "translation", "untrained_null", "use_checkpoint", "use_edges", "use_mask",
+    "zero_init_last",
+}  # fmt: skip
+WORDS = ("spacing",)  # keys of numbers that are also keys of words, which whoever reads them knows
+SHARE, NATURAL = (0.0, 1.0, False), (0, 2**31, True)
+POSITIVE, DEPTH, WIDTH = (1, 2**31, True), (1, 1024, True), (1, 2**17, True)
+WEIGHT = (0.0, 1e9, False)
+RANGES_OF: dict[str, tuple[float, float, bool]] = {  # lowest, highest, whether it must be whole
+    **dict.fromkeys(
+        ("dropout", "decay", "ema_decay", "train_fraction", "overlap", "time", "cosine_final", "level",
+         "guidance_rescale", "splits.val", "splits.test"),
+        SHARE,
+    ),
+    **dict.fromkeys(
+        ("trajectory", "interpolate.count", "ms_ssim_pairs", "panel_rows", "warmup_steps", "ramp", "start",
+         "num_sanity_val_steps", "padding", "measure_steps"),
+        NATURAL,
+    ),
+    **dict.fromkeys(
+        ("limit", "max_slices", "every_n_steps", "every_n_validations", "num_timesteps", "num_steps",
+         "num_samples", "num_subjects", "num_resamples", "num_subsets", "subset_size", "num_points",
+         "num_levels", "num_codes", "num_features", "accumulate_grad_batches", "log_every_n_steps",
+         "check_val_every_n_epoch", "num_nodes"),
+        POSITIVE,
+    ),
+    **dict.fromkeys(
+        ("num_res_blocks", "num_blocks", "num_res_units", "num_heads", "keep_best", "keep_last"),
+        DEPTH,
+    ),
+    "num_mid_units": (0, 1024, True),
+    **dict.fromkeys(
+        ("channels", "embedding_channels", "encoder_channels", "decoder_channels", "head_channels",
+         "hidden_channels", "latent_channels", "mid_channels", "middle_channels", "out_channels",
+         "sinusoidal_channels", "spade_hidden_channels", "spade_out_channels", "stem_channels", "norm_groups",
+         "batch_size", "divisible_by", "in_plane_size", "image_size", "crop_size", "min_size", "tile"),
+        WIDTH,
+    ),
+    **dict.fromkeys(("max_steps", "max_epochs"), (-1, 2**31, True)),
+    "num_workers": (0, 1024, True),
+    "seed": (0, 2**32 - 1, True),
+    "lr": (0.0, 1e6, False),
+    **dict.fromkeys(("weight", "weight_decay", "restart_threshold", "gradient_clip_val"), WEIGHT),
+    "spacing": (1e-4, 1e4, False),
+    "guidance_scale": (-1e6, 1e6, False),
+    "eta": (0.0, 1e3, False),
+    **dict.fromkeys(("eps", "norm_eps"), (0.0, 1.0, False)),
+    "max_images": POSITIVE,
+}  # fmt: skip
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """InputError that names the first key whose value cannot be meant: a number that is none or out of its
+    range, a word in the place of true or false.
+    """
+    for key, value in values_of(config):
+        last = key.rpartition(".")[2]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key}={value}: give a finite number")
+        if last in SWITCHES and not isinstance(value, bool):
+            raise InputError(f"{key}={value!s:.80}: give true or false")
+        bounds = range_of(key, last)
+        if bounds is not None and not (last in WORDS and isinstance(value, str)):
+            low, high, whole = bounds
+            check_number(key, value, low, high, whole=whole)
+
+
+def values_of(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of what is stated, each element of a list; without what is open or follows from
+    another key, and without parts that are not medldm's.
+    """
+    if isinstance(config, Mapping):
+        target = config.get("_target_")
+        if isinstance(target, str) and not target.startswith(OURS):
+            return
+        for name, part in config.items():
+            yield from values_of(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(config, list | tuple):
+        for part in config:
+            yield from values_of(part, key)
+    elif config is not None and not (isinstance(config, str) and ("${" in config or config == "???")):
+        yield key, config
+
+
+def range_of(key: str, last: str) -> tuple[float, float, bool] | None:
+    by_end = ".".join(key.split(".")[-2:])
+    if by_end in RANGES_OF:
+        return RANGES_OF[by_end]
+    if last.endswith("_prob"):
+        return SHARE
+    return WEIGHT if last.endswith("_weight") else RANGES_OF.get(last)
