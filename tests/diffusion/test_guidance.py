@@ -6,6 +6,7 @@ from tests.helpers import stated
 
 from medldm.diffusion.condition import check_drop
 from medldm.diffusion.conditioner import NullConditioner, SpatialConditioner
+from medldm.diffusion.objective import autoguided
 from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, check_guidance, override_sampler
 from medldm.diffusion.translation import TranslationConditioner
 from medldm.errors import InputError, told_of
@@ -86,3 +87,25 @@ def test_only_what_training_withheld_can_be_withheld():
 def test_a_sampler_setting_without_effect_or_meaning_is_refused(given, key):
     with pytest.raises(InputError, match=f"sampler.*{key}"), told_of("sampler"):
         override_sampler(DDIMSampler(num_steps=2), {"kind": None} | given)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5, 3.0])
+def test_autoguidance_leads_away_from_the_guide(scale):
+    """Affine denoisers of condition and z_t: guide + scale (model - guide), by hand."""
+    denoise = autoguided(
+        lambda condition: lambda z, t: 2 * z + condition,
+        lambda condition: lambda z, t: z - condition,
+        torch.tensor(1.0),
+        torch.tensor(5.0),
+        scale=scale,
+    )
+    z = torch.tensor([[1.0, 2.0]])
+    expected = (z - 5) + scale * ((2 * z + 1) - (z - 5))
+    torch.testing.assert_close(denoise(z, torch.ones(1)), expected)
+
+
+def test_a_guide_takes_the_place_of_the_null_and_needs_a_scale():
+    conditioner = spatial()  # its null was never trained
+    check_guidance(DDIMSampler(num_steps=2, guidance_scale=2), conditioner, has_guide=True)
+    with pytest.raises(ValueError, match="guidance_scale=1: the guide has no effect"):
+        check_guidance(DDIMSampler(num_steps=2), conditioner, has_guide=True)

@@ -13,6 +13,7 @@ allow_training_subjects=true.
 Keys: split (train, val, test, all), num_samples, sampler.{kind,num_steps,guidance_scale,eta,...}, drop,
 edge_level, limit, max_slices, weights (ema or raw), ema_length, data.batch_size, seed, device,
 precision (auto, bf16-mixed, 32-true; the last step and the image itself are float32 in each).
+sampler.guide=CKPT, a smaller or earlier model of the same latents, stands in the null's place in guidance.
 Volumes larger than those of training: windows.size=[32,256,256] (voxels; null: a whole axis) denoises in
 overlapping windows, tile=64 decodes in tiles with the same result. What the
 network makes of a map alone stays in memory for windows.keep=16 windows; for others it is made again at each
@@ -34,7 +35,7 @@ from medldm.asked import refuse_other_recipe
 from medldm.build import load_module
 from medldm.commands import clean_after_failure, run_command
 from medldm.devices import inference_precision, pick_device
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
 from medldm.inference import items_by_case
 from medldm.outputs import SampleFolder
 from medldm.overrides import typed_command, typed_overrides
@@ -64,6 +65,10 @@ def task(cfg: DictConfig) -> None:
     check_request(cfg, predictor)
     if predictor.is_generative:
         choose_sampler(cfg, module)
+    if cfg.sampler.guide is not None:
+        check_latent(predictor, "sampler.guide")
+        with told_of("sampler.guide"):
+            module.guide_by(load_module(cfg.sampler.guide).to(device))
     windows, keys = windows_of(cfg, module, predictor), predictor.keys
     for key, is_set in (("trajectory", cfg.trajectory), ("interpolate.count", cfg.interpolate.count)):
         if is_set:
@@ -77,7 +82,8 @@ def task(cfg: DictConfig) -> None:
         raise InputError(f"split={cfg.split}: no case of {cfg.data.root} is in it; see its splits.json")
     about = describe_run(cfg, module, predictor, precision) | describe_data(cfg, dataset)
     about["command"] = typed_command()
-    about |= check_subjects(cfg, module, datamodule, {dataset.cases[case]["subject"] for case, _ in cases})
+    subjects = {dataset.cases[case]["subject"] for case, _ in cases}
+    about |= check_subjects(cfg, module, datamodule, subjects)
     folder = SampleFolder(Path(cfg.output), dataset, about, png=cfg.png)
     if cfg.interpolate.count:
         write_interpolations(cfg, module, windows, dataset, folder, [positions[0] for _, positions in cases])

@@ -63,6 +63,8 @@ def load_translator(cfg: Any) -> Any:
     if cfg.fast and module.translation is None:
         raise InputError("fast=true: the checkpoint has no MS-SPADE; set fast=false")
     sampler = OmegaConf.to_container(cfg.sampler)
+    if sampler.pop("guide") is not None:
+        raise InputError("sampler.guide: `medldm translate` has no guide; sample with `medldm sample`")
     is_given = any(value is not None for value in sampler.values())
     if cfg.fast and is_given:
         raise InputError("sampler: has no effect with fast=true, which leaves out the diffusion; drop one")

@@ -295,6 +295,32 @@ def guided(
     return denoise
 
 
+def autoguided(
+    model: Callable[[Given], Denoise],
+    guide: Callable[[Given], Denoise],
+    condition: Given,
+    guide_condition: Given,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+) -> Denoise:
+    """Autoguidance guide + scale (model - guide): away from what a worse model does. Karras et al. 2024.
+
+    `model` and `guide` make a denoiser from a condition, each from one of its own. Scale 0 is the guide
+    alone. `rescale` is that of `guided`.
+    """
+    denoise_model, denoise_guide = model(condition), guide(guide_condition)
+    if scale == 0:
+        return denoise_guide
+
+    def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+        strong, weak = denoise_model(z_t, t), denoise_guide(z_t, t)
+        x0_hat = weak + scale * (strong - weak)
+        return rescale_to(strong, x0_hat, rescale) if rescale else x0_hat
+
+    return denoise
+
+
 def rescale_to(reference: Tensor, x: Tensor, strength: float) -> Tensor:
     """`x` with its per-sample standard deviation moved towards that of `reference`."""
     axes = tuple(range(1, x.ndim))

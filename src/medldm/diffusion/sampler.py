@@ -310,11 +310,18 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta={eta} must lie in [0, 1]")
 
 
-def check_guidance(sampler: Sampler, conditioner: Conditioner, drop: tuple[str, ...] = ()) -> None:
+def check_guidance(
+    sampler: Sampler, conditioner: Conditioner, drop: tuple[str, ...] = (), *, has_guide: bool = False
+) -> None:
     """ValueError where `guidance_scale` would do nothing, or set the model against a null that it never saw.
 
-    `drop` are the conditions that are withheld from the sample.
+    `drop` are the conditions that are withheld from the sample. With a guide, another model stands in the
+    place of the null.
     """
+    if has_guide:
+        if sampler.guidance_scale == 1:
+            raise ValueError("guidance_scale=1: the guide has no effect; set it to 2, for instance")
+        return
     if sampler.guidance_scale == 1:
         return
     stated = f"guidance_scale={sampler.guidance_scale:g}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from medldm.devices import in_precision_of_now
 from medldm.diffusion.condition import Condition, Conditioner, in_float32
 from medldm.diffusion.latent import FirstStage
-from medldm.diffusion.objective import Denoise, DenoisingObjective, guided
+from medldm.diffusion.objective import Denoise, DenoisingObjective, Given, autoguided, guided
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
 from medldm.diffusion.windows import Box, ConditionOf, WindowConditions, Windows, windowed
@@ -35,6 +35,25 @@ def mix(condition: Condition, share: float) -> Condition:
 
 def mixed_condition(conditions: ConditionOf, share: float, box: Box) -> Condition:
     return mix(conditions(box), share)
+
+
+def latents_of(module: "DiffusionModule") -> tuple[Any, ...]:
+    """What decides a model's latents and their levels of noise."""
+    first_stage = module.description.get("first_stage") or {}
+    scales = [module.first_stage.state_dict().get(name) for name in ("shift", "scale")]
+    numbers = [None if value is None else value.tolist() for value in scales]
+    return first_stage.get("sha256"), numbers, module.description["model"]["schedule"]
+
+
+def check_guide(module: "DiffusionModule", guide: "DiffusionModule") -> None:
+    """ValueError where two trained models do not denoise the same latents under what the first is given."""
+    whats = ("made by another first stage", "scaled otherwise", "noised by another schedule")
+    for what, mine, theirs in zip(whats, latents_of(module), latents_of(guide), strict=True):
+        if mine != theirs:
+            raise ValueError(f"its latents are {what}; give a model that was trained on the same")
+    missing = set(guide.condition_keys) - set(module.condition_keys)
+    if missing:
+        raise ValueError(f"it needs {min(missing)}, which this model is not given")
 
 
 class DiffusionModule(TrainedModule):
@@ -66,6 +85,16 @@ class DiffusionModule(TrainedModule):
         self.map_stage = map_stage
         self.schedule, self.objective, self.sampler = schedule, objective, sampler
         self.seed = seed
+        self.guides: tuple[DiffusionModule, ...] = ()  # at most one; a tuple keeps it out of the state
+
+    def guide_by(self, guide: TrainedModule) -> None:
+        """Sample away from what `guide` would make, a worse model of the same latents. ValueError where they
+        are others.
+        """
+        if not isinstance(guide, DiffusionModule):
+            raise ValueError("no latent diffusion model; give a smaller or earlier one")
+        check_guide(self, guide)
+        self.guides = (guide,)
 
     @staticmethod
     def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
@@ -199,9 +228,9 @@ class DiffusionModule(TrainedModule):
         x0_hat.
         """
         sampler = sampler or self.sampler
-        check_guidance(sampler, self.conditioner, drop)
+        check_guidance(sampler, self.conditioner, drop, has_guide=bool(self.guides))
         noise = case_noise(names, (self.first_stage.latent_channels, *latent_shape), seed).to(self.device)
-        conditions = (self.conditions(batch, latent_shape, left_out) for left_out in (drop, None))
+        conditions = (self.conditions(batch, latent_shape, drop), self.opposed(batch, latent_shape, drop))
         generator = case_generators(names, seed, self.device)
         # The denoiser keeps what it has computed from the map: it is to be gone before the decoder runs.
         z = sampler(
@@ -221,17 +250,26 @@ class DiffusionModule(TrainedModule):
         sampler: Sampler,
         windows: Windows | None = None,
     ) -> Denoise:
-        """(z_t, t) -> x0_hat, guided as the sampler says, in windows where there are any."""
-        build = partial(
-            guided,
-            self.objective,
-            self.network,
-            self.schedule,
-            scale=sampler.guidance_scale,
-            rescale=sampler.guidance_rescale,
-        )
+        """(z_t, t) -> x0_hat, guided as the sampler says, in windows where there are any. `null` is what
+        `opposed` gives.
+        """
+        options = {"scale": sampler.guidance_scale, "rescale": sampler.guidance_rescale}
+        build = partial(guided, self.objective, self.network, self.schedule, **options)
+        if self.guides:
+            build = partial(autoguided, self.plain_denoiser, self.guides[0].plain_denoiser, **options)
         windows = windows or Windows((None,) * len(latent_shape))
         return windowed(build, condition, null, latent_shape, windows)
+
+    def plain_denoiser(self, condition: Given) -> Denoise:
+        return self.objective.denoiser(self.network, self.schedule, condition)
+
+    def opposed(self, batch: dict, shape: tuple[int, ...], drop: tuple[str, ...] = ()) -> WindowConditions:
+        """What guidance leads away from: the guide's condition where there is a guide, else the null."""
+        return (
+            self.guides[0].conditions(batch, shape, drop)
+            if self.guides
+            else self.conditions(batch, shape, None)
+        )
 
     def decode(self, z: Tensor, batch: dict) -> Tensor:
         """(B, Cz, *s) -> images; a SPADE decoder sees the map of the batch."""
@@ -255,13 +293,13 @@ class DiffusionModule(TrainedModule):
         from there: time 0 would give the mixture itself, time 1 forget it. Ho et al. 2020, section 4.
         """
         sampler = sampler or self.sampler
-        check_guidance(sampler, self.conditioner)
+        check_guidance(sampler, self.conditioner, has_guide=bool(self.guides))
         z = self.latents(batch)
         shape = tuple(z.shape[2:])
         noise = case_noise(["+".join(names)], z.shape[1:], seed).to(z)
         first = sampler.first_step(self.schedule, time)
         start = sampler.time_grid(self.schedule).times[first].expand(1).to(z.device)
-        conditions = [self.conditions(batch, shape, drop) for drop in ((), None)]
+        conditions = [self.conditions(batch, shape), self.opposed(batch, shape)]
         volumes = []
         for share in shares:
             mixed = (partial(mixed_condition, condition, share) for condition in conditions)

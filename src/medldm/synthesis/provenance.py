@@ -63,5 +63,7 @@ def describe_decoder(module: TrainedModule) -> str | None:
 
 
 def describe_sampler(module: TrainedModule) -> dict[str, Any]:
-    """The sampler's class and its fields."""
-    return {"kind": type(module.sampler).__name__} | dataclasses.asdict(module.sampler)
+    """The sampler's class and its fields, and the checkpoint that guides it."""
+    guides = [guide.checkpoint_sha256 for guide in getattr(module, "guides", ())]
+    kind = {"kind": type(module.sampler).__name__, "guide": guides[0] if guides else None}
+    return kind | dataclasses.asdict(module.sampler)

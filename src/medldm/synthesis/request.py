@@ -53,10 +53,12 @@ def average_as_asked(cfg: DictConfig, module: TrainedModule) -> None:
 
 def choose_sampler(cfg: DictConfig, module: TrainedModule) -> None:
     """The checkpoint's sampler with the user's changes; InputError where it or `drop` cannot work."""
+    given = OmegaConf.to_container(cfg.sampler)
+    has_guide = given.pop("guide") is not None
     check_drop(module.conditioner, tuple(cfg.drop))
     with told_of("sampler"):
-        module.sampler = override_sampler(module.sampler, OmegaConf.to_container(cfg.sampler))
-        check_guidance(module.sampler, module.conditioner, tuple(cfg.drop))
+        module.sampler = override_sampler(module.sampler, given)
+        check_guidance(module.sampler, module.conditioner, tuple(cfg.drop), has_guide=has_guide)
 
 
 def check_latent(predictor: Predictor, key: str) -> None:
@@ -100,11 +102,16 @@ def check_subjects(
     """What provenance.json says of subjects that the checkpoint was trained on: those of the whole folder, so
     that whoever uses the images can tell. InputError where a held-out part has one of them.
     """
-    seen = seen_subjects(module.description, datamodule.index)
-    if cfg.split in ("val", "test"):
-        allow = bool(cfg.allow_training_subjects)
-        check_held_out(seen, subjects, cfg.checkpoint, cfg.split, allow=allow, key="checkpoint")
-    return {"training_subjects": sorted(seen.all), "unrecorded_stages": seen.unrecorded}
+    known, unrecorded = set(), []
+    paths = {"checkpoint": cfg.checkpoint, "sampler.guide": cfg.sampler.guide}
+    for (key, path), model in zip(paths.items(), (module, *getattr(module, "guides", ())), strict=False):
+        seen = seen_subjects(model.description, datamodule.index)
+        if cfg.split in ("val", "test"):
+            allow = bool(cfg.allow_training_subjects)
+            check_held_out(seen, subjects, path, cfg.split, allow=allow, key=key)
+        known |= seen.all
+        unrecorded += seen.unrecorded
+    return {"training_subjects": sorted(known), "unrecorded_stages": unrecorded}
 
 
 def give_units(dataset: CaseDataset, facts: dict[str, Any]) -> None:
