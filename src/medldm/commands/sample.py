@@ -15,9 +15,9 @@ edge_level, limit, max_slices, weights (ema or raw), ema_length, data.batch_size
 precision (auto, bf16-mixed, 32-true; the last step and the image itself are float32 in each).
 sampler.guide=CKPT, a smaller or earlier model of the same latents, stands in the null's place in guidance.
 Volumes larger than those of training: windows.size=[32,256,256] (voxels; null: a whole axis) denoises in
-overlapping windows, tile=64 decodes in tiles with the same result. What the
-network makes of a map alone stays in memory for windows.keep=16 windows; for others it is made again at each
-step, which takes less memory and more time.
+overlapping windows, tile=64 decodes in tiles with the same result. What the network makes of a map alone
+stays in memory for windows.keep=16 windows; for others it is made again at each step, which takes less memory
+and more time.
 trajectory=20 also writes that many steps of each case as a GIF; interpolate.count=5 writes volumes between
 each two neighbouring cases instead.
 Writes per case HDF5 with the conditions (3D also NIfTI on the source's grid and in its units), 8-bit PNGs

@@ -43,7 +43,9 @@ class Case:
 
     @property
     def numbering(self) -> str:
-        """For messages about the map: which of its labels are read as other numbers; empty where none are."""
+        """What messages about the map add: which of its labels are read as other numbers; empty where none
+        are.
+        """
         changes = [f"{raw} as {number}" for raw, number in self.relabel.items() if raw != number]
         return f" (its labels {', '.join(changes)})" if changes else ""
 

@@ -61,7 +61,7 @@ class MLPCodec(nn.Module):
         self.decoder_out = nn.Linear(decoder_channels, num_pixels)
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """(): the latent is a vector."""
+        """The latent is a vector, without axes of space: ()."""
         return ()
 
     def encode(self, x: Tensor, e: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ class MLPCodec(nn.Module):
         return self.encoder_out(self.encoder(self.encoder_in(x.flatten(1)), e))
 
     def decode(self, z: Tensor, e: Tensor | None = None) -> Tensor:
-        """(B, D) -> (B, C, *S)."""
+        """Vectors (B, D) -> (B, C, *S)."""
         h = self.decoder(self.decoder_in(z), e)
         return last_layer_of_image(self.decoder_out, h).unflatten(1, self.image_shape)
 
@@ -104,7 +104,7 @@ class ConvCodec(nn.Module):
         self.latent_channels = self.autoencoder.latent_channels
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """S -> S/f."""
+        """The grid S of images -> the grid S/f of their latents."""
         return tuple(n // f for n, f in zip(image_shape, self.autoencoder.downsampling, strict=True))
 
     def encode(self, x: Tensor, e: Tensor | None = None) -> Tensor:

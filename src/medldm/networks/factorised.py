@@ -62,7 +62,9 @@ def distance_buckets(distance: Tensor, num_buckets: int) -> Tensor:
 
 
 class SliceAttention(nn.Module):
-    """Within each slice. kind: "linear", as Ho et al. have it, or "full", with scaled dot products."""
+    """Attention within each slice. kind: "linear", as Ho et al. have it, or "full", with scaled
+    dot products.
+    """
 
     def __init__(self, channels: int, *, kind: str, num_heads: int, head_channels: int, groups: int) -> None:
         super().__init__()
@@ -80,8 +82,8 @@ class SliceAttention(nn.Module):
 
 
 class DepthAttention(nn.Module):
-    """Along the first spatial axis, at every place of a slice. Positions are rotary, so any number of slices
-    will do.
+    """Attention along the first spatial axis, at every place of a slice. Positions are rotary, so any number
+    of slices will do.
 
     relative_bias: a learned bias for each distance as well, as Med-LSDM has it.
     """

@@ -28,8 +28,8 @@ class Quantized(NamedTuple):
 
 @contextlib.contextmanager
 def exact_matmul() -> Iterator[None]:
-    """A context in which float32 products do not use TF32: its ten bits of mantissa change which code is the
-    nearest.
+    """A context in which float32 products do not use TF32, whose ten bits of mantissa change which code is
+    the nearest.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

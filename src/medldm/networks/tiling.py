@@ -1,8 +1,7 @@
 """Encoding and decoding of volumes that do not fit into memory, with the result of doing it at once.
 
 Every operation runs over tiles, which are cut with as many cells around them as its kernel sees. Norms use
-the
-statistics of the whole volume: tiles with statistics of their own, blended where they overlap, are off by
+the statistics of the whole volume: tiles with statistics of their own, blended where they overlap, are off by
 tens of percent. The output of an operation waits on `store`, so that a device holds one tile at a time, and
 only the borders of tiles are computed more than once.
 """

@@ -57,8 +57,8 @@ def box_sizes(
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A box of `size` anywhere inside the (C, *S) arrays of an item, the same for all; None: the whole
-    axis. `cell`: voxels of a latent cell along each axis, for items of latents alone.
+    """A box of `size` anywhere inside the (C, *S) arrays of an item, the same for all of them; None along an
+    axis keeps it whole. `cell`: voxels of a latent cell along each axis, for items of latents alone.
     """
 
     size: tuple[int | None, ...]

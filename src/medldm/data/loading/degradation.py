@@ -70,8 +70,8 @@ def make_degradation(
 
 
 def tell_no_redetection(root: Path, *, is_training: bool) -> None:
-    """A detector has nothing to run on where neither images nor rougher edges are read: in training an
-    InputError.
+    """Tell that a detector has nothing to run on, where neither images nor rougher edges are read: in
+    training by an InputError.
     """
     what = f"{root}: holds no rougher edges and no image is read, so none are detected again"
     if is_training:

@@ -1,4 +1,4 @@
-"""The latent cache of `medldm encode` beside the prepared cases: is it whole, and of these images?"""
+"""Whether the latent cache of `medldm encode` beside the prepared cases is whole, and of these images."""
 
 import logging
 import shlex
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def encode_command(checkpoint: str | Path | None, root: str | Path, spatial_dims: int | None) -> str:
-    """What makes or renews a cache, for messages."""
+    """The command that makes or renews a cache, for messages."""
     words = ["medldm", "encode", f"checkpoint={checkpoint}", f"data.root={root}"]
     return shlex.join([*words, *(["data.spatial_dims=3"] if spatial_dims == 3 else [])])
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def training_record(module: "CaseDataModule") -> dict[str, Any]:
-    """Plain data: dataset, split, subjects and what their files hold."""
+    """What a checkpoint records of its data, as plain data: dataset, split, subjects and what their files
+    hold.
+    """
     module.setup()
     subjects = {subset: list(module.part_of(subset)) for subset in SUBSETS}
     entries = by_subject(module.index)

@@ -1,4 +1,4 @@
-"""Narrowing casts that change no value unsaid."""
+"""Narrowing casts that change no value without saying so."""
 
 import logging
 from pathlib import Path

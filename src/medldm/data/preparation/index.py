@@ -75,8 +75,8 @@ def make_index(dataset: str, recipe: Recipe, jobs: Sequence[FileJob], entries: S
 
 
 def verify(root: Path) -> None:
-    """The index against the files beside it: each there, whole, and as long as stated. Every file was checked
-    inside when it was written or taken over.
+    """Check the index against the files beside it: each is there, whole, and as long as stated. What is
+    inside every file was checked when it was written or taken over.
     """
     index = load_index(root)
     for case in [*index["cases"], *index.get("cine", ())]:

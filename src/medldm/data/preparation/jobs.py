@@ -121,8 +121,8 @@ def make_jobs(
     command: str,
     earlier: Mapping[str, dict],
 ) -> list[FileJob]:
-    """`command` makes them; `earlier` are the index entries of an earlier preparation by id. CINE frames get
-    no edges: what reads edges does not read them.
+    """The files to write. `command` is the one that makes them; `earlier` are the index entries of an earlier
+    preparation by id. Frames of a CINE get no edges: what reads edges does not read them.
     """
     tables = make_tables(cases, modalities)
     groups: dict[tuple[str, str], list[Case]] = defaultdict(list)

@@ -9,7 +9,7 @@ import numpy as np
 from medldm.data.preparation.casts import exact
 from medldm.errors import InputError
 
-NUM_STORABLE = 2**16  # that a stored map can number
+NUM_STORABLE = 2**16  # classes that a stored map can number
 
 
 def as_classes(x: np.ndarray, what: str) -> np.ndarray:
@@ -78,7 +78,7 @@ class Labels:
 
 
 def mapping_override(mapping: Mapping[int, int]) -> str:
-    """The override that adds to `data.preprocess.labels.mapping`, as a shell takes it."""
+    """The override that adds to `data.preprocess.labels.mapping`, as it is typed into a shell."""
     pairs = ", ".join(f"{value}: {number}" for value, number in sorted(mapping.items()))
     return f"+data.preprocess.labels.mapping='{{{pairs}}}'"
 

@@ -1,5 +1,5 @@
-"""Raw cases -> one HDF5 file a subject (2D) or a case (3D), index.json and splits.json: parallel, resumable,
-atomic.
+"""Raw cases -> one HDF5 file for each subject (2D) or case (3D), index.json and splits.json: parallel,
+resumable, atomic.
 
 A file is written beside its place, verified and renamed, so that whatever stands under `cases/` is whole; a
 second run keeps what was made from the same raw files with the same preprocessing.
@@ -167,7 +167,7 @@ def write_index(root: Path, index: dict, splits: Mapping[str, Any], stated: Mapp
 
 
 def write_files(jobs: Sequence[FileJob], root: Path, num_workers: int) -> list[dict]:
-    """Write what does not stand yet, and say what was renewed; the entries of the index."""
+    """Write what does not stand yet, and log what was renewed; returns the entries of the index."""
     with nothing_empty(root / "cases"):
         prepared = list(run_jobs(jobs, num_workers))
     say_what_was_renewed(jobs, prepared)
@@ -222,7 +222,7 @@ def run_jobs(jobs: Sequence[FileJob], num_workers: int) -> Iterator[Prepared]:
 
 
 def single_threaded_process() -> None:
-    """One thread a process: the processes are the parallelism."""
+    """Leave one thread to each process: the processes are the parallelism."""
     import os
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
