@@ -1,6 +1,7 @@
 """Imports run downwards, as docs/architecture.md lays the layers out, and a name has one definition."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -264,3 +265,42 @@ def test_constructors_take_few_arguments():
     counts = {name: len(arguments(name)) for name in known}
     assert len(counts) > 30
     assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
+
+
+# ---- pages ----
+
+ROOT = SOURCE.parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_architecture_page_has_every_package():
+    text = (ROOT / "docs/architecture.md").read_text()
+    layers = text[text.index("## Layers") : text.index("## Where to add")]
+    packages = {
+        path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert packages - {"__init__", "__main__"} - {name for name in packages if f"`{name}`" in layers} == set()
+
+
+def test_pages_name_modules_and_tests_that_exist():
+    files = {
+        str(path.relative_to(ROOT))
+        for top in ("src", "tests", "scripts")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    unknown = []
+    for page in PAGES:
+        text = page.read_text()
+        named = set(re.findall(r"`([\w/]+\.py)\b", text)) - {"data/datasets/NAME.py"}
+        unknown += [
+            f"{page.name}: {name}"
+            for name in named
+            if not any(f"/{file}".endswith(f"/{name}") for file in files)
+        ]
+        unknown += [
+            f"{page.name}: {test}"
+            for test in re.findall(r"::(test_\w+)`", text)
+            if f"def {test}(" not in tests
+        ]
+    assert not unknown
