@@ -253,7 +253,7 @@ def constructors() -> dict[str, tuple[set[str], list[str], bool]]:
 
 
 def test_constructors_take_few_arguments():
-    """Those that a class hands on to its base by `**options` count as its own."""
+    """Arguments that a class hands on to its base by `**options` count as its own."""
     known = constructors()
 
     def arguments(name: str) -> set[str]:

@@ -19,8 +19,8 @@ DIGESTS = Path(__file__).with_name("composed.json")
 
 
 def digest(name: str, *overrides: str) -> str:
-    """Of a composed config as it stands: interpolations and missing values unresolved, so that neither the
-    environment nor the machine enters.
+    """The digest of a composed config as it stands: interpolations and missing values stay unresolved, so
+    that neither the environment nor the machine enters.
     """
     config = OmegaConf.to_container(compose(name, overrides=list(overrides)), resolve=False)
     text = json.dumps(config, sort_keys=True, separators=(",", ":"))
@@ -34,7 +34,9 @@ def names() -> list[str]:
 
 
 def digests() -> dict[str, str]:
-    """Of every config: experiments as `medldm train` composes them, all others by themselves."""
+    """The digest of every config: of experiments as `medldm train` composes them, of all others by
+    themselves.
+    """
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return {
             name: digest("train", f"experiment={name.removeprefix('experiment/')}")

@@ -147,7 +147,7 @@ REDETECTED = EdgeDegrade(redetect_prob=1, full_drop_prob=0, contours_only_prob=0
 
 
 def test_edges_are_detected_again_as_they_were_prepared(slices):
-    """With the detector of their view, and with the contours where those were taken too."""
+    """The detector is that of their view, and the contours are taken where they were taken before."""
     record = slices[5]
     image, mask = record.image[0], record.mask[0]
     recipe = EdgeRecipe(per_view={"LA": {"dark_threshold": 255}})

@@ -137,7 +137,9 @@ class Largest(TorchDispatchMode):
 
 
 def test_networks_see_few_slices_of_a_volume_at_a_time(monkeypatch):
-    """Their maps hold many channels: of all slices at once they would take 64 times the volume."""
+    """The maps of a network hold many channels: those of all slices at once would take 64 times
+    the volume.
+    """
     monkeypatch.setattr(slices, "PIECE_ELEMENTS", 4 * 16 * 16)
     x, y = torch.rand(2, 2, 1, 40, 16, 16)
     weight = torch.rand(64, 1, 3, 3)

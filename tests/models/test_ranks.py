@@ -22,8 +22,8 @@ OBJECTIVES = {
 
 
 def schedule_gradient(kind: str, part: slice) -> torch.Tensor:
-    """Of the weights of a learned schedule's share, from some samples of one fixed batch whose losses differ
-    widely.
+    """The gradient of the weights of a learned schedule's share, from some samples of one fixed batch whose
+    losses differ widely.
     """
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(8, 3, generator=generator) for _ in range(2))

@@ -27,7 +27,7 @@ def module(request):
 
 
 def gpu_options() -> dict:
-    """Of a trainer on a CPU, as a GPU would have them."""
+    """The options of a trainer on a CPU, as a GPU would have them."""
     return {"precision": choose_settings(hardware=GPU).precision}
 
 

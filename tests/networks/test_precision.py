@@ -1,4 +1,4 @@
-"""Under bf16 what a model hands out is float32: no steps of 1/256 in an image."""
+"""Under bf16 a model hands out float32: an image has no steps of 1/256."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.training import FACTS, LDM, PIXELS, VQVAE, build, make_batches
 
 
 def share_on_bf16(x: torch.Tensor) -> float:
-    """Of the values that bf16 holds exactly; of float32 noise one in 65,536."""
+    """The share of the values that bf16 holds exactly; of float32 noise it is one in 65,536."""
     return (x.bfloat16().float() == x).float().mean().item()
 
 

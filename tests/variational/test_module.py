@@ -37,7 +37,7 @@ def build(experiment, *overrides, tiny=True, **facts):
 
 
 def randomised(module, scale=0.1):
-    """With its zero-initialised layers filled, so that everything matters."""
+    """The module with its zero-initialised layers filled, so that everything matters."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in module.named_parameters():
         if not name.startswith("schedule") and parameter.abs().max() == 0:
@@ -102,7 +102,7 @@ def test_extra_losses_stay_outside_the_reported_bound():
 @pytest.mark.parametrize("experiment", ["chestxray", "chestxray_conv", "chestxray_cpu"])
 @pytest.mark.parametrize("extra", ["mse", "gradient"])
 def test_extra_losses_move_the_decoder(experiment, extra):
-    """Under every likelihood: a grey level rounded to 1 of 256 has no gradient."""
+    """They do so under every likelihood: a grey level that is rounded to 1 of 256 has no gradient."""
     module = randomised(build(experiment, f"model.{extra}_weight=1"))
     x, t = images(), torch.full((4,), 0.5, dtype=torch.float64)
     losses = module.bound_losses(
