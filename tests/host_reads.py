@@ -1,4 +1,4 @@
-"""On a CPU: what would make the host wait for a GPU if a model and its batches lay there.
+"""What would make the host wait for a GPU, found on a CPU as if a model and its batches lay on one.
 
 Tensors that would be on the GPU are followed by their storage: weights, buffers, batches, what is made with a
 `device=`, and whatever is computed from them.

@@ -24,7 +24,7 @@ def run_ranks(task: Callable[[int], Any], folder: Path, world_size: int = 2) -> 
 
 
 def run_one(task: Callable[[int], Any], folder: Path, rank: int, world_size: int) -> int:
-    """Exit status."""
+    """Run `task` as one of several ranks and keep what it returns; the exit status of the process."""
     try:
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

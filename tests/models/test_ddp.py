@@ -58,8 +58,8 @@ def test_batch_norms_of_several_processes_are_synchronised(
 
 @pytest.mark.parametrize("model", ["autoencoder", "diffusion"])
 def test_two_processes_equal_one_with_twice_the_batch(prepared, first_stage, tmp_path, model):
-    """With SGD: where a gradient is all rounding, Adam's first steps are as large as elsewhere. Diffusion is
-    stopped after three updates, in the middle of an epoch, and resumed.
+    """The optimiser is SGD, because where a gradient is all rounding, Adam's first steps are as large as
+    elsewhere. Diffusion is stopped after three updates, in the middle of an epoch, and resumed.
     """
     options = {
         "autoencoder": (VQVAE, *LONGER, *PLAIN_SGD, RESTARTING_CODES),

@@ -76,7 +76,9 @@ def test_feature_matching_leaves_the_logits_out_and_the_real_side_alone():
     [("folder_vqgan", 4.0), ("phantom_vqgan", 0.5), ("autopet_vqgan_published", 16.0)],
 )
 def test_presets_weigh_feature_matching_as_before_and_the_published_one_as_published(experiment, mean_weight):
-    """In units of a mean over maps: as before they were summed; published are 4 times the sum of 4."""
+    """Weights are in units of a mean over maps. The presets had a sum of them before; the published weight is
+    4 times the sum of 4 maps.
+    """
     model = compose_config("train", f"experiment=medlsdm/{experiment}").model
     counts = {len(part.channels) for part in (model.discriminators.slice, model.discriminators.volume)}
     assert model.adversarial.feature_matching_weight * counts.pop() == pytest.approx(mean_weight, rel=1e-6)
