@@ -1,4 +1,4 @@
-"""Imports run downwards, as docs/architecture.md lays the layers out, and a name has one definition."""
+"""Imports run downwards, as docs/architecture.md says; names, sizes and pages keep their rules."""
 
 import ast
 import re
