@@ -13,6 +13,7 @@ from medldm.evaluation.conditions import Conditions, read_conditions
         ({}, (), None),
         ({"condition": ["mask", "edges"]}, (), True),
         ({"condition": ["mask", "edges"], "attributes": ["label", "view"]}, ("view", "label"), True),
+        ({"condition": ["edges"], "attributes": ["age", "label"]}, ("label", "age"), True),
         ({"condition": ["edges"], "attributes": ["view"], "dropped": ["attributes"]}, (), True),
         ({"condition": ["edges"], "attributes": ["view"], "dropped": ["edges"]}, ("view",), False),
         ({"condition": ["source"], "attributes": ["label"], "dropped": ["label"]}, (), False),

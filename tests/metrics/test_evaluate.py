@@ -7,8 +7,10 @@ import pytest
 from synthetic_folders import smooth_images, write_case
 
 from medldm.commands import evaluate
-from medldm.evaluation.baselines import mean_images, random_partners
-from medldm.evaluation.pairs import make_pairs
+from medldm.evaluation.baselines import mean_images
+from medldm.evaluation.conditions import read_conditions
+from medldm.evaluation.matching import random_partners, attributes_to_match
+from medldm.evaluation.pairs import known_facts, make_pairs
 
 QUICK = ("metrics.bootstrap.num_resamples=200", "panel_rows=1", "paths.weights=null")
 
@@ -273,6 +275,37 @@ def test_a_row_that_cannot_be_made_is_said(call, folders):
     assert list(results["rows"]) == ["generated", "real"]
     for row in STAND_INS:
         assert f"note: {row} left out: " in out
+
+
+AGES = {"001": ("41", "F"), "002": ("63", "F"), "003": ("60", "M"), "004": ("44", "F")}
+
+
+def test_stand_ins_have_the_sex_and_the_nearest_age_of_whom_they_stand_for_where_these_were_conditions(
+    call, folders
+):
+    index = json.loads((folders / "data" / "index.json").read_text())
+    for case in index["cases"]:
+        case["attributes"] = dict(zip(("age", "sex"), AGES[case["id"]], strict=True))
+    (folders / "data" / "index.json").write_text(json.dumps(index))
+    told = {"condition": ["edges"], "attributes": ["age", "sex"], "checkpoint_sha256": "abc123"}
+    (folders / "samples" / "provenance.json").write_text(json.dumps(told))
+    write_case(folders / "samples" / "004.h5", smooth_images(8, 32, seed=4))
+    pairs = make_pairs(folders / "samples", folders / "data", None)
+    wanted = attributes_to_match("auto", read_conditions(told), known_facts(folders / "data"), pairs)
+    assert wanted == (("sex",), {"age": 22.0})
+    partners = random_partners(pairs, 0, (), wanted.scalars)
+    nearest = {pair.subject: pairs[i].subject for pair, i in zip(pairs, partners, strict=True)}
+    assert nearest == {"001": "004", "002": "003", "003": "002", "004": "001"}
+    partners = random_partners(pairs, 0, ("sex",), wanted.scalars)
+    same = {
+        pair.subject: None if i is None else pairs[i].subject for pair, i in zip(pairs, partners, strict=True)
+    }
+    assert same == {"001": "004", "002": "004", "003": None, "004": "001"}
+    results, _ = run(call, folders, "metrics.match=[age]")
+    for row in ("random_real", "shuffled"):
+        assert (results["matched_on"][row], results["nearest_in"][row]) == ([], ["age"])
+        assert ", nearest age" in results["row_definitions"][row]
+    assert "age is a number: the mean is over all of its values" in results["row_definitions"]["mean_image"]
 
 
 def test_an_unknown_attribute_to_match_is_named(call, folders):

@@ -22,8 +22,9 @@ keys
                        synthesis_3d: volumes, with 3D-FID, SSIM in 3D and by slice, MS-SSIM between volumes.
                        segmentation: Dice of a trained segmenter on generated and on real images
                        translation: <subject>_<source>_to_<target> on the box, in the brain, in the tumour
-                       metrics.match=[view,phase,label]: what mean_image, random_real and shuffled share with
-                       the image that they stand beside; auto: what the model was told, if all find one
+                       metrics.match=[view,sex,age]: what mean_image, random_real and shuffled share with the
+                       image that they stand beside (a number: the nearest value); auto: what the model was
+                       told, if all find one
   compare=[A,B]        instead: two folders that this command wrote, image by image: means, paired differences
                        with intervals and a permutation test over subjects; output=DIR gets comparison.json
   segmenter=CKPT       a model=segmentation checkpoint: adds Dice to any of them

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medldm.attributes import TABLES, UNKNOWN
+from medldm.attributes import NO_CONDITIONS, TABLES, UNKNOWN
 from medldm.data.case import stem_of
 from medldm.data.datasets.mnms2 import MAPPING_INDEX
 from medldm.data.hdf5 import BODY, open_hdf5
@@ -16,6 +16,8 @@ from medldm.data.raw.image import HDF5_SUFFIXES, RASTER_SUFFIXES, RawImage, has_
 from medldm.data.raw.readers import is_image, read_image
 from medldm.errors import InputError
 from medldm.files import walk
+
+PER_IMAGE = ("view", "phase", "slice_index", "num_slices", "spacing", "label")  # what files of slices hold
 
 
 class ImageRecord(NamedTuple):
@@ -122,7 +124,7 @@ def hdf5_records(
     slices = case.get("slices", {})
     per_slice = {
         name: slices[name] if name in slices else reader.read(name)
-        for name in ("view", "phase", "slice_index", "num_slices", "spacing", "label")
+        for name in (*PER_IMAGE, *(name for name in slices if name not in NO_CONDITIONS))
         if name in slices or name in reader
     }
     for row in range(len(reader.dataset(key))):

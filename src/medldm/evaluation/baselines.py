@@ -1,7 +1,7 @@
 """What a generated image is judged beside: a mean image, a random real one, one of another condition."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from medldm.data.records import read_images
-from medldm.errors import InputError
-from medldm.evaluation.conditions import MATCHABLE, Conditions
 from medldm.evaluation.foreign import Reading, settle_reference
+from medldm.evaluation.matching import Match, Wanted, choose_match, has_partner, random_partners
 from medldm.evaluation.pairs import Pair, known_facts, read_folder
 from medldm.evaluation.stored import Image, StoredImage, load
 from medldm.metrics.memorization import thumbnails
@@ -35,81 +34,25 @@ DESCRIPTIONS = {
 }
 
 
-class Match(NamedTuple):
-    """The attributes that a stand-in shares with the image beside it, and why not more of them."""
-
-    attributes: tuple[str, ...] = ()
-    note: str = ""
-
-
-def attributes_to_match(stated: str | Sequence[str], conditions: Conditions) -> tuple[str, ...]:
-    """Attributes to match on. `auto`: those that were conditions of the model, since a stand-in that shares
-    what the model was never told is no fair one. InputError for an unknown name.
-    """
-    if stated == "auto":
-        return conditions.matchable
-    names = (stated,) if isinstance(stated, str) else tuple(stated)
-    for name in names:
-        if name not in MATCHABLE:
-            raise InputError(
-                f"metrics.match: no attribute '{name}'; choose auto or from {', '.join(MATCHABLE)}"
-            )
-    return names
-
-
-def choose_match(
-    names: tuple[str, ...], has_stand_in: Callable[[tuple[str, ...]], Sequence[bool]], *, relax: bool
-) -> Match:
-    """As many of `names` as leave no image without a stand-in, so that all rows are on the same images; all
-    of them where `relax` is False. `has_stand_in(names)` says it for every image.
-    """
-    wanted, dropped = list(names), []
-    best = sum(has_stand_in(()))
-    while relax and wanted and (num := sum(has_stand_in(tuple(wanted)))) < best:
-        name = wanted.pop()
-        dropped.append(f"{name} is not matched: it would leave {best - num} of {best} images without one")
-    return Match(tuple(wanted), "; ".join(dropped))
-
-
-def random_partners(pairs: list[Pair], seed: int, match: Sequence[str] = ()) -> list[int | None]:
-    """For each image the number of a random one of another subject, of the same shape and attributes."""
-    rng = np.random.default_rng(seed)
-    places = numbers_by_place(pairs, match)
-    partners: list[int | None] = []
-    for pair in pairs:
-        others = [i for i in places[pair.place(match)] if pairs[i].subject != pair.subject]
-        partners.append(int(rng.choice(others)) if others else None)
-    return partners
-
-
-def numbers_by_place(pairs: Sequence[Pair], match: Sequence[str]) -> dict[tuple, list[int]]:
-    places: dict[tuple, list[int]] = defaultdict(list)
-    for i, pair in enumerate(pairs):
-        places[pair.place(match)].append(i)
-    return places
-
-
-def has_partner(pairs: Sequence[Pair], match: Sequence[str]) -> list[bool]:
-    subjects: dict[tuple, set[str]] = defaultdict(set)
-    for pair in pairs:
-        subjects[pair.place(match)].add(pair.subject)
-    return [len(subjects[pair.place(match)]) > 1 for pair in pairs]
+NOTHING = Wanted()
 
 
 class MeanImages:
-    """Pixelwise sums by shape and attributes, in float64, from which the mean of any matched part follows.
+    """Pixelwise sums by shape and attributes (`names`), in float64, from which the mean of any matched part
+    follows.
 
     The mean is that of training images where there are any, else that of all other subjects of the reference
     set, so that no image takes part in its own baseline.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.names = tuple(names)
         self.sums: dict[tuple, np.ndarray] = {}
         self.counts: dict[tuple, int] = defaultdict(int)
 
-    @staticmethod
-    def key(image: Image, attributes: dict, match: Sequence[str] = MATCHABLE) -> tuple:
-        return image.shape, *(attributes.get(name) if name in match else None for name in MATCHABLE)
+    def key(self, image: Image, attributes: dict, match: Sequence[str] | None = None) -> tuple:
+        match = self.names if match is None else match
+        return image.shape, *(attributes.get(name) if name in match else None for name in self.names)
 
     def add(self, image: np.ndarray, attributes: dict) -> None:
         key = self.key(image, attributes)
@@ -118,14 +61,13 @@ class MeanImages:
         self.sums[key] += image
         self.counts[key] += 1
 
-    @staticmethod
-    def narrowed(key: tuple, match: Sequence[str]) -> tuple:
+    def narrowed(self, key: tuple, match: Sequence[str]) -> tuple:
         """The key of the images that share the shape, and those attributes alone that `match` names."""
-        kept = (True, *(name in match for name in MATCHABLE))
+        kept = (True, *(name in match for name in self.names))
         return tuple(part if keep else None for part, keep in zip(key, kept, strict=True))
 
     def merged(self, match: Sequence[str]) -> "MeanImages":
-        merged = MeanImages()
+        merged = MeanImages(self.names)
         for key, total in self.sums.items():
             place = self.narrowed(key, match)
             merged.sums[place] = merged.sums[place] + total if place in merged.sums else total
@@ -140,8 +82,8 @@ class MeanImages:
         return (total / count).astype(np.float32) if count else None
 
 
-def mean_of(items: Iterable[tuple[np.ndarray, dict]]) -> MeanImages:
-    means = MeanImages()
+def mean_of(items: Iterable[tuple[np.ndarray, dict]], names: Sequence[str]) -> MeanImages:
+    means = MeanImages(names)
     for image, attributes in items:
         means.add(image, attributes)
     return means
@@ -160,10 +102,16 @@ class TrainingSet(NamedTuple):
 
 
 def read_training_set(
-    train: Path, subjects: Collection[str] | None, evaluated: Collection[str], reading: Reading
+    train: Path,
+    subjects: Collection[str] | None,
+    evaluated: Collection[str],
+    reading: Reading,
+    match: Sequence[str] = (),
 ) -> TrainingSet:
-    """Mean and thumbnails of the training images; subjects under evaluation are left out."""
-    means, small, names = MeanImages(), defaultdict(list), defaultdict(list)
+    """Means, told apart by the attributes `match`, and thumbnails of the training images; subjects under
+    evaluation are left out.
+    """
+    means, small, names = MeanImages(match), defaultdict(list), defaultdict(list)
     if known_facts(train):
         records = read_images(train, subjects=subjects)
     else:
@@ -181,20 +129,21 @@ def has_mean(pairs: Sequence[Pair], training: MeanImages | None, match: Sequence
     """Whether each image has a mean image to stand beside, of the training set or of other subjects."""
     if training is None:
         return has_partner(pairs, match)
-    known = {MeanImages.narrowed(key, match) for key in training.sums}
-    return [MeanImages.key(pair.real, pair.attributes, match) in known for pair in pairs]
+    known = {training.narrowed(key, match) for key in training.sums}
+    return [training.key(pair.real, pair.attributes, match) in known for pair in pairs]
 
 
 def mean_images(
     pairs: list[Pair], training: MeanImages | None, match: Sequence[str] = ()
 ) -> list[Image | None]:
     """The mean image of every pair's place. Those of volumes are made when they are read."""
-    keys = [MeanImages.key(pair.real, pair.attributes, match) for pair in pairs]
+    names = match if training is None else training.names
+    keys = [MeanImages(names).key(pair.real, pair.attributes, match) for pair in pairs]
     if training is not None:
         means = training.merged(match)
         made = {key: means.mean(key) for key in set(keys)}
         return [made[key] for key in keys]
-    everyone = mean_of((load(pair.real), pair.attributes) for pair in pairs).merged(match)
+    everyone = mean_of(((load(pair.real), pair.attributes) for pair in pairs), match)
 
     def without(subject: str, key: tuple) -> np.ndarray | None:
         return everyone.mean(key, without=mean_of_subject(pairs, subject, key, match))
@@ -215,8 +164,8 @@ def mean_images(
 
 def mean_of_subject(pairs: list[Pair], subject: str, key: tuple, match: Sequence[str]) -> MeanImages:
     own = (pair for pair in pairs if pair.subject == subject)
-    same = (pair for pair in own if MeanImages.key(pair.real, pair.attributes, match) == key)
-    return mean_of((load(pair.real), pair.attributes) for pair in same).merged(match)
+    same = (pair for pair in own if MeanImages(match).key(pair.real, pair.attributes) == key)
+    return mean_of(((load(pair.real), pair.attributes) for pair in same), match)
 
 
 class Rows(NamedTuple):
@@ -242,7 +191,7 @@ def make_rows(
     *,
     training: MeanImages | None,
     seed: int,
-    match: tuple[str, ...] = (),
+    match: Wanted = NOTHING,
     relax: bool = True,
 ) -> Rows:
     """The rows of the table; `match` and `relax` are those of `choose_match`. A row without any image is left
@@ -259,10 +208,10 @@ def make_rows(
     matches: dict[str, Match] = {}
     if "mean_image" in baselines:
         found = choose_match(match, lambda names: has_mean(pairs, training, names), relax=relax)
-        matches["mean_image"] = found
+        matches["mean_image"] = found = without_numbers(found)
         rows["mean_image"] = mean_images(pairs, training, found.attributes)
     found = choose_match(match, lambda names: has_partner(pairs, names), relax=relax)
-    partners = random_partners(pairs, seed, found.attributes)
+    partners = random_partners(pairs, seed, found.attributes, match.scalars)
     if "random_real" in baselines:
         rows["random_real"] = [None if i is None else pairs[i].real for i in partners]
     if "shuffled" in baselines:
@@ -274,11 +223,18 @@ def make_rows(
     return Rows(rows, matches, missing)
 
 
+def without_numbers(match: Match) -> Match:
+    """Of a mean, which is over images of all values of a number."""
+    said = [f"{name} is a number: the mean is over all of its values" for name in match.nearest]
+    return Match(match.attributes, "; ".join([*said, *([match.note] if match.note else [])]))
+
+
 def describe_row(row: str, match: Match | None) -> str:
     """What a row is, with the attributes that a stand-in shares."""
     text = DESCRIPTIONS[row]
     if match is None:
         return text
     shared = f", same {' and '.join(match.attributes)}" if match.attributes else ", any view, phase and label"
+    shared += f", nearest {' and '.join(match.nearest)}" if match.nearest else ""
     head, colon, tail = text.partition(":")
     return f"{head}{shared}{colon}{tail}" + (f" ({match.note})" if match.note else "")

@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MATCHABLE = ("view", "phase", "label")
+from medldm.attributes import TABLES
 
 
 @dataclass(frozen=True)
 class Conditions:
     """The conditions of the model; None where they are not recorded (another program, an older folder).
 
-    `arrays` are edges, mask, source; `attributes` are view, phase, label, slice_position. Both hold what the
-    model takes, `dropped` the groups that were withheld when the images were drawn.
+    `arrays` are edges, mask, source; `attributes` are view, phase, label, slice_position, and others that the
+    data declare, such as age. Both hold what the model takes, `dropped` the groups that were withheld when
+    the images were drawn.
     """
 
     arrays: tuple[str, ...] | None = None
@@ -29,7 +30,8 @@ class Conditions:
     def matchable(self) -> tuple[str, ...]:
         """The attributes that a stand-in must share: those that the model was told, as far as is known."""
         told = () if "attributes" in self.dropped else self.attributes or ()
-        return tuple(name for name in MATCHABLE if name in told and name not in self.dropped)
+        names = (*(name for name in TABLES if name in told), *(name for name in told if name not in TABLES))
+        return tuple(name for name in names if name not in self.dropped)
 
     def as_dict(self) -> dict:
         return {

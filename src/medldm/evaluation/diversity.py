@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from medldm.evaluation.baselines import numbers_by_place
+from medldm.evaluation.matching import numbers_by_place
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.stored import Image, load
 from medldm.metrics.image import to_unit

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.evaluation.baselines import Match, describe_row
+from medldm.evaluation.baselines import describe_row
 from medldm.evaluation.conditions import Conditions
 from medldm.evaluation.distances import distances
+from medldm.evaluation.matching import Match
 from medldm.evaluation.measure import Measured
 from medldm.evaluation.names import NUM_NAMED
 from medldm.evaluation.notes import (
@@ -188,6 +189,7 @@ def build_results(
         **describe_sizes(pairs, bootstrap),
         "cases": cases,
         "matched_on": {row: match.attributes for row, match in matches.items()},
+        "nearest_in": {row: match.nearest for row, match in matches.items()},
         **image_tables(measured, subjects, groups, bootstrap),
         "distribution": distribution,
         "group_distribution": group_distances(measured, subjects, groups, kernel, bootstrap.seed),

@@ -12,9 +12,6 @@ from medldm.errors import InputError
 from medldm.evaluation import screen
 from medldm.evaluation.baselines import (
     TrainingSet,
-    attributes_to_match,
-    choose_match,
-    has_partner,
     make_rows,
     read_training_set,
 )
@@ -23,6 +20,7 @@ from medldm.evaluation.closest import name_closest, write_closest
 from medldm.evaluation.conditions import Conditions, read_conditions
 from medldm.evaluation.diversity import measure_diversity
 from medldm.evaluation.foreign import Reading
+from medldm.evaluation.matching import choose_match, has_partner, attributes_to_match
 from medldm.evaluation.measure import Measured, measure
 from medldm.evaluation.origins import describe_inputs, for_report, read_provenance
 from medldm.evaluation.pairs import (
@@ -128,13 +126,15 @@ def make_tools(
     return tools
 
 
-def read_training(inputs: Inputs, split: str) -> tuple[TrainingSet | None, str]:
+def read_training(inputs: Inputs, split: str, names: Sequence[str]) -> tuple[TrainingSet | None, str]:
     """What is kept of the training set, and a line that says where the mean images come from."""
     train = inputs.folders["train"]
     if train is None:
         return None, "mean over every other subject of the reference set (leave one subject out), per view"
     subjects = training_subjects(train, split)
-    training = read_training_set(train, subjects, {pair.subject for pair in inputs.pairs}, inputs.reading)
+    training = read_training_set(
+        train, subjects, {pair.subject for pair in inputs.pairs}, inputs.reading, names
+    )
     whose = f"split '{split}' of {train}" if subjects is not None else f"all of {train}"
     count = training.num_images
     return training, f"mean over {count} training images, {whose}, judged subjects left out, per view"
@@ -152,20 +152,22 @@ def judge(
     names the split whose training images make the mean image, by default the one of the samples.
     """
     pairs, conditions, seed = inputs.pairs, inputs.conditions, bootstrap.seed
-    training, mean_source = read_training(inputs, train_split or inputs.split)
+    wanted = attributes_to_match(settings["match"], conditions, inputs.facts, pairs)
+    training, mean_source = read_training(inputs, train_split or inputs.split, wanted.names)
     tools.train_thumbnails = training.thumbnails if training else {}
     rows = make_rows(
         pairs,
         settings["baselines"],
         training=training and training.means,
         seed=seed,
-        match=attributes_to_match(settings["match"], conditions),
+        match=wanted,
         relax=settings["match"] == "auto",
     )
     groups = group_members(pairs, inputs.facts)
     measured = measure_with_progress(pairs, rows.images, tools)
     alike = {"generated": rows.images["generated"], "real": [pair.real for pair in pairs]}
-    shared = choose_match(conditions.matchable, partial(has_partner, pairs), relax=True).attributes
+    told = attributes_to_match("auto", conditions, inputs.facts, pairs)
+    shared = choose_match(told, partial(has_partner, pairs), relax=True).attributes
     diversity = measure_diversity(pairs, alike, settings["ms_ssim_pairs"], seed, shared)
     results = build_results(
         pairs, measured, tools, groups, bootstrap, settings["kernel"], diversity, rows.matches, conditions
