@@ -3,9 +3,10 @@ them.
 
 A record says what one training saw: `dataset`, `raw` (folder), `split` (name), `subjects` {train, val, test},
 `images` {training subject: identities of its raw image files}, `content` (digest of the training and
-validation arrays), `generator` (subjects that the model behind its synthetic images saw). It lies under
-"data" in a checkpoint's description; first stages and the model that a fine-tuning started from bring theirs
-along. Checkpoints of an older medldm have none.
+validation arrays), `attributes` (by name, digests of what their cases state: sex, age, label), `generator`
+(subjects that the model behind its synthetic images saw). It lies under "data" in a checkpoint's description;
+first stages and the model that a fine-tuning started from bring theirs along. Checkpoints of an older medldm
+have none.
 """
 
 import logging
@@ -140,3 +141,13 @@ def changed_data(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     if None not in (earlier.get("content"), now.get("content")) and earlier["content"] != now["content"]:
         return "its cases were prepared otherwise when it was begun"
     return None
+
+
+def changed_attributes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Attributes of which the cases of a resumed run state other values than when it was begun; [] where a
+    record of an older medldm does not tell.
+    """
+    then, there = earlier.get("attributes"), now.get("attributes")
+    if then is None or there is None:
+        return []
+    return sorted(name for name in {*then, *there} if then.get(name) != there.get(name))

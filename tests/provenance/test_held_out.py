@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ import torch
 from medldm.data.loading.datamodule import CaseDataModule
 from medldm.errors import InputError
 from medldm.fingerprints import file_sha256
-from medldm.held_out import changed_data, seen_subjects, stages_of
+from medldm.held_out import changed_attributes, changed_data, seen_subjects, stages_of
 from medldm.training.latents import find_latents
-from medldm.training.resume import warn_of_other_stages
+from medldm.training.resume import check_resumed_attributes, warn_of_other_stages
 from tests.provenance.conftest import (
     NUM_SUBJECTS,
     draw,
@@ -106,6 +107,38 @@ def test_a_resume_on_other_data_is_refused(copied):
     run_prepare(copied / "raw", copied / "data")
     with pytest.raises(InputError, match="prepared otherwise when it was begun"):
         run_training(copied / "data", copied / "vq", *options)
+
+
+def state(root, case: int, **values) -> None:
+    """Changes what index.json says of a case's attributes."""
+    index = json.loads((root / "index.json").read_text())
+    index.pop("attributes", None)
+    for i, entry in enumerate(index["cases"]):
+        entry["attributes"] |= {"sex": "MF"[i % 2]} | (values if i == case else {})
+    (root / "index.json").write_text(json.dumps(index))
+
+
+def test_a_resume_with_other_attributes_is_refused_where_the_model_reads_them_and_said_elsewhere(
+    copied, caplog
+):
+    records = []
+    for values in ({}, {"sex": "X"}, {"label": "b"}):
+        state(copied / "data", 0, **values)
+        records.append(CaseDataModule(copied / "data", keys=("image",), batch_size=2).record)
+    first, other_sex, _ = records
+    assert changed_attributes(first, first) == changed_attributes({}, first) == []
+    assert changed_attributes(first, other_sex) == ["sex"]
+    content = {"medldm": {"data": first}}
+    with pytest.raises(
+        InputError, match=r"resume=last.ckpt: .* values of sex when .* init_from=last.ckpt"
+    ):
+        check_resumed_attributes(Path("last.ckpt"), content, other_sex, ("label", "sex"))
+    check_resumed_attributes(Path("last.ckpt"), content, first, ("sex",))
+    assert not caplog.messages
+    state(copied / "data", 0, sex="X")
+    options = (VQVAE, "data=folder", "data.batch_size=2", "resume=auto")
+    run_training(copied / "data", copied / "vq", *options)  # an autoencoder reads none
+    assert "the cases state other values of sex than when the run was begun" in caplog.text
 
 
 def test_the_same_images_are_known_under_other_names(made, tmp_path):

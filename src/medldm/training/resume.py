@@ -1,6 +1,7 @@
 """Going on with a run, or starting from another one's weights: what must be the same, and what is kept."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from medldm.build import load_module
 from medldm.checkpoints import read_checkpoint
 from medldm.errors import InputError
 from medldm.fingerprints import file_sha256
-from medldm.held_out import changed_data, origin_of
+from medldm.held_out import changed_attributes, changed_data, origin_of
 from medldm.models.common import TrainedModule
 
 log = logging.getLogger(__name__)
@@ -132,4 +133,27 @@ def check_resumed_data(path: Path, content: dict[str, Any], record: dict[str, An
         raise InputError(
             f"resume={path}: other data than the run's: {changed}; give those, or start anew from its "
             f"weights with init_from={path} and another run_dir"
+        )
+
+
+def check_resumed_attributes(
+    path: Path, content: dict[str, Any], record: dict[str, Any] | None, embedded: Sequence[str]
+) -> None:
+    """InputError where cases state other values of an attribute that the model embeds than when the run was
+    begun; a warning for one that it does not read.
+    """
+    changed = changed_attributes(content["medldm"].get("data") or {}, record or {})
+    read = [name for name in changed if name in embedded]
+    if read:
+        raise InputError(
+            f"resume={path}: other data than the run's: its cases stated other values of {', '.join(read)} "
+            f"when it was begun; give those, or start anew from its weights with init_from={path} and "
+            "another run_dir"
+        )
+    if changed:
+        log.warning(
+            "resume=%s: the cases state other values of %s than when the run was begun, which this model "
+            "does not read",
+            path,
+            ", ".join(changed),
         )

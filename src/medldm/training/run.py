@@ -19,6 +19,7 @@ from medldm.training.checks import check_stages, check_unknown
 from medldm.training.latents import find_latents
 from medldm.training.resume import (
     check_optimizers,
+    check_resumed_attributes,
     check_resumed_data,
     checked_resume,
     initialise,
@@ -73,6 +74,9 @@ def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> T
         check_resumed_data(run.resume, content, record)
         warn_of_other_stages(run.model, content["medldm"])
     module = build_module(run.model, facts, *require_stages(run.model, content))
+    if content is not None:
+        embedded = () if module.conditioner is None else module.conditioner.attributes
+        check_resumed_attributes(run.resume, content, record, embedded)
     module.description = describe(run.model, facts, module, record)
     if content is not None and content["medldm"].get("init_from"):
         module.description["init_from"] = content["medldm"]["init_from"]
