@@ -9,7 +9,7 @@ from synthetic_folders import smooth_images, write_case
 from medldm.commands import evaluate
 from medldm.evaluation.baselines import mean_images
 from medldm.evaluation.conditions import read_conditions
-from medldm.evaluation.matching import random_partners, attributes_to_match
+from medldm.evaluation.matching import attributes_to_match, random_partners
 from medldm.evaluation.pairs import known_facts, make_pairs
 
 QUICK = ("metrics.bootstrap.num_resamples=200", "panel_rows=1", "paths.weights=null")

@@ -4,11 +4,15 @@ import json
 import shutil
 
 import h5py
+import numpy as np
 import pytest
+from PIL import Image as Picture
 
 from medldm.data import hdf5
 from medldm.data.loading.datamodule import CaseDataModule
 from medldm.data.prepared import load_index
+from medldm.data.raw import pictures
+from medldm.data.records import read_images
 from medldm.errors import InputError
 from tests.provenance.conftest import draw, run_encode, run_prepare
 
@@ -154,3 +158,32 @@ def test_an_older_folder_is_taken_as_it_lies_and_says_so(copied, caplog):
     assert "5 of 5 cases made anew" in caplog.text
     with pytest.raises(InputError, match="medldm encode"):
         latents_module(root).setup()
+
+
+def test_pictures_that_an_older_medldm_did_not_turn_are_prepared_again(tmp_path, caplog, monkeypatch):
+    for subject in range(3):
+        draw(tmp_path / "raw", subject)
+    for kind in ("images", "masks"):
+        path = tmp_path / "raw" / kind / "p1.png"
+        with Picture.open(path) as picture:
+            exif = picture.getexif()
+            exif[0x0112] = 3  # upside down
+            picture.save(path, exif=exif)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(pictures, "EXIF_TURNS", {})
+        run_prepare(tmp_path / "raw", tmp_path / "data")
+    before, stored = times(tmp_path / "data/cases"), images_of(tmp_path / "data")
+    run_prepare(tmp_path / "raw", tmp_path / "data")
+    after, turned = times(tmp_path / "data/cases"), images_of(tmp_path / "data")
+    assert renewed(before, after) == ["p1"]
+    assert (
+        "1 of 3 cases made anew (p1, ...): an older medldm did not turn pictures as their EXIF says"
+        in caplog.text
+    )
+    np.testing.assert_array_equal(turned["p1"], stored["p1"][..., ::-1, ::-1])
+    run_prepare(tmp_path / "raw", tmp_path / "data")
+    assert times(tmp_path / "data/cases") == after
+
+
+def images_of(root) -> dict:
+    return {record.subject: record.image for record in read_images(root)}

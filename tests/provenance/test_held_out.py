@@ -129,9 +129,7 @@ def test_a_resume_with_other_attributes_is_refused_where_the_model_reads_them_an
     assert changed_attributes(first, first) == changed_attributes({}, first) == []
     assert changed_attributes(first, other_sex) == ["sex"]
     content = {"medldm": {"data": first}}
-    with pytest.raises(
-        InputError, match=r"resume=last.ckpt: .* values of sex when .* init_from=last.ckpt"
-    ):
+    with pytest.raises(InputError, match=r"resume=last.ckpt: .* values of sex when .* init_from=last.ckpt"):
         check_resumed_attributes(Path("last.ckpt"), content, other_sex, ("label", "sex"))
     check_resumed_attributes(Path("last.ckpt"), content, first, ("sex",))
     assert not caplog.messages

@@ -20,7 +20,7 @@ from medldm.evaluation.closest import name_closest, write_closest
 from medldm.evaluation.conditions import Conditions, read_conditions
 from medldm.evaluation.diversity import measure_diversity
 from medldm.evaluation.foreign import Reading
-from medldm.evaluation.matching import choose_match, has_partner, attributes_to_match
+from medldm.evaluation.matching import attributes_to_match, choose_match, has_partner
 from medldm.evaluation.measure import Measured, measure
 from medldm.evaluation.origins import describe_inputs, for_report, read_provenance
 from medldm.evaluation.pairs import (

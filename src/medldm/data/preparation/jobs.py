@@ -13,6 +13,7 @@ import medldm
 from medldm.attributes import TABLES, UNKNOWN
 from medldm.data.case import Case, split_path
 from medldm.data.preparation.recipe import SCHEMA_VERSION, Recipe
+from medldm.data.raw.pictures import is_turned
 from medldm.data.raw.readers import files_of
 from medldm.errors import InputError
 from medldm.files import inside, safe_name
@@ -87,11 +88,22 @@ class FileJob:
         """Changes when the preprocessing, a raw file's name or content, or what is known of a case changes;
         not with the folder that the raw files lie in.
         """
+        return self.fingerprint_with(self.turned_pictures())
+
+    def fingerprint_with(self, turned: Sequence[str]) -> str:
         known: list = [(case.id, case.attributes) for case in self.cases]
         known += [case.relabel for case in self.cases if case.relabel]
+        known += (
+            [{"turned": list(turned)}] if turned else []
+        )  # files made before they were turned are renewed
         return digest(
             [self.recipe.hash, identities(self.raw_files()), known, asdict(self.tables), self.dataset]
         )
+
+    def turned_pictures(self) -> list[str]:
+        """The names of raw pictures that are turned as their EXIF says."""
+        paths = [split_path(raw)[0] for case in self.cases for raw in case.paths.values()]
+        return sorted({path.name for path in paths if path.is_file() and is_turned(path)})
 
     def reason_to_renew(self) -> str:
         """Why the file that stands is not what this job makes of its raw files."""
@@ -101,6 +113,9 @@ class FileJob:
             return "the preprocessing, or a library that does it, has changed"
         if identities(self.earlier["raw"]) != identities(self.raw_files()):
             return "raw files have changed"
+        turned = self.turned_pictures()
+        if turned and self.earlier.get("fingerprint") == self.fingerprint_with(()):
+            return "an older medldm did not turn pictures as their EXIF says"
         if self.earlier.get("fingerprint") != self.fingerprint():
             return "what is known of them (labels, views, attributes) has changed"
         return "their files were damaged or replaced"

@@ -27,6 +27,8 @@ EXIF_TURNS = {
     7: lambda x: np.swapaxes(np.rot90(x, 2), 0, 1),
     8: np.rot90,
 }
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_NOTES = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 COLOUR_ROUNDING = 3 / 255  # of the largest value: how far JPEG drives the channels of a grey picture apart
 
 
@@ -108,17 +110,40 @@ def turned_by_exif(picture: np.ndarray, path: Path) -> np.ndarray:
     """A decoded picture (H, W[, 3]) as it is to be seen: cameras and phones store it as their sensor lay,
     and say in EXIF how to turn it.
     """
+    turn = EXIF_TURNS.get(exif_orientation(path))
+    return picture if turn is None else np.ascontiguousarray(turn(picture))
+
+
+def is_turned(path: Path) -> bool:
+    """Whether a picture is read otherwise than its rows and columns are stored; its pixels are not looked
+    at.
+    """
+    return exif_orientation(path) in EXIF_TURNS
+
+
+def exif_orientation(path: Path) -> int:
+    """1 to 8 as EXIF says it, 1 where nothing is said: also of other files than PNG and JPEG."""
     from PIL import Image as Picture
 
-    if path.suffix.lower() not in EXIF_SUFFIXES:
-        return picture
+    suffix = path.suffix.lower()
+    if suffix not in EXIF_SUFFIXES or (suffix == ".png" and not has_notes(path)):
+        return 1
     try:
         with quiet(), Picture.open(path) as header:
-            orientation = header.getexif().get(EXIF_ORIENTATION, 1)
+            return header.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # a header that Pillow does not understand says nothing
-        return picture
-    turn = EXIF_TURNS.get(orientation)
-    return picture if turn is None else np.ascontiguousarray(turn(picture))
+        return 1
+
+
+def has_notes(path: Path) -> bool:
+    """Whether a PNG has a chunk that EXIF may lie in. Pillow would decode the picture to find that out."""
+    with open(path, "rb") as file:
+        file.seek(len(PNG_SIGNATURE))
+        while len(header := file.read(8)) == 8:
+            if header[4:] in PNG_NOTES:
+                return True
+            file.seek(int.from_bytes(header[:4]) + 4, 1)  # its data and their checksum
+    return False
 
 
 def to_grey(picture: np.ndarray) -> np.ndarray:
