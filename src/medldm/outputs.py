@@ -21,7 +21,7 @@ from medldm.data.preparation.labels import as_classes
 from medldm.errors import InputError
 from medldm.files import inside, replacing, write_json, write_nifti, writing_hdf5
 from medldm.fingerprints import digest
-from medldm.plots import middle_slice, save_gif, save_png
+from medldm.plots import SAVE_VIDEO, middle_slice, save_png
 from medldm.schemas import Provenance, read_checked
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,15 @@ class SampleFolder:
     """
 
     def __init__(
-        self, root: Path, dataset: CaseDataset, provenance: dict[str, Any], *, png: bool = True
+        self,
+        root: Path,
+        dataset: CaseDataset,
+        provenance: dict[str, Any],
+        *,
+        png: bool = True,
+        video_format: str = "gif",
     ) -> None:
-        self.root, self.dataset, self.png = root, dataset, png
+        self.root, self.dataset, self.png, self.video_format = root, dataset, png, video_format
         self.settings = digest(settings_of(provenance))
         claim(root, provenance)
 
@@ -140,18 +146,19 @@ class SampleFolder:
         else:
             self.write_volume(case, samples, batches)
 
-    def write_gif(self, name: str, frames: Sequence[Tensor]) -> None:
-        """Middle slices of (1, C, *S) images in [-1, 1], one frame each."""
+    def write_video(self, name: str, frames: Sequence[Tensor]) -> None:
+        """Middle slices of (1, C, *S) images in [-1, 1], one frame each, as `<name>.<video_format>`."""
         pictures = [to_uint8(middle_slice(frame, self.dataset.orientation)[0, :1]) for frame in frames]
-        save_gif(inside(self.root, f"{name}.gif"), [picture[0].numpy() for picture in pictures])
+        path = inside(self.root, f"{name}.{self.video_format}")
+        SAVE_VIDEO[self.video_format](path, [picture[0].numpy() for picture in pictures])
 
     def write_series(self, name: str, images: Tensor, shares: Sequence[float]) -> None:
-        """(N, C, *S) images between two cases, as HDF5 and GIF."""
+        """(N, C, *S) images between two cases, as HDF5 and video."""
         path = inside(self.root, f"{name}.h5")
         with replacing(path) as aside, writing_hdf5(aside) as file:
             file["images"] = images[:, 0].numpy()
             file["share"] = np.asarray(shares, np.float32)
-        self.write_gif(name, images[:, None].unbind(0))
+        self.write_video(name, images[:, None].unbind(0))
 
     def write_slices(
         self,

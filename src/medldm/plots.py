@@ -1,6 +1,7 @@
 """Pictures as (3, H, W) uint8 tensors; callbacks and commands write them."""
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torchvision.utils import make_grid
 
 from medldm.batch import to_uint8
 from medldm.diffusion.schedule import NoiseSchedule
+from medldm.errors import InputError
 from medldm.files import replacing
 
 if TYPE_CHECKING:  # matplotlib is imported where a figure is drawn
@@ -128,3 +130,30 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 200) 
         pictures[0].save(
             aside, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0
         )
+
+
+def save_mp4(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 200) -> None:
+    """(H, W) uint8 frames as MPEG-4 video, whose grey levels are off by some four of 256; the last one stays
+    longer. Odd sizes are padded by their last line to even ones, which the format asks for. InputError where
+    OpenCV cannot write it.
+    """
+    import cv2
+
+    even = [np.pad(frame, [(0, n % 2) for n in frame.shape], mode="edge") for frame in frames]
+    with replacing(path) as aside:
+        film = aside.with_name(f"{aside.name}.mp4")  # OpenCV goes by the suffix
+        size = even[0].shape[::-1]
+        writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"mp4v"), 1000 / milliseconds, size)
+        try:
+            if not writer.isOpened():
+                raise InputError(f"{path}: OpenCV cannot write MP4 here; set video_format=gif")
+            for frame in (*even, *[even[-1]] * 4):
+                writer.write(cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR))
+            writer.release()
+            os.replace(film, aside)
+        finally:
+            writer.release()
+            film.unlink(missing_ok=True)
+
+
+SAVE_VIDEO = {"gif": save_gif, "mp4": save_mp4}  # by format, which is the suffix too

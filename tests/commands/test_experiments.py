@@ -143,12 +143,14 @@ def test_windows_tiles_trajectories_and_interpolations(prepared_3d, semantic_3d,
     volumes = {}
     for name, tile in (("whole", "null"), ("tiles", "16")):
         sizes = (f"tile={tile}", "windows.size=[16,null,null]", "trajectory=2")
+        sizes += () if name == "whole" else ("windows.keep=0", "video_format=mp4")
         sample.task(compose_config("sample", *paths, *sizes, f"output={tmp_path / name}"))
         volumes[name] = [record.image for record in read_images(tmp_path / name)]
     for whole, tiles in zip(volumes["whole"], volumes["tiles"], strict=True):
         np.testing.assert_allclose(tiles, whole, atol=1e-4)
-    gifs = list((tmp_path / "tiles" / "trajectory").glob("*.gif"))
-    assert len(gifs) == 2
+    for name, suffix in (("whole", "gif"), ("tiles", "mp4")):
+        films = list((tmp_path / name / "trajectory").iterdir())
+        assert [film.suffix for film in films] == [f".{suffix}"] * 2
     output = tmp_path / "between"
     sample.task(compose_config("sample", *paths, "interpolate.count=3", f"output={output}"))
     (gif,) = (output / "interpolation").glob("*.gif")

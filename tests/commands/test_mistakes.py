@@ -191,6 +191,8 @@ def test_a_sampler_option_that_does_not_exist(told_by_sample, tmp_path):
         (("sampler.guidance_rescale=0.5",), "sampler.guidance_rescale=0.5"),
         (("windows.overlap=0.25",), "windows.overlap"),
         (("windows.keep=1",), "windows.keep"),
+        (("video_format=mp4",), "video_format=mp4"),
+        (("video_format=webm", "trajectory=2"), "video_format=webm"),
         (("interpolate.time=0.7",), "interpolate.time"),
         (("interpolate.count=3", "num_samples=2"), "num_samples"),
         (("interpolate.count=3",), "max_slices"),

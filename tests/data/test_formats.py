@@ -2,11 +2,12 @@
 
 import gzip
 
+import cv2
 import numpy as np
 import pytest
 
 from medldm.commands import prepare
-from medldm.data.datasets import duke, folder
+from medldm.data.datasets import duke, folder, nih_cxr14
 from medldm.data.prepared import load_index
 from medldm.data.raw.nrrd import read_nrrd
 from medldm.data.raw.readers import files_of, is_image, read_image
@@ -430,3 +431,24 @@ def test_class_folders_of_radiographs_are_prepared_once_turned(tmp_path):
     record = next(read_images(tmp_path / "out"))
     assert record.image[0, 8, 0] > 0 > record.image[0, 8, -1]
     np.testing.assert_allclose(record.attributes["spacing"], (0.15 * 20 / 16, 0.2 * 24 / 16), rtol=1e-6)
+
+
+def test_nih_radiographs_in_dicom_are_prepared_like_the_pictures_of_their_names(tmp_path):
+    ramp = np.broadcast_to(np.arange(24) * 150, (20, 24))
+    images = tmp_path / "raw" / "images_001" / "images"
+    for name in ("00000001_000", "00000001_001"):
+        write_radiograph(images / f"{name}.dcm", ramp, PhotometricInterpretation="MONOCHROME1")
+    cv2.imwrite(str(images / "00000002_000.png"), np.ascontiguousarray(ramp[:, ::-1] / 14).astype(np.uint8))
+    rows = ["Image Index,Finding Labels,Patient ID,View Position"]
+    rows += ["00000001_000.png,Mass,1,PA", "00000001_001.png,No Finding,1,AP", "00000002_000.png,Mass,2,PA"]
+    (tmp_path / "raw" / "Data_Entry_2017.csv").write_text("\n".join(rows))
+    paths = (f"data.raw={tmp_path / 'raw'}", f"data.root={tmp_path / 'out'}", "data.num_workers=0")
+    prepare.task(compose_config("prepare", "data=nih_cxr14", "data.image_size=16", *paths))
+    index = load_index(tmp_path / "out")
+    assert [case["subject"] for case in index["cases"]] == ["00000001", "00000002"]
+    assert index["cases"][0]["slices"]["label"] == [0, 1] and index["inventory"]["files_used"] == 3
+    values = np.concatenate([record.image for record in read_images(tmp_path / "out")])
+    assert (values[:, 8, 1] > 0).all() and (values[:, 8, -2] < 0).all()
+    cv2.imwrite(str(images / "00000001_000.png"), np.zeros((20, 24), np.uint8))
+    with pytest.raises(InputError, match=r"00000001_000\.dcm: .*\.png is the same picture in another format"):
+        nih_cxr14.index(tmp_path / "raw")

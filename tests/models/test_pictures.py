@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import cv2
 import nibabel
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from medldm.callbacks import Pictures
 from medldm.errors import InputError
+from medldm.plots import save_mp4
 from tests.training import VQVAE, run_training
 
 
@@ -80,3 +82,17 @@ def test_nothing_whole_is_written_unless_asked_for_and_never_of_slices(prepared,
     with pytest.raises(InputError, match="the images are no volumes"):
         run_training(prepared, tmp_path / "run", VQVAE, "callbacks.pictures.volumes_every_n_validations=1")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_mp4_is_read_back_as_it_was_written(tmp_path):
+    ramp = np.tile(np.linspace(20, 220, 45).astype(np.uint8), (31, 1))  # of odd sizes
+    frames = [np.roll(ramp, 9 * k, axis=1) for k in range(3)]
+    save_mp4(tmp_path / "a.mp4", frames)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    film = cv2.VideoCapture(str(tmp_path / "a.mp4"))
+    assert film.get(cv2.CAP_PROP_FPS) == 5 and film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 + 4
+    for frame in (*frames, frames[-1]):
+        there, got = film.read()
+        assert there and got.shape == (32, 46, 3)
+        assert np.abs(got[:31, :45, 0].astype(int) - frame).mean() < 6  # its quantiser; another frame: 60
+    film.release()

@@ -19,7 +19,7 @@ overlapping windows, tile=64 decodes in tiles with the same result. What the net
 stays in memory for windows.keep=16 windows; for others it is made again at each step, which takes less memory
 and more time.
 trajectory=20 also writes that many steps of each case as a GIF; interpolate.count=5 writes volumes between
-each two neighbouring cases instead.
+each two neighbouring cases instead. video_format=mp4 makes the films MPEG-4.
 Writes per case HDF5 with the conditions (3D also NIfTI on the source's grid and in its units), 8-bit PNGs
 and provenance.json. Run it again to continue.
 
@@ -84,7 +84,7 @@ def task(cfg: DictConfig) -> None:
     about["command"] = typed_command()
     subjects = {dataset.cases[case]["subject"] for case, _ in cases}
     about |= check_subjects(cfg, module, datamodule, subjects)
-    folder = SampleFolder(Path(cfg.output), dataset, about, png=cfg.png)
+    folder = SampleFolder(Path(cfg.output), dataset, about, png=cfg.png, video_format=cfg.video_format)
     if cfg.interpolate.count:
         write_interpolations(cfg, module, windows, dataset, folder, [positions[0] for _, positions in cases])
         print(cfg.output)

@@ -25,7 +25,7 @@ def write_interpolations(
     folder: SampleFolder,
     positions: list[int],
 ) -> None:
-    """Volumes between neighbouring cases: <output>/interpolation/<a>_to_<b>.{h5,gif}."""
+    """Volumes between neighbouring cases: <output>/interpolation/<a>_to_<b>.{h5,gif} (or mp4)."""
     count = cfg.interpolate.count
     if count < 2 or len(positions) < 2:
         raise InputError(f"interpolate.count={count}: give 2 or more, and a split of two cases or more")
@@ -82,5 +82,5 @@ def write_samples(
 def write_trajectory(
     module: TrainedModule, recorder: Recorder, folder: SampleFolder, done: CaseSamples, name: str
 ) -> None:
-    """The steps that `recorder` saw of a case's last batch as <output>/trajectory/<name>.gif."""
-    folder.write_gif(f"trajectory/{name}", recorder.decoded(module, done.batches[-1]))
+    """The steps that `recorder` saw of a case's last batch as <output>/trajectory/<name>.gif, or .mp4."""
+    folder.write_video(f"trajectory/{name}", recorder.decoded(module, done.batches[-1]))

@@ -1,11 +1,13 @@
 """NIH ChestX-ray14 (Wang et al., CVPR 2017): 112,120 frontal chest X-rays of 30,805 patients, PNG 1024 x
-1024.
+1024, or as DICOM radiographs of the same names.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from medldm.data.case import Case
+from medldm.data.raw.dicom import dicom_images
 from medldm.data.raw.layouts import files_in, require_root
 from medldm.data.raw.tables import read_rows
 from medldm.errors import InputError
@@ -21,17 +23,21 @@ def index(root: str | Path, task: str | None = None) -> list[Case]:
     The patient is the file name's first number, so that a split is by patient also without the table. With
     the table `label` is the finding (several of them: "Several Findings", all in `findings`) and `view` AP or
     PA. With `task` "findings" an image has all its findings as `labels`, and a `label` where it has one.
-    Archives may be missing: what is not there is left out.
+    Archives may be missing: what is not there is left out. A radiograph in DICOM, 00000001_000.dcm, is taken
+    as the picture of that name; InputError where both are there.
     """
     if task not in TASKS:
         raise InputError(f"data.task={task}: choose findings, or null for one label an image")
     root = require_root(root, "Data_Entry_2017.csv and images_001/")
     folders = [root / "images", *(root.glob("images_*/images"))]
-    files = sorted(path for folder in folders for path in files_in(folder, (".png",)))
+    files = sorted(path for folder in folders for path in pictures_in(folder))
     if not files:
-        raise InputError(f"{root}: holds no images_001/images/*.png and no images/*.png; unpack an archive")
+        raise InputError(
+            f"{root}: holds no images_001/images/*.png and no images/*.png (or .dcm); unpack an archive"
+        )
+    check_twice(files)
     rows = read_findings(root)
-    listed = [file for file in files if rows is None or file.name in rows]
+    listed = [file for file in files if rows is None or file.stem in rows]
     if rows is not None:
         if len(files) > len(listed):
             log.warning("%s: %d pictures are not in the table and left out", root, len(files) - len(listed))
@@ -39,7 +45,21 @@ def index(root: str | Path, task: str | None = None) -> list[Case]:
             log.info("%s: %d of %d listed pictures are here", root, len(listed), len(rows))
         if not listed:
             raise InputError(f"{root}: the table lists none of the pictures here; restore the published one")
-    return [make_case(file, {} if rows is None else rows[file.name], task) for file in listed]
+    return [make_case(file, {} if rows is None else rows[file.stem], task) for file in listed]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """PNGs and DICOM radiographs right inside a folder."""
+    found = dicom_images(folder) if folder.is_dir() else []
+    return [*files_in(folder, (".png",)), *(path for path in found if path.is_file())]
+
+
+def check_twice(files: Sequence[Path]) -> None:
+    by_name: dict[str, Path] = {}
+    for file in files:
+        other = by_name.setdefault(file.stem, file)
+        if other is not file and other.suffix != file.suffix:
+            raise InputError(f"{file}: {other} is the same picture in another format; keep one of the two")
 
 
 def make_case(file: Path, row: dict[str, str], task: str | None) -> Case:
@@ -61,7 +81,7 @@ def make_case(file: Path, row: dict[str, str], task: str | None) -> Case:
 
 
 def read_findings(root: Path) -> dict[str, dict[str, str]] | None:
-    """Rows of Data_Entry_2017*.csv by file name; None where there is no table."""
+    """Rows of Data_Entry_2017*.csv by file name without suffix; None where there is no table."""
     path = next(iter(sorted(root.glob("Data_Entry_2017*.csv"))), None)
     if path is None:
         log.warning("%s: no Data_Entry_2017.csv; going on without findings and views", root)
@@ -71,4 +91,4 @@ def read_findings(root: Path) -> dict[str, dict[str, str]] | None:
         raise InputError(
             f"{path}: lacks the columns Image Index, Finding Labels, Patient ID; restore the published file"
         )
-    return {row["Image Index"]: row for row in rows}
+    return {Path(row["Image Index"]).stem: row for row in rows}
