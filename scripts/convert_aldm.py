@@ -4,8 +4,9 @@ python scripts/convert_aldm.py RELEASED.ckpt DATA OUT.ckpt    # DATA: `medldm pr
 
 Sizes are read off the tensors: widths, blocks, latent channels, codes, and whether blocks have a second
 convolution. A release that holds MS-SPADE too becomes a translator's checkpoint, which `medldm translate
-fast=true` and aldm/brats_ldm_* take. Every tensor is either placed or named as left out (discriminator,
-perceptual network). The names are those of the published code; no released file was at hand to try.
+fast=true` and aldm/brats_ldm_* take; that of November 2024 has one more convolution beside each of its
+blocks, known by its shape. Every tensor is either placed or named as left out (discriminator, perceptual
+network). The names are those of the published code; no released file was at hand to try.
 """
 
 import argparse
@@ -118,6 +119,9 @@ def translator_state(state: State) -> tuple[State, set[str], dict[str, Any]]:
     other.
     """
     num_blocks, num_classes = count(state, "spade.block.#"), count(state, "spade.block.0.norm_0.spades.#")
+    for name in (f"spade.block.{i}.conv_{k}.weight" for i in range(num_blocks) for k in (0, 1)):
+        if name not in state:
+            raise InputError(f"the release lacks {name}; not a release that is known")
     made, used = {}, set()
 
     def take(key: str) -> Tensor:
@@ -141,14 +145,42 @@ def translator_state(state: State) -> tuple[State, set[str], dict[str, Any]]:
                 made[f"blocks.{i}.{new}.modulation.{kind}"] = torch.cat(pairs)
     widths = [len(state[f"spade.block.{i}.conv_1.weight"]) for i in range(num_blocks)]
     hidden = len(state["spade.block.0.norm_0.spades.0.mlp_shared.0.weight"])
+    skips = skip_convolutions(state, used, num_blocks)
+    for i, name in enumerate(skips):
+        made |= {f"blocks.{i}.skip.{kind}": take(f"{name}.{kind}") for kind in ("weight", "bias")}
     has_third = any(".norm_s." in key for key in state)
     sizes = {
         "channels": widths[:-1],
         "hidden_channels": hidden,
         "norm_on_shortcut": has_third,
-        "conv_skip": False,
+        "conv_skip": bool(skips),
     }
     return made, used, sizes
+
+
+def skip_convolutions(state: State, used: set[str], num_blocks: int) -> list[str]:
+    """The published prefixes of the convolutions of kernel 3 beside the blocks, which the release of November
+    2024 has, in the order of the blocks; [] where there are none.
+
+    Their names are not known here, so their shapes decide: what is left of MS-SPADE must be one convolution
+    for each block, from its input's width to its output's, and for no other. Anything else stays without a
+    place, and the release is refused.
+    """
+    left = {key.rpartition(".")[0] for key in state if key.startswith("spade.") and key not in used}
+    found = []
+    for i in range(num_blocks):
+        c_in, c_out = (
+            state[f"spade.block.{i}.conv_0.weight"].shape[1],
+            len(state[f"spade.block.{i}.conv_1.weight"]),
+        )
+        weight = (c_out, c_in, 3, 3, 3)
+        fits = [
+            name
+            for name in left
+            if f"{name}.bias" in state and getattr(state.get(f"{name}.weight"), "shape", None) == weight
+        ]
+        found += fits if len(fits) == 1 else [""]
+    return found if set(found) == left and len(left) == num_blocks else []
 
 
 def place(module: torch.nn.Module, made: State) -> None:

@@ -50,7 +50,7 @@ class Release(dict):
             self.conv(f"{name}.nin_shortcut", c_in, c_out, 1)
 
 
-def published(truncated: bool = False, with_spade: bool = False) -> Release:
+def published(truncated: bool = False, with_spade: bool = False, with_skips: bool = False) -> Release:
     state, width, last = Release(), LEVELS[0], len(LEVELS) - 1
     state.conv("encoder.conv_in", 1, width)
     for level, out in enumerate(LEVELS):
@@ -77,6 +77,10 @@ def published(truncated: bool = False, with_spade: bool = False) -> Release:
     state.conv("loss.discriminator.main.0", 1, 32, 4)
     if with_spade:
         add_spade(state)
+    for i, (c_in, c_out) in (
+        enumerate(zip(SPADE_WIDTHS, SPADE_WIDTHS[1:], strict=False)) if with_skips else ()
+    ):
+        state.conv(f"spade.beside.{i}", c_in, c_out)  # of any name
     return state
 
 
@@ -153,7 +157,8 @@ class Published:
             name = f"spade.block.{i}"
             h = self.conv(f"{name}.conv_0", self.spade(f"{name}.norm_0", z, k))
             h = self.conv(f"{name}.conv_1", self.spade(f"{name}.norm_1", h, k))
-            z = h + self.conv(f"{name}.conv_s", z)
+            h = h + self.conv(f"{name}.conv_s", z)
+            z = h + self.conv(f"spade.beside.{i}", z) if f"spade.beside.{i}.weight" in self.state else h
         return z
 
 
@@ -179,11 +184,13 @@ def test_a_converted_autoencoder_gives_what_the_release_gives(
     assert stage.downsampling == (4, 4, 4) and description["stage"] == "autoencoder"
 
 
-def test_a_release_with_ms_spade_becomes_a_translator(script, prepared_modalities, tmp_path):
-    state = published(with_spade=True)
+@pytest.mark.parametrize("with_skips", [False, True], ids=["head", "with convolutions beside the blocks"])
+def test_a_release_with_ms_spade_becomes_a_translator(script, prepared_modalities, tmp_path, with_skips):
+    state = published(with_spade=True, with_skips=with_skips)
     torch.save(dict(state), tmp_path / "release.ckpt")
     script.convert(tmp_path / "release.ckpt", prepared_modalities, tmp_path / "out.ckpt")
     module, own = load_module(tmp_path / "out.ckpt"), Published(state)
+    assert module.description["model"]["translator"]["conv_skip"] is with_skips
     z = torch.randn(4, LATENT, 4, 2, 3, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         made = module.translator(z, torch.arange(4))
@@ -193,6 +200,15 @@ def test_a_release_with_ms_spade_becomes_a_translator(script, prepared_modalitie
         image = module.as_first_stage().translate_image(x, torch.tensor([2]))
         expected = own.decode(own.translate(own.quantize(own.encode(x)), 2))
         torch.testing.assert_close(image, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_convolution_whose_place_its_shape_does_not_tell_is_refused(script, prepared_modalities, tmp_path):
+    state = dict(published(with_spade=True, with_skips=True))
+    for kind in ("weight", "bias"):
+        state[f"spade.other.{kind}"] = state[f"spade.beside.1.{kind}"]
+    torch.save(state, tmp_path / "release.ckpt")
+    with pytest.raises(InputError, match=r"spade\.beside\.0\.bias and 5 more have no place"):
+        script.convert(tmp_path / "release.ckpt", prepared_modalities, tmp_path / "out.ckpt")
 
 
 @pytest.mark.parametrize(
