@@ -25,6 +25,7 @@ from medldm.plots import SAVE_VIDEO, middle_slice, save_png
 from medldm.schemas import Provenance, read_checked
 
 log = logging.getLogger(__name__)
+VIDEO_FORMATS = tuple(SAVE_VIDEO)
 COPIED = ("view", "phase", "label", "source_label", "target_label", "slice_index", "num_slices", "spacing")
 
 

@@ -18,7 +18,7 @@ from medldm.diffusion.windows import WINDOWS_KEPT, Windows
 from medldm.errors import InputError, told_of
 from medldm.held_out import check_held_out, seen_subjects
 from medldm.models.common import TrainedModule
-from medldm.plots import SAVE_VIDEO
+from medldm.outputs import VIDEO_FORMATS
 from medldm.sampling import Predictor
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ def check_request(cfg: DictConfig, predictor: Predictor) -> None:
         raise InputError(f"{key}: has no effect on interpolations; leave it out, or interpolate.count=0")
     if not cfg.interpolate.count and cfg.interpolate.time != INTERPOLATION_TIME:
         raise InputError("interpolate.time: has no effect without interpolate.count; set that to 2 or more")
-    if cfg.video_format not in SAVE_VIDEO:
-        raise InputError(f"video_format={cfg.video_format} is none of {', '.join(SAVE_VIDEO)}")
+    if cfg.video_format not in VIDEO_FORMATS:
+        raise InputError(f"video_format={cfg.video_format} is none of {', '.join(VIDEO_FORMATS)}")
     if cfg.video_format != "gif" and not (cfg.trajectory or cfg.interpolate.count):
         raise InputError(
             f"video_format={cfg.video_format}: has no effect without trajectory or interpolate.count"
