@@ -101,12 +101,12 @@ def random_partners(
     for number, pair in enumerate(pairs):
         others = [i for i in places[pair.place(match)] if pairs[i].subject != pair.subject]
         if others and scalars:
-            others = nearest(values, number, others)
+            others = nearest_images(values, number, others)
         partners.append(int(rng.choice(others)) if others else None)
     return partners
 
 
-def nearest(values: np.ndarray, number: int, others: Sequence[int]) -> list[int]:
+def nearest_images(values: np.ndarray, number: int, others: Sequence[int]) -> list[int]:
     """Those of `others` whose rows of `values` (N, scalars) are nearest to row `number`. An unknown value
     (NaN) is as far from any as the ends of a range are apart, and at no distance from another unknown one.
     """
