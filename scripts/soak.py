@@ -93,7 +93,7 @@ def fuzz_all(options: argparse.Namespace, made: world.World, console: Console, f
     rows = []
     for kind in options.kinds:
         seed = options.seed * len(fuzzing.KINDS) + fuzzing.KINDS.index(kind)
-        rows.append(fuzzing.fuzz(kind, options.fuzz, seed, folder / "fuzz", made.data, made.model))
+        rows.append(fuzzing.fuzz(kind, options.fuzz, seed, folder / "fuzz", made.data, made.model, made.raw))
         counts = ", ".join(f"{rows[-1][name]} {name}" for name in fuzzing.OUTCOMES)
         console.print(f"{kind}: n = {rows[-1]['n']}: {counts}")
         for words, place in rows[-1]["bad"].items():

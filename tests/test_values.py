@@ -1,6 +1,7 @@
 """Values that cannot be meant end in one line before anything is done, whatever command they are given to."""
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -14,27 +15,39 @@ from tests.helpers import compose_config
 
 LDM = "experiment=cardiac2d/ldm"
 WRONG = [
-    (train, (LDM, "model.optimizer.lr=nan"), "model.optimizer.lr=nan: give a finite number"),
-    (train, (LDM, "data.flip_prob=2"), "data.flip_prob=2: give a number from 0 to 1"),
-    (train, (LDM, "data.num_workers=-1"), "data.num_workers=-1: give a whole number from 0 to 1024"),
-    (train, (LDM, "data.batch_size=1.5"), "data.batch_size=1.5: give a whole number from 1"),
-    (train, (LDM, "data.batch_size=many"), "data.batch_size=many: give a whole number from 1"),
+    ("model.optimizer.lr", float("nan"), "model.optimizer.lr=nan: give a finite number"),
+    ("sampler.guidance_scale", float("nan"), "sampler.guidance_scale=nan: give a finite number"),
+    ("trainer.gradient_clip_val", float("inf"), "trainer.gradient_clip_val=inf: give a finite number"),
+    ("data.flip_prob", 2, "data.flip_prob=2: give a number from 0 to 1"),
+    ("model.conditioner.drop_all_prob", -0.1, "drop_all_prob=-0.1: give a number from 0 to 1"),
+    ("data.splits.val", 2, "data.splits.val=2: give a number from 0 to 1"),
+    ("data.num_workers", -1, "data.num_workers=-1: give a whole number from 0 to 1024"),
+    ("data.batch_size", 1.5, "data.batch_size=1.5: give a whole number from 1"),
+    ("data.batch_size", "many", "data.batch_size=many: give a whole number from 1"),
+    ("data.batch_size", True, "data.batch_size=True: give a whole number from 1"),
+    ("data.preprocess.spacing", -1, "data.preprocess.spacing=-1: give a number from 0.0001"),
+    ("model.autoencoder.channels", [16, -4], "model.autoencoder.channels=-4: give a whole number from 1"),
+    ("sampler.num_steps", 0, "sampler.num_steps=0: give a whole number from 1"),
+    ("seed", -1, "seed=-1: give a whole number from 0"),
+    ("compile", "perhaps", "compile=perhaps: give true or false"),
+]
+AT_ONCE = [  # words of a command line, also such as would take a day or all memory
     (train, (LDM, "model.network.num_res_blocks=1000000"), "num_res_blocks=1000000: give a whole number"),
-    (train, (LDM, "model.conditioner.drop_all_prob=-0.1"), "drop_all_prob=-0.1: give a number from 0 to 1"),
-    (train, (LDM, "compile=perhaps"), "compile=perhaps: give true or false"),
-    (train, ("experiment=cardiac2d/vqvae", "model.autoencoder.channels=[16,-4]"), "channels=-4: give"),
-    (train, ("experiment=cardiac2d/vqvae", "seed=-1"), "seed=-1: give a whole number from 0"),
-    (train, ("experiment=cardiac2d/vqvae", "trainer.gradient_clip_val=inf"), "=inf: give a finite number"),
-    (prepare, ("data.splits.val=2",), "data.splits.val=2: give a number from 0 to 1"),
-    (prepare, ("data=folder", "data.preprocess.spacing=-1"), "data.preprocess.spacing=-1: give a number"),
     (prepare, ("data.preprocess.edges.clahe_tiles=0",), "clahe_tiles=0: give a whole number from 1 to 64"),
     (prepare, ("data.preprocess.edges.blur=1e6",), "edges.blur=1000000.0: give a number from 0 to 256"),
     (prepare, ("data.preprocess.labels.names=1e20",), "labels.names=1e+20: give a whole number from 1"),
-    (sample, ("sampler.guidance_scale=nan",), "sampler.guidance_scale=nan: give a finite number"),
     (sample, ("png=maybe",), "png=maybe: give true or false"),
-    (sample, ("sampler.num_steps=0",), "sampler.num_steps=0: give a whole number from 1"),
     (evaluate, ("metrics.bootstrap.num_resamples=-5",), "num_resamples=-5: give a whole number from 1"),
 ]
+
+
+@pytest.mark.parametrize(("key", "value", "line"), WRONG)
+def test_a_value_that_cannot_be_meant_is_named(key, value, line):
+    config = value
+    for name in reversed(key.split(".")):
+        config = {name: config}
+    with pytest.raises(InputError, match=re.escape(line)):
+        check_values(config)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +58,7 @@ def logging_as_before():
     logging.getLogger().handlers[:] = handlers
 
 
-@pytest.mark.parametrize(("command", "words", "line"), WRONG, ids=[line for *_, line in WRONG])
+@pytest.mark.parametrize(("command", "words", "line"), AT_ONCE, ids=[line for *_, line in AT_ONCE])
 def test_it_is_told_in_one_line_and_nothing_is_written(command, words, line, tmp_path, monkeypatch, capsys):
     (tmp_path / "raw").mkdir()
     paths = {
@@ -64,7 +77,7 @@ def test_it_is_told_in_one_line_and_nothing_is_written(command, words, line, tmp
 
 @pytest.mark.parametrize("folder", ["cardiac2d", "medlsdm", "aldm", "medvdm"])
 def test_the_values_of_every_experiment_pass(folder):
-    for path in sorted((Path(CONFIG_DIR) / "experiment" / folder).glob("*.yaml"))[:6]:
+    for path in sorted((Path(CONFIG_DIR) / "experiment" / folder).glob("*.yaml"))[:3]:
         check_values(OmegaConf.to_container(compose_config("train", f"experiment={folder}/{path.stem}")))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from mutations import Fuzzer, outcome_of
 
 KINDS = (
-    "readers", "folders", "manifests", "indexes", "splits", "texts", "recipes", "checkpoints",
+    "readers", "folders", "manifests", "indexes", "splits", "texts", "recipes", "checkpoints", "overrides",
 )  # fmt: skip
 PATIENCE = 20  # seconds for one input
 MEMORY = 2 * 2**30  # bytes of address space beyond those at the start
@@ -22,14 +22,22 @@ PER_PROCESS = 200  # inputs that one process tries
 OUTCOMES = ("worked", "told", "traceback", "crash", "hang")
 
 
-def fuzz(kind: str, count: int, seed: int, folder: Path, prepared: Path, checkpoint: Path) -> dict:
+def fuzz(kind: str, count: int, seed: int, folder: Path, prepared: Path, checkpoint: Path, raw: Path) -> dict:
     """Counts of outcomes, and the first input of each sort that ended badly."""
     counts: Counter[str] = Counter()
     bad: dict[str, str] = {}
     done, part = 0, 0
     while done < count:
         part += 1
-        settings = (kind, min(PER_PROCESS, count - done), seed * 100_003 + part, folder, prepared, checkpoint)
+        settings = (
+            kind,
+            min(PER_PROCESS, count - done),
+            seed * 100_003 + part,
+            folder,
+            prepared,
+            checkpoint,
+            raw,
+        )
         for outcome, number in in_process(*settings):
             counts[outcome.partition(":")[0] if outcome in ("worked", "told") else sort_of(outcome)] += 1
             done += 1
@@ -43,12 +51,12 @@ def sort_of(outcome: str) -> str:
 
 
 def in_process(
-    kind: str, count: int, seed: int, folder: Path, prepared: Path, checkpoint: Path
+    kind: str, count: int, seed: int, folder: Path, prepared: Path, checkpoint: Path, raw: Path
 ) -> Iterator[tuple[str, int]]:
     """(outcome, number) of each input of one process; the last is a crash or a hang where it did not end."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    arguments = (theirs, kind, count, seed, folder, prepared, checkpoint)
+    arguments = (theirs, kind, count, seed, folder, prepared, checkpoint, raw)
     process = context.Process(target=run_tries, args=arguments)
     process.start()
     theirs.close()
@@ -72,13 +80,20 @@ def in_process(
 
 
 def run_tries(
-    pipe: Connection, kind: str, count: int, seed: int, folder: Path, prepared: Path, checkpoint: Path
+    pipe: Connection,
+    kind: str,
+    count: int,
+    seed: int,
+    folder: Path,
+    prepared: Path,
+    checkpoint: Path,
+    raw: Path,
 ) -> None:
     sys.stderr = open("/dev/null", "w")  # noqa: SIM115
     warnings.simplefilter("ignore")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    fuzzer = Fuzzer(folder / kind, seed, prepared, checkpoint)
+    fuzzer = Fuzzer(folder / kind, seed, prepared, checkpoint, raw)
     for one in islice(fuzzer.tries(kind), count):
         signal.alarm(PATIENCE)
         pipe.send(outcome_of(one))

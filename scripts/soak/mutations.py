@@ -135,13 +135,16 @@ def pick(tree: Any, rng: random.Random) -> tuple[Any, Any]:
 class Fuzzer:
     """Valid inputs in `folder`, and what to do with changed ones."""
 
-    def __init__(self, folder: Path, seed: int, prepared: Path, checkpoint: Path | None = None) -> None:
-        self.folder, self.rng, self.prepared, self.checkpoint = (
-            folder,
-            random.Random(seed),
-            prepared,
-            checkpoint,
-        )
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        prepared: Path,
+        checkpoint: Path | None = None,
+        raw: Path | None = None,
+    ) -> None:
+        self.folder, self.rng, self.prepared = folder, random.Random(seed), prepared
+        self.checkpoint, self.raw = checkpoint, raw
         folder.mkdir(parents=True, exist_ok=True)
         self.files = {path.name: path.read_bytes() for path in write_samples(folder / "valid")}
         self.root = folder / "data"
@@ -221,6 +224,50 @@ class Fuzzer:
 
         return use
 
+    def try_overrides(self) -> Callable[[], object]:
+        """A command line with one or two keys of odd values; a training is left before its first step."""
+        from hydra import compose, initialize_config_dir
+        from omegaconf import OmegaConf
+
+        from medldm.commands import CONFIG_DIR, encode, evaluate, prepare, sample, train
+        from medldm.overrides import known_keys
+
+        train.fit = lambda *_: None
+        out = self.folder / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        name, module, words = self.rng.choice(
+            [
+                ("prepare", prepare, [f"data.raw={self.raw}", f"data.root={out}", "data.image_size=32"]),
+                ("train", train, ["experiment=cardiac2d/vqvae", "debug=tiny", f"run_dir={out}"]),
+                ("train", train, [
+                    "experiment=cardiac2d/ldm", "debug=tiny", f"run_dir={out}", "model/first_stage=pixel",
+                ]),
+                ("sample", sample, [
+                    f"checkpoint={self.checkpoint}", f"output={out}", "limit=1", "max_slices=1",
+                ]),
+                ("encode", encode, [f"checkpoint={self.checkpoint}"]),
+                ("evaluate", evaluate, [
+                    f"generated={self.prepared}", f"reference={self.prepared}", f"output={out}",
+                    "metrics.image=[rmse]", "metrics.features=[]", "metrics.lpips=null", "panel_rows=0",
+                ]),
+            ]
+        )  # fmt: skip
+        if name in ("train", "sample", "encode"):
+            words = [*words, f"data.root={self.prepared}"]
+        words += ["data.num_workers=0"] if name != "evaluate" else []
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            keys = [key for key in known_keys(compose(name, overrides=words)) if "_target_" not in key]
+        odd = [f"{self.rng.choice(keys)}={self.rng.choice(ODD_WORDS)}" for _ in range(self.rng.randint(1, 2))]
+        odd = [word for word in odd if not word.startswith(("run_dir", "output", "data.root", "paths"))]
+
+        def use() -> object:
+            with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+                cfg = compose(name, overrides=[*words, *odd])
+                check_values(OmegaConf.to_container(cfg))
+            module.task(cfg)
+
+        return lambda: told_as_a_command(use, name, f"{name} {' '.join(odd)}")
+
     def try_checkpoints(self) -> Callable[[], object]:
         from medldm.build import load_module
 
@@ -235,6 +282,20 @@ class Fuzzer:
             description = mutate_tree(content["medldm"], self.rng)
             torch.save(content | {"medldm": description}, path)
         return lambda: load_module(path)
+
+
+def told_as_a_command(use: Callable[[], object], name: str, words: str) -> None:
+    """InputError where the command would end in one line, whoever raised it; else the words are told too."""
+    from medldm.commands import user_message
+
+    try:
+        use()
+    except Exception as error:
+        line = user_message(error, name)
+        if line is None:
+            error.args = (f"{words}: {error}",)
+            raise
+        raise InputError(line) from error
 
 
 def from_word(word: str) -> Any:

@@ -20,7 +20,7 @@ COMMANDS = {
     "translate": "one volume in other modalities, from the volume alone",
     "evaluate": "compare two folders of images: metrics.json, per_case.csv and a table",
     "utility": "what synthetic images are worth: segmenters trained on them, tested on real images",
-    "export": "prepared images and maps as PNG slices, for 2D programs",
+    "export": "prepared images as PNG slices, or a checkpoint as safetensors with a model card",
     "report": "one self-contained HTML page about a run",
     "doctor": "what this machine has for medldm, and what is wrong with it",
     "demo": "phantom -> prepare -> both stages -> sample -> evaluate -> report, on a CPU, in minutes",

@@ -29,6 +29,7 @@ from medldm.data.raw.tables import read_rows
 from medldm.data.records import read_images
 from medldm.errors import InputError
 from medldm.files import read_json
+from medldm.training.configs import read_config
 from tests.helpers import compose_config
 
 MIB = 2**20
@@ -284,6 +285,18 @@ def test_a_quote_without_end_and_deep_json_are_told(tmp_path):
     (tmp_path / "index.json").write_text("[" * 200_000)
     with pytest.raises(InputError, match="nested too deeply"):
         read_json(tmp_path / "index.json", "prepare again")
+
+
+def test_a_config_that_grows_by_references_to_itself_is_refused(tmp_path):
+    text = "a: &a [1, 2]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(40))
+    for wrong, line in (
+        (text, "holds YAML aliases"),
+        ("a: [1", "not the config of a run"),
+        ("- 1", "config"),
+    ):
+        with pytest.raises(InputError, match=line):
+            read_config(wrong, tmp_path / "config.yaml")
+    assert read_config("a:\n  b: ${c}", tmp_path / "config.yaml") == {"a": {"b": "${c}"}}
 
 
 def test_what_a_library_says_of_a_damaged_picture_is_not_passed_on(tmp_path, capfd):

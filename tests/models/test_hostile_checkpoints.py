@@ -13,6 +13,7 @@ from medldm.build import build_module, load_first_stage, load_module
 from medldm.checkpoints import read_checkpoint
 from medldm.commands import encode, evaluate, sample, train, translate
 from medldm.errors import InputError
+from medldm.training.resume import check_optimizers
 from tests.helpers import compose_config
 from tests.training import LDM, VQVAE, load, train_config
 
@@ -111,7 +112,7 @@ def test_it_is_refused_inside_a_list_and_in_the_first_stage(diffusion, refused, 
         ("autoencoder.channels", b"16", "a bytes, which is no plain data"),
         ("autoencoder.channels", "wide", "model.autoencoder: 4 channels but 3 strides"),
         ("autoencoder", None, "its config builds no model"),
-        ("kind", "gan", "its config another"),
+        ("kind", "gan", "unlike its config"),
     ],
 )
 def test_whatever_no_config_of_a_model_holds_is_refused(where, value, line, refused):
@@ -271,3 +272,24 @@ def test_a_pickle_that_calls_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a readable checkpoint"):
         read_checkpoint(path)
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda s: s[0]["state"][0].update(exp_avg=torch.zeros(1)), "does not fit the parameters"),
+        (lambda s: s[0]["state"][0].update(step=torch.zeros(7)), "does not fit the parameters"),
+        (lambda s: s[0]["state"].update({999: s[0]["state"][0]}), "the state of its optimiser is damaged"),
+        (lambda s: s[0]["param_groups"].pop(), "the state of its optimiser is damaged"),
+        (lambda s: s.append(s[0]), "does not hold the state of"),
+        (lambda s: s.clear(), "does not hold the state of"),
+    ],
+)
+def test_a_state_of_an_optimiser_that_does_not_fit_is_refused(change, line, first_stage):
+    content = load(first_stage)
+    module = load_module(first_stage)
+    check_optimizers(first_stage, content, module)
+    states = copy.deepcopy(content["optimizer_states"])
+    change(states)
+    with pytest.raises(InputError, match=line):
+        check_optimizers(first_stage, content | {"optimizer_states": states}, module)
