@@ -89,7 +89,7 @@ def run_tries(
     checkpoint: Path,
     raw: Path,
 ) -> None:
-    sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+    sys.stderr = sys.stdout = open("/dev/null", "w")  # noqa: SIM115
     warnings.simplefilter("ignore")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

@@ -21,6 +21,13 @@ SWITCHES = {
     "requantize", "scale_shift", "translation", "untrained_null", "use_checkpoint", "use_edges", "use_mask",
     "zero_init_last",
 }  # fmt: skip
+MAPPINGS = {
+    "adversarial", "autoencoder", "bootstrap", "callbacks", "checkpoints", "conditioner", "data", "ema",
+    "first_stage", "interpolate", "intensity", "kernel", "map_stage", "metrics", "model", "objective",
+    "optimizer", "paths", "perceptual", "pictures", "preprocess", "quantizer", "resize", "sampler",
+    "schedule", "select", "splits", "trainer", "windows",
+}  # fmt: skip
+LISTS = {"channels", "crop_size", "image_size", "min_size", "num_blocks", "num_res_blocks", "spacing"}
 WORDS = ("spacing",)  # keys of numbers that are also keys of words, which whoever reads them knows
 SHARE, NATURAL = (0.0, 1.0, False), (0, 2**31, True)
 POSITIVE, DEPTH, WIDTH = (1, 2**31, True), (1, 1024, True), (1, 2**17, True)
@@ -93,12 +100,27 @@ def values_of(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(target, str) and not target.startswith(OURS):
             return
         for name, part in config.items():
-            yield from values_of(part, f"{key}.{name}" if key else str(name))
+            place = f"{key}.{name}" if key else str(name)
+            check_kind(place, str(name), part)
+            yield from values_of(part, place)
     elif isinstance(config, list | tuple):
         for part in config:
             yield from values_of(part, key)
-    elif config is not None and not (isinstance(config, str) and ("${" in config or config == "???")):
+    elif config is not None and not is_open(config):
         yield key, config
+
+
+def check_kind(key: str, name: str, value: Any) -> None:
+    """InputError for one value in the place of a mapping, and for a list in the place of one value."""
+    if name in MAPPINGS and not (value is None or isinstance(value, Mapping) or is_open(value)):
+        raise InputError(f"{key}={value!s:.80}: has keys of its own; give those, as {key}.KEY=VALUE")
+    if name in (RANGES_OF.keys() | SWITCHES) - LISTS and isinstance(value, list | tuple | Mapping):
+        raise InputError(f"{key}={value!s:.80}: give one value")
+
+
+def is_open(value: Any) -> bool:
+    """Whether a value is not given yet, or follows from another key."""
+    return isinstance(value, str) and ("${" in value or value == "???")
 
 
 def range_of(key: str, last: str) -> tuple[float, float, bool] | None:
