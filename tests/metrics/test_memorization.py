@@ -94,3 +94,32 @@ def test_the_memorized_share_is_the_quantile_for_like_sets_and_one_for_copies():
     other = torch.rand(20_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     assert memorized_share(other, real) == pytest.approx(0.05, abs=0.005)
     assert memorized_share(torch.zeros(10), real) == 1
+
+
+def test_squared_distances_of_embeddings_are_at_most_lpips(published_weights):
+    """The mean over space comes before the square there: Jensen's inequality bounds it."""
+    from medldm.networks.lpips import LPIPS
+
+    network = LPIPS("alex")
+    x, y = (scans(4, seed)[..., :64, :64] for seed in (1, 2))
+    with torch.no_grad():
+        embedded = [network.embed(images) for images in (x, y)]
+        squared, lpips = ((embedded[0] - embedded[1]) ** 2).sum(1), network(x, y)
+        assert (squared <= lpips + 1e-6).all() and (squared > 0.01 * lpips).all()
+        mirrored_copy = network.embed(x.flip(-1).flip(-1))
+    assert torch.equal(mirrored_copy, embedded[0]) and embedded[0].shape == (4, network.num_features)
+
+
+@pytest.mark.parametrize("axial_axis", [None, 1])
+def test_a_mirrored_training_image_lies_at_zero_in_perceptual_space(published_weights, axial_axis):
+    from medldm.evaluation.measure import measure_nearest
+    from medldm.evaluation.tools import Tools
+    from medldm.networks.lpips import LPIPS
+
+    tools = Tools({}, recipe=None, lpips=LPIPS("alex"), axial_axis=axial_axis)
+    train = scans(5, 1, 2 if axial_axis is None else 3)
+    with torch.no_grad():
+        tools.train_embeddings = {tuple(train.shape[1:]): tools.embed(train)}
+        tools.train_thumbnails = {tuple(train.shape[1:]): thumbnails(train)}
+        found = measure_nearest(torch.cat([train[2:3].flip(-1), scans(1, 7, train.ndim - 2)]), tools)
+    assert found["nearest_train_perceptual"][0] < 1e-9 < 1e-3 < found["nearest_train_perceptual"][1]

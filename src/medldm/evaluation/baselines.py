@@ -95,6 +95,7 @@ class TrainingSet(NamedTuple):
     means: MeanImages
     thumbnails: dict[tuple[int, ...], Tensor]  # shape of the images (C, *S) -> (N, D)
     names: dict[tuple[int, ...], list[str]]  # of the N images
+    embeddings: dict[tuple[int, ...], Tensor]  # (N, D) where an `embed` was given
 
     @property
     def num_images(self) -> int:
@@ -107,11 +108,12 @@ def read_training_set(
     evaluated: Collection[str],
     reading: Reading,
     match: Sequence[str] = (),
+    embed: Callable[[Tensor], Tensor] | None = None,
 ) -> TrainingSet:
-    """Means, told apart by the attributes `match`, and thumbnails of the training images; subjects under
-    evaluation are left out.
+    """Means, told apart by the attributes `match`, thumbnails and embeddings of the training images; subjects
+    under evaluation are left out.
     """
-    means, small, names = MeanImages(match), defaultdict(list), defaultdict(list)
+    means, small, names, embedded = MeanImages(match), defaultdict(list), defaultdict(list), defaultdict(list)
     if known_facts(train):
         records = read_images(train, subjects=subjects)
     else:
@@ -122,7 +124,11 @@ def read_training_set(
             means.add(image, record.attributes)
             small[image.shape].append(thumbnails(torch.from_numpy(image)[None]))
             names[image.shape].append(record.id)
-    return TrainingSet(means, {shape: torch.cat(parts) for shape, parts in small.items()}, dict(names))
+            if embed is not None:
+                embedded[image.shape].append(embed(torch.from_numpy(image)[None]))
+    joined = ({shape: torch.cat(parts) for shape, parts in kept.items()} for kept in (small, embedded))
+    thumbnails_of, embeddings = joined
+    return TrainingSet(means, thumbnails_of, dict(names), embeddings)
 
 
 def has_mean(pairs: Sequence[Pair], training: MeanImages | None, match: Sequence[str]) -> list[bool]:

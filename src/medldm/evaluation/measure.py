@@ -17,7 +17,13 @@ from medldm.evaluation.tools import Tools
 from medldm.metrics.adherence import edge_f1
 from medldm.metrics.catalogue import IMAGE_METRICS, find_metric
 from medldm.metrics.image import to_unit
-from medldm.metrics.memorization import nearest_correlation, nearest_distance, thumbnail_shape, thumbnails
+from medldm.metrics.memorization import (
+    mirrored,
+    nearest_correlation,
+    nearest_distance,
+    thumbnail_shape,
+    thumbnails,
+)
 from medldm.metrics.overlap import dice
 from medldm.metrics.summary import combine_samples
 from medldm.metrics.surface import surface_distances
@@ -138,6 +144,12 @@ def measure_nearest(images: Tensor, tools: Tools) -> dict[str, np.ndarray]:
     if min(shape[1:]) >= 5:
         correlation = nearest_correlation(small.view(-1, *shape), train.view(-1, *shape))
         values["nearest_train_correlation"] = correlation.double().numpy()
+    known = tools.train_embeddings.get(tuple(images.shape[1:]))
+    if known is not None:
+        axes = [axis for axis in range(2, images.ndim) if axis - 2 != tools.axial_axis]
+        found = (nearest_distance(tools.embed(x).cpu(), known) for x in mirrored(images, axes))
+        nearest = torch.stack(list(found)).amin(0) ** 2 * known.shape[1]
+        values["nearest_train_perceptual"] = nearest.double().numpy()
     return values
 
 

@@ -130,7 +130,12 @@ def describe_memorization(pairs: Sequence[Pair], measured: Measured) -> dict:
     audit = audit_copies(*(values[~np.isnan(values)] for values in rows))
     closest = np.argsort(-np.nan_to_num(rows[0], nan=-1))[:NUM_NAMED]
     listed = [{"id": pairs[i].id, "correlation": float(rows[0][i])} for i in closest]
-    return found | {"audit": audit._asdict(), "closest": listed}
+    found |= {"audit": audit._asdict(), "closest": listed}
+    distances = [measured.values[row].get("nearest_train_perceptual") for row in ("generated", "real")]
+    if any(values is None for values in distances):
+        return found
+    near = audit_copies(*(-values[~np.isnan(values)] for values in distances))
+    return found | {"perceptual_audit": near._asdict() | {"threshold": -near.threshold}}
 
 
 def spacing_of(pairs: Sequence[Pair]) -> object:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medldm.errors import InputError
@@ -126,15 +127,19 @@ def make_tools(
     return tools
 
 
-def read_training(inputs: Inputs, split: str, names: Sequence[str]) -> tuple[TrainingSet | None, str]:
+def read_training(
+    inputs: Inputs, tools: Tools, split: str, names: Sequence[str]
+) -> tuple[TrainingSet | None, str]:
     """What is kept of the training set, and a line that says where the mean images come from."""
     train = inputs.folders["train"]
     if train is None:
         return None, "mean over every other subject of the reference set (leave one subject out), per view"
     subjects = training_subjects(train, split)
-    training = read_training_set(
-        train, subjects, {pair.subject for pair in inputs.pairs}, inputs.reading, names
-    )
+    evaluated = {pair.subject for pair in inputs.pairs}
+    embed = None if tools.lpips is None else lambda image: tools.embed(image.to(tools.device)).cpu()
+    with torch.no_grad():
+        training = read_training_set(train, subjects, evaluated, inputs.reading, names, embed)
+    tools.train_thumbnails, tools.train_embeddings = training.thumbnails, training.embeddings
     whose = f"split '{split}' of {train}" if subjects is not None else f"all of {train}"
     count = training.num_images
     return training, f"mean over {count} training images, {whose}, judged subjects left out, per view"
@@ -153,8 +158,7 @@ def judge(
     """
     pairs, conditions, seed = inputs.pairs, inputs.conditions, bootstrap.seed
     wanted = attributes_to_match(settings["match"], conditions, inputs.facts, pairs)
-    training, mean_source = read_training(inputs, train_split or inputs.split, wanted.names)
-    tools.train_thumbnails = training.thumbnails if training else {}
+    training, mean_source = read_training(inputs, tools, train_split or inputs.split, wanted.names)
     rows = make_rows(
         pairs,
         settings["baselines"],

@@ -325,3 +325,9 @@ def memorization_lines(memorization: Mapping) -> Iterator[str]:
             f"{audit['threshold']:.3f}; by chance an image does so at a rate of "
             f"{audit['false_positive_rate']:.2g}; the closest are {names}"
         )
+    if audit := memorization.get("perceptual_audit") if memorization else None:
+        yield (
+            f"in the features of LPIPS {audit['num_copies']} of {audit['num_images']} generated images lie "
+            f"nearer to a training one than all {audit['num_real']} real ones do, below "
+            f"{audit['threshold']:.3g}; this finds mirrored copies, and few that are noisy or re-windowed"
+        )

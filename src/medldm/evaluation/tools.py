@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.data.preparation.edges import EdgeRecipe
 from medldm.errors import InputError
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.regions import check_regions
-from medldm.evaluation.slices import SliceFeatures, slicewise
+from medldm.evaluation.slices import SliceFeatures, by_pieces, fold, slicewise
 from medldm.metrics.image import ImageFunction
 from medldm.networks.features import (
     FEATURE_NETS,
@@ -24,6 +25,7 @@ from medldm.networks.features import (
 )
 from medldm.networks.lpips import LPIPS
 
+EMBEDDED_SIDE = 128  # pixels: enough to tell images apart, at a quarter of the work of 256
 BY_SLICE = "_slices"  # a 2D network that sees the axial slices of volumes
 
 
@@ -53,12 +55,23 @@ class Tools:
     axial_axis: int | None = None
     regions: Sequence[str] = ()
     train_thumbnails: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
+    train_embeddings: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def lpips_name(self) -> str:
         return "lpips" if self.axial_axis is None else "lpips" + BY_SLICE
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, D) of LPIPS' features (`LPIPS.embed`) of images of at most 128 pixels a side; of
+        volumes their mean over axial slices.
+        """
+        slices = images if self.axial_axis is None else fold(images, self.axial_axis)
+        if max(slices.shape[2:]) > EMBEDDED_SIDE:
+            size = [min(side, EMBEDDED_SIDE) for side in slices.shape[2:]]
+            slices = F.interpolate(slices, size, mode="area")
+        return by_pieces(self.lpips.embed, slices).view(len(images), -1, self.lpips.num_features).mean(1)
 
     def feature_sizes(self, key: str) -> dict[str, int]:
         """The number of features of every set that a pass of a network gives, side by side."""

@@ -163,6 +163,15 @@ OTHER_IMAGE_METRICS = {
         None,
         "training images",
     ),
+    "nearest_train_perceptual": MetricInfo(
+        nearest_distance,
+        "least squared distance, over mirrorings, to the LPIPS features of a training image, averaged over "
+        "space (of volumes over their axial slices too): at most LPIPS",
+        "",
+        AT_LEAST_ZERO,
+        None,
+        "training images, AlexNet or VGG16 weights",
+    ),
     "diversity_rmse": MetricInfo(
         rmse,
         "mean pairwise RMSE between the K samples of a condition",

@@ -45,14 +45,19 @@ def placings(small: Tensor) -> Iterator[Tensor]:
     without a border of one pixel: (B, C, *(s - 2)).
     """
     axes = range(2, small.ndim)
-    choices = (itertools.combinations(axes, num) for num in range(len(axes) + 1))
-    for flipped in itertools.chain.from_iterable(choices):
-        turned = small.flip(flipped) if flipped else small
+    for turned in mirrored(small, axes):
         for start in itertools.product(range(3), repeat=len(axes)):
             part = turned
             for axis, first in zip(axes, start, strict=True):
                 part = part.narrow(axis, first, small.shape[axis] - 2)
             yield part
+
+
+def mirrored(images: Tensor, axes: Sequence[int]) -> Iterator[Tensor]:
+    """The images as they are and mirrored along every choice of these axes."""
+    for num in range(len(axes) + 1):
+        for flipped in itertools.combinations(axes, num):
+            yield images.flip(flipped) if flipped else images
 
 
 def standardised_rows(x: Tensor) -> Tensor:

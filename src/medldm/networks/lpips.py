@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from medldm.errors import InputError
@@ -89,7 +90,7 @@ class LPIPS(nn.Module):
         self.network = _LPIPS(net=net, pnet_rand=True, eval_mode=True)
         self.load_backbone(found)
         self.requires_grad_(False)
-        self.sha256 = found.sha256
+        self.sha256, self.num_features = found.sha256, sum(self.network.chns)
 
     def load_backbone(self, found: FoundWeights) -> None:
         """Copy the convolutions into the slices of the backbone, which keep torchvision's index."""
@@ -108,6 +109,19 @@ class LPIPS(nn.Module):
     def train(self, mode: bool = True) -> "LPIPS":
         """Always in eval mode: the heads hold dropout."""
         return super().train(False)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 1|3, H, W) in [-1, 1] -> (B, `num_features`) whose squared distances are at most LPIPS.
+
+        They are LPIPS' own features, unit vectors weighted by the roots of its heads, averaged over space.
+        """
+        maps = self.network.net(self.network.scaling_layer(to_rgb(images.float().clamp(-1, 1))))
+        parts = []
+        for features, head in zip(maps, self.network.lins, strict=True):
+            unit = features / (1e-8 + (features**2).sum(1, keepdim=True)).sqrt()
+            weighted = unit * head.model[-1].weight.clamp(min=0).sqrt()
+            parts.append(weighted.flatten(2).mean(2))
+        return torch.cat(parts, 1)
 
     def forward(self, generated: Tensor, reference: Tensor) -> Tensor:
         images = (to_rgb(x.float().clamp(-1, 1)) for x in (generated, reference))

@@ -1,0 +1,103 @@
+"""How often the audit for copies finds planted ones, and how often it takes new images for copies.
+
+  python scripts/measure_copies.py data=DATA [n=100] [size=128] [weights=true]
+
+DATA is a prepared folder. Its subjects are dealt out into a training set, held-out images that set the
+thresholds, and further held-out images that nobody copied. n of the training images are planted as they are
+and changed in several ways; a line each says which share of them is nearer to a training image than every
+held-out one that sets the threshold. Seeded: the same command gives the same numbers.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medldm.data.records import read_images
+from medldm.evaluation.measure import measure_nearest
+from medldm.evaluation.slices import axial_axis
+from medldm.evaluation.tools import Tools
+from medldm.metrics.memorization import audit_copies, thumbnails
+from medldm.networks.lpips import LPIPS
+
+NOISE = 0.1  # standard deviation on [-1, 1], a twentieth of the range
+MEASURES = {"nearest_train_correlation": 1, "nearest_train_perceptual": -1}  # sign: larger is nearer
+
+
+def noisy(x: Tensor) -> Tensor:
+    return (x + NOISE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """By a thirty-second of the last two axes, what leaves coming in on the other side."""
+    return x.roll((x.shape[-2] // 32 or 1, -(x.shape[-1] // 32 or 1)), (-2, -1))
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "exact": lambda x: x,
+    "mirrored": lambda x: x.flip(-1),
+    "shifted by 1/32": shifted,
+    "noisy, sd 1/20 of the range": noisy,
+    "contrast halved, brighter": lambda x: (0.5 * x + 0.3).clamp(-1, 1),
+    "all of these": lambda x: noisy(shifted((0.5 * x + 0.3).clamp(-1, 1).flip(-1))),
+}
+
+
+def read(data: Path, size: int, limit: int) -> dict[str, Tensor]:
+    """Images by subject, brought to one size."""
+    found: dict[str, list[Tensor]] = {}
+    for record in read_images(data):
+        kept = found.setdefault(record.subject, [])
+        if len(kept) < limit:
+            image = torch.from_numpy(np.asarray(record.image, np.float32))[None, :1]
+            kept.append(F.interpolate(image, [size] * (image.ndim - 2), mode="area"))
+    return {subject: torch.cat(images) for subject, images in found.items() if images}
+
+
+def deal(images: dict[str, Tensor], num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Half of the subjects to train, a quarter to set thresholds, a quarter to be new; at most `num` images
+    of the latter two.
+    """
+    subjects = sorted(images)
+    order = [subjects[i] for i in np.random.default_rng(0).permutation(len(subjects))]
+    ends = [0, len(order) // 2, 3 * len(order) // 4, len(order)]
+    parts = [torch.cat([images[s] for s in order[a:b]]) for a, b in zip(ends, ends[1:], strict=False)]
+    picked = [part[np.random.default_rng(1).permutation(len(part))] for part in parts]
+    return picked[0], picked[1][:num], picked[2][:num]
+
+
+def main() -> None:
+    given = {"n": "100", "size": "128", "weights": "true"} | dict(a.split("=", 1) for a in sys.argv[1:])
+    num, size = int(given["n"]), int(given["size"])
+    train, held_out, new = deal(read(Path(given["data"]), size, limit=12), num)
+    volumes = train.ndim == 5
+    tools = Tools({}, recipe=None, axial_axis=axial_axis({}, {}) if volumes else None)
+    tools.lpips = LPIPS("alex") if given["weights"] == "true" else None
+    shape = tuple(train.shape[1:])
+    with torch.no_grad():
+        tools.train_thumbnails = {shape: torch.cat([thumbnails(x) for x in train.split(16)])}
+        if tools.lpips is not None:
+            tools.train_embeddings = {shape: torch.cat([tools.embed(x) for x in train.split(4)])}
+
+        def nearest(images: Tensor) -> dict[str, np.ndarray]:
+            found = [measure_nearest(x, tools) for x in images.split(4)]
+            return {k: np.concatenate([f[k] for f in found]) for k in MEASURES if k in found[0]}
+
+        limits = nearest(held_out)
+        print(f"{len(train)} training, {len(held_out)} held-out, {len(new)} new images of {list(shape)}")
+        planted = train[: min(num, len(train))]
+        sets = {"new, no copies": new} | {name: change(planted) for name, change in CHANGES.items()}
+        for name, images in sets.items():
+            rates = []
+            for key, values in nearest(images).items():
+                audit = audit_copies(MEASURES[key] * values, MEASURES[key] * limits[key])
+                rates.append(f"{key} {audit.num_copies / audit.num_images:.3f}")
+            print(f"{name} (n = {len(images)}): {', '.join(rates)}")
+
+
+if __name__ == "__main__":
+    main()
