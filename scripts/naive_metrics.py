@@ -1,6 +1,6 @@
 """Pairs of images by scikit-image and torchmetrics called one by one: what `medldm evaluate` is timed beside.
 
-python scripts/naive_metrics.py make=1000 FOLDER                    FOLDER/generated and FOLDER/reference, 256x256 PNG
+python scripts/naive_metrics.py make=1000 FOLDER              256x256 PNG in FOLDER/{generated,reference}
 python scripts/naive_metrics.py make=50 volumes=true FOLDER         the same of 64x128x128 NIfTI
 python scripts/naive_metrics.py GENERATED REFERENCE                 SSIM, PSNR, RMSE; FID and KID of 2D images
 """
