@@ -20,15 +20,15 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent / "head_to_head"))
 
-import cv2  # noqa: E402
-import monai_peer  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import cv2
+import monai_peer
+import numpy as np
+import torch
 
-from medldm.data.records import read_images  # noqa: E402
-from medldm.data.splits import read_splits  # noqa: E402
-from medldm.devices import pick_device  # noqa: E402
-from medldm.files import replacing, write_json  # noqa: E402
+from medldm.data.records import read_images
+from medldm.data.splits import read_splits
+from medldm.devices import pick_device
+from medldm.files import replacing, write_json
 
 DEFAULTS = {
     "minutes": "60", "peers": "medldm,monai", "first": "cardiac2d/vqvae", "second": "cardiac2d/ldm",

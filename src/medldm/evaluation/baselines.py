@@ -1,7 +1,7 @@
 """What a generated image is judged beside: a mean image, a random real one, one of another condition."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
