@@ -16,6 +16,7 @@ from medldm.errors import InputError, told_of
 from medldm.models.autoencoder import AutoencoderModule
 from medldm.models.common import TrainedModule
 from medldm.models.diffusion import DiffusionModule
+from medldm.models.distillation import DistillationModule
 from medldm.models.segmentation import RegressionModule, SegmentationModule
 from medldm.models.translation import TranslationModule
 from medldm.models.variational import VariationalModule
@@ -50,7 +51,10 @@ def build_autoencoder_module(
     derived = {"spatial_dims": facts["spatial_dims"], "image_channels": channels}
     if model.get("decoder_sees_map"):
         derived["decoder_map_channels"] = facts["num_classes"]
-    with told_of("model.autoencoder"):
+    if parts.get("quantizer") is not None:
+        derived["quantizer"] = parts["quantizer"]
+    parts.pop("quantizer", None)
+    with told_of("model.autoencoder", levels="model.quantizer.levels"):
         autoencoder = parts.pop("autoencoder")(**derived)
     discriminators = build_discriminators(parts, facts, in_channels=channels)
     with told_of("model"):
@@ -147,7 +151,7 @@ def build_diffusion_module(
             context_channels=conditioner.context_dim or None,
         )
     with told_of("model"):
-        module = DiffusionModule(first_stage, conditioner, network, map_stage=map_stage, **parts)
+        module = module_class(model)(first_stage, conditioner, network, map_stage=map_stage, **parts)
     module.first_stage_description = stages.first_description
     module.map_stage_description = stages.map_description
     return module
@@ -232,6 +236,7 @@ class Kind(NamedTuple):
 MODELS = {  # by `model.kind`
     "autoencoder": Kind(AutoencoderModule, build_autoencoder_module),
     "diffusion": Kind(DiffusionModule, build_diffusion_module),
+    "distillation": Kind(DistillationModule, build_diffusion_module),
     "regression": Kind(RegressionModule, build_regression_module),
     "segmentation": Kind(SegmentationModule, build_segmentation_module),
     "translation": Kind(TranslationModule, build_translation_module),

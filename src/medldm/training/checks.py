@@ -84,12 +84,19 @@ def check_stages(cfg: DictConfig, description: dict[str, Any], datamodule: CaseD
         check_held_out(seen, datamodule.subjects["test"], path, "test", allow=allow, key="data.synthetic")
     for stage in (stage for stage in EARLIER if description.get(stage)):
         key = stage if stage == "init_from" else f"model.{stage}.checkpoint"
-        path = cfg.init_from if stage == "init_from" else cfg.model[stage].checkpoint
+        path = path_of(cfg, stage)
         seen = seen_subjects(description[stage], datamodule.index)
         for subset in ("test", "val"):
             allow = bool(cfg.allow_training_subjects) or subset == "val"
             check_held_out(seen, datamodule.subjects[subset], path, subset, allow=allow, key=key)
             seen = seen._replace(unrecorded=[])  # they have been told of already
+
+
+def path_of(cfg: DictConfig, stage: str) -> str:
+    """Where the config names what a training stands on or starts from; a student's is all of its teacher."""
+    if cfg.model.get("teacher"):
+        return cfg.model.teacher.checkpoint
+    return cfg.init_from if stage == "init_from" else cfg.model[stage].checkpoint
 
 
 def check_unknown(module: TrainedModule, datamodule: CaseDataModule) -> None:

@@ -81,15 +81,18 @@ def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> lis
     return resumed
 
 
-def initialise(module: TrainedModule, path: str, facts: dict[str, Any]) -> dict[str, Any]:
+def initialise(
+    module: TrainedModule, path: str, facts: dict[str, Any], *, is_whole: bool = False
+) -> dict[str, Any]:
     """Start from another run's weights (fine-tuning) and return what is kept of their origin; InputError
     where they do not fit.
 
-    A first stage stays the one that `model.first_stage.checkpoint` names.
+    A first stage stays the one that `model.first_stage.checkpoint` names, unless the weights are taken
+    `is_whole`, as a student takes its teacher's.
     """
 
     def is_frozen(name: str) -> bool:
-        return name.startswith(("first_stage.", "map_stage."))
+        return name.startswith(("first_stage.", "map_stage.")) and not is_whole
 
     own = {name: x for name, x in module.state_dict().items() if is_frozen(name)}
     source = load_module(path)

@@ -26,6 +26,7 @@ from medldm.training.resume import (
     require_stages,
     warn_of_other_stages,
 )
+from medldm.training.teacher import as_student, attach_teacher, teacher_of
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,12 @@ class Run(NamedTuple):
     model: dict[str, Any]  # the model's resolved config
     resume: Path | None  # the checkpoint that is gone on from
     content: dict[str, Any] | None  # of that checkpoint
+    teacher: dict[str, Any] | None = None  # the content of the teacher's checkpoint, in a distillation
+
+    @property
+    def stages_from(self) -> dict[str, Any] | None:
+        """The checkpoint that brings the weights of the earlier stages along."""
+        return self.teacher if self.content is None else self.content
 
     @property
     def step(self) -> int | None:
@@ -48,15 +55,16 @@ def open_run(cfg: DictConfig, experiment: str) -> Run:
     """The run that a config asks for: a new one, or one that is resumed. Nothing is written yet."""
     model = OmegaConf.to_container(cfg.model, resolve=True)
     model = shrink(model) if cfg.get("tiny") else model
+    model, teacher = as_student(model)
     folder, resume = find_run_dir(Path(cfg.paths.output_root) / experiment, cfg.run_dir, cfg.resume)
-    return Run(folder, model, resume, checked_resume(resume, model) if resume else None)
+    return Run(folder, model, resume, checked_resume(resume, model) if resume else None, teacher)
 
 
 def make_data(cfg: DictConfig, run: Run) -> LightningDataModule:
     """The prepared data with the arrays that the model needs, or with cached latents in the place
     of images.
     """
-    first_stage, _ = require_stages(run.model, run.content)
+    first_stage, _ = require_stages(run.model, run.stages_from)
     data = OmegaConf.to_container(cfg.data, resolve=True)
     data["latents"] = find_latents(data, run.model, first_stage)
     kind = module_class(run.model)
@@ -69,21 +77,24 @@ def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> T
     held-out subjects are unseen.
     """
     facts, content, record = datamodule.facts, run.content, datamodule.record
+    teacher = teacher_of(run.model)
     if content is not None:
         check_order(content["medldm"]["facts"], facts, f"resume={run.resume}")
         check_resumed_data(run.resume, content, record)
         warn_of_other_stages(run.model, content["medldm"])
-    module = build_module(run.model, facts, *require_stages(run.model, content))
+    module = build_module(run.model, facts, *require_stages(run.model, run.stages_from))
     if content is not None:
         embedded = () if module.conditioner is None else module.conditioner.attributes
         check_resumed_attributes(run.resume, content, record, embedded)
     module.description = describe(run.model, facts, module, record)
     if content is not None and content["medldm"].get("init_from"):
         module.description["init_from"] = content["medldm"]["init_from"]
-    elif cfg.init_from and not run.resume:
-        module.description["init_from"] = initialise(module, cfg.init_from, facts)
+    elif (origin := teacher or cfg.init_from) and not run.resume:
+        module.description["init_from"] = initialise(module, origin, facts, is_whole=teacher is not None)
     if content is not None:
         check_optimizers(run.resume, content, module)
+    if teacher is not None:
+        attach_teacher(module, teacher)
     if record is not None:
         check_stages(cfg, module.description, datamodule)
         check_unknown(module, datamodule)
