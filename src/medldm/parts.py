@@ -47,6 +47,12 @@ LISTED = {
     "medldm.networks.discriminator": ("PatchDiscriminator",),
     "medldm.networks.factorised": ("FactorisedAttention",),
     "medldm.networks.quantizer": ("VectorQuantizer",),
+    "medldm.networks.quantizers": (
+        "FiniteScalarQuantizer",
+        "GaussianLatent",
+        "LookupFreeQuantizer",
+        "ResidualQuantizer",
+    ),
     "medldm.networks.scorenet": ("PixelScoreNet", "ScoreNet"),
     "medldm.networks.translator": ("MSSPADE",),
     "medldm.networks.unet": ("UNet",),

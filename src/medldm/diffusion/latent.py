@@ -53,6 +53,9 @@ class FirstStage(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{key}={value} is none of {', '.join(choices)}")
+        is_among_codes = getattr(autoencoder.quantizer, "is_among_codes", True)
+        if latent == "prequant" and not requantize and not is_among_codes:
+            raise ValueError("requantize=False: the decoder knows codes, which these latents do not lie near")
         self.autoencoder = autoencoder.requires_grad_(False)
         self.translator = None if translator is None else translator.requires_grad_(False)
         self.spatial_dims = autoencoder.spatial_dims
@@ -114,7 +117,7 @@ class FirstStage(nn.Module):
         """z (B, Cz, *s), normalised -> image (B, C, *S); `mask` is for decoders with SPADE."""
         h = self.denormalize(z)
         if self.requantize:
-            h = self.autoencoder.quantize(h).z
+            h = (self.autoencoder.snap if self.latent == "quant" else self.autoencoder.quantize)(h).z
         if self.tile is not None:
             return TiledAutoencoder(self.autoencoder, self.tile).decode(h, mask).to(z.device)
         return self.autoencoder.decode(h, mask)
@@ -160,7 +163,7 @@ class FirstStage(nn.Module):
             # A channel that never varies carries nothing: leave its scale alone rather than amplify rounding.
             shift, scale = mean, torch.where(std > 1e-6, std, torch.ones_like(std))
         elif self.normalisation == "codebook_range":
-            low, high = self.autoencoder.quantizer.codebook.detach().double().aminmax()
+            low, high = self.autoencoder.quantizer.code_range()
             shift, scale = (high + low) / 2, (high - low) / 2
         else:
             shift, scale = torch.zeros(()), torch.ones(())

@@ -182,6 +182,10 @@ class VQAutoencoder(nn.Module):
     def quantize(self, h: Tensor) -> Quantized:
         return self.quantizer(h)
 
+    def snap(self, z: Tensor) -> Quantized:
+        """`quantize` for what already lies among the codes, such as a generated latent of "quant"."""
+        return self.quantizer.snap(z)
+
     def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, Cz, *S/f) quantised latent (and, for SPADE decoders, the one-hot map) -> (B, C, *S) image."""
         h = self.from_latent(self.post_quantizer(z))

@@ -65,6 +65,12 @@ def nearest_in_blocks(codes: Tensor, x: Tensor) -> Tensor:
     return block * CODES_PER_BLOCK + within
 
 
+def perplexity_of(counts: Tensor) -> Tensor:
+    """exp of the entropy of codes that occur so often."""
+    frequency = counts / counts.sum()
+    return torch.exp(-torch.special.xlogy(frequency, frequency).sum())
+
+
 class VectorQuantizer(nn.Module):
     """Replaces each vector along the channel axis of (B, C, *S) by the nearest of K = `num_codes` codes.
 
@@ -77,6 +83,8 @@ class VectorQuantizer(nn.Module):
     CompVis and of ALDM does.
     The flag "initialised" and all statistics are buffers, so that a resumed run goes on with its codebook.
     """
+
+    is_among_codes = True  # h lies where its codes are
 
     def __init__(
         self,
@@ -130,15 +138,21 @@ class VectorQuantizer(nn.Module):
         z = (x + (codes - x).detach()).reshape(h.movedim(1, -1).shape).movedim(-1, 1)
         if self.training:
             self._update(x.detach(), indices, counts)
-        frequency = counts / counts.sum()
-        perplexity = torch.exp(-torch.special.xlogy(frequency, frequency).sum())
-        return Quantized(z, indices.reshape(h.shape[:1] + h.shape[2:]), loss, perplexity)
+        return Quantized(z, indices.reshape(h.shape[:1] + h.shape[2:]), loss, perplexity_of(counts))
 
     def _loss(self, x: Tensor, codes: Tensor) -> Tensor:
         loss = self.commitment_weight * F.mse_loss(x, codes.detach())
         if self.ema_decay is None:
             loss = loss + self.codebook_weight * F.mse_loss(codes, x.detach())
         return loss
+
+    def snap(self, z: Tensor) -> Quantized:
+        """The nearest codes of what lies among codes: the same as of any h."""
+        return self(z)
+
+    def code_range(self) -> tuple[Tensor, Tensor]:
+        """Least and largest entry of all codes, float64."""
+        return self.codebook.detach().double().aminmax()
 
     def lookup(self, indices: Tensor) -> Tensor:
         """(B, *S) indices -> (B, C, *S) codes."""
