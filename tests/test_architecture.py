@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "knobs": set(),
     "asked": {"data", "knobs"},
     "inference": {"data"},
+    "auditing": {"inference", "models", "networks", "data"},
     "sampling": {"inference", "models", "diffusion", "networks", "data"},
     "conditions": set(),
     "translating": {"sampling", "data", "models"},

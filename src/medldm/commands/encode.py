@@ -6,6 +6,8 @@ The checkpoint is of an autoencoder, or of a translator that holds one.
 Writes DATA/latents/<first 12 digits of the autoencoder's sha256>/<case>.h5 with the latents before
 quantisation (float16), and latents.json when all are there. Run it again to continue, or to renew those
 whose images were prepared again. tile=96 encodes volumes in tiles, with the same result in less memory.
+audit=16 images are decoded and encoded again: how much of each channel's variance survives stands in
+latents.json, and what does not is noise to stage two.
 Then: medldm train experiment=.../ldm data.latents=auto.
 """
 
@@ -19,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from medldm.asked import refuse_other_recipe
+from medldm.auditing import audit_latents
 from medldm.build import load_module
 from medldm.checkpoints import encoder_sha256
 from medldm.commands import run_command
@@ -124,6 +127,7 @@ def encode_pending(
         "num_cases": len(cases), "latent": "prequant", "dtype": "float16", "precision": precision,
         "downsampling": list(module.autoencoder.downsampling),
         "cases": {dataset.cases[case]["id"]: image for case, image in images.items()},
+        "audit": audit_latents(module, dataset, cfg.audit, tile=cfg.tile, precision=precision),
     }  # fmt: skip
     write_json(folder / "latents.json", facts)
 

@@ -1,0 +1,76 @@
+"""How much of an autoencoder's latents the decoder uses: what is left of them after decoding and encoding.
+
+A latent that the decoder ignores is noise to stage two, which spends its capacity on it all the same. Stage
+two is trained for hours, so this is told when latents are cached.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medldm.data.loading.dataset import CaseDataset
+from medldm.inference import autocast, to_device
+from medldm.models.common import TrainedModule
+from medldm.networks.tiling import TiledAutoencoder
+
+log = logging.getLogger(__name__)
+MOSTLY_NOISE = 0.5  # a channel below this share is warned of
+
+
+def surviving_shares(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Latents (B, C, *s) before and after decoding and encoding again -> (C,) float64: 1 - mean squared
+    difference over variance. 1 is a perfect return, 0 what the channel's mean would score, and below 0 worse.
+    """
+    count, sums = 0, 0
+    for before, after in pairs:
+        h, again = (x.double().transpose(0, 1).flatten(1) for x in (before, after))
+        sums = sums + torch.stack([h.sum(1), h.square().sum(1), (again - h).square().sum(1)])
+        count += h.shape[1]
+    total, squares, differences = sums / count
+    return 1 - differences / (squares - total.square()).clamp_min(1e-12)
+
+
+def returned(
+    module: TrainedModule, dataset: CaseDataset, positions: list[int], *, tile: int | None, precision: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Latents of items, one at a time, and what they are after decoding and encoding again."""
+    autoencoder = module.autoencoder
+    through = autoencoder if tile is None else TiledAutoencoder(autoencoder, tile)
+    for position in positions:
+        batch = to_device(dataset.__getitems__([(0, position)]), module.device)
+        with torch.no_grad(), autocast(module.device, precision):
+            h = through.encode(batch["image"])
+            image = through.decode(autoencoder.quantize(h.to(module.device)).z)
+            again = through.encode(image.to(module.device))
+        yield h.float().cpu(), again.float().cpu()
+
+
+def audit_latents(
+    module: TrainedModule,
+    dataset: CaseDataset,
+    count: int,
+    *,
+    tile: int | None = None,
+    precision: str = "auto",
+) -> dict[str, Any] | None:
+    """Shares by channel over at most `count` items, evenly spread; None for 0, and for a decoder that sees
+    the class map, which decides a part of the image.
+    """
+    if not count or module.autoencoder.decoder_map_channels is not None:
+        return None
+    step = max(1, len(dataset) // count)
+    positions = list(range(0, len(dataset), step))[:count]
+    shares = surviving_shares(returned(module, dataset, positions, tile=tile, precision=precision)).tolist()
+    text = ", ".join(f"{share:.2f}" for share in shares)
+    log.info("of the latents' variance survives decoding and encoding, by channel: %s", text)
+    for channel, share in enumerate(shares):
+        if share < MOSTLY_NOISE:
+            log.warning(
+                "channel %d of the latents: %.2f of its variance survives; to stage two the rest is noise",
+                channel,
+                share,
+            )
+    return {"num_images": len(positions), "surviving_variance": [round(share, 6) for share in shares]}
