@@ -180,7 +180,7 @@ def test_a_truncated_checkpoint(told_by_sample, diffusion, tmp_path):
 def test_a_sampler_option_that_does_not_exist(told_by_sample, tmp_path):
     assert "sampler.eta" in told_by_sample("sampler.kind=ancestral", "sampler.eta=0.5")
     assert "num_stepz" in told_by_sample("sampler.num_stepz=5")
-    assert "sampler.kind=euler" in told_by_sample("sampler.kind=euler")
+    assert "sampler.kind=rk4" in told_by_sample("sampler.kind=rk4")
     assert not (tmp_path / "out").exists()
 
 
