@@ -169,6 +169,13 @@ def test_a_shape_that_differs_is_named(call, folders):
     assert "'002_000' has shape (1, 24, 24) and its reference (1, 32, 32)" in fail(call, folders)
 
 
+def test_all_images_of_another_shape_are_listed(call, folders):
+    (folders / "samples" / "002.h5").unlink()
+    write_case(folders / "samples" / "002.h5", smooth_images(8, 24, seed=3))
+    said = fail(call, folders)
+    assert "8 of 24 files cannot be used" in said and "'002_001' has shape" in said and "and 3 more" in said
+
+
 def test_names_without_a_partner_are_told(call, folders):
     write_case(folders / "other" / "x.h5", smooth_images(8, 32, seed=1))
     assert "no image has a name in common" in fail(call, folders, f"generated={folders}/other")

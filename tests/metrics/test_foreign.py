@@ -363,6 +363,25 @@ def test_folders_that_do_not_fit_are_told(tmp_path, made, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_every_name_without_a_real_image_is_listed(tmp_path):
+    with pytest.raises(InputError, match=r"'q0' has no image .* \(2 of 3 missing: q0, q1\)"):
+        pictures(tmp_path, {"p0.png": grey(0), "q0.png": grey(1), "q1.png": grey(2)})
+
+
+def test_a_file_that_was_cut_off_is_named_among_many(tmp_path):
+    for folder in ("data", "made"):
+        (tmp_path / folder).mkdir()
+        for i in range(12):
+            cv2.imwrite(str(tmp_path / folder / f"p{i}.png"), grey(i))
+    for i in (3, 7):
+        path = tmp_path / "made" / f"p{i}.png"
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError) as error:
+        make_pairs(tmp_path / "made", tmp_path / "data", None, Reading())
+    said = str(error.value)
+    assert "2 of 12 files cannot be used" in said and "p3.png" in said and "p7.png" in said
+
+
 def coloured(i: int, dtype=np.uint8) -> np.ndarray:
     """Blue, green and red of one luminance order and three scales."""
     top = np.iinfo(dtype).max

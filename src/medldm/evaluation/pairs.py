@@ -154,6 +154,13 @@ def check_broken(path: Path, broken: list[str], num_files: int) -> None:
         )
 
 
+def listed_names(names: Sequence[str]) -> str:
+    """': a, b, ...' of several names, as far as they fit in a line; nothing for one, which was named."""
+    if len(names) < 2:
+        return ""
+    return ": " + ", ".join(names[:NUM_BROKEN]) + (", ..." if len(names) > NUM_BROKEN else "")
+
+
 def read_matching(
     path: Path, ids: Collection[str], against: Path, reading: Reading | None = None
 ) -> dict[str, ImageRecord]:
@@ -174,7 +181,7 @@ def read_matching(
     if missing:
         raise InputError(
             f"{against}: '{missing[0]}' has no image of that name in {path} "
-            f"({len(missing)} of {len(ids)} missing); take it out or add its reference"
+            f"({len(missing)} of {len(ids)} missing{listed_names(missing)}); take it out or add its reference"
         )
     return records if reading is None else settle_reference(path, records, reading)
 
@@ -224,6 +231,20 @@ def check_pair(record: ImageRecord, real: ImageRecord, folder: Path) -> None:
             )
 
 
+def check_matched(
+    records: dict[str, ImageRecord], reals: dict[str, ImageRecord], folder: Path | None
+) -> None:
+    """InputError that names every image, as far as they fit in a line, that cannot be its real one's."""
+    unlike = []
+    for name, record in records.items():
+        try:
+            check_pair(record, reals[name], folder)
+        except InputError as error:
+            unlike.append(str(error))
+    if unlike:
+        check_broken(folder, unlike, len(records))
+
+
 def same_edges(record: ImageRecord, real: ImageRecord) -> bool | None:
     """Whether the condition's edges are those stored with the test image; None where either is unknown."""
     if record.edges is None or real.edges is None:
@@ -253,14 +274,12 @@ def make_pairs(
     if reconstruction:
         rebuilt = read_matching(reconstruction, ids, generated)
         rebuilt = settle(reconstruction, rebuilt, reals, reading, "reconstruction")
+    for folder, matched in [*((generated, sample) for sample in samples), (reconstruction, rebuilt)]:
+        check_matched(matched, reals, folder)
     note_rest(reference, facts, len(ids), reading)
     pairs = []
     for name, record in samples[0].items():
         real, again = reals[name], rebuilt.get(name)
-        for sample in samples:
-            check_pair(sample[name], real, generated)
-        if again is not None:
-            check_pair(again, real, reconstruction)
         pairs.append(
             Pair(
                 id=name,

@@ -109,7 +109,8 @@ def headline(results: Mapping) -> str:
             facts.append((f"{FID_NAMES.get(name, name)}, n = {score['n']}", number(score["value"])))
             break
     n = results["n"]
-    return tiles([*facts, (f"images of {n['subjects']} subjects", str(n["images"]))])
+    whose = f"{n['subjects']} subject" + ("" if n["subjects"] == 1 else "s")
+    return tiles([*facts, (f"images of {whose}", str(n["images"]))])
 
 
 def scores_table(results: Mapping) -> str:
