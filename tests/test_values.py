@@ -31,6 +31,7 @@ WRONG = [
     ("seed", -1, "seed=-1: give a whole number from 0"),
     ("sampler.num_steps", [5], "sampler.num_steps=[5]: give one value"),
     ("windows", True, "windows=True: has keys of its own; give those, as windows.KEY=VALUE"),
+    ("generated", ["a", "b"], "generated=['a', 'b']: give one path"),
     ("compile", "perhaps", "compile=perhaps: give true or false"),
 ]
 AT_ONCE = [  # words of a command line, also such as would take a day or all memory

@@ -230,7 +230,7 @@ class Fuzzer:
         from omegaconf import OmegaConf
 
         from medldm.commands import CONFIG_DIR, encode, evaluate, prepare, sample, train
-        from medldm.overrides import known_keys
+        from medldm.overrides import check_paths, known_keys
 
         train.fit = lambda *_: None
         out = self.folder / "out"
@@ -263,6 +263,7 @@ class Fuzzer:
         def use() -> object:
             with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
                 cfg = compose(name, overrides=[*words, *odd])
+                check_paths(OmegaConf.to_container(cfg), odd)
                 check_values(OmegaConf.to_container(cfg))
             module.task(cfg)
 

@@ -20,6 +20,7 @@ PATH_KEYS = (
     "raw", "root", "run_dir", "output", "checkpoint", "resume", "init_from", "generated", "reference",
     "source", "reconstruction", "train", "segmenter", "synthetic", "weights", "output_root", "label_dir",
 )  # fmt: skip
+NO_CHOICE = "Config group override must be"  # a number, say, in the place of a member's name
 SUFFICES = "`medldm {name} --cfg job` prints every key"
 # Group -> former and present names of its members, which compose to the same config.
 RENAMED = {
@@ -159,6 +160,10 @@ def explain(error: BaseException, name: str, arguments: Sequence[str], config_di
         return f"'{found[1]}': write {shell_word(key, value)} for one text, or '{key}=[{value}]' for a list"
     if found := re.search(r"Could not override '(\S+?)'", text):
         return tell_unknown(found[1], name, arguments, config_dir)
+    if NO_CHOICE in text:
+        groups = (word for word in arguments if (config_dir / word.partition("=")[0]).is_dir())
+        wrong = (word for word in groups if not isinstance(parsed(word), str | list))
+        return next((tell_no_choice(w.replace("=", "/", 1), arguments, config_dir) for w in wrong), text)
     if found := re.search(r"Could not find '(\S+?)'\n", text):
         return tell_no_choice(found[1], arguments, config_dir)
     return None

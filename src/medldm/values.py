@@ -27,6 +27,10 @@ MAPPINGS = {
     "optimizer", "paths", "perceptual", "pictures", "preprocess", "quantizer", "resize", "sampler",
     "schedule", "select", "splits", "trainer", "windows",
 }  # fmt: skip
+ONE_PATH = {
+    "raw", "root", "run_dir", "output", "checkpoint", "init_from", "generated", "reference", "reconstruction",
+    "segmenter", "synthetic", "label_dir", "spade", "regression", "resume",
+}  # fmt: skip
 LISTS = {"channels", "crop_size", "image_size", "min_size", "num_blocks", "num_res_blocks", "spacing"}
 WORDS = ("spacing",)  # keys of numbers that are also keys of words, which whoever reads them knows
 SHARE, NATURAL = (0.0, 1.0, False), (0, 2**31, True)
@@ -114,8 +118,11 @@ def check_kind(key: str, name: str, value: Any) -> None:
     """InputError for one value in the place of a mapping, and for a list in the place of one value."""
     if name in MAPPINGS and not (value is None or isinstance(value, Mapping) or is_open(value)):
         raise InputError(f"{key}={value!s:.80}: has keys of its own; give those, as {key}.KEY=VALUE")
-    if name in (RANGES_OF.keys() | SWITCHES) - LISTS and isinstance(value, list | tuple | Mapping):
+    is_several = isinstance(value, list | tuple | Mapping)
+    if is_several and name in (RANGES_OF.keys() | SWITCHES) - LISTS:
         raise InputError(f"{key}={value!s:.80}: give one value")
+    if name in ONE_PATH and not (value is None or isinstance(value, str)):
+        raise InputError(f"{key}={value!s:.80}: give one path")
 
 
 def is_open(value: Any) -> bool:

@@ -184,3 +184,9 @@ def test_former_names_stand_for_members_that_are_there():
         folder = CONFIG_DIR / ("experiment" if group.endswith("_experiment") else group)
         assert all((folder / f"{name}.yaml").is_file() for name in names.values())
         assert not any((folder / f"{name}.yaml").exists() for name in names)
+
+
+def test_a_number_in_the_place_of_a_choice_is_told_with_the_choices():
+    error = ValueError("Config group override must be a string or a list. Got float")
+    line = explain(error, "evaluate", ["metrics=1e20"], CONFIG_DIR)
+    assert line.startswith("metrics=1e20: no such choice; choose from segmentation, synthesis,")

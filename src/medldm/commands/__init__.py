@@ -20,7 +20,7 @@ from medldm.cli import asks_for_help, explanation
 from medldm.errors import InputError
 from medldm.files import disk_fault, nothing_empty
 from medldm.locks import one_writer
-from medldm.overrides import check_dashes, check_paths, explain, renamed
+from medldm.overrides import NO_CHOICE, check_dashes, check_paths, explain, renamed
 from medldm.runs import RUN_DIR_VARIABLE
 from medldm.values import check_values
 
@@ -60,7 +60,7 @@ def user_message(error: BaseException, name: str) -> str | None:
     for link in chain:
         if isinstance(link, TypeError) and "unexpected keyword argument" in str(link):
             return one_line(error)
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or NO_CHOICE in str(error):
         told = [line for link in chain if (line := explain(link, name, sys.argv[1:], CONFIG_DIR))]
         if told:
             return one_line(told[0])
