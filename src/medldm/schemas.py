@@ -81,6 +81,9 @@ class CaseEntry(Schema):
         wrong = [name for name, column in self.slices.items() if len(column) != self.num_slices]
         if wrong:
             raise ValueError(f"its column {wrong[0]} has not as many entries as num_slices")
+        places = [*self.slices.get("slice_index", ()), *self.slices.get("num_slices", ())]
+        if not all(isinstance(place, int) for place in places):
+            raise ValueError("its columns slice_index and num_slices are not whole numbers")
         return self
 
 
@@ -88,6 +91,13 @@ class AttributeEntry(Schema):
     kind: Literal["scalar", "categorical"]
     range: Annotated[list[Finite], Field(min_length=2, max_length=2)] = [0.0, 1.0]
     names: list[Text] = []
+
+    @model_validator(mode="after")
+    def states_its_values(self) -> "AttributeEntry":
+        needed = "range" if self.kind == "scalar" else "names"
+        if needed not in self.model_fields_set:
+            raise ValueError(f"a {self.kind} attribute needs its {needed}")
+        return self
 
 
 class Index(Schema):
