@@ -292,7 +292,7 @@ def check_schema(content: Mapping[str, Any], schema: type[Schema], path: Path, m
 
 def check_setting(content: Mapping[str, Any], schema: type[Schema], key: str) -> None:
     """InputError that names the first setting below `key` which is not as the schema says."""
-    if found := first_mistake(content, schema):
+    if found := first_mistake(plain(content), schema):
         raise InputError(
             f"{key}.{found[0]}={found[2]!s:.80}: {found[1]}".replace("Input should", "it should")
         )
@@ -307,6 +307,17 @@ def first_mistake(content: Mapping[str, Any], schema: type[Schema]) -> tuple[str
         names = [str(part) for part in first["loc"] if is_key(part)]
         return ".".join(names)[:120], first["msg"].removeprefix("Value error, "), first["input"]
     return None
+
+
+def plain(value: Any) -> Any:
+    """Mappings and sequences of any kind as those of JSON."""
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    return (
+        [plain(part) for part in value]
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else value
+    )
 
 
 def is_key(part: int | str) -> bool:

@@ -70,15 +70,24 @@ class SkipNonFinite(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step % trainer.log_every_n_steps or self.counts is None:
             return
-        total, in_a_row = (int(count) for count in self.counts.tolist())
+        in_a_row = self.tell(trainer)
         if in_a_row >= self.most_in_a_row:
             raise InputError(self.diagnosis(trainer, module, in_a_row))
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.counts is not None:
+            self.tell(trainer)
+
+    def tell(self, trainer: Trainer) -> int:
+        """Say how many updates were left out, where it was not said yet; those in a row at the end."""
+        total, in_a_row = (int(count) for count in self.counts.tolist())
         if total > self.told:
             log.warning(
                 "%d updates up to step %d had gradients that are not finite and were left out",
                 total, trainer.global_step,
             )  # fmt: skip
             self.told = total
+        return in_a_row
 
     def diagnosis(self, trainer: Trainer, module: LightningModule, in_a_row: int) -> str:
         """The line that training ends with."""
