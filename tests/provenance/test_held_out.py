@@ -205,7 +205,7 @@ def test_a_cache_of_another_autoencoder_is_refused(copied):
     assert find_latents(data | {"latents": "auto"}, model, None) is None
     model = {"first_stage": {"checkpoint": str(checkpoint_of(copied))}}
     assert find_latents(data | {"latents": "auto"}, model, None) == name
-    resumed = {"stage": "autoencoder", "sha256": file_sha256(checkpoint_of(copied))}
+    resumed = {"stage": "autoencoder", "model": {}, "sha256": file_sha256(checkpoint_of(copied))}
     checkpoint_of(copied).write_bytes(b"trained on")
     assert find_latents(data | {"latents": "auto"}, model, resumed) == name
     (copied / f"data/latents/{name}/latents.json").unlink()
