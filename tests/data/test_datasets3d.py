@@ -398,4 +398,4 @@ def test_mask_out_leaves_the_body_alone(raw3d, tmp_path):
     reader = open_hdf5(next((tmp_path / "b").glob("cases/*.h5")))  # images of others are emptied by it too
     body = reader.read("body")
     assert body.dtype == bool and body.shape == tuple(reader.attributes["original_shape"])
-    assert 0 < body.mean() < 1 and reader.dataset("body").attrs["outside"] < 0
+    assert 0 < body.mean() < 1 and reader.dataset("body").attrs["outside"] == 0  # the least of the MR
