@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medldm.diffusion.conditioner import SpatialConditioner
 from medldm.diffusion.objective import DenoisingObjective, guided
-from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverSampler
+from medldm.diffusion.sampler import SAMPLERS
 from medldm.diffusion.schedule import fixed_linear_schedule, sqrt_linear_schedule
 
 CUDA = torch.device("cuda")
@@ -71,10 +71,17 @@ def test_a_training_step_reads_no_value(is_discrete):
 
 
 @pytest.mark.parametrize("is_discrete", [True, False])
-@pytest.mark.parametrize("sampler", [AncestralSampler, DDIMSampler, DPMSolverSampler])
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_guided_sampling_reads_no_value(sampler, is_discrete):
     schedule, objective, conditioner, batch, x = parts(is_discrete)
     null = conditioner(batch, drop=conditioner.drop_groups(2, device=CUDA))
     denoise = guided(objective, Network(), schedule, conditioner(batch), null, scale=2.0, rescale=0.5)
     z = sampler(num_steps=8, clamp=3.0)(denoise, schedule, x)
     assert (z.device, z.shape) == (x.device, x.shape)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_times_are_laid_out_where_the_schedule_is(sampler):
+    """Its table and times of the host do not mix."""
+    schedule, *_ = parts(is_discrete=True)
+    assert sampler(num_steps=4).time_grid(schedule).times.device.type == "cuda"

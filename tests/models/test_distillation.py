@@ -91,6 +91,11 @@ def test_a_student_stands_alone(diffusion, student, tmp_path):
     assert module.sample(batch, ["a", "b"], (8, 8)).isfinite().all()
 
 
+def test_what_only_plans_a_distillation_is_told_where_its_parts_are():
+    with pytest.raises(InputError, match="model.teacher.checkpoint: a student's parts are its teacher's"):
+        DistillationModule.batch_keys({"kind": "distillation"}, is_cached=False)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -89,7 +89,10 @@ class Sampler:
         return self.laid_out(self.num_steps, schedule, device)
 
     def laid_out(self, num_steps: int, schedule: NoiseSchedule, device: torch.device | None) -> TimeGrid:
-        """A grid of so many steps, with one evaluation at the beginning of each."""
+        """A grid of so many steps, with one evaluation at the beginning of each. It lies on the schedule's
+        device where none is given.
+        """
+        device = schedule.device if device is None else device
         times, last = spaced_times(num_steps, schedule, self.spacing, device)
         gamma = schedule.gamma(torch.cat([times, times.new_full((1,), last)]))
         if self.clean_last_step:

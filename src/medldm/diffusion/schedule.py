@@ -53,6 +53,11 @@ class NoiseSchedule(nn.Module):
         return interpolated(gamma.double(), self.gamma(t).double(), t).clamp(0, 1).to(gamma.dtype)
 
     @property
+    def device(self) -> torch.device | None:
+        """Where its numbers are; None where it holds none."""
+        return next((x.device for x in (*self.parameters(), *self.buffers())), None)
+
+    @property
     def is_learned(self) -> bool:
         return isinstance(self.curve, LearnedCurve)
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from medldm.diffusion.condition import Condition, in_float32
 from medldm.diffusion.objective import guided
-from medldm.diffusion.sampler import SAMPLERS, EulerSampler, Sampler, check_guidance
+from medldm.diffusion.sampler import SAMPLERS, Sampler, check_guidance
+from medldm.diffusion.timegrid import spaced_times
+from medldm.errors import InputError
 from medldm.models.common import rank_part, step_generator
 from medldm.models.diffusion import DiffusionModule
 
@@ -28,7 +30,7 @@ def teachers_sampler(kind: str, num_steps: int, guidance_scale: float) -> Sample
 class DistillationModule(DiffusionModule):
     """A student with the networks of its teacher, trained on (noise, the teacher's sample of it).
 
-    It is trained at the times alone at which it will be evaluated: those of Euler's method with each of
+    It is trained at the times alone at which it will be evaluated: those of a trailing spacing of each of
     `student_steps` evaluations, all of them for every pair, for a pair costs as many evaluations of the
     teacher as its sampler takes. `teacher` names that sampler: kind, num_steps, guidance_scale (which the
     student needs no second evaluation for). The teacher itself comes by `learn_from`; who only samples needs
@@ -60,6 +62,15 @@ class DistillationModule(DiffusionModule):
         )
         self.teachers: tuple[DiffusionModule, ...] = ()  # one in training; a tuple keeps it out of the state
 
+    @staticmethod
+    def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
+        if "conditioner" not in model:
+            raise InputError(
+                "model.teacher.checkpoint: a student's parts are its teacher's, which this config does not "
+                "hold; ask for the teacher's experiment instead"
+            )
+        return DiffusionModule.batch_keys(model, is_cached=is_cached)
+
     def learn_from(self, teacher: DiffusionModule) -> None:
         """The trained model whose samples are learnt, frozen."""
         check_guidance(self.teachers_sampler, teacher.conditioner)
@@ -71,7 +82,7 @@ class DistillationModule(DiffusionModule):
 
     def student_times(self) -> Tensor:
         """(K,) falling float64 times at which any of the student's samplers evaluates it."""
-        grids = [EulerSampler(num_steps=n).time_grid(self.schedule).times for n in self.student_steps]
+        grids = [spaced_times(n, self.schedule, "trailing", None)[0] for n in self.student_steps]
         return torch.cat(grids).unique().flip(0)
 
     @torch.no_grad()
