@@ -224,5 +224,5 @@ def test_a_stage_of_a_model_without_one_is_named(vqgan_modalities, prepared_moda
 def test_the_published_patch_of_small_latents_has_one_stage():
     """debug=tiny leaves a discriminator that latents of 4 voxels an edge have room for."""
     patch = {"channels": [32, 64, 128, 256], "strides": [2, 2, 2, 1]}
-    small = shrink({"kind": "translation", "discriminators": {"patch": patch}})
+    small = shrink({"first_stage": {}, "discriminators": {"patch": patch}})
     assert small["discriminators"]["patch"] == {"channels": [16], "strides": [2]}
