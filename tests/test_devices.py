@@ -16,19 +16,20 @@ TURING = Hardware("cuda", multiplies_bf16=False, count=2)
 
 
 @pytest.mark.parametrize(
-    ("hardware", "precision", "channels_last", "matmul", "pins"),
+    ("hardware", "precision", "channels_last", "matmul", "pins", "compiles"),
     [
-        (GPU, "bf16-mixed", True, "high", True),
-        (TURING, "32-true", True, "high", True),
-        (AMX, "bf16-mixed", True, "highest", False),
-        (CPU, "32-true", False, "highest", False),
+        (GPU, "bf16-mixed", True, "high", True, True),
+        (TURING, "32-true", True, "high", True, True),
+        (AMX, "bf16-mixed", True, "highest", False, False),
+        (CPU, "32-true", False, "highest", False, False),
     ],
 )
-def test_auto_follows_the_hardware(hardware, precision, channels_last, matmul, pins):
+def test_auto_follows_the_hardware(hardware, precision, channels_last, matmul, pins, compiles):
     settings = choose_settings(hardware=hardware)
-    assert settings == devices.DeviceSettings(precision, channels_last, matmul, pins)
+    assert settings == devices.DeviceSettings(precision, channels_last, matmul, pins, compiles)
     for choice in (True, False):
         assert choose_settings(channels_last=choice, hardware=hardware).channels_last is choice
+        assert choose_settings(compiles=choice, hardware=hardware).compiles is choice
     assert not choose_settings(pin_memory=False, hardware=hardware).pin_memory
 
 
@@ -58,6 +59,8 @@ def test_lightning_s_short_names_of_a_precision():
     assert choose_settings("bf16", hardware=CPU).precision == "bf16-mixed"
     with pytest.raises(InputError, match="channels_last=fast is none of"):
         choose_settings(channels_last="fast", hardware=CPU)
+    with pytest.raises(InputError, match="compile=fast is none of"):
+        choose_settings(compiles="fast", hardware=CPU)
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,27 @@ SLACK = 1.002  # above it something has grown; a sum of floats may differ in its
 
 
 class Count(NamedTuple):
-    """One training step at an experiment's own batch, in bf16, on `CARD`."""
+    """One training step at an experiment's own batch, in bf16, on `CARD`: as it runs by default, its blocks
+    compiled (counted by the model of `planning.fusion`), and as it would run uncompiled.
+    """
 
     kernels: int
     gigabytes: float
     roofline_ms: float
+    uncompiled_kernels: int
+    uncompiled_gigabytes: float
 
 
 def count(experiment: str) -> Count:
     found = planning.plan_of(experiment, f"gpu={CARD}")
-    return Count(found.cost.num_kernels, round(found.cost.num_bytes / 1e9, 3), round(1e3 * found.roofline, 3))
+    cost, eager = found.cost, found.eager
+    return Count(
+        cost.num_kernels,
+        round(cost.num_bytes / 1e9, 3),
+        round(1e3 * found.roofline, 3),
+        eager.num_kernels,
+        round(eager.num_bytes / 1e9, 3),
+    )
 
 
 def grown(found: Count, known: Mapping[str, float] | None) -> list[str]:

@@ -63,11 +63,21 @@ def check_stated(label: Tensor) -> None:
         )
 
 
-def one_hot(mask: Tensor, num_classes: int) -> Tensor:
-    """(B, 1, *S) int64 class map -> (B, K, *S) float32."""
+def one_hot(mask: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, 1, *S) int64 class map -> (B, K, *S) of 0 and 1, in the memory layout of the map."""
     check_labels(mask, num_classes)
-    planes = torch.zeros(len(mask), num_classes, *spatial_shape(mask), device=mask.device)
-    return planes.scatter_(1, mask, 1.0)
+    return class_planes(mask, num_classes, dtype)
+
+
+def class_planes(mask: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """As `one_hot`; where the map holds a number that is no class, all planes are 0."""
+    classes = torch.arange(num_classes, device=mask.device)
+    shape = (len(mask), num_classes, *spatial_shape(mask))
+    if mask.stride(1) == 1:  # channels_last, as far as one channel can tell
+        planes = torch.empty((shape[0], *shape[2:], num_classes), dtype=dtype, device=mask.device)
+        return torch.eq(mask.movedim(1, -1), classes, out=planes).movedim(-1, 1)
+    planes = torch.empty(shape, dtype=dtype, device=mask.device)
+    return torch.eq(mask, expand_as(classes, mask[0]), out=planes)
 
 
 def to_uint8(x: Tensor) -> Tensor:

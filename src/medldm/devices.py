@@ -20,8 +20,11 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Entries of the distance matrix of a codebook that exist at a time, by kind of device: 2^20 floats are 4 MiB,
-# within a CPU's cache, and 2^26 keep a GPU busy at 256 MiB.
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# within a CPU's cache, and 2^27 keep a GPU busy at 512 MiB.
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+# The search of the nearest code finds the minimum of so many codes first, because on a CPU a minimum is
+# vectorised and the place of a minimum is not. 0: at once, for a GPU, where each step is one more kernel.
+CODES_PER_BLOCK = {"cpu": 128, "cuda": 0}
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,22 @@ def has_amx() -> bool:
 class DeviceSettings:
     """How to compute: `precision` as Lightning names it, `channels_last` the memory layout of weights and
     images, `matmul_precision` torch's name of how float32 products are rounded ("high" is TF32), `pin_memory`
-    whether batches wait in pages that a device can fetch by itself.
+    whether batches wait in pages that a device can fetch by itself, `compiles` whether the blocks of networks
+    are compiled.
     """
 
     precision: str
     channels_last: bool
     matmul_precision: str
     pin_memory: bool
+    compiles: bool
 
 
 def choose_settings(
     precision: str | int = "auto",
     channels_last: bool | str = "auto",
     pin_memory: bool = True,
+    compiles: bool | str = "auto",
     *,
     hardware: Hardware | None = None,
     key: str = "precision",
@@ -109,8 +115,9 @@ def choose_settings(
 
     `auto` precision is bf16 where the hardware multiplies it. `auto` layout is channels_last on GPUs and on
     CPUs with AMX: in float32 on others the backward of oneDNN's convolutions takes 1.6 times as long in it
-    (docs/performance.md). Rules, and no timings: a resumed run computes what the uninterrupted one would
-    have. `key` is the config's name of the precision.
+    (docs/performance.md). `auto` compiles on GPUs: on a CPU compiled blocks were slower. Rules, and no
+    timings: a resumed run computes what the uninterrupted one would have. `key` is the config's name of the
+    precision.
     """
     hardware = find_hardware() if hardware is None else hardware
     name = ALIASES.get(str(precision), str(precision))
@@ -127,7 +134,15 @@ def choose_settings(
         channels_last=bool(channels_last),
         matmul_precision="high" if hardware.is_gpu else "highest",
         pin_memory=bool(pin_memory) and hardware.is_gpu,
+        compiles=compiles_on(hardware, compiles),
     )
+
+
+def compiles_on(hardware: Hardware, choice: bool | str) -> bool:
+    """Whether networks are compiled on `hardware` by the config's `compile`. InputError for other values."""
+    if choice not in (True, False, "auto"):
+        raise InputError(f"compile={choice} is none of true, false, auto")
+    return hardware.is_gpu if choice == "auto" else bool(choice)
 
 
 def pick_device(name: str = "auto", hardware: Hardware | None = None) -> torch.device:
@@ -247,6 +262,12 @@ def in_precision_of_now(function: Callable, device: torch.device) -> Callable:
             return function(*args, **kwargs)
 
     return call
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The type in which convolutions and products on `device` compute here: autocast's, or float32."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
 def is_on_host(x: torch.Tensor) -> bool:

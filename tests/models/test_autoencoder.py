@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from medldm.networks.compiling import wrap_blocks
 from tests.training import PLAIN_SGD, VQVAE, build, fit, make_batches
 
 NO_GAN = ("model.adversarial=null", "model.discriminators=null")
@@ -96,6 +97,39 @@ def test_gradients_are_clipped_on_both_sides():
     for side in ("autoencoder", "discriminators"):
         moved = [v - before[n] for n, v in module.named_parameters() if n.startswith(side)]
         assert torch.stack([m.norm() for m in moved]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def passes_of(module, batch) -> list[int]:
+    """The batch sizes of the discriminator's passes in one step."""
+    sizes = []
+    (discriminator,) = module.discriminators
+    discriminator.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    fit(module, [batch])
+    return sizes
+
+
+def test_feature_matching_needs_no_second_pass_over_the_real_images():
+    """The update's pass over them is the one that features were matched with: without matching there are as
+    many passes, and the discriminator's update is the same.
+    """
+    (batch,) = make_batches(1, 2, 32)
+    matched = with_start(build(*GAN, "model.adversarial.feature_matching_weight=1.0"), 0)
+    plain = with_start(build(*GAN), 0)
+    assert passes_of(matched, batch) == passes_of(plain, batch) == [2, 2, 2]
+    pairs = zip(matched.discriminators.parameters(), plain.discriminators.parameters(), strict=True)
+    assert all(torch.equal(found, wanted) for found, wanted in pairs)
+
+
+@pytest.mark.parametrize(("norm", "sizes"), [("group", [2, 4]), ("batch", [2, 2, 2])])
+def test_as_on_a_gpu_real_and_fake_images_are_one_pass_unless_a_norm_would_mix_them(norm, sizes):
+    (batch,) = make_batches(1, 2, 32)
+    options = (*GAN, *PLAIN_SGD, f"model.discriminators.image.norm={norm}")
+    on_cpu, on_gpu = (with_start(build(*options), 0) for _ in range(2))
+    wrap_blocks(on_gpu, lambda call: call)
+    fit(on_cpu, [batch])
+    assert passes_of(on_gpu, batch) == sizes
+    for found, wanted in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_a_2d_discriminator_sees_one_random_slice_of_a_volume():

@@ -1,5 +1,6 @@
 """Two processes with gloo equal one process with twice the batch, through the command line."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,12 +11,22 @@ import torch
 from medldm.errors import InputError
 from medldm.networks.discriminator import PatchDiscriminator
 from medldm.training.trainer import syncs_batchnorm
-from tests.training import LDM, LONGER, PLAIN_SGD, RESTARTING_CODES, VQVAE, load, run_training
+from tests.training import (
+    LDM,
+    LONGER,
+    PLAIN_SGD,
+    RESTARTING_CODES,
+    VQVAE,
+    gpu_settings,
+    load,
+    read_metrics,
+    run_training,
+)
 
 
-def train_in_two_processes(root, run_dir, *overrides) -> None:
+def train_in_two_processes(root, run_dir, *overrides, program=("-m", "medldm.commands.train")) -> None:
     command = [
-        sys.executable, "-m", "medldm.commands.train", "debug=tiny", f"data.root={root}",
+        sys.executable, *program, "debug=tiny", f"data.root={root}",
         f"run_dir={run_dir}", "trainer.enable_progress_bar=false", *overrides,
         "trainer.devices=2", "data.batch_size=2",
     ]  # fmt: skip
@@ -89,3 +100,26 @@ def test_two_processes_equal_one_with_twice_the_batch(prepared, first_stage, tmp
         sorted(p.name for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("one", "two")
     )
     assert one == two
+
+
+AS_ON_A_GPU = """
+from medldm.commands import train
+from medldm.networks.compiling import wrap_blocks
+
+train.compile_blocks = lambda module, folder: wrap_blocks(module, lambda call: call)  # as compiled ones
+train.main()
+"""
+
+
+def test_two_processes_train_under_a_gpu_s_settings(prepared, tmp_path):
+    """bf16, channels_last, clipping, a fused optimiser, and blocks that round their weights at once."""
+    program = tmp_path / "train.py"
+    program.write_text(AS_ON_A_GPU)
+    options = (VQVAE, "model.adversarial.start=0", *gpu_settings(VQVAE), "compile=true")
+    train_in_two_processes(prepared, tmp_path / "run", *options, program=(str(program),))
+    content = load(tmp_path / "run/checkpoints/last.ckpt")
+    assert content["global_step"] == 2
+    losses = [float(row["train/loss"]) for row in read_metrics(tmp_path / "run") if row["train/loss"]]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    values = [x for x in content["state_dict"].values() if x.is_floating_point()]
+    assert {x.dtype for x in values} == {torch.float32} and all(x.isfinite().all() for x in values)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from medldm.devices import CODES_PER_BLOCK
 from medldm.diffusion.condition import Condition
 from medldm.networks import quantizer as module
 from medldm.networks.autoencoder import VQAutoencoder
@@ -26,7 +27,9 @@ LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 @pytest.mark.parametrize("num_codes", [1, 127, 128, 129, 1000])
 @pytest.mark.parametrize("code_dim", [1, 4, 8])
-def test_nearest_codes_equal_the_full_distance_matrix(num_codes, code_dim, monkeypatch):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_nearest_codes_equal_the_full_distance_matrix(num_codes, code_dim, kind, monkeypatch):
+    monkeypatch.setitem(CODES_PER_BLOCK, "cpu", CODES_PER_BLOCK[kind])
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 1024 * 37})  # several chunks, the last one short
     generator = torch.Generator().manual_seed(num_codes)
     x = torch.randn(301, code_dim, generator=generator)
@@ -38,7 +41,9 @@ def test_nearest_codes_equal_the_full_distance_matrix(num_codes, code_dim, monke
     assert (chosen == distances.argmin(1)).float().mean() > 0.99
 
 
-def test_equal_codes_give_the_first_one():
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_equal_codes_give_the_first_one(kind, monkeypatch):
+    monkeypatch.setitem(CODES_PER_BLOCK, "cpu", CODES_PER_BLOCK[kind])
     codebook = torch.arange(400.0).remainder(40)[:, None]  # every value ten times, in all blocks
     x = torch.arange(40.0)[:, None]
     assert nearest_codes(x, codebook).tolist() == list(range(40))

@@ -9,6 +9,12 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark" / "counting.py"
 
 
+KNOWN = {
+    "kernels": 1000, "gigabytes": 2.0, "roofline_ms": 5.0, "uncompiled_kernels": 2000,
+    "uncompiled_gigabytes": 4.0,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def counting():
     spec = importlib.util.spec_from_file_location("counting", SCRIPT)
@@ -19,8 +25,8 @@ def counting():
 
 def test_a_step_that_has_grown_fails_the_guard_and_a_smaller_one_passes(counting, monkeypatch, tmp_path):
     path, told = tmp_path / "counts.json", []
-    path.write_text(json.dumps({"a/b": {"kernels": 1000, "gigabytes": 2.0, "roofline_ms": 5.0}}))
-    found = {"kernels": 990, "gigabytes": 2.003, "roofline_ms": 5.0}
+    path.write_text(json.dumps({"a/b": KNOWN}))
+    found = KNOWN | {"kernels": 990, "gigabytes": 2.003}
     monkeypatch.setattr(counting, "count", lambda _: counting.Count(**found))
     assert counting.check(["a/b"], path=path, tell=told.append)
     found |= {"kernels": 1003, "gigabytes": 3.0}
@@ -32,9 +38,12 @@ def test_a_step_that_has_grown_fails_the_guard_and_a_smaller_one_passes(counting
 
 def test_an_update_writes_what_the_guard_then_accepts(counting, monkeypatch, tmp_path):
     path = tmp_path / "counts.json"
-    monkeypatch.setattr(counting, "count", lambda name: counting.Count(len(name), 1.5, 2.5))
+    monkeypatch.setattr(counting, "count", lambda name: counting.Count(len(name), 1.5, 2.5, 9, 3.5))
     assert counting.check(["a/b", "c/long"], path=path, update=True, tell=lambda _: None)
-    assert json.loads(path.read_text())["c/long"] == {"kernels": 6, "gigabytes": 1.5, "roofline_ms": 2.5}
+    assert json.loads(path.read_text())["c/long"] == {
+        "kernels": 6, "gigabytes": 1.5, "roofline_ms": 2.5, "uncompiled_kernels": 9,
+        "uncompiled_gigabytes": 3.5,
+    }  # fmt: skip
     assert counting.check(["a/b", "c/long"], path=path, tell=lambda _: None)
 
 

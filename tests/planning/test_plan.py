@@ -1,5 +1,7 @@
 """`medldm plan` on experiments: what it prints, what it refuses, and that a trace and a real step agree."""
 
+import re
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -54,6 +56,15 @@ def test_a_plan_says_what_fits(named, capsys):
     plan.task(named("cardiac2d/demo_vqvae", *SMALL, "gpu=rtx3090", "batches=[4]"))
     printed = capsys.readouterr().out
     assert "fits; data.batch_size up to" in printed and "528 updates" in printed
+    assert re.search(r"^blocks compiled; without: \d+ kernels, [\d.]+ GB$", printed, re.MULTILINE)
+
+
+def test_a_compiled_step_does_the_same_work_with_fewer_kernels_and_bytes(named):
+    job = job_of(named, "cardiac2d/demo_ldm", *SMALL)
+    traced = traced_step(job, 2, bf16=True, on_cuda=True, compiles=True)
+    assert traced.cost.flops == traced.compiled.flops
+    assert traced.compiled.num_kernels < traced.cost.num_kernels
+    assert traced.compiled.num_bytes < traced.cost.num_bytes
 
 
 def test_where_a_step_does_not_fit_the_plan_says_what_would(named, capsys):

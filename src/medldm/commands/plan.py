@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from medldm.build import module_class
 from medldm.commands import CONFIG_DIR, experiment_name, run_command
-from medldm.devices import pick_device
+from medldm.devices import CPU, GPU, compiles_on, pick_device
 from medldm.errors import InputError
 from medldm.planning.assume import Experiments, describe_job
 from medldm.planning.estimate import HEADER, Estimate, Planner, operations_table, settings, this_device
@@ -50,6 +50,8 @@ def task(cfg: DictConfig) -> None:
     found = planner.estimate(int(plan["data"]["batch_size"]))
     for row in (found, *(planner.estimate(int(n)) for n in plan["batches"])):
         print(row.row(), flush=True)
+    if planner.compiles:
+        print(f"blocks compiled; without: {found.uncompiled}")
     for line in (*operations_table(found.cost, plan["operations"]), *advice(planner, found, plan)):
         print(line, flush=True)
     if plan["measure"]:
@@ -73,6 +75,7 @@ def planner_of(plan: Mapping[str, Any], gpu: str, experiment: str) -> Planner:
         bf16=precision == "bf16-mixed",
         on_cuda=gpu != "cpu",
         averages=bool(plan["callbacks"]["ema"]),
+        compiles=compiles_on(CPU if gpu == "cpu" else GPU, plan["compile"]),
     )
 
 

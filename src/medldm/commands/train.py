@@ -32,6 +32,7 @@ from medldm.commands import experiment_name, run_command
 from medldm.devices import DeviceSettings
 from medldm.locks import one_writer
 from medldm.models.common import TrainedModule
+from medldm.networks.compiling import compile_blocks
 from medldm.overrides import typed_command, typed_overrides
 from medldm.runs import note_command
 from medldm.training.checks import check_knobs, check_monitor, check_sizes
@@ -46,7 +47,7 @@ def task(cfg: DictConfig) -> None:
     run = open_run(cfg, experiment_name())
     datamodule = make_data(cfg, run)
     module = make_module(cfg, run, datamodule)
-    lay_out(cfg, module, settings)
+    lay_out(module, settings, run)
     check(cfg, run, module, datamodule)
     trainer = build_trainer(cfg, module, datamodule, run.folder, run.step, settings)
     config = OmegaConf.to_yaml(cfg, resolve=True)
@@ -58,12 +59,12 @@ def task(cfg: DictConfig) -> None:
         fit(trainer, module, datamodule, run)
 
 
-def lay_out(cfg: DictConfig, module: TrainedModule, settings: DeviceSettings) -> None:
-    """Memory layout and compilation of the networks."""
+def lay_out(module: TrainedModule, settings: DeviceSettings, run: Run) -> None:
+    """Memory layout and compilation of the networks; compiled kernels are kept in the run's folder."""
     if settings.channels_last:
         module.use_channels_last()
-    for part in module.compiled_parts if cfg.compile else ():
-        part.compile()
+    if settings.compiles:
+        compile_blocks(module, run.folder.absolute() / "compiled")
 
 
 def check(cfg: DictConfig, run: Run, module: TrainedModule, datamodule: LightningDataModule) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medldm.attributes import Attribute, KnownAttributes
 from medldm.batch import Batch
+from medldm.devices import compute_dtype
 from medldm.diffusion.condition import Condition, fixed_drop, require
 from medldm.diffusion.embeddings import embed_by_name, keep, scalar_mlp, unknown_values
 from medldm.diffusion.encoders import build_encoder
@@ -172,12 +173,20 @@ class SpatialConditioner(nn.Module):
             drop = drop[:, None].expand(-1, len(self.groups)) if drop.ndim == 1 else drop
             dropped = dict(zip(self.groups, drop.unbind(1), strict=True))
         needs_planes = self.encoder or self.spade not in (None, "map_latent")
-        planes = self.planes(batch, dropped) if needs_planes else None
+        planes = self.planes(batch, dropped, self.planes_dtype(batch)) if needs_planes else None
         return Condition(
             concat=self.encoder(planes) if self.encoder else None,
             embedding=self.embed(batch, dropped.get("attributes")) if self.embedding_dim else None,
             spade=self.spade_map(batch, planes, dropped.get("mask")),
         )
+
+    def planes_dtype(self, batch: Batch) -> torch.dtype:
+        """That of the convolutions that see the planes: 0 and 1 are exact in all. float32 where an encoder
+        takes averages first.
+        """
+        averages = any(getattr(e, "averages", False) for e in (self.encoder, self.spade_encoder))
+        device = require(batch, "edges" if self.use_edges else "mask").device
+        return torch.float32 if averages else compute_dtype(device)
 
     def spade_map(self, batch: Batch, planes: Tensor | None, drop: Tensor | None) -> Tensor | None:
         if self.spade == "map_latent":

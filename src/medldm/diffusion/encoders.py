@@ -37,6 +37,8 @@ class Rescaler(nn.Module):
     """CompVis's SpatialRescaler: linear interpolation by 0.5 per factor of two, then a 1x1 convolution."""
 
     halo = 0
+    is_block = True
+    averages = True
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
@@ -57,6 +59,7 @@ class Unshuffle(nn.Module):
     """Every pixel of a latent cell becomes a channel, then a 1x1 convolution. Shi et al. 2016."""
 
     halo = 0
+    is_block = True
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
@@ -77,6 +80,8 @@ class SegConv(nn.Module):
     map: the published padding shifted the depth by a slice for each convolution.
     """
 
+    is_block = True
+
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
         self.out_channels = out_channels
@@ -84,10 +89,10 @@ class SegConv(nn.Module):
         dims, layers, width = len(downsampling), [], in_channels
         kernel = (1,) * (dims - 2) + (3, 3)
         padding = tuple(size // 2 for size in kernel)
-        pool = getattr(nn, f"MaxPool{dims}d")
         for stage, strides in enumerate(stage_strides(downsampling)):
             hidden = 64 * 2**stage
-            layers += [conv(dims, width, hidden, kernel, padding=padding), nn.ReLU(), pool(strides)]
+            # the maximum first: with ReLU it commutes, and so it leaves less to do
+            layers += [conv(dims, width, hidden, kernel, padding=padding), MaxPool(dims, strides), nn.ReLU()]
             width = hidden
         layers += [conv(dims, width, out_channels, kernel, padding=padding), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
@@ -107,10 +112,33 @@ def halo_of_convolutions(strides: list[tuple[int, ...]]) -> int:
     return max(cells)
 
 
+class MaxPool(nn.Module):
+    """The maximum of each block of `strides`. In 3D it is taken within slices and then along depth, by the
+    kernels of images, which compilers fuse; the result and its gradients, also of equal values, are those of
+    `nn.MaxPool3d`.
+    """
+
+    def __init__(self, spatial_dims: int, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.spatial_dims, self.strides = spatial_dims, tuple(strides)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spatial_dims == 2:
+            return F.max_pool2d(x, self.strides)
+        depth, *within = self.strides
+        slices = x.transpose(1, 2).flatten(0, 1)  # (B D, C, H, W), a view in channels_last
+        x = F.max_pool2d(slices, within).unflatten(0, (len(x), -1)).transpose(1, 2)
+        if depth == 1:
+            return x
+        rows = x.flatten(3)  # (B, C, D, H W)
+        return F.max_pool2d(rows, (depth, 1)).unflatten(3, x.shape[3:])
+
+
 class AreaEncoder(nn.Module):
     """The share of every plane in each latent cell: nothing learned, and no class lost."""
 
     halo = 0
+    averages = True
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()
@@ -126,6 +154,8 @@ class StridedCNN(nn.Module):
 
     It has no `halo`: the group norms take their statistics over the whole image or volume.
     """
+
+    is_block = True
 
     def __init__(self, in_channels: int, out_channels: int, downsampling: tuple[int, ...]) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from medldm.batch import check_labels, expand_as, one_hot
+from medldm.devices import compute_dtype
 from medldm.errors import InputError
 from medldm.networks.tiling import TiledAutoencoder
 from medldm.ranks import all_reduce
@@ -133,8 +134,9 @@ class FirstStage(nn.Module):
             raise InputError(
                 "the first stage's SPADE decoder needs masks; use a conditioner with use_mask=true"
             )
-        check_labels(batch["mask"], num_classes)
-        return batch["mask"] if self.tile is not None else one_hot(batch["mask"], num_classes)
+        mask = batch["mask"]
+        check_labels(mask, num_classes)
+        return mask if self.tile is not None else one_hot(mask, num_classes, compute_dtype(mask.device))
 
     @torch.no_grad()
     def translate(self, z: Tensor, label: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medldm.batch import Batch, check_labels, spatial_shape
+from medldm.batch import Batch, check_labels, class_planes, expand_as, spatial_shape
 from medldm.diffusion.condition import require
 from medldm.diffusion.embeddings import keep
 from medldm.diffusion.latent import latent_shape
@@ -62,19 +62,19 @@ class ConditionPlanes:
     def num_planes(self) -> int:
         return int(self.use_edges) + self.num_classes
 
-    def __call__(self, batch: Batch, dropped: Mapping[str, Tensor]) -> Tensor:
-        """(B, num_planes, *S) float32 in {0, 1}; zero where `dropped` (by group, (B,) each) says so, which no
-        real one-hot map is.
+    def __call__(self, batch: Batch, dropped: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """(B, num_planes, *S) in {0, 1}; zero where `dropped` (by group, (B,) each) says so, which no real
+        one-hot map is.
         """
         reference = require(batch, "edges" if self.use_edges else "mask")
         latent_shape(spatial_shape(reference), self.downsampling)  # raises where the grid does not divide
-        shape = (len(reference), self.num_planes, *spatial_shape(reference))
-        planes = torch.zeros(shape, dtype=torch.float32, device=reference.device)
+        planes = []
         if self.use_edges:
-            planes[:, :1] = keep(require(batch, "edges").float(), dropped.get("edges"))
+            planes.append(keep(require(batch, "edges").to(dtype), dropped.get("edges")))
         if self.num_classes:
             mask = require(batch, "mask").long()
             check_labels(mask, self.num_classes)
-            kept = keep(torch.ones_like(mask, dtype=torch.float32), dropped.get("mask"))
-            planes[:, int(self.use_edges) :].scatter_(1, mask, kept)
-        return planes
+            drop = dropped.get("mask")
+            mask = mask if drop is None else mask.masked_fill(expand_as(drop, mask), -1)
+            planes.append(class_planes(mask, self.num_classes, dtype))
+        return planes[0] if len(planes) == 1 else torch.cat(planes, dim=1)

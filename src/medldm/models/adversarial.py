@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from medldm.losses import AdversarialLoss, adaptive_weight, feature_matching, random_slices
 from medldm.models.common import TrainedModule, build_optimizer, clip_gradients, rank_part, step_generator
+from medldm.networks.compiling import Function, is_wrapped
 
 
 class GeneratorStep(NamedTuple):
@@ -33,6 +35,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.requires_grad_(True)
+
+
+def mixes_samples(discriminator: nn.Module) -> bool:
+    """Whether what it makes of an image depends on the others of the batch."""
+    return any(isinstance(part, _BatchNorm) for part in discriminator.modules())
 
 
 class AdversarialModule(TrainedModule):
@@ -67,6 +74,11 @@ class AdversarialModule(TrainedModule):
         self.slice_axes, self.seed = tuple(slice_axes), seed
         self.gradient_clip_val: float | None = None
         self.is_accumulating = False  # gradients of a part of a batch are pending
+        self.features_of_real: dict[nn.Module, list[Tensor]] = {}  # with their graphs, for this step
+        self.matching = Function(feature_matching)
+        if adversarial is not None:
+            self.generator_loss = Function(adversarial.generator_loss)
+            self.judgement = Function(adversarial.discriminator_loss)
 
     @property
     def generator(self) -> list[nn.Module]:
@@ -138,24 +150,49 @@ class AdversarialModule(TrainedModule):
         adversarial, matching = [], []
         for discriminator in self.discriminators:
             fake = discriminator(self.view(x_hat, discriminator.spatial_dims, slices))
-            term = self.adversarial.generator_loss(fake[-1].float(), label)
+            term = self.generator_loss(fake[-1].float(), label)
             adversarial.append(discriminator.weight * term)
             if self.adversarial.feature_matching_weight:
-                with torch.no_grad():
-                    real = discriminator(self.view(x, discriminator.spatial_dims, slices))
-                matching.append(feature_matching(real, fake))
+                real = self.real_features(discriminator, x, slices)
+                matching.append(self.matching([r.detach() for r in real], fake))
         losses = {"adversarial": torch.stack(adversarial).sum()}
         return losses | ({"feature_matching": torch.stack(matching).sum()} if matching else {})
+
+    def logits(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Sequence[Tensor]:
+        """Of real and fake images. In one pass on a GPU, where no batch norm would mix them; on a CPU that
+        would change the order of sums.
+        """
+        features = self.features_of_real.pop(discriminator, None)
+        if features is not None:
+            return features[-1], discriminator(fake)[-1]
+        if is_wrapped(discriminator) and not mixes_samples(discriminator):
+            return discriminator(torch.cat([real, fake]))[-1].chunk(2)
+        return discriminator(real)[-1], discriminator(fake)[-1]
+
+    def real_features(self, discriminator: nn.Module, x: Tensor, slices: tuple[int, Tensor]) -> list[Tensor]:
+        """What a discriminator makes of the real images. Its own update needs the same, so the graph is kept
+        for it; not by batch norms, whose statistics see the real images twice a step.
+        """
+        view = self.view(x.detach(), discriminator.spatial_dims, slices)
+        if mixes_samples(discriminator):
+            with torch.no_grad():
+                return discriminator(view)
+        discriminator.requires_grad_(True)
+        try:
+            features = discriminator(view)
+        finally:
+            discriminator.requires_grad_(False)
+        self.features_of_real[discriminator] = features
+        return features
 
     def discriminator_loss(
         self, x: Tensor, x_hat: Tensor, slices: tuple[int, Tensor], label: Tensor | None = None
     ) -> Tensor:
         losses = []
         for discriminator in self.discriminators:
-            real, fake = (
-                discriminator(self.view(v, discriminator.spatial_dims, slices))[-1] for v in (x, x_hat)
-            )
-            losses.append(self.adversarial.discriminator_loss(real.float(), fake.float(), label))
+            views = (self.view(v, discriminator.spatial_dims, slices) for v in (x, x_hat))
+            real, fake = self.logits(discriminator, *views)
+            losses.append(self.judgement(real.float(), fake.float(), label))
         return torch.stack(losses).sum()
 
     def draw_slices(self, x: Tensor, batch_idx: int) -> tuple[int, Tensor]:

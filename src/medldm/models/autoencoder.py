@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from medldm.batch import one_hot
+from medldm.devices import compute_dtype
 from medldm.diffusion.latent import FirstStage
 from medldm.losses import PIXEL_LOSSES, PerceptualLoss
 from medldm.metrics.image import psnr, ssim
@@ -16,6 +17,7 @@ from medldm.metrics.overlap import dice
 from medldm.models.adversarial import AdversarialModule, GeneratorStep
 from medldm.models.protocols import Output, Request
 from medldm.networks.autoencoder import VQAutoencoder
+from medldm.networks.compiling import Function
 from medldm.networks.tiling import TiledAutoencoder
 
 
@@ -50,7 +52,7 @@ class AutoencoderModule(AdversarialModule):
             raise ValueError("pixel_loss=cross_entropy is for reconstructs=mask; choose l1 or l2")
         self.reconstructs = reconstructs
         self.autoencoder, self.perceptual = autoencoder, perceptual
-        self.pixel_loss = PIXEL_LOSSES[pixel_loss]
+        self.pixel_loss = Function(PIXEL_LOSSES[pixel_loss])
         self.pixel_weight, self.perceptual_weight = pixel_weight, perceptual_weight
         self.quantizer_weight = quantizer_weight
         self.tile: int | None = None
@@ -124,7 +126,7 @@ class AutoencoderModule(AdversarialModule):
         num_classes = self.autoencoder.decoder_map_channels
         if num_classes is None:
             return None
-        return one_hot(batch["mask"], num_classes)
+        return one_hot(batch["mask"], num_classes, compute_dtype(batch["mask"].device))
 
     def target(self, batch: dict) -> Tensor:
         """(B, C, *S) what is to be reconstructed."""

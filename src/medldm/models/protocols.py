@@ -82,7 +82,7 @@ class Trainable(Protocol):
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
-        """What `compile=true` compiles."""
+        """Networks that sampling calls many times: what `compile=true` of `medldm sample` compiles."""
 
     @property
     def ema_modules(self) -> nn.ModuleDict | None:

@@ -63,6 +63,7 @@ class VoxelwiseModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, cosine_steps=cosine_steps)
         self.network = network
+        network.is_block = True  # compiled as a whole
         self.inference = {"window": window, "overlap": overlap, "divisible_by": divisible_by}
 
     @property

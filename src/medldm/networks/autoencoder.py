@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.networks.autoencoder_plan import BlockStep, Stages
+from medldm.networks.compiling import Function
 from medldm.networks.layers import (
     RESAMPLINGS,
     AttentionBlock,
@@ -30,6 +31,8 @@ from medldm.networks.spade import SPADE
 
 class Stack(nn.ModuleList):
     """Blocks in a row; those that take the SPADE map get it."""
+
+    rounds_together = True
 
     def forward(self, h: Tensor, spade: Tensor | None = None) -> Tensor:
         for block in self:
@@ -143,6 +146,7 @@ class VQAutoencoder(nn.Module):
         self.decoder = blocks.make(spatial_dims, plan.decoder, decoder_norm)
         self.decoder_norm = decoder_norm(narrowest) if plan.has_last_norm else None
         self.head = padded(narrowest, image_channels)
+        self.add_functions()
 
     def add_latent_layers(self, quantizer: Callable[..., nn.Module], width: int, kernel: int | None) -> None:
         """What lies between the encoder's norm and the decoder's blocks, both of this width."""
@@ -156,14 +160,27 @@ class VQAutoencoder(nn.Module):
         self.post_quantizer = conv(dims, channels, width, kernel_size=1)
         self.quantizer = quantizer(code_dim=channels)
 
+    def add_functions(self) -> None:
+        """What runs between the blocks, as blocks; the head is none, because its gradient is also asked for
+        alone.
+        """
+        latent_layers = (self.encoder_norm, self.to_latent, self.pre_quantizer)
+        self.encoder_end = Function(self.ended, latent_layers, exact=True)
+        norms = [norm for norm in (self.decoder_entry_norm,) if norm is not None]
+        self.decoder_start = Function(self.entered, (self.post_quantizer, self.from_latent, *norms))
+        norms = [norm for norm in (self.decoder_norm,) if norm is not None]
+        self.decoder_end = Function(self.normed, norms)
+
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, *S) image -> (B, Cz, *S/f) latent before quantisation.
 
         Raises ValueError where S does not divide by `downsampling`.
         """
         self.check_size(x)
-        h = F.silu(self.encoder_norm(self.encoder(self.first(x))))
-        return self.latent(h)
+        return self.encoder_end(self.encoder(self.first(x)))
+
+    def ended(self, h: Tensor) -> Tensor:
+        return self.latent(F.silu(self.encoder_norm(h)))
 
     def latent(self, h: Tensor) -> Tensor:
         """Activated features (B, C, *S/f) of the encoder -> (B, Cz, *S/f)."""
@@ -188,13 +205,16 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, Cz, *S/f) quantised latent (and, for SPADE decoders, the one-hot map) -> (B, C, *S) image."""
+        return self.last(self.decoder_end(self.decoder(self.decoder_start(z, mask), mask), mask))
+
+    def entered(self, z: Tensor, mask: Tensor | None) -> Tensor:
         h = self.from_latent(self.post_quantizer(z))
-        if self.decoder_entry_norm is not None:
-            h = F.silu(apply_norm(self.decoder_entry_norm, h, mask))
-        h = self.decoder(h, mask)
-        if self.decoder_norm is not None:
-            h = F.silu(apply_norm(self.decoder_norm, h, mask))
-        return self.last(h)
+        if self.decoder_entry_norm is None:
+            return h
+        return F.silu(apply_norm(self.decoder_entry_norm, h, mask))
+
+    def normed(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        return h if self.decoder_norm is None else F.silu(apply_norm(self.decoder_norm, h, mask))
 
     def last(self, h: Tensor) -> Tensor:
         x = last_layer_of_image(self.head, h)

@@ -20,13 +20,18 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
 
 
-def on_slices(convolve: Callable[..., Tensor], layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
-    """`layer` as `convolve`, a convolution of images, on the slices of x (B, C, D, H, W) in channels_last_3d.
-    All changes of shape are views.
+def on_slices(
+    convolve: Callable[..., Tensor],
+    layer: nn.Conv3d | nn.ConvTranspose3d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """`layer` with these weights as `convolve`, a convolution of images, on the slices of x (B, C, D, H, W)
+    in channels_last_3d. All changes of shape are views.
     """
     slices = x.transpose(1, 2).flatten(0, 1)  # (B D, C, H, W)
-    weight = layer.weight.squeeze(2)
-    out = convolve(slices, weight, layer.bias, stride=layer.stride[1:], padding=layer.padding[1:])
+    out = convolve(slices, weight.squeeze(2), bias, stride=layer.stride[1:], padding=layer.padding[1:])
     return out.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
@@ -36,10 +41,10 @@ class Conv3d(nn.Conv3d):
     copies.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if keeps_slices_apart(self) and is_channels_last(x):
-            return on_slices(partial(F.conv2d, groups=self.groups), self, x)
-        return super().forward(x)
+            return on_slices(partial(F.conv2d, groups=self.groups), self, x, weight, bias)
+        return super()._conv_forward(x, weight, bias)
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
@@ -47,8 +52,13 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, x: Tensor) -> Tensor:
         if keeps_slices_apart(self) and is_channels_last(x):
-            return on_slices(F.conv_transpose2d, self, x)
+            return on_slices(F.conv_transpose2d, self, x, self.weight, self.bias)
         return super().forward(x)
+
+
+def convolve_as(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `layer`, of `conv`, makes of x with other weights in the place of its own."""
+    return layer._conv_forward(x, weight, bias)
 
 
 def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:

@@ -32,6 +32,8 @@ class PatchDiscriminator(nn.Module):
     weight: of its adversarial term in the generator's loss, where there are several discriminators.
     """
 
+    is_block = True
+
     def __init__(
         self,
         spatial_dims: int,

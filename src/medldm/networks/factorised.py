@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.devices import full_precision
 from medldm.networks.layers import attend, group_norm, zero_init
 
 NUM_PLACES = 512  # along depth, for which angles are computed once
@@ -17,8 +18,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     and one over the tokens of k. Shen et al. 2021, "Efficient attention".
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (q, k, v))  # (B, L, heads, c)
-    q = q.softmax(-1) * q.shape[-1] ** -0.5
-    summary = torch.einsum("blhc,blhd->bhcd", k.softmax(1), v)
+    with full_precision(q.device):  # in the type of q and k; the kernel sums in float32
+        q, k = q.softmax(-1) * q.shape[-1] ** -0.5, k.softmax(1)
+    summary = torch.einsum("blhc,blhd->bhcd", k, v)
     return torch.einsum("blhc,bhcd->blhd", q, summary).flatten(2)
 
 
@@ -122,6 +124,8 @@ class FactorisedAttention(nn.Module):
     spatial: the kind within slices, "linear" or "full", or "none" for depth alone.
     zero_init_last: both start as the identity.
     """
+
+    is_block = True
 
     def __init__(
         self,

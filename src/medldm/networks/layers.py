@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from medldm.devices import full_precision
+from medldm.networks.compiling import checkpointed
 from medldm.networks.convolution import conv, conv_transpose
 from medldm.networks.options import check_one_of
 from medldm.networks.spade import SPADE, Modulation
@@ -63,6 +63,8 @@ class GroupNorm(nn.GroupNorm):
     Autocast alone would run it in float32, which doubles the activations of a 3D autoencoder.
     """
 
+    rounds_weights = True
+
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x.device):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -99,6 +101,8 @@ class ResBlock(nn.Module):
     embedding_channels: 0 where there is none.
     use_checkpoint: the block is computed again in the backward pass, which saves memory.
     """
+
+    is_block = True
 
     def __init__(
         self,
@@ -151,7 +155,7 @@ class ResBlock(nn.Module):
         `modulations` has made of it -> (B, C_out, *S).
         """
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, embedding, spade, use_reentrant=False)
+            return checkpointed(self, self._forward, x, embedding, spade)
         return self._forward(x, embedding, spade)
 
     def _forward(self, x: Tensor, embedding: Tensor | None, spade: Any) -> Tensor:
@@ -207,6 +211,8 @@ def heads_for(channels: int, num_heads: int | None, head_channels: int | None) -
 class AttentionBlock(nn.Module):
     """Group norm and self-attention over all positions, with a residual connection; `context` is not used."""
 
+    is_block = True
+
     def __init__(
         self,
         channels: int,
@@ -234,6 +240,8 @@ class TransformerBlock(nn.Module):
     """The transformer block of latent diffusion: self-attention over all positions, cross-attention to the
     tokens `context` (B, L, context_channels), and a feed-forward layer with GEGLU. Rombach et al. 2022.
     """
+
+    is_block = True
 
     def __init__(
         self,
@@ -277,6 +285,8 @@ class Downsample(nn.Module):
     zero at the end of each axis, as latent diffusion of CompVis and ALDM have it.
     flat_kernel: the kernel is 1 along axes of stride 1, and 3 otherwise.
     """
+
+    is_block = True
 
     def __init__(
         self,
@@ -326,6 +336,8 @@ class Upsample(nn.Module):
     padding_mode: "replicate" makes a transposed convolution repeat the border of its input (TATS, Med-LSDM).
     flat_kernel: the kernel is 1 along axes of stride 1, and 3 otherwise.
     """
+
+    is_block = True
 
     def __init__(
         self,

@@ -7,16 +7,16 @@ average), Dhariwal et al. 2020 (restart of unused codes).
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.devices import CHUNK_ELEMENTS, full_precision
+from medldm.devices import CHUNK_ELEMENTS, CODES_PER_BLOCK, full_precision
+from medldm.networks.compiling import Function
 from medldm.ranks import all_reduce, num_ranks, rank
-
-CODES_PER_BLOCK = 128  # codes per block of the two-step argmin
 
 
 class Quantized(NamedTuple):
@@ -47,22 +47,30 @@ def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
     of blocks of codes are found first. Of codes that are equally near the first one is taken.
     """
     codes = torch.cat([-codebook, codebook.square().sum(1, keepdim=True) / 2], dim=1)  # (K, C + 1)
-    filler = -len(codes) % CODES_PER_BLOCK
-    if filler:
+    kind = x.device.type
+    block, filler = CODES_PER_BLOCK.get(kind, 0), 0
+    if block and (filler := -len(codes) % block):
         never = F.pad(codes.new_full((filler, 1), torch.inf), (x.shape[1], 0))
         codes = torch.cat([codes, never])
-    columns = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**24) // len(codes))
+    columns = max(1, CHUNK_ELEMENTS.get(kind, 2**24) // len(codes))
+    nearest = partial(nearest_in_blocks, block=block) if block else nearest_at_once
     with exact_matmul():
-        return torch.cat([nearest_in_blocks(codes, part) for part in x.split(columns)])
+        found = [nearest(codes, part) for part in F.pad(x, (0, 1), value=1.0).split(columns)]
+    return torch.cat(found)
 
 
-def nearest_in_blocks(codes: Tensor, x: Tensor) -> Tensor:
-    """Rows x (n, C), codes (-e, |e|^2 / 2) of shape (K, C + 1), K a multiple of CODES_PER_BLOCK -> (n,)."""
-    products = codes @ F.pad(x, (0, 1), value=1.0).t()
-    distances = products.view(-1, CODES_PER_BLOCK, len(x))  # (K / block, block, n)
-    block = distances.amin(1).argmin(0)  # (n,)
-    within = distances[block, :, torch.arange(len(x), device=x.device)].argmin(1)
-    return block * CODES_PER_BLOCK + within
+def nearest_at_once(codes: Tensor, x: Tensor) -> Tensor:
+    """Rows (x, 1) of shape (n, C + 1), codes (-e, |e|^2 / 2) of shape (K, C + 1) -> (n,)."""
+    return (x @ codes.t()).argmin(1)
+
+
+def nearest_in_blocks(codes: Tensor, x: Tensor, block: int) -> Tensor:
+    """As `nearest_at_once`, by the minima of `block` codes each; K is a multiple of it."""
+    products = codes @ x.t()
+    distances = products.view(-1, block, len(x))  # (K / block, block, n)
+    chosen = distances.amin(1).argmin(0)  # (n,)
+    within = distances[chosen, :, torch.arange(len(x), device=x.device)].argmin(1)
+    return chosen * block + within
 
 
 def perplexity_of(counts: Tensor) -> Tensor:
@@ -119,6 +127,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("initialised", torch.tensor(init != "data"))
         self.register_buffer("num_updates", torch.tensor(0))
         self.register_buffer("epoch_count", torch.zeros(num_codes), persistent=False)
+        self.initialise, self.finish = Function(self._initialise), Function(self._finish)
 
     def forward(self, h: Tensor) -> Quantized:
         """h (B, C, *S) -> its codes; in training mode the statistics follow."""
@@ -129,8 +138,12 @@ class VectorQuantizer(nn.Module):
         x = h.movedim(1, -1).reshape(-1, self.code_dim)  # (N, C)
         with torch.no_grad():
             if self.training:
-                self._initialise(x)
+                self.initialise(x)
             indices = nearest_codes(x, self.codebook)
+        return self.finish(h, x, indices)
+
+    def _finish(self, h: Tensor, x: Tensor, indices: Tensor) -> Quantized:
+        with torch.no_grad():
             counts = torch.zeros_like(self.code_count)
             counts.index_add_(0, indices, torch.ones_like(x[:, 0]))
         codes = F.embedding(indices, self.codebook)

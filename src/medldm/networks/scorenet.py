@@ -62,6 +62,8 @@ class ResidualMLP(nn.ModuleList):
     activation: "gelu" or "swish". options: the others of `ResidualLinear`.
     """
 
+    is_block = True
+
     def __init__(
         self, channels: int, num_blocks: int, *, film: str = "shift", activation: str = "gelu", **options
     ):
@@ -97,6 +99,8 @@ class ScoreNet(nn.Module):
     fourier: [first, last) of the Fourier features of z that are added to the input, None for none.
     Maps and tokens are refused: `spade_channels` and `context_channels` must be None or 0.
     """
+
+    is_block = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
-from medldm.networks.convolution import conv
+from medldm.networks.convolution import conv, convolve_as
 
 
 class Modulation(NamedTuple):
@@ -55,7 +55,18 @@ class SPADE(nn.Module):
         if spade.shape[2:] != size:
             spade = F.interpolate(spade, size=size, mode="nearest")
         hidden = F.relu(self.shared(spade))
-        return Modulation(self.gamma(hidden), self.beta(hidden))
+        if self.gamma.weight.dtype == torch.float32:
+            return Modulation(self.gamma(hidden), self.beta(hidden))
+        return Modulation(*self.both(hidden).chunk(2, dim=1))
+
+    def both(self, hidden: Tensor) -> Tensor:
+        """gamma and beta, one after the other along the channels, by one convolution that reads the hidden
+        channels once. For weights that have been rounded for a GPU: in float32 on a CPU it would change the
+        order of sums in their gradients, and with it the weights of a seeded run.
+        """
+        layers = (self.gamma, self.beta)
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return convolve_as(self.gamma, hidden, weight, bias)
 
     def forward(self, x: Tensor, spade: Tensor | Modulation | None) -> Tensor:
         """x (B, C, *s), and the map or what `modulation` has made of it -> (B, C, *s)."""

@@ -23,6 +23,8 @@ class SwitchedConv(nn.Module):
     all classes lie along the first axis, (K C_out, C_in, 3, 3[, 3]), as one convolution's would.
     """
 
+    rounds_weights = True
+
     def __init__(self, spatial_dims: int, num_classes: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
         shape = (num_classes * out_channels, in_channels, *(3,) * spatial_dims)
@@ -70,6 +72,8 @@ class SwitchedBlock(nn.Module):
     norm_on_shortcut: a third switched norm before the shortcut's convolution, as ALDM's first release has it.
     conv_skip: one more convolution of the input beside the block, as its second release has it.
     """
+
+    is_block = True
 
     def __init__(
         self,

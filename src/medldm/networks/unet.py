@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.errors import InputError
+from medldm.networks.compiling import Function
 from medldm.networks.layers import (
     RESAMPLINGS,
     AttentionBlock,
@@ -95,6 +96,8 @@ class Embeddings:
 
 class Unit(nn.Module):
     """A residual block and, where asked, attention after it."""
+
+    is_block = True
 
     def __init__(self, res: ResBlock, attention: nn.Module | None) -> None:
         super().__init__()
@@ -231,6 +234,8 @@ class UNet(nn.Module):
         self.head = same_conv(spatial_dims, last, out_channels, kernels.kernel_size)
         if blocks.zero_init_last:
             zero_init(self.head)
+        self.begin = Function(self.begun, (self.stem,))
+        self.end = Function(self.ended, (self.head_norm, self.head))
         # the plan with its modules, which are registered under their places
         self.steps = [
             (step, self.get_submodule(step.place) if step.place else None) for step in chain(*shape.plan)
@@ -251,7 +256,7 @@ class UNet(nn.Module):
             e = e + condition.embedding
         e = F.silu(e)
         h = z_t if condition.concat is None else torch.cat([z_t, condition.concat.to(z_t.dtype)], dim=1)
-        h = self.stem(h)
+        h = self.begin(h)
         if self.stem_attention is not None:
             h = self.stem_attention(h)
         kept, maps = [], condition.spade
@@ -266,6 +271,12 @@ class UNet(nn.Module):
                 h = module(h, condition.context)
             else:
                 h = module(h)
+        return self.end(h)
+
+    def begun(self, z_t: Tensor) -> Tensor:
+        return self.stem(z_t)
+
+    def ended(self, h: Tensor) -> Tensor:
         return self.head(F.silu(self.head_norm(h)))
 
     def check_size(self, z_t: Tensor) -> None:

@@ -42,6 +42,11 @@ class Estimate:
     cost: Cost
     roofline: float  # seconds
     expected: float
+    eager: Cost  # of the same calls, uncompiled
+
+    @property
+    def uncompiled(self) -> str:
+        return f"{self.eager.num_kernels} kernels, {self.eager.num_bytes / 1e9:.3g} GB"
 
     def row(self) -> str:
         total, cost = self.memory, self.cost
@@ -68,10 +73,14 @@ class Planner:
     bf16: bool
     on_cuda: bool
     averages: bool  # a moving average of the weights is kept
+    compiles: bool = False  # blocks are compiled
 
     def estimate(self, batch_size: int) -> Estimate:
-        cost, batch_bytes, module = traced_step(self.job, batch_size, bf16=self.bf16, on_cuda=self.on_cuda)
-        state = state_bytes(module, averages=self.averages) + batch_bytes
+        traced = traced_step(
+            self.job, batch_size, bf16=self.bf16, on_cuda=self.on_cuda, compiles=self.compiles
+        )
+        cost, module = traced.compiled if self.compiles else traced.cost, traced.module
+        state = state_bytes(module, averages=self.averages) + traced.batch_bytes
         scratch = cost.peak_bytes_with_workspace - cost.peak_bytes if self.on_cuda else 0
         optimiser = optimiser_seconds(num_trainable(module), self.card)
         return Estimate(
@@ -80,6 +89,7 @@ class Planner:
             cost,
             roofline_seconds(cost, self.card) + optimiser,
             expected_seconds(cost, self.card, self.habits) + optimiser,
+            traced.cost,
         )
 
     def largest(self, found: Estimate, limit_gib: float) -> int:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medldm.build import build_module
-from medldm.devices import CHUNK_ELEMENTS
+from medldm.devices import CHUNK_ELEMENTS, CODES_PER_BLOCK, in_channels_last, to_channels_last
 from medldm.errors import InputError
 from medldm.losses import PerceptualLoss
+from medldm.networks.compiling import wrap_blocks
 from medldm.networks.medicalnet import MedicalNet
 from medldm.planning.trace import AutocastAsOnCUDA, Cost, StepTrace
 
@@ -162,37 +163,49 @@ def as_on_cuda() -> Iterator[None]:
     """A context in which choices by the kind of device are those of a GPU, for tensors on the host that stand
     in for its own.
     """
-    before = CHUNK_ELEMENTS["cpu"]
-    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cuda"]
+    tables = (CHUNK_ELEMENTS, CODES_PER_BLOCK)
+    before = [table["cpu"] for table in tables]
+    for table in tables:
+        table["cpu"] = table["cuda"]
     try:
         yield
     finally:
-        CHUNK_ELEMENTS["cpu"] = before
+        for table, value in zip(tables, before, strict=True):
+            table["cpu"] = value
 
 
 class Traced(NamedTuple):
     """One step from shapes alone: its cost, the bytes of the batch, and the module, without values."""
 
     cost: Cost
+    compiled: Cost  # with the networks' blocks compiled
     batch_bytes: int
     module: nn.Module
 
 
-def traced_step(job: Job, batch_size: int, *, bf16: bool, on_cuda: bool) -> Traced:
-    """One training step of a batch, followed through its shapes."""
+def traced_step(job: Job, batch_size: int, *, bf16: bool, on_cuda: bool, compiles: bool = False) -> Traced:
+    """One training step of a batch, followed through its shapes. `on_cuda`: in the layout of memory that a
+    GPU gets; `compiles`: with blocks called as they are when they are compiled.
+    """
     module = job.build()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if on_cuda:
+        to_channels_last(module)
     make_fake(module, mode)
     with ExitStack() as stack:
         stack.enter_context(mode)
         batch = random_batch(job, module, batch_size, torch.device("cpu"))
         if on_cuda:
             stack.enter_context(as_on_cuda())
+            batch = in_channels_last(batch)
             stack.enter_context(AutocastAsOnCUDA())
         trace = stack.enter_context(StepTrace())
+        if compiles:
+            wrap_blocks(module, trace.block)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             try:
                 train_step(module, batch)
             except torch._subclasses.fake_tensor.DataDependentOutputException as error:
                 raise InputError(f"plan: a step of this model looks at values: {error}") from error
-    return Traced(trace.cost, sum(x.numel() * x.element_size() for x in batch.values()), module)
+    batch_bytes = sum(x.numel() * x.element_size() for x in batch.values())
+    return Traced(trace.cost, trace.compiled, batch_bytes, module)

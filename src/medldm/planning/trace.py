@@ -6,7 +6,7 @@ operations, the bytes that it must read and write at least, and the bytes alive 
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from medldm.planning.fusion import Graph, Region, touched_bytes
 
 # Where CUDA's autocast and a CPU's, which traces run under, treat an operation differently (torch.amp's
 # reference, "CUDA Ops that autocast to float32" and "CPU Ops that autocast to float32").
@@ -29,6 +31,8 @@ AS_GIVEN_ON_CUDA = {
     "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_trilinear3d",
 }  # fmt: skip
+# These read as many entries of their first tensor as they write.
+GATHERS = {"index", "gather", "index_select", "embedding"}
 # These allocate or look at memory and launch nothing.
 FREE = {
     "empty",
@@ -78,6 +82,7 @@ class Cost:
     """What a step needs, by operation, and the most bytes that tensors made by it hold at one time."""
 
     operations: dict[tuple, Operation] = field(default_factory=dict)
+    unfused: dict[tuple, Operation] = field(default_factory=dict)  # those that a compiler would leave alone
     peak_bytes: int = 0
     peak_bytes_with_workspace: int = 0
 
@@ -97,6 +102,15 @@ class Cost:
         """Calls that launch work: at least one kernel each, a fused or foreach one for several tensors."""
         return sum(op.num_calls for op in self.operations.values())
 
+    def add(self, op: Operation, *, is_fused: bool) -> None:
+        """Count one more call of an operation."""
+        for table in (self.operations,) if is_fused else (self.operations, self.unfused):
+            key = (op.name, op.dtype, op.spatial_dims)
+            kept = table.setdefault(key, Operation(*key))
+            kept.num_calls += op.num_calls
+            kept.flops += op.flops
+            kept.num_bytes += op.num_bytes
+
 
 class StepTrace(TorchDispatchMode):
     """Records `cost` of everything that runs under it, below autograd: forward, backward, recomputation.
@@ -104,48 +118,109 @@ class StepTrace(TorchDispatchMode):
     Storages are followed by weak references, so a view counts once and memory is given back when it is in
     truth. A convolution may need scratch: the allowance is a copy of its tensors, for the layout that its
     kernel wants (`Cost.peak_bytes_with_workspace`).
+
+    What blocks called through `block` would cost if they were compiled is in `compiled`, by the model of
+    `fusion`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.cost = Cost()
-        self.alive, self.seen = 0, {}
+        self.cost, self.graph = Cost(), Graph()
+        self.alive, self.seen, self.numbers = 0, {}, {}
+        self.num_storages = 0
+        self.entered: list[int] = []  # calls of blocks that are running
+        self.calls: list[range] = []  # of each call of a block, the numbers of its nodes of autograd
+
+    @property
+    def compiled(self) -> Cost:
+        """The cost with blocks compiled; memory is that of the step as it ran."""
+        chains = [chain for chain in self.graph.fused() if chain[0]]
+        num_kernels, num_bytes = (sum(values) for values in zip((0, 0), *chains, strict=True))
+        fused = Operation("fused", torch.float32, 0, num_kernels, 0.0, num_bytes)
+        cost = Cost(dict(self.cost.unfused), {}, self.cost.peak_bytes, self.cost.peak_bytes_with_workspace)
+        cost.add(fused, is_fused=True)
+        return cost
+
+    def block(self, call: Callable) -> Callable:
+        """The call of a block, whose operations are noted as the block's."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            number, first = len(self.calls), torch.autograd._get_sequence_nr()
+            self.calls.append(range(0))
+            self.entered.append(number)
+            try:
+                out = call(*args, **kwargs)
+                for x in tensors(out):
+                    self.graph.hand_out(self.number(x))
+                return out
+            finally:
+                self.entered.pop()
+                self.calls[number] = range(first, torch.autograd._get_sequence_nr())
+
+        return run
+
+    def region(self) -> Region | None:
+        """Where the operation that runs now belongs."""
+        if self.entered:
+            return Region(self.entered[-1], is_backward=False)
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return None
+        number = node._sequence_nr()
+        return next((Region(i, True) for i, numbers in enumerate(self.calls) if number in numbers), None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        inputs = list(tensors((args, kwargs)))
-        known = {storage_of(x) for x in inputs}
+        inputs = list(tensors((args, {key: x for key, x in kwargs.items() if key != "out"})))
+        known = {storage_of(x) for x in tensors((args, kwargs))}
         out = func(*args, **kwargs)
-        outputs = list(tensors(out))
+        outputs = list(tensors(out)) or written_in_place(func, args)
         for x in outputs:
             if storage_of(x) not in known:
-                self.follow(x.untyped_storage())
+                self.follow(x.untyped_storage(), share=1 / 8 if self.is_place(func, x) else 1)
         if launches(func, outputs, known):
-            self.record(func, args, kwargs, out, inputs + outputs)
+            self.record(func, args, kwargs, out, inputs, outputs)
         return out
 
-    def record(self, func: Any, args: tuple, kwargs: dict, out: Any, touched: list[Tensor]) -> None:
-        name, dtype = func.overloadpacket.__name__, narrowest_dtype(touched)
+    def record(
+        self, func: Any, args: tuple, kwargs: dict, out: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        touched, name = inputs + outputs, func.overloadpacket.__name__
         is_convolution = "convolution" in name
-        dims = touched[0].ndim - 2 if is_convolution else 0
-        op = self.cost.operations.setdefault((name, dtype, dims), Operation(name, dtype, dims))
-        op.num_calls += 1
-        op.num_bytes += sum(map(moved_bytes, touched))
+        op = Operation(name, narrowest_dtype(touched), touched[0].ndim - 2 if is_convolution else 0, 1)
+        op.num_bytes = sum(map(touched_bytes, touched))
+        if name in GATHERS:
+            op.num_bytes -= max(0, touched_bytes(inputs[0]) - sum(map(touched_bytes, outputs)))
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
-            op.flops += count(*args, **kwargs, out_val=out)
-        workspace = sum(map(moved_bytes, touched)) if is_convolution else 0
+            op.flops = count(*args, **kwargs, out_val=out)
+        stored = ([(x, self.number(x)) for x in values] for values in (inputs, outputs))
+        self.cost.add(op, is_fused=not self.graph.add(func, args, *stored, self.region()))
+        workspace = sum(map(touched_bytes, touched)) if is_convolution else 0
         if "backward" in name:  # its gradients are its outputs: copies are needed of what comes in
-            workspace -= sum(map(moved_bytes, tensors(out)))
+            workspace -= sum(map(touched_bytes, tensors(out)))
         self.note_peak(workspace)
 
-    def follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def is_place(self, func: Any, x: Tensor) -> bool:
+        """Whether these are places of maxima in a block: compiled, each takes a byte and not eight."""
+        return "max_pool2d" in func.overloadpacket.__name__ and x.dtype == torch.int64 and bool(self.entered)
+
+    def follow(self, storage: torch.UntypedStorage, share: float = 1) -> None:
+        key, size = storage._cdata, int(storage.nbytes() * share)
         if key in self.seen:
             return
         self.seen[key] = weakref.finalize(storage, self.release, key, size)
+        self.numbers.pop(key, None)
         self.alive += size
         self.note_peak(0)
+
+    def number(self, x: Tensor) -> int:
+        """Of its storage, never given again to another one."""
+        key = storage_of(x)
+        if key not in self.numbers:
+            self.num_storages += 1
+            self.numbers[key] = self.num_storages
+        return self.numbers[key]
 
     def note_peak(self, workspace: int) -> None:
         cost = self.cost
@@ -154,6 +229,7 @@ class StepTrace(TorchDispatchMode):
 
     def release(self, key: int, size: int) -> None:
         del self.seen[key]
+        self.numbers.pop(key, None)
         self.alive -= size
 
 
@@ -165,12 +241,9 @@ def storage_of(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def moved_bytes(x: Tensor) -> int:
-    """What an operation on this tensor moves: a broadcast axis is read once."""
-    size = x.element_size()
-    for n, stride in zip(x.shape, x.stride(), strict=True):
-        size *= n if stride else min(n, 1)
-    return size
+def written_in_place(func: Any, args: tuple) -> list[Tensor]:
+    """What an operation that returns nothing has changed, as those on lists of tensors do."""
+    return list(tensors(args[0])) if func._schema.is_mutable and args else []
 
 
 def narrowest_dtype(values: list[Tensor]) -> torch.dtype:

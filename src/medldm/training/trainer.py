@@ -77,7 +77,13 @@ def choose_for(cfg: DictConfig) -> DeviceSettings:
         )
     check_accelerator(options.accelerator, options.devices, find_hardware())
     hardware = find_hardware(options.accelerator)
-    return choose_settings(options.precision, cfg.channels_last, hardware=hardware, key="trainer.precision")
+    return choose_settings(
+        options.precision,
+        cfg.channels_last,
+        compiles=cfg.compile,
+        hardware=hardware,
+        key="trainer.precision",
+    )
 
 
 def build_trainer(

@@ -1,0 +1,267 @@
+"""What a compiler makes of the operations of a block: fewer kernels, which move fewer bytes. It is a model,
+from the operations alone; no compiler runs.
+
+1. Operations on single elements and reductions are fused. Products, convolutions, attention, pooling,
+   gathers and whatever is not known here run as they are, and read and write their tensors.
+2. Operations that feed each other are one chain, unless something that runs as it is, or a reduction over
+   more than `LONGEST_ROW` values, lies between them on any path. The norm of an image is such a reduction:
+   its statistics are a chain, and the next chain reads the image again.
+3. A chain reads each tensor from outside once, and writes the tensors that are used outside of it.
+4. A tensor that only other chains of the block use is not written where it costs them no more bytes to read
+   what it was made from. This is also how a backward pass computes parts of the forward pass again.
+5. A chain is one kernel for each size of tensor that it writes, which reads all that those were made from.
+   Reductions over more than `LONGEST_ROW` values are a kernel for each pair of sizes. Where they are split
+   over the card a small second kernel puts them together: it is not counted, nor is it for uncompiled norms.
+6. Nothing is fused across blocks, nor between a block's forward and its backward pass.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LONGEST_ROW = 1024  # values that one program of a kernel holds while it reduces them
+MOST_SOURCES = 8  # a tensor made from more of them is written, to bound what a kernel reads
+ON_ELEMENTS = {
+    "_to_copy", "clone", "copy_", "cat", "stack", "constant_pad_nd", "zeros", "ones", "full", "zeros_like",
+    "ones_like", "full_like", "new_zeros", "new_full", "fill", "fill_", "zero_", "arange", "slice_backward",
+    "select_backward", "leaky_relu_backward", "native_dropout", "native_dropout_backward",
+    "upsample_nearest2d", "upsample_nearest3d", "scalar_tensor", "lift_fresh_copy",
+    "max_pool2d_with_indices_backward",
+}  # fmt: skip
+ALONG_AN_AXIS = {"_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data"}
+NORMS = {"native_group_norm", "native_batch_norm", "native_layer_norm"}
+SUMS = {"sum", "mean", "amax", "amin", "mse_loss", "l1_loss", "smooth_l1_loss", "var", "var_mean"}
+FUSED = ("elements", "row", "reduction")
+
+
+class Region(NamedTuple):
+    """Where an operation runs: the number of a block's call, and which pass."""
+
+    call: int
+    is_backward: bool
+
+
+# What is read of written values: (number of the value, place in its storage) -> bytes.
+Reads = dict[tuple[int, int], int]
+
+
+@dataclass
+class Value:
+    """What one operation wrote: `num_bytes` of it, and the nodes that read it."""
+
+    maker: int  # number of the node; -1 for what was there before the step
+    num_bytes: int
+    numel: int
+    readers: list[int] = field(default_factory=list)
+    sources: Reads = field(default_factory=dict)  # of what it is made, where it is not written itself
+    is_result: bool = False  # a block hands it out
+    is_written: bool = True
+    is_reduced: bool = False  # a reduction was needed: no pass computes it twice
+
+
+class Piece(NamedTuple):
+    """What a node reads: a value, or a part of it."""
+
+    value: int
+    place: int
+    num_bytes: int
+
+
+@dataclass
+class Node:
+    """One operation. kind: "elements", "row" (a reduction within a program), "reduction", "as it is"."""
+
+    kind: str
+    region: Region | None  # None: outside of blocks
+    reads: list[Piece]
+    writes: list[int]  # numbers of values
+    level: int
+    chain: int
+    sizes: tuple[int, int] = (0, 0)  # values read and written, of a reduction
+
+
+def fusion_kind(func: Any, args: Sequence, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
+    """The kind of a `Node`, or "norm", "norm_backward" and "long_row", which are two nodes each."""
+    name = func.overloadpacket.__name__
+    if name in NORMS:
+        rows = outputs[1].numel()
+        return "row" if rows and inputs[0].numel() <= LONGEST_ROW * rows else "norm"
+    if name.removesuffix("_backward") in NORMS:
+        return "norm_backward"
+    if name == "max_pool2d_with_indices":
+        return "row"
+    if name in ALONG_AN_AXIS:
+        axis = next(a for a in args if isinstance(a, int))
+        return "row" if outputs[0].shape[axis] <= LONGEST_ROW else "long_row"
+    if name in SUMS:
+        largest, made = max(x.numel() for x in inputs), max(x.numel() for x in outputs)
+        return "row" if largest <= LONGEST_ROW * max(made, 1) else "reduction"
+    is_on_elements = name in ON_ELEMENTS or torch.Tag.pointwise in func.tags
+    return "elements" if is_on_elements else "as it is"
+
+
+def touched_bytes(x: Tensor) -> int:
+    """What an operation on this tensor moves: a broadcast axis is read once."""
+    size = x.element_size()
+    for n, stride in zip(x.shape, x.stride(), strict=True):
+        size *= n if stride else min(n, 1)
+    return size
+
+
+Stored = Sequence[tuple[Tensor, int]]  # tensors, each with the number of its storage
+
+
+class Graph:
+    """The operations of a step in the order in which they ran, and what flows between them."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.values: list[Value] = []
+        self.newest: dict[int, int] = {}  # number of a storage -> of the value that it holds
+        self.parents: list[int] = []  # of nodes, for the union of chains
+
+    def add(self, func: Any, args: Sequence, inputs: Stored, outputs: Stored, region: Region | None) -> bool:
+        """Note an operation. Returns whether it runs as it is."""
+        given, made = [x for x, _ in inputs], [x for x, _ in outputs]
+        kind = "as it is" if region is None else fusion_kind(func, args, given, made)
+        reads = [self.piece(*pair) for pair in inputs]
+        if kind != "as it is" and func.overloadpacket.__name__ == "max_pool2d_with_indices_backward":
+            reads = [reads[0], reads[2]._replace(num_bytes=reads[2].num_bytes // 8)]  # places, not the image
+        size = max((x.numel() for x in given), default=0)
+        if kind in ("norm", "norm_backward"):
+            self.append("reduction", region, reads, outputs[1:], (size, 0))
+            statistics = [self.piece(*pair) for pair in outputs[1:]]
+            self.append("elements", region, reads + statistics, outputs[:1])
+        elif kind == "long_row":
+            sums = (made[0][:0], -len(self.nodes) - 1)
+            self.append("reduction", region, reads, [sums], (size, 1))
+            self.append("elements", region, [*reads, self.piece(*sums)], outputs)
+        else:
+            self.append(kind, region, reads, outputs, (size, max((x.numel() for x in made), default=0)))
+            if kind == "row" and func.overloadpacket.__name__ == "max_pool2d_with_indices":
+                self.values[-1].num_bytes //= 8  # the place of each maximum in its block, in a byte
+        return kind == "as it is"
+
+    def hand_out(self, storage: int) -> None:
+        """Note that a block's result is in this storage."""
+        if storage in self.newest:
+            self.values[self.newest[storage]].is_result = True
+
+    def piece(self, x: Tensor, storage: int) -> Piece:
+        if storage not in self.newest:
+            self.newest[storage] = self.new_value(-1, x)
+        return Piece(self.newest[storage], x.storage_offset(), touched_bytes(x))
+
+    def new_value(self, maker: int, x: Tensor) -> int:
+        self.values.append(Value(maker, touched_bytes(x), x.numel()))
+        return len(self.values) - 1
+
+    def append(
+        self,
+        kind: str,
+        region: Region | None,
+        reads: list[Piece],
+        outputs: Stored,
+        sizes: tuple[int, int] = (0, 0),
+    ) -> None:
+        number = len(self.nodes)
+        numbers = {piece.value for piece in reads}
+        for value in numbers:
+            self.values[value].readers.append(number)
+        makers = [self.nodes[self.values[v].maker] for v in numbers if self.values[v].maker >= 0]
+        makers = [m for m in makers if m.region == region]
+        level = max((m.level + (m.kind in ("as it is", "reduction")) for m in makers), default=0)
+        self.parents.append(number)
+        writes = []
+        for x, storage in outputs:
+            self.newest[storage] = self.new_value(number, x)
+            writes.append(self.newest[storage])
+        self.nodes.append(Node(kind, region, reads, writes, level, number, sizes))
+        for maker in makers if kind in FUSED else ():
+            if maker.kind in ("elements", "row") and maker.level == level:
+                self.parents[self.chain(maker.chain)] = self.chain(number)
+
+    def chain(self, node: int) -> int:
+        while self.parents[node] != node:
+            self.parents[node] = self.parents[self.parents[node]]
+            node = self.parents[node]
+        return node
+
+    def fused(self) -> Iterator[tuple[int, int]]:
+        """(kernels, bytes) of every chain. To be called once, when the step has ended."""
+        for node in self.nodes:
+            node.chain = self.chain(node.chain)
+        self.choose_written()
+        chains = defaultdict(list)
+        for node in self.nodes:
+            if node.kind in FUSED:
+                chains[node.chain].append(node)
+        return map(self.cost_of, chains.values())
+
+    def sources_of(self, node: Node) -> Reads:
+        """What a kernel reads for this node: written values."""
+        found: Reads = {}
+        for number, place, size in node.reads:
+            value = self.values[number]
+            for key, touched in ({(number, place): size} if value.is_written else value.sources).items():
+                found[key] = max(touched, found.get(key, 0))
+        return found
+
+    def choose_written(self) -> None:
+        """Which values are written, by the rules 3 and 4."""
+        outside = defaultdict(set)  # what each chain reads of others
+        for node in self.nodes:
+            for number in {piece.value for piece in node.reads}:
+                maker = self.values[number].maker
+                if maker < 0 or self.nodes[maker].chain != node.chain:
+                    outside[node.chain].add(number)
+        for node in self.nodes:
+            if node.kind not in ("elements", "row"):
+                continue
+            read = [self.values[piece.value] for piece in node.reads]
+            is_reduced = node.kind == "row" or any(v.is_reduced and not v.is_written for v in read)
+            sources = self.sources_of(node)
+            for value in (self.values[number] for number in node.writes):
+                value.is_reduced, value.sources = is_reduced, sources
+                value.is_written = self.must_write(node, value, outside)
+
+    def must_write(self, node: Node, value: Value, outside: dict[int, set[int]]) -> bool:
+        readers = [self.nodes[r] for r in value.readers]
+        others = {r.chain for r in readers if r.chain != node.chain}
+        if value.is_result:
+            return True
+        if not others:
+            return not readers  # what nothing reads within the step is kept: a gradient
+        if any(r.kind not in FUSED or r.region.call != node.region.call for r in readers):
+            return True
+        if value.is_reduced or len(value.sources) > MOST_SOURCES:
+            return True
+        extra = sum(
+            size
+            for chain in others
+            for (number, _), size in value.sources.items()
+            if number not in outside[chain]
+        )
+        return extra > value.num_bytes * (1 + len(others))
+
+    def cost_of(self, chain: Sequence[Node]) -> tuple[int, int]:
+        read: dict[tuple, Reads] = defaultdict(dict)  # of each kernel
+        made: dict[tuple, set[int]] = defaultdict(set)
+        for node in chain:
+            for number in node.writes:
+                key = ("elements", self.values[number].numel)
+                if node.kind == "reduction":
+                    key = ("reduction", *node.sizes)
+                elif not self.values[number].is_written:
+                    continue
+                made[key].add(number)
+                read[key] |= self.sources_of(node)
+        moved = sum(
+            size for key in read for (number, _), size in read[key].items() if number not in made[key]
+        )
+        moved += sum(self.values[number].num_bytes for numbers in made.values() for number in numbers)
+        return len(made), moved

@@ -1,0 +1,132 @@
+"""Blocks as a GPU calls them: weights rounded at once, compiled, and what happens where that fails."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from medldm.commands import train
+from medldm.devices import CPU, GPU, choose_settings
+from medldm.diffusion.encoders import MaxPool
+from medldm.networks import compiling
+from medldm.networks.autoencoder import Stack
+from medldm.networks.layers import AttentionBlock, ResBlock, group_norm
+from medldm.networks.spade import SPADE
+from medldm.training.run import Run
+
+
+def stack(*, use_checkpoint: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"norm": group_norm, "embedding_channels": 0, "use_checkpoint": use_checkpoint}
+    blocks = Stack(
+        [ResBlock(2, 8, 16, **options), AttentionBlock(16, num_heads=2), ResBlock(2, 16, 8, **options)]
+    )
+    return blocks.train()
+
+
+def gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    module.zero_grad()
+    out.float().square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in module.parameters())]
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_weights_rounded_at_once_give_what_autocast_gives(use_checkpoint):
+    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    plain, blocks = stack(use_checkpoint=use_checkpoint), stack(use_checkpoint=use_checkpoint)
+    seen = []
+
+    def watched(call):
+        def run(*args, **kwargs):
+            seen.append({p.dtype for p in call.__self__._parameters.values() if p is not None})
+            return call(*args, **kwargs)
+
+        return run
+
+    blocks.insert(0, nn.Conv2d(8, 8, 1)), plain.insert(0, nn.Conv2d(8, 8, 1))
+    blocks[0].load_state_dict(plain[0].state_dict())
+    blocks[0].is_block = True
+    keys = blocks.state_dict().keys()
+    compiling.wrap_blocks(blocks, watched)
+    for wanted, found in zip(gradients(plain, x), gradients(blocks, x), strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    assert seen[0] == {torch.bfloat16}  # the convolution's, while it ran
+    assert {p.dtype for p in blocks.parameters()} == {torch.float32} and blocks.state_dict().keys() == keys
+
+
+def test_a_function_of_a_copied_module_uses_the_copys_weights():
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1, bias=False)
+            self.run = compiling.Function(self.applied, (self.layer,))
+
+        def applied(self, x):
+            return self.layer(x)
+
+    first = Owner()
+    second = copy.deepcopy(first)
+    nn.init.constant_(first.layer.weight, 2.0), nn.init.constant_(second.layer.weight, 3.0)
+    assert second.run(torch.ones(1)).item() == 3.0 and list(second.state_dict()) == ["layer.weight"]
+    assert second.run.parts[0] is second.layer
+
+
+def test_where_the_compiler_fails_blocks_run_as_they_are_and_one_warning_says_so(monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
+    monkeypatch.setattr(compiling, "_warned", set())
+    x = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+    plain, blocks = stack(), stack()
+    compiling.compile_blocks(blocks)
+    with caplog.at_level(logging.WARNING, logger=compiling.__name__):
+        torch.testing.assert_close(blocks(x), plain(x), atol=0, rtol=0)
+    (record,) = [r for r in caplog.records if r.name == compiling.__name__]
+    assert "RuntimeError: no compiler here; blocks run uncompiled" in record.getMessage()
+
+
+def test_a_loop_hands_out_results_that_the_next_call_does_not_change(monkeypatch):
+    """As CUDA graphs do, the compiled network here writes into one buffer."""
+    buffer = torch.zeros(2)
+    monkeypatch.setattr(compiling, "compiled", lambda call, backend: lambda x: buffer.copy_(call(x)))
+    network = nn.Identity()
+    compiling.compile_loop(network)
+    first = network(torch.ones(2))
+    assert network(torch.full((2,), 5.0)).tolist() == [5, 5] and first.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("strides", [(2, 2, 2), (1, 2, 2), (2, 1, 2)])
+def test_maxima_of_blocks_and_their_gradients_are_those_of_a_volume_also_where_values_are_equal(strides):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (2, 3, 4, 8, 8), generator=generator).float()
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out = MaxPool(3, strides)(ours).relu()  # the order of SegConv, against the published one
+    wanted = nn.functional.max_pool3d(theirs.relu(), strides)
+    weights = torch.randn(wanted.shape, generator=generator)
+    (out * weights).sum().backward(), (wanted * weights).sum().backward()
+    assert torch.equal(out, wanted) and torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_training_compiles_as_its_settings_say_and_keeps_kernels_in_its_folder(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(train, "compile_blocks", lambda module, folder: asked.append(folder))
+    run = Run(tmp_path, {}, None, None)
+    for hardware in (GPU, CPU):
+        train.lay_out(nn.Identity(), choose_settings(channels_last=False, hardware=hardware), run)
+    assert asked == [tmp_path / "compiled"]
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_gamma_and_beta_of_a_norm_are_one_convolution_where_weights_are_rounded(spatial_dims):
+    """In float64 the weights are not float32 either, and both ways agree to its rounding."""
+    norm = SPADE(spatial_dims, 6, map_channels=3, hidden_channels=5).double()
+    spade = torch.randn(2, 3, *(4,) * spatial_dims, dtype=torch.float64)
+    found = norm.modulation(spade, spade.shape[2:])
+    hidden = norm.shared(spade).relu()
+    torch.testing.assert_close(found.gamma, norm.gamma(hidden))
+    torch.testing.assert_close(found.beta, norm.beta(hidden))

@@ -1,0 +1,68 @@
+"""What the model of a compiler makes of a block's operations, against kernels and bytes counted by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from medldm.planning.trace import StepTrace
+
+N = 4096  # values of the tensors below
+
+
+def compiled(run, *, in_block: bool = True, backward: bool = False) -> tuple[int, float]:
+    """(kernels, bytes / 4 N) of a function of x (1, 4, 32, 32) as one block, and of its gradient."""
+    with FakeTensorMode():
+        x = torch.empty(1, 4, 32, 32, requires_grad=backward)
+        with StepTrace() as trace:
+            out = (trace.block(run) if in_block else run)(x)
+            if backward:
+                out.backward(torch.empty_like(out))
+    cost = trace.compiled
+    return cost.num_kernels, cost.num_bytes / (4 * N)
+
+
+def test_a_chain_reads_its_input_once_and_writes_its_output_once():
+    assert compiled(lambda x: (x * 2 + 1).relu().exp()) == (1, 2)
+    assert compiled(lambda x: (x * 2 + 1).relu().exp(), in_block=False) == (4, 8)
+
+
+def test_a_convolution_parts_chains():
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d((x + 1).relu(), torch.empty(4, 4, 1, 1)).exp().neg()
+
+    weight_bytes = 16 / N
+    kernels, moved = compiled(run)
+    assert kernels == 3 and moved == pytest.approx(2 + (2 + weight_bytes) + 2)
+
+
+def test_a_norm_is_its_statistics_and_a_chain_that_reads_the_image_again():
+    kernels, moved = compiled(lambda x: F.silu(F.group_norm(x, 1)))
+    assert kernels == 2 and moved == pytest.approx(3, rel=1e-2)  # statistics: two numbers
+
+
+def test_a_softmax_over_few_values_stays_in_its_chain():
+    assert compiled(lambda x: (x * 2).softmax(-1) + 1) == (1, 2)
+
+
+def test_the_backward_pass_computes_again_what_is_cheap():
+    """Forward: reads x, writes the output. Backward: reads x, the output and its gradient, writes that of x.
+    The results in between, which the gradients of exp and silu need, are written by none.
+    """
+    assert compiled(lambda x: F.silu(x * 2).exp().square().exp(), backward=True) == (2, 6)
+
+
+def test_blocks_are_not_fused_with_each_other():
+    with FakeTensorMode():
+        x = torch.empty(N)
+        with StepTrace() as trace:
+            trace.block(torch.exp)(trace.block(torch.relu)(x))
+    assert trace.compiled.num_kernels == 2 and trace.compiled.num_bytes == 4 * 4 * N
+
+
+def test_a_gather_reads_what_it_takes():
+    with FakeTensorMode():
+        table, index = torch.empty(10**6, 8), torch.zeros(16, dtype=torch.long)
+        with StepTrace() as trace:
+            table[index]
+    assert trace.cost.num_bytes == 2 * 16 * 8 * 4 + 16 * 8
