@@ -76,7 +76,10 @@ def test_images_of_one_run_alone_are_said_to_take_no_part(call, evaluated):
     [
         ("[{0}/of_samples]", "name two folders"),
         ("[{0}/of_samples,{0}/nowhere]", "run `medldm evaluate"),
-        ("[{0}/of_samples,{0}/broken]", "not written by this version"),
+        (
+            "[{0}/of_samples,{0}/broken]",
+            "broken/metrics.json: schema_version: Field required; run `medldm evaluate` again",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_a_line(call, evaluated, runs, said):

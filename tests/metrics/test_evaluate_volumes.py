@@ -371,7 +371,7 @@ def test_the_results_table_names_models_and_says_why_numbers_are_missing(call, v
     assert any(line.startswith("- 3D-FID missing: resnet_50") for line in notes)
     assert "twice that on [-1, 1]" in notes[0]
     page = (volumes / "table.html").read_text()
-    assert "<th>3D-FID</th>" in page and "resnet_50" in page and str(volumes / "table.html") in out
+    assert ">3D-FID</th>" in page and "resnet_50" in page and str(volumes / "table.html") in out
 
 
 def test_a_table_of_nothing_is_named(call):
