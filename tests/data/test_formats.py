@@ -450,5 +450,5 @@ def test_nih_radiographs_in_dicom_are_prepared_like_the_pictures_of_their_names(
     values = np.concatenate([record.image for record in read_images(tmp_path / "out")])
     assert (values[:, 8, 1] > 0).all() and (values[:, 8, -2] < 0).all()
     cv2.imwrite(str(images / "00000001_000.png"), np.zeros((20, 24), np.uint8))
-    with pytest.raises(InputError, match=r"00000001_000\.dcm: .*\.png is the same picture in another format"):
+    with pytest.raises(InputError, match=r"00000001_000\.png: .*\.dcm is the same picture in another format"):
         nih_cxr14.index(tmp_path / "raw")
