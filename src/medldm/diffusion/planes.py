@@ -62,7 +62,9 @@ class ConditionPlanes:
     def num_planes(self) -> int:
         return int(self.use_edges) + self.num_classes
 
-    def __call__(self, batch: Batch, dropped: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def __call__(
+        self, batch: Batch, dropped: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """(B, num_planes, *S) in {0, 1}; zero where `dropped` (by group, (B,) each) says so, which no real
         one-hot map is.
         """
