@@ -6,12 +6,14 @@ two is trained for hours, so this is told when latents are cached.
 
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from medldm.data.loading.dataset import CaseDataset
+from medldm.files import read_json
 from medldm.inference import autocast, to_device
 from medldm.models.common import TrainedModule
 from medldm.networks.tiling import TiledAutoencoder
@@ -46,6 +48,12 @@ def returned(
             image = through.decode(autoencoder.quantize(h.to(module.device)).z)
             again = through.encode(image.to(module.device))
         yield h.float().cpu(), again.float().cpu()
+
+
+def earlier_audit(folder: Path) -> dict[str, Any] | None:
+    """What latents.json says already, where nothing has changed since."""
+    path = folder / "latents.json"
+    return read_json(path, "delete it and encode again").get("audit") if path.is_file() else None
 
 
 def audit_latents(

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from medldm.asked import refuse_other_recipe
-from medldm.auditing import audit_latents
+from medldm.auditing import audit_latents, earlier_audit
 from medldm.build import load_module
 from medldm.checkpoints import encoder_sha256
 from medldm.commands import run_command
@@ -127,8 +127,10 @@ def encode_pending(
         "num_cases": len(cases), "latent": "prequant", "dtype": "float16", "precision": precision,
         "downsampling": list(module.autoencoder.downsampling),
         "cases": {dataset.cases[case]["id"]: image for case, image in images.items()},
-        "audit": audit_latents(module, dataset, cfg.audit, tile=cfg.tile, precision=precision),
+        "audit": earlier_audit(folder),
     }  # fmt: skip
+    if pending or facts["audit"] is None:
+        facts["audit"] = audit_latents(module, dataset, cfg.audit, tile=cfg.tile, precision=precision)
     write_json(folder / "latents.json", facts)
 
 
