@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medldm.diffusion.condition import Condition
-from medldm.diffusion.objective import PREDICTIONS, DenoisingObjective
+from medldm.diffusion.objective import PREDICTIONS, DenoisingObjective, Preconditioning
 from medldm.diffusion.paths import LinearInterpolation, VarianceExploding, VariancePreserving
 from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverSampler
 from medldm.diffusion.schedule import exploding_schedule, fixed_linear_schedule, flow_schedule
@@ -31,16 +31,25 @@ def posterior_mean(z, alpha, sigma):
     return MEAN + alpha * STD**2 * (z - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
 
 
+def objective_of(prediction, **options):
+    data_std = STD if prediction == "preconditioned" else None
+    return DenoisingObjective(prediction, data_std=data_std, **options)
+
+
 def exact_network(schedule, prediction):
     """What the best network says, as a function of z and its time."""
 
     def network(z, time, condition):
         t = (time.double() / 1000).reshape(-1, *[1] * (z.ndim - 1))
         alpha, sigma, alpha_slope, sigma_slope = schedule.path.scales(schedule.gamma(t))
+        factors = Preconditioning.at(alpha, sigma, STD)
+        z = z / factors.into if prediction == "preconditioned" else z
         x_hat = posterior_mean(z, alpha, sigma)
         noise_hat = (z - alpha * x_hat) / sigma
         velocity = alpha_slope * x_hat + sigma_slope * noise_hat
-        return {"image": x_hat, "noise": noise_hat, "velocity": velocity}[prediction]
+        preconditioned = (x_hat - factors.skip * z) / factors.out
+        found = {"image": x_hat, "noise": noise_hat, "velocity": velocity, "preconditioned": preconditioned}
+        return found[prediction]
 
     return network
 
@@ -78,7 +87,7 @@ def test_the_published_forms():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_what_each_prediction_says_of_the_image(name, prediction):
-    schedule, objective = SCHEDULES[name](), DenoisingObjective(prediction)
+    schedule, objective = SCHEDULES[name](), objective_of(prediction)
     x, noise = torch.randn(2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
     gamma = schedule.gamma(t)
@@ -90,14 +99,19 @@ def test_what_each_prediction_says_of_the_image(name, prediction):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("min_snr_gamma", [None, 5.0])
 def test_the_least_loss_on_gaussian_data_is_the_posterior_variance(name, prediction, min_snr_gamma):
-    schedule, objective = SCHEDULES[name](), DenoisingObjective(prediction, min_snr_gamma=min_snr_gamma)
+    schedule, objective = SCHEDULES[name](), objective_of(prediction, min_snr_gamma=min_snr_gamma)
     generator, time = torch.Generator().manual_seed(0), 0.45
     x = MEAN + STD * torch.randn(64, 4000, dtype=torch.float64, generator=generator)
     t = torch.full((64,), time, dtype=torch.float64)
     found = objective(exact_network(schedule, prediction), schedule, x, Condition(), t=t, generator=generator)
     alpha, sigma, *_ = (float(v) for v in schedule.path.scales(schedule.gamma(t[0])))
     variance = STD**2 * sigma**2 / (alpha**2 * STD**2 + sigma**2)  # of x given z
-    per_image = {"image": 1, "noise": sigma**2 / alpha**2, "velocity": sigma**2}[prediction]
+    per_image = {
+        "image": 1,
+        "noise": sigma**2 / alpha**2,
+        "velocity": sigma**2,
+        "preconditioned": variance,  # so that the least loss is 1
+    }[prediction]
     weight = 1 if min_snr_gamma is None else per_image * min(alpha**2 / sigma**2, min_snr_gamma)
     assert float(found["unweighted"]) == pytest.approx(variance / per_image, rel=0.02)
     assert float(found["loss"]) == pytest.approx(weight * variance / per_image, rel=0.02)
@@ -110,9 +124,7 @@ def test_deterministic_samplers_end_at_the_closed_form(name, prediction, sampler
     """Along the ODE (z_t - alpha_t m) / sd(z_t) stays what it is."""
     schedule = SCHEDULES[name]()
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    denoise = DenoisingObjective(prediction).denoiser(
-        exact_network(schedule, prediction), schedule, Condition()
-    )
+    denoise = objective_of(prediction).denoiser(exact_network(schedule, prediction), schedule, Condition())
     z = sampler(num_steps=1000, spacing="logsnr")(denoise, schedule, noise)
     alpha, sigma, *_ = schedule.path.scales(schedule.gamma(torch.ones((), dtype=torch.float64)))
     start = noise * schedule.path.prior_std(schedule.gamma(torch.ones((), dtype=torch.float64)))
