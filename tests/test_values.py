@@ -32,7 +32,7 @@ WRONG = [
     ("sampler.num_steps", [5], "sampler.num_steps=[5]: give one value"),
     ("windows", True, "windows=True: has keys of its own; give those, as windows.KEY=VALUE"),
     ("generated", ["a", "b"], "generated=['a', 'b']: give one path"),
-    ("compile", "perhaps", "compile=perhaps: give true or false"),
+    ("compile", "perhaps", "compile=perhaps: give true, false or auto"),
 ]
 AT_ONCE = [  # words of a command line, also such as would take a day or all memory
     (train, (LDM, "model.network.num_res_blocks=1000000"), "num_res_blocks=1000000: give a whole number"),

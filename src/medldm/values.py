@@ -14,13 +14,14 @@ from medldm.errors import InputError
 OURS = ("medldm.", "torch.", "monai.", "pytorch_lightning.")  # whose parts the tables speak of
 SWITCHES = {
     "adaptive", "allow_training_subjects", "antialias", "antithetic", "balance_views", "benchmark",
-    "bias_before_norm", "body_mask", "clean_last_step", "clip", "clip_overshoot", "compile", "conv_skip",
+    "bias_before_norm", "body_mask", "clean_last_step", "clip", "clip_overshoot", "conv_skip",
     "crop_foreground", "decoder_sees_map", "enable_progress_bar", "every_epoch", "fast", "fused",
     "gradient_is_signed", "l2_gradient", "legacy_beta", "log_model", "mask_out", "measure",
     "norm_on_shortcut", "offline", "parity", "pin_memory", "png", "relative_bias", "remove_artifacts",
     "requantize", "scale_shift", "translation", "untrained_null", "use_checkpoint", "use_edges", "use_mask",
     "zero_init_last",
 }  # fmt: skip
+SWITCHES_OR_AUTO = {"channels_last", "compile"}  # by default as the device wants it
 MAPPINGS = {
     "adversarial", "autoencoder", "bootstrap", "callbacks", "checkpoints", "conditioner", "data", "ema",
     "first_stage", "interpolate", "intensity", "kernel", "map_stage", "metrics", "model", "objective",
@@ -89,6 +90,8 @@ def check_values(config: Mapping[str, Any]) -> None:
             raise InputError(f"{key}={value}: give a finite number")
         if last in SWITCHES and not isinstance(value, bool):
             raise InputError(f"{key}={value!s:.80}: give true or false")
+        if last in SWITCHES_OR_AUTO and not (isinstance(value, bool) or value == "auto"):
+            raise InputError(f"{key}={value!s:.80}: give true, false or auto")
         bounds = range_of(key, last)
         if bounds is not None and not (last in WORDS and isinstance(value, str)):
             low, high, whole = bounds
@@ -119,7 +122,7 @@ def check_kind(key: str, name: str, value: Any) -> None:
     if name in MAPPINGS and not (value is None or isinstance(value, Mapping) or is_open(value)):
         raise InputError(f"{key}={value!s:.80}: has keys of its own; give those, as {key}.KEY=VALUE")
     is_several = isinstance(value, list | tuple | Mapping)
-    if is_several and name in (RANGES_OF.keys() | SWITCHES) - LISTS:
+    if is_several and name in (RANGES_OF.keys() | SWITCHES | SWITCHES_OR_AUTO) - LISTS:
         raise InputError(f"{key}={value!s:.80}: give one value")
     if name in ONE_PATH and not (value is None or isinstance(value, str)):
         raise InputError(f"{key}={value!s:.80}: give one path")

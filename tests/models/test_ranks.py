@@ -55,6 +55,7 @@ class Encoder(nn.Module):
     """Stands in for an autoencoder of three channels."""
 
     spatial_dims, latent_channels, downsampling = 2, 3, (1, 1)
+    quantizer = None
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.tensor([1.0, 2.0, 0.0])[:, None, None] + 1

@@ -197,6 +197,8 @@ def modalities(tmp_path_factory):
         "preprocess": {"orientation": "RAS"},
     }  # fmt: skip
     (root / "index.json").write_text(json.dumps(index))
+    split = {"train": ["s0", "s1", "s2", "s3"], "val": ["s4"], "test": ["s5"]}
+    (root / "splits.json").write_text(json.dumps({"default": split}))
     return root
 
 
