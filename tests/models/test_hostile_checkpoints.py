@@ -126,12 +126,9 @@ def test_a_model_larger_than_its_weights_is_refused_before_it_is_allocated(first
 
 def test_a_config_nested_without_end_is_refused(refused):
     value = "x"
-    for _ in range(2000):
+    for _ in range(300):  # a third of what torch can write
         value = [value]
-    try:
-        assert "nested deeper" in refused("extra", value)
-    except RecursionError:  # torch cannot write it
-        pytest.skip("torch does not write it")
+    assert "nested deeper" in refused("extra", value)
 
 
 def commands(path, prepared, output):

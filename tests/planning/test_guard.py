@@ -23,6 +23,18 @@ def counting():
     return module
 
 
+def test_a_benchmark_without_rows_takes_all_but_those_on_request():
+    benchmark = SCRIPT.parents[1] / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark_script", benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    options = module.read_options(["--check"])
+    assert options.check and options.rows == list(module.rows.ROWS)
+    assert module.read_options(["vqvae", "unet"]).rows == ["vqvae", "unet"]
+    with pytest.raises(SystemExit):
+        module.read_options(["vqvea"])
+
+
 def test_a_step_that_has_grown_fails_the_guard_and_a_smaller_one_passes(counting, monkeypatch, tmp_path):
     path, told = tmp_path / "counts.json", []
     path.write_text(json.dumps({"a/b": KNOWN}))
