@@ -82,6 +82,14 @@ def find_hardware(accelerator: str = "auto") -> Hardware:
     return Hardware("cpu", has_amx())
 
 
+def trusts_bf16_volumes(device: torch.device) -> bool:
+    """Whether convolutions of volumes may be computed in bf16 there. Not on a CPU: for the gradient of a
+    kernel of three slices over two, oneDNN of torch 2.15 reads memory that nobody wrote, so that the same
+    training gives other weights, or NaN, at the next start.
+    """
+    return device.type != "cpu"
+
+
 def has_amx() -> bool:
     """Whether this CPU has instructions that multiply bf16 matrices."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()

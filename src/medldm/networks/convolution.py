@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medldm.devices import full_precision, trusts_bf16_volumes
+
 
 def keeps_slices_apart(layer: nn.Conv3d | nn.ConvTranspose3d) -> bool:
     """Whether kernel and stride are 1 along depth, without padding there or borders of another kind. A kernel
@@ -35,6 +37,21 @@ def on_slices(
     return out.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
+def is_mistrusted(layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution along depth would be computed in bf16 where that is not to be trusted."""
+    if trusts_bf16_volumes(x.device) or layer.kernel_size[0] == 1:
+        return False
+    kind = x.device.type
+    used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return used == torch.bfloat16
+
+
+def from_rounded(convolve: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
+    """A convolution of operands rounded to bf16, summed in float32, as a GPU computes it."""
+    with full_precision(operands[0].device):
+        return convolve(*(v if v is None else v.bfloat16().float() for v in operands)).bfloat16()
+
+
 class Conv3d(nn.Conv3d):
     """`nn.Conv3d`. With a kernel of 1 along depth, in channels_last_3d, it is a convolution of images that
     has the slices in its batch, for which devices have faster kernels; in the other layout that would take
@@ -44,6 +61,8 @@ class Conv3d(nn.Conv3d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if keeps_slices_apart(self) and is_channels_last(x):
             return on_slices(partial(F.conv2d, groups=self.groups), self, x, weight, bias)
+        if is_mistrusted(self, x, weight):
+            return from_rounded(super()._conv_forward, x, weight, bias)
         return super()._conv_forward(x, weight, bias)
 
 
@@ -53,6 +72,12 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     def forward(self, x: Tensor) -> Tensor:
         if keeps_slices_apart(self) and is_channels_last(x):
             return on_slices(F.conv_transpose2d, self, x, self.weight, self.bias)
+        if is_mistrusted(self, x, self.weight):
+            sizes = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+            convolve = partial(
+                F.conv_transpose3d, output_padding=self.output_padding, groups=self.groups, **sizes
+            )
+            return from_rounded(convolve, x, self.weight, self.bias)
         return super().forward(x)
 
 
