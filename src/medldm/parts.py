@@ -98,14 +98,14 @@ def targets_in(config: Any) -> Iterator[str]:
             yield from targets_in(value)
 
 
-def entries(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def entries(value: Any, place: str, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of a tree and of everything in it. InputError where it is nested too deeply."""
     if depth > DEEPEST:
-        raise InputError(f"{key[:80]}: nested deeper than any model's config")
+        raise InputError(f"{place}: {key[:80]} is nested deeper than any model's config")
     yield key, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if is_list(value) else ()
     for name, part in items:
-        yield from entries(part, f"{key}.{name}" if key else str(name), depth + 1)
+        yield from entries(part, place, f"{key}.{name}" if key else str(name), depth + 1)
 
 
 def is_list(value: Any) -> bool:
@@ -114,7 +114,7 @@ def is_list(value: Any) -> bool:
 
 def check_plain(tree: Any, place: str) -> None:
     """InputError where a tree of a checkpoint holds what is no plain data, or a size beyond all bounds."""
-    for key, value in entries(tree):
+    for key, value in entries(tree, place):
         if isinstance(value, int) and abs(value) > LARGEST and key.rpartition(".")[2] not in NO_SIZES:
             raise InputError(f"{place}: {key}={value:.3g} is beyond any model's size, {LARGEST}")
         if not (value is None or isinstance(value, Mapping | str | int | float) or is_list(value)):
@@ -128,7 +128,7 @@ def check_stored(config: Any, place: str) -> None:
     """
     check_plain(config, place)
     known = known_parts()
-    for key, value in entries(config):
+    for key, value in entries(config, place):
         if isinstance(value, str) and "${" in value:
             raise InputError(f"{place}: {key} holds the interpolation {value!r:.80}; none is resolved here")
         for name, part in value.items() if isinstance(value, Mapping) else ():
