@@ -1,6 +1,6 @@
 """The one exception that stands for a mistake of the user's, and how a message comes to name a key."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -28,3 +28,17 @@ def told_of(key: str, **keys: str) -> Iterator[None]:
         if equals and name.replace(".", "").isidentifier():
             raise InputError(f"{keys.get(name, f'{key}.{name}')}={rest}") from error
         raise InputError(f"{key}: {cause}") from error
+
+
+@contextmanager
+def unreadable(message: Callable[[str], str]) -> Iterator[None]:
+    """A context in which whatever a library raises of a file becomes an InputError: of bytes that anyone may
+    have written, anything can be raised. `message` makes its line from the first line of the reason.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(message(reason)) from error

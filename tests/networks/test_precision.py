@@ -10,8 +10,9 @@ from medldm.devices import CPU, GPU, inference_precision, mixed_precision
 from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverSampler
 from medldm.diffusion.schedule import fixed_linear_schedule
 from medldm.errors import InputError
+from medldm.models.segmentation import SegmentationModule
 from medldm.networks.codec import MLPCodec
-from medldm.networks.convolution import conv, conv_transpose
+from medldm.networks.convolution import Conv3d, ConvTranspose3d, conv, conv_transpose
 from medldm.networks.tiling import TiledAutoencoder
 from medldm.sampling import Request, predictor_of
 from tests.training import FACTS, LDM, PIXELS, VQVAE, build, make_batches
@@ -110,3 +111,15 @@ def test_gradients_of_bf16_volumes_of_two_slices_are_those_of_the_rounded_operan
         y.backward(passed)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(layer.weight.grad, exact.weight.grad, rtol=2**-8, atol=1e-6)
+
+
+def test_networks_of_other_libraries_convolve_volumes_as_medldm_does():
+    from monai.networks.nets import UNet
+
+    network = UNet(3, 1, 2, channels=[4, 8, 8], strides=[2, 2], num_res_units=1).eval()
+    x = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    keys, before = list(network.state_dict()), network(x)
+    adopted = SegmentationModule(network, num_classes=2, optimizer=torch.optim.SGD).network
+    kinds = {type(layer) for layer in adopted.modules()}
+    assert {Conv3d, ConvTranspose3d} <= kinds and not {nn.Conv3d, nn.ConvTranspose3d} & kinds
+    assert list(adopted.state_dict()) == keys and torch.equal(adopted(x), before)

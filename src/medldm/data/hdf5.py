@@ -3,8 +3,8 @@
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from medldm.bounds import DEFLATE, check_claim, check_unpacked, largest
 from medldm.data.raw.image import require_file
-from medldm.errors import InputError
+from medldm.errors import InputError, unreadable
 from medldm.fingerprints import array_digest
 
 if TYPE_CHECKING:
@@ -132,16 +132,9 @@ class HDF5Reader:
         os.close(self.descriptor)
 
 
-@contextmanager
-def hdf5_errors(path: Path, what: str) -> Iterator[None]:
+def hdf5_errors(path: Path, what: str) -> AbstractContextManager[None]:
     """Whatever the library raises of bytes that it cannot read, as an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: {what} ({reason}); run `medldm prepare` again") from error
+    return unreadable(lambda reason: f"{path}: {what} ({reason}); run `medldm prepare` again")
 
 
 def linked_dataset(file: "h5py.File", name: str, depth: int = 0) -> "h5py.Dataset | None":

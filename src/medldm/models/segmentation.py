@@ -19,6 +19,7 @@ from medldm.metrics.image import psnr, to_unit
 from medldm.metrics.overlap import dice
 from medldm.models.common import TrainedModule, build_optimizer
 from medldm.models.protocols import Output, Request
+from medldm.networks.convolution import adopt_convolutions
 
 
 def apply_network(
@@ -62,7 +63,7 @@ class VoxelwiseModule(TrainedModule):
         cosine_steps: int | None = None,
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, cosine_steps=cosine_steps)
-        self.network = network
+        self.network = adopt_convolutions(network)
         network.is_block = True  # compiled as a whole
         self.inference = {"window": window, "overlap": overlap, "divisible_by": divisible_by}
 

@@ -95,3 +95,14 @@ def conv_transpose(spatial_dims: int, *args, **kwargs) -> nn.Module:
     """`nn.ConvTranspose{spatial_dims}d`."""
     kind = ConvTranspose3d if spatial_dims == 3 else getattr(nn, f"ConvTranspose{spatial_dims}d")
     return kind(*args, **kwargs)
+
+
+def adopt_convolutions(network: nn.Module) -> nn.Module:
+    """A network of another library, whose convolutions of volumes become those of this module, in place: the
+    same parameters under the same names.
+    """
+    for layer in network.modules():
+        for plain, own in ((nn.Conv3d, Conv3d), (nn.ConvTranspose3d, ConvTranspose3d)):
+            if type(layer) is plain:
+                layer.__class__ = own
+    return network

@@ -11,7 +11,7 @@ import numpy as np
 
 from medldm.bounds import DEFLATE, check_claim
 from medldm.data.raw.image import LPS_TO_RAS
-from medldm.errors import InputError
+from medldm.errors import InputError, unreadable
 from medldm.files import leads_out
 
 
@@ -110,16 +110,10 @@ def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     an affine: the axes are taken as S, P and L, voxels of 1 mm, so that the prepared array (orientation SPL)
     has them as they were stored.
     """
-    try:
+    mend = "save it again, or remove its case"
+    with unreadable(lambda reason: f"{path}: not a complete NumPy array ({reason}); {mend}"):
         check_numpy_header(path)
         array = np.load(path, allow_pickle=False)
-    except InputError:
-        raise
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a complete NumPy array ({reason}); save it again, or remove its case"
-        ) from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: holds several arrays; save one array a file as .npy")
     if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "biuf":

@@ -1,8 +1,8 @@
 """NIfTI files: voxels, and where they lie in the body."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from medldm.bounds import DEFLATE, PART, check_claim, largest
 from medldm.data.hdf5 import file_identity
 from medldm.data.raw.grids import distance, is_same_grid
 from medldm.data.raw.image import RawImage, has_suffix, require_file
-from medldm.errors import InputError
+from medldm.errors import InputError, unreadable
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Header, Nifti1Image
@@ -96,21 +96,16 @@ def unpacked(image: "Nifti1Image", path: Path) -> np.ndarray:
     return array
 
 
-@contextmanager
-def nifti_errors(path: Path) -> Iterator[None]:
+def nifti_errors(path: Path) -> AbstractContextManager[None]:
     """What nibabel says of a damaged file as an InputError."""
     from nibabel.imageglobals import logger
 
     logger.setLevel(logging.CRITICAL)  # what it mends by itself in a header is looked at here
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
+    return unreadable(
+        lambda reason: (
             f"{path}: not a complete NIfTI file ({reason}); copy or download it again, or remove its case"
-        ) from error
+        )
+    )
 
 
 def is_gzip(path: Path) -> bool:

@@ -4,15 +4,15 @@ import bz2
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medldm.bounds import DEFLATE, PART, check_claim, check_unpacked, largest
-from medldm.errors import InputError
+from medldm.errors import InputError, unreadable
 from medldm.files import leads_out
 
 log = logging.getLogger(__name__)
@@ -26,19 +26,14 @@ NRRD_SPACES = {
 NRRD_SPACES |= {"".join(word[0] for word in name.split("-")): signs for name, signs in NRRD_SPACES.items()}
 
 
-@contextmanager
-def nrrd_errors(path: Path) -> Iterator[None]:
+def nrrd_errors(path: Path) -> AbstractContextManager[None]:
     """What the library raises of a file that it cannot read, as an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a complete NRRD file, or of an encoding that is not read ({reason}); copy it "
-            "again, or save it with encoding gzip"
-        ) from error
+    return unreadable(
+        lambda reason: (
+            f"{path}: not a complete NRRD file, or of an encoding that is not read ({reason}); "
+            "copy it again, or save it with encoding gzip"
+        )
+    )
 
 
 def check_nrrd_header(path: Path) -> None:
