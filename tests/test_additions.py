@@ -19,6 +19,7 @@ from medldm.diffusion.encoders import SPATIAL_ENCODERS
 from medldm.metrics.catalogue import IMAGE_METRICS, METRICS, MetricInfo, markdown_table, select_metrics
 from medldm.models.common import stage_latents
 from medldm.networks.autoencoder_plan import AUTOENCODER_LAYOUTS
+from medldm.networks.unet_plan import ARRANGEMENTS
 from tests.helpers import compose_config
 from tests.training import VQVAE, build, fit, load, make_batches, run_training
 from tests.translation import MSSPADE, VQGAN, build_stage, describe_stage, make_pairs
@@ -37,6 +38,7 @@ PARTS = '''
     from medldm.models.common import stage_latents
     from medldm.models.translation import Translated
     from medldm.networks.autoencoder_plan import BlockStep, Plan
+    from medldm.networks.unet_plan import JOIN, KEEP, UNetStep, middle
 
 
     class Straight(nn.Module):
@@ -102,6 +104,20 @@ PARTS = '''
             z_hat = module.translator(stage_latents(module.first_stage, batch, "source"), batch["label"])
             loss = (z_hat - z).square().mean()
             return Translated({"squared": loss}, loss, loss, z, z_hat)
+
+
+    def plan_ends(shape):
+        """An arrangement of the U-Net: one skip alone, from the stem to a unit at the end."""
+        levels = range(len(shape.channels))
+        down = [
+            [*shape.units_down(level), UNetStep("down", f"down.{level}.resample")] for level in levels[:-1]
+        ]
+        up = []
+        for section, level in shape.levels_up():
+            units = shape.units(section, level, [shape.channels[level]])
+            up.append([*units, *([UNetStep("up", f"{section}.resample")] if level else [])])
+        last = [JOIN, UNetStep("unit", "last", shape.stem_channels, sees_map=False)]
+        return [[KEEP], *down, shape.units_down(levels[-1]), middle(shape), *up, last]
 
 
     def plan_halves(stages, strides):
@@ -183,6 +199,8 @@ MEMBERS = {
     "model/conditioner/mean": "defaults: [strided_cnn, _self_]\nencoder: mean",
     "model/network/gated": "defaults: [unet_block, _self_]\nchannels: [16, 32]\nattention:\n"
     "  {_target_: study.Gate, _partial_: true, strength: 0.5}",
+    "model/network/ends": "defaults: [unet_block, _self_]\nskips: ends\nstem_channels: 8\n"
+    "channels: [16, 32]\nnum_res_blocks: 1\nattention_levels: []",
     "data/lines": "defaults: [/data/common@_here_, _self_]\ndataset: lines\nimage_size: 32\n"
     "preprocess: {intensity: {mode: bit_depth}}",
     "experiment/study/ldm": "# @package _global_\ndefaults:\n  - /experiment/cardiac2d/ldm\n"
@@ -269,6 +287,20 @@ def test_an_autoencoder_s_plan_of_one_s_own(study, monkeypatch):
     assert autoencoder.downsampling == (4, 4) and len(autoencoder.encoder) == len(autoencoder.decoder) == 2
     x_hat, quantized = autoencoder(torch.zeros(1, 1, 16, 16))
     assert x_hat.shape == (1, 1, 16, 16) and quantized.z.shape[2:] == (4, 4)
+
+
+def test_an_arrangement_of_the_u_net_of_one_s_own(study, monkeypatch):
+    import study as parts
+
+    monkeypatch.setitem(ARRANGEMENTS, "ends", parts.plan_ends)
+    module = build("experiment=cardiac2d/ldm", study, "model/first_stage=pixel", "model/network=ends")
+    network = module.network
+    assert network.downsampling == (2, 2)
+    # The last unit alone is joined to a skip: 16 channels of the way up and 8 of the stem.
+    assert [network.up[i].units[0].res.conv1.in_channels for i in range(2)] == [32, 32]
+    assert network.last.res.conv1.in_channels == 16 + 8
+    logged = fit(module, make_batches(1, 2)).callback_metrics
+    assert torch.isfinite(logged["train/loss"])
 
 
 def test_a_kind_of_model_of_one_s_own(prepared, study, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -113,7 +113,7 @@ def imports(tree: ast.Module) -> Iterator[str]:
 IMPORTS = [(name, target) for name, tree in modules() for target in imports(tree) if name != "__init__"]
 
 
-def is_within(name: str, allowed: set[str]) -> bool:
+def is_within(name: str, allowed: Collection[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
 
 
@@ -165,6 +165,33 @@ def test_no_modules_import_each_other_in_a_circle():
     while free := {name for name, targets in graph.items() if not targets & graph.keys()}:
         graph = {name: targets for name, targets in graph.items() if name not in free}
     assert sorted(graph) == []
+
+
+# ---- words ----
+
+OF_ARGUMENTS = ("networks", "diffusion", "metrics", "models", "losses")  # their messages name no config key
+CONFIG_KEY = re.compile(r"\b(data|model|trainer|sampler|callbacks|metrics)(\.[a-z_]+|/[a-z_]+=|=)")
+
+
+def messages(tree: ast.AST) -> Iterator[str]:
+    """What a module says: the strings in what it raises and in what it logs."""
+    for node in ast.walk(tree):
+        is_log = isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log.")
+        if isinstance(node, ast.Raise) or is_log:
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.value
+
+
+def test_networks_and_losses_speak_of_their_arguments():
+    """Whoever builds a part from a config adds the key: `errors.told_of`."""
+    said = [
+        (name, text) for name, tree in modules() if is_within(name, OF_ARGUMENTS) for text in messages(tree)
+    ]
+    assert len(said) > 100
+    assert [(name, text) for name, text in said if CONFIG_KEY.search(text)] == []
+    found, *_ = messages(ast.parse("raise ValueError(f'model.network.film={film} is unknown')"))
+    assert CONFIG_KEY.search(found)
 
 
 # Names that several modules define on purpose, each with its reason.

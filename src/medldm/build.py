@@ -9,13 +9,13 @@ from typing import Any
 
 from medldm.attributes import check_class_names
 from medldm.builders.allowance import Allowance, memory_of_machine
-from medldm.builders.kinds import MODELS, EarlierStages, kind_of, module_class
+from medldm.builders.kinds import MODELS, EarlierStages, batch_keys, kind_of, module_class
 from medldm.checkpoints import fit_weights, read_hashed
 from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.errors import InputError, told_of
 from medldm.models.common import TrainedModule
 
-__all__ = ["MODELS", "build_module", "load_first_stage", "load_module", "module_class"]
+__all__ = ["MODELS", "batch_keys", "build_module", "load_first_stage", "load_module", "module_class"]
 SLACK = 2**30  # bytes that building a model may take beside its weights: discriminators, tables
 
 

@@ -294,7 +294,7 @@ def ct_as_monochrome1(k, data):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (move, "two slices lie at one place"),
+        (move, "two slices lie at the same position"),
         (tilt, "gantry tilt.*dcm2niix"),
         (series, "several series"),
         (turn, "differ in ImageOrientationPatient"),

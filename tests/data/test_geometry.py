@@ -199,7 +199,7 @@ def test_a_map_without_a_place_beside_an_image_with_one_is_refused(tmp_path):
     write(tmp_path / "raw/images/a.nii.gz", nibabel.Nifti1Image(np.ones((16, 16), np.int16), AFFINE))
     (tmp_path / "raw/masks").mkdir()
     cv2.imwrite(str(tmp_path / "raw/masks/a.png"), np.ones((16, 16), np.uint8))
-    with pytest.raises(InputError, match="only one says where it lies"):
+    with pytest.raises(InputError, match="only one of image and map says"):
         prepare(tmp_path / "raw", tmp_path / "out")
 
 
@@ -267,7 +267,7 @@ def test_pairs_cut_to_boxes_of_their_own_are_refused(tmp_path):
     x, y, z = np.indices(SHAPE)
     write_pair(tmp_path / "raw", AFFINE, image * (x > 6))
     root = prepare(tmp_path / "raw", tmp_path / "out", 3, crop_foreground=True)
-    with pytest.raises(InputError, match="cut to different boxes; name one file as `foreground`"):
+    with pytest.raises(InputError, match="cropped to different boxes; name one file as `foreground`"):
         setup_pairs(root)
 
 

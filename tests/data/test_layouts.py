@@ -276,7 +276,7 @@ def test_nnunets_release_of_autopet_is_not_taken_for_med_lsdms(tmp_path):
     (mapped,) = autopet.index(tmp_path / "release", label_dir=str(tmp_path / "labels"))
     assert mapped.paths["mask"] == str(tmp_path / "labels/fdg_a1_2003.nii.gz")
     touch(tmp_path / "lsdm/labelsTr/p_1.nii.gz")
-    with pytest.raises(InputError, match="open whether _0000 or _0001 is the CT"):
+    with pytest.raises(InputError, match="the CT could be _0000 or _0001"):
         autopet.index(tmp_path / "lsdm")
     (tmp_path / "release/labelsTr/fdg_a1_2003.nii.gz").unlink()
     with pytest.raises(InputError, match=r"labelsTr/fdg_a1_2003.nii.gz: missing, though"):

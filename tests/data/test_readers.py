@@ -44,7 +44,7 @@ NO_FORM = ((SFORM, "<h", 0), (QFORM, "<h", 0))
     "changes, affine, said",
     [
         ((), AFFINE, ""),
-        ((EMPTY_SFORM,), AFFINE, "its sform is empty; its qform is taken"),
+        ((EMPTY_SFORM,), AFFINE, "its sform is empty; its qform is used"),
         ((NO_SIZE,), AFFINE, ""),  # the sform has sizes of its own
         (NO_FORM, None, "does not say how it lies"),
         (((UNITS, "<b", 3),), np.diag([1e-3, 1e-3, 1e-3, 1]) @ AFFINE, "micrometres; converted to mm"),

@@ -11,7 +11,6 @@ from medldm.diffusion.schedule import (
     fixed_linear_schedule,
     sqrt_linear_schedule,
 )
-from medldm.errors import InputError
 
 PREDICTIONS = ["noise", "image", "velocity"]
 SCHEDULE = sqrt_linear_schedule(1000, beta_start=0.0015, beta_end=0.0195)
@@ -181,7 +180,7 @@ def test_loss_is_float32_and_has_gradients_under_autocast():
 
 
 def test_discrete_times_refuse_a_continuous_schedule():
-    with pytest.raises(InputError, match="objective.times"):
+    with pytest.raises(ValueError, match="^times=discrete needs a schedule with steps"):
         DenoisingObjective("noise", times="discrete").sample_times(2, fixed_linear_schedule(-13.3, 5.0))
 
 

@@ -11,7 +11,6 @@ from medldm.diffusion.paths import LinearInterpolation, VarianceExploding, Varia
 from medldm.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverSampler
 from medldm.diffusion.schedule import exploding_schedule, fixed_linear_schedule, flow_schedule
 from medldm.diffusion.variational import VariationalObjective
-from medldm.errors import InputError
 
 SCHEDULES = {
     "preserving": lambda: fixed_linear_schedule(-13.3, 9.0),
@@ -161,7 +160,7 @@ def test_one_step_along_a_straight_line_is_eulers():
 
 
 def test_the_bound_refuses_a_path_without_its_prior():
-    with pytest.raises(InputError, match="preserves the variance"):
+    with pytest.raises(ValueError, match="preserves the variance"):
         VariationalObjective().steps(flow_schedule())
 
 

@@ -183,7 +183,7 @@ def test_paired_metric_clamps_and_weighs_images_equally():
 
 
 def test_an_unknown_metric_is_named():
-    with pytest.raises(InputError, match="no metric 'sim'; choose from ssim"):
+    with pytest.raises(ValueError, match="^no metric 'sim'; choose from ssim"):
         select_metrics(["ssim", "sim"])
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from medldm.build import load_module
+from medldm.commands import plan
 from medldm.diffusion.sampler import EulerSampler
 from medldm.errors import InputError
 from medldm.models.distillation import DistillationModule
+from tests.helpers import compose_config
 from tests.training import load, make_batches, run_training
 
 DISTILL = "experiment=cardiac2d/distill"
@@ -93,7 +95,7 @@ def test_a_student_stands_alone(diffusion, student, tmp_path):
 
 def test_what_only_plans_a_distillation_is_told_where_its_parts_are():
     with pytest.raises(InputError, match="model.teacher.checkpoint: a student's parts are its teacher's"):
-        DistillationModule.batch_keys({"kind": "distillation"}, is_cached=False)
+        plan.task(compose_config("plan", DISTILL))
 
 
 @pytest.mark.parametrize(

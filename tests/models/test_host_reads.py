@@ -97,6 +97,25 @@ def test_the_watch_sees_what_would_wait():
         assert word in found
 
 
+@pytest.mark.parametrize(("max_epochs", "said"), [(-1, "Epoch 0"), (3, "Epoch 0/2")])
+def test_the_progress_bar_names_a_last_epoch_where_there_is_one(max_epochs, said):
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    class Watched(ProgressBar):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            shown.append(self.progress.tasks[self.train_progress_bar_id].description.strip())
+
+    shown = []
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=max_epochs, max_steps=1, limit_val_batches=0, logger=False,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=[Watched()],
+    )  # fmt: skip
+    trainer.fit(BoringModel())
+    assert [text.split("]")[-1] for text in shown] == [said]
+
+
 def test_the_progress_bar_reads_when_it_is_logged(monkeypatch):
     from pytorch_lightning.callbacks import RichProgressBar
 

@@ -48,6 +48,7 @@ def test_an_unknown_and_a_missing_argument_are_told_as_those_of_a_call(network):
         network(2, **{name: value for name, value in options.items() if name != "stem_channels"})
 
 
+BOUND = "experiment=medvdm/chestxray_conv"
 AUTOENCODER, NETWORK = "model.autoencoder", "model.network"
 
 
@@ -61,6 +62,12 @@ AUTOENCODER, NETWORK = "model.autoencoder", "model.network"
         (VQVAE, "model.discriminators.image.norm=x", "model.discriminators.image.norm=x is none of batch"),
         (LDM, f"{NETWORK}.skips=x", f"{NETWORK}.skips=x is none of block, level, output"),
         (LDM, f"{NETWORK}.up_channels=[16]", rf"{NETWORK}.up_channels=\[16\]: skips=level needs one width"),
+        (
+            BOUND,
+            "model.objective.times=discrete",
+            "model.objective.times=discrete needs a number of steps; set num_timesteps",
+        ),
+        (BOUND, "model/schedule=flow", "model.objective: the bound's prior needs a schedule whose path"),
         (LDM, "model.objective.min_snr_gamma=-1", "model.objective.min_snr_gamma=-1 must be positive"),
         (LDM, "model.conditioner.encoder=odd", "model.conditioner: encoder 'odd' is none of"),
         (LDM, "model.conditioner.drop_all_prob=2", r"model.conditioner.drop_all_prob=2 must lie in \[0, 1\]"),

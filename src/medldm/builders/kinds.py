@@ -150,6 +150,8 @@ def build_diffusion_module(
             spade_channels=conditioner.spade_channels or None,
             context_channels=conditioner.context_dim or None,
         )
+    with told_of("model.objective"):
+        parts["objective"].check_schedule(parts["schedule"])
     with told_of("model"):
         module = module_class(model)(first_stage, conditioner, network, map_stage=map_stage, **parts)
     module.first_stage_description = stages.first_description
@@ -194,6 +196,8 @@ def build_variational_module(
             spade_channels=None,
             context_channels=None,
         )
+    with told_of("model.objective"):
+        parts["objective"].check_schedule(parts["schedule"])
     names = [field.name for field in fields(ImageTerms) if field.name in parts]
     terms = ImageTerms(**{name: parts.pop(name) for name in names})
     with told_of("model"):
@@ -248,6 +252,17 @@ def kind_of(model: Mapping[str, Any]) -> Kind:
     if model.get("kind") not in MODELS:
         raise InputError(f"model.kind={model.get('kind')} is none of {', '.join(MODELS)}")
     return MODELS[model["kind"]]
+
+
+def batch_keys(model: Mapping[str, Any], latents: str | None) -> tuple[str, ...]:
+    """The arrays that a model reads of a batch, where `latents` names their cache if there is one. InputError
+    where the model cannot learn from it.
+    """
+    module = module_class(model)
+    try:
+        return module.batch_keys(model, is_cached=bool(latents))
+    except ValueError as error:
+        raise InputError(f"data.latents={latents}: {error}; set it to null") from error
 
 
 def module_class(model: Mapping[str, Any]) -> type[TrainedModule]:

@@ -7,8 +7,9 @@ from pytorch_lightning.callbacks import RichProgressBar
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, with numbers that change only when they are logged. Lightning's own reads the loss
-    after every batch, and each time the host waits for the device.
+    """Lightning's bar, with numbers that change only when they are logged, and without a last epoch where
+    none is set. Lightning's own reads the loss after every batch, and each time the host waits for the
+    device; of trainings whose end is a number of updates, max_epochs=-1, it says "Epoch 0/-2".
     """
 
     shown: dict[str, Any] | None = None
@@ -18,3 +19,8 @@ class ProgressBar(RichProgressBar):
         if is_due or self.shown is None:
             self.shown = super().get_metrics(trainer, module)
         return self.shown
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        text = super()._get_train_description(current_epoch)
+        # As many characters as before: the bars of training and validation stay aligned.
+        return text.replace("/-2", "   ") if self.trainer.max_epochs == -1 else text

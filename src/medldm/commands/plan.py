@@ -28,7 +28,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from medldm.build import module_class
+from medldm.build import batch_keys
 from medldm.commands import CONFIG_DIR, experiment_name, run_command
 from medldm.devices import CPU, GPU, compiles_on, pick_device
 from medldm.errors import InputError
@@ -37,6 +37,7 @@ from medldm.planning.estimate import HEADER, Estimate, Planner, operations_table
 from medldm.planning.fit import advice
 from medldm.planning.measure import measured_step
 from medldm.planning.step import Job
+from medldm.training.teacher import teacher_of
 
 TOO_LARGE = 3  # exit status
 
@@ -106,8 +107,13 @@ def measured(planner: Planner, found: Estimate, count: int) -> str:
 def job_of(plan: Mapping[str, Any], experiment: str) -> Job:
     """The job of a config, with the experiments beside it for stages that are not trained yet."""
     experiments = Experiments(experiment, set(known_experiments()), compose_model)
-    model, is_cached = plan["model"], bool(plan["data"].get("latents"))
-    return describe_job(plan, experiments, module_class(model).batch_keys(model, is_cached=is_cached))
+    if teacher_of(plan["model"]) is not None:
+        raise InputError(
+            "model.teacher.checkpoint: a student's parts are its teacher's, which this config does not hold; "
+            "ask for the teacher's experiment instead"
+        )
+    keys = batch_keys(plan["model"], plan["data"].get("latents"))
+    return describe_job(plan, experiments, keys)
 
 
 def known_experiments() -> Iterator[str]:

@@ -12,7 +12,6 @@ from medldm.devices import full_precision
 from medldm.diffusion.condition import Condition, concatenate
 from medldm.diffusion.paths import Scales
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
-from medldm.errors import InputError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> x0_hat
 
@@ -134,6 +133,11 @@ class DenoisingObjective:
         self.times, self.density = times, density
         self.antithetic = antithetic
 
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """ValueError where this objective cannot train under a schedule."""
+        if self.times == "discrete" and schedule.num_timesteps is None:
+            raise ValueError("times=discrete needs a schedule with steps; set it to continuous")
+
     def sample_times(
         self,
         n: int,
@@ -152,8 +156,7 @@ class DenoisingObjective:
         if self.times == "continuous" or (self.times == "auto" and steps is None):
             # On a table the first interval holds no grid point: DDPM step 0 is t = 1 / T.
             return (u if steps is None else (1 + u * (steps - 1)) / steps).float()
-        if steps is None:
-            raise InputError("objective.times=discrete needs a schedule with steps; set it to continuous")
+        self.check_schedule(schedule)
         return on_grid(u, steps).float()
 
     def target(self, x: Tensor, noise: Tensor, scales: Scales) -> Tensor:

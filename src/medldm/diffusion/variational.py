@@ -20,7 +20,6 @@ from medldm.diffusion.objective import (
 )
 from medldm.diffusion.paths import VariancePreserving
 from medldm.diffusion.schedule import NoiseSchedule, ScheduleGradient, at_least_float32
-from medldm.errors import InputError
 
 
 class Bound(NamedTuple):
@@ -74,13 +73,16 @@ class VariationalObjective:
         self.prediction = DenoisingObjective("noise")
 
     def steps(self, schedule: NoiseSchedule) -> int | None:
-        """The number T of steps of the bound, None for continuous time."""
+        """The number T of steps of the bound, None for continuous time. ValueError as of `check_schedule`."""
+        self.check_schedule(schedule)
+        return None if self.times == "continuous" else self.num_timesteps or schedule.num_timesteps
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """ValueError where the bound does not exist under a schedule."""
         if not isinstance(schedule.path, VariancePreserving):
-            raise InputError("schedule: the bound's prior asks for a path that preserves the variance")
-        steps = None if self.times == "continuous" else self.num_timesteps or schedule.num_timesteps
-        if steps is None and self.times == "discrete":
-            raise InputError("objective.times=discrete needs a number of steps; set objective.num_timesteps")
-        return steps
+            raise ValueError("the bound's prior needs a schedule whose path preserves the variance")
+        if self.times == "discrete" and not (self.num_timesteps or schedule.num_timesteps):
+            raise ValueError("times=discrete needs a number of steps; set num_timesteps")
 
     def sample_times(
         self,

@@ -40,29 +40,24 @@ class Windows:
 
     def __init__(self, size: Sequence[int | None], overlap: float = 0.5, keep: int = WINDOWS_KEPT) -> None:
         if not 0 <= overlap < 1:
-            raise InputError(f"windows.overlap={overlap} must lie in [0, 1)")
+            raise ValueError(f"overlap={overlap} must lie in [0, 1)")
         if any(n is not None and n < 1 for n in size):
-            raise InputError(
-                f"windows.size: {list(size)} cells of the latent grid; give at least one cell an axis"
-            )
+            raise ValueError(f"size={list(size)} cells of the latent grid: give at least one cell an axis")
         if keep < 0:
-            raise InputError(f"windows.keep={keep}: give the number of windows whose condition is kept")
+            raise ValueError(f"keep={keep}: give the number of windows whose condition is kept")
         self.size, self.overlap, self.keep = tuple(size), overlap, keep
 
     @classmethod
     def of_image(
         cls, size: Sequence[int | None], downsampling: Sequence[int], overlap: float, keep: int = WINDOWS_KEPT
     ) -> "Windows":
-        """Windows of a size in voxels of the image. InputError where it does not divide by the factors."""
+        """Windows of a size in voxels of the image. ValueError where it does not divide by the factors."""
         if len(size) != len(downsampling):
-            raise InputError(
-                f"windows.size={list(size)}: give {len(downsampling)} numbers, null for a whole axis"
-            )
+            raise ValueError(f"size={list(size)}: give {len(downsampling)} numbers, null for a whole axis")
         for n, factor in zip(size, downsampling, strict=True):
             if n is not None and n % factor:
-                raise InputError(
-                    f"windows.size={list(size)} does not divide by the first stage's factors "
-                    f"{tuple(downsampling)}"
+                raise ValueError(
+                    f"size={list(size)} does not divide by the first stage's factors {tuple(downsampling)}"
                 )
         cells = [None if n is None else n // factor for n, factor in zip(size, downsampling, strict=True)]
         return cls(cells, overlap, keep)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
 from medldm.evaluation import screen
 from medldm.evaluation.baselines import (
     TrainingSet,
@@ -78,7 +78,8 @@ class Outcome(NamedTuple):
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """InputError for a metric or a baseline that there is not, before any image is read."""
-    select_metrics(settings["image"])
+    with told_of("metrics.image"):
+        select_metrics(settings["image"])
     for name in settings["baselines"]:
         if name not in KNOWN_BASELINES:
             known = ", ".join(KNOWN_BASELINES)

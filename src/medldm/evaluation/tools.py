@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.data.preparation.edges import EdgeRecipe
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.regions import check_regions
 from medldm.evaluation.slices import SliceFeatures, by_pieces, fold, slicewise
@@ -116,7 +116,8 @@ def build_tools(
     bound = bind_slices(functions, axial_axis)
     tools = Tools(bound, recipe, view_names, tolerances, segmenter=segmenter)
     tools.axial_axis, tools.regions = axial_axis, check_regions(regions, functions)
-    tools.fid_features = check_fid_features(fid_features, networks)
+    with told_of("metrics"):
+        tools.fid_features = check_fid_features(fid_features, networks)
     channels = image_shape[0]
     for name in networks:
         if name not in FEATURE_NETS:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from medldm.errors import InputError
 from medldm.metrics.adherence import definition, edge_f1
 from medldm.metrics.frechet import frechet_from_features, kernel_distance
 from medldm.metrics.image import ImageFunction, mae, nmse_energy, nmse_var, psnr, rmse, ssim_gaussian
@@ -319,10 +318,10 @@ def better(name: str) -> str:
 
 
 def select_metrics(names: list[str]) -> dict[str, ImageFunction]:
-    """The functions of these names; InputError for a name that does not exist."""
+    """The functions of these names; ValueError for a name that does not exist."""
     unknown = [name for name in names if name not in IMAGE_METRICS]
     if unknown:
-        raise InputError(f"metrics.image: no metric {unknown[0]!r}; choose from {', '.join(IMAGE_METRICS)}")
+        raise ValueError(f"no metric {unknown[0]!r}; choose from {', '.join(IMAGE_METRICS)}")
     return {name: IMAGE_METRICS[name].function for name in names}
 
 

@@ -14,7 +14,6 @@ from medldm.diffusion.condition import Condition, in_float32
 from medldm.diffusion.objective import guided
 from medldm.diffusion.sampler import SAMPLERS, Sampler, check_guidance
 from medldm.diffusion.timegrid import spaced_times
-from medldm.errors import InputError
 from medldm.models.common import rank_part, step_generator
 from medldm.models.diffusion import DiffusionModule
 
@@ -51,8 +50,8 @@ class DistillationModule(DiffusionModule):
         super().__init__(first_stage, conditioner, network, optimizer=optimizer, **options)
         if self.objective.prediction == "noise":
             raise ValueError(
-                "teacher: it predicts noise, which at pure noise says nothing of an image; give one with "
-                "model/objective=velocity, flow, image or edm"
+                "the teacher predicts noise, which at pure noise says nothing of an image; give one that "
+                "predicts the velocity or the image, or a preconditioned one"
             )
         if not student_steps or min(student_steps) < 1:
             raise ValueError(f"student_steps={list(student_steps)} must be whole numbers of at least 1")
@@ -61,15 +60,6 @@ class DistillationModule(DiffusionModule):
             teacher["kind"], teacher["num_steps"], teacher["guidance_scale"]
         )
         self.teachers: tuple[DiffusionModule, ...] = ()  # one in training; a tuple keeps it out of the state
-
-    @staticmethod
-    def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
-        if "conditioner" not in model:
-            raise InputError(
-                "model.teacher.checkpoint: a student's parts are its teacher's, which this config does not "
-                "hold; ask for the teacher's experiment instead"
-            )
-        return DiffusionModule.batch_keys(model, is_cached=is_cached)
 
     def learn_from(self, teacher: DiffusionModule) -> None:
         """The trained model whose samples are learnt, frozen."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from medldm.diffusion.latent import FirstStage
-from medldm.errors import InputError
 from medldm.losses import PerceptualLoss
 from medldm.metrics.image import psnr, ssim
 from medldm.models.adversarial import AdversarialModule, GeneratorStep
@@ -152,7 +151,7 @@ class TranslationModule(AdversarialModule):
             return ("image", "source")
         objective = model["objective"].get("_target_")
         if objective is not None and resolve_name(objective).trains_autoencoder:
-            raise InputError("data.latents: this objective compares images; set data.latents=null")
+            raise ValueError("this objective compares images, which cached latents are not")
         return ("latent", "source_latent")
 
     @property

@@ -277,7 +277,7 @@ FEATURE_NETS: dict[str, FeatureNet] = {
         build_random_conv,
     ),
 }
-# Every set of features that has a name: one pass of Inception gives one for each of `metrics.fid_features`.
+# Every set of features that has a name: one pass of Inception gives one for each of its `fid_features`.
 FEATURE_SETS = FEATURE_NETS | {
     f"inception_{size}": inception_entry(size) for size in INCEPTION_LAYERS if size != 2048
 }
@@ -291,17 +291,17 @@ def feature_sets(name: str, fid_features: Sequence[int]) -> list[str]:
 
 
 def check_fid_features(sizes: Sequence[int], networks: Sequence[str]) -> tuple[int, ...]:
-    """InputError where a width is none of Inception's, stands twice, or no Inception is there to use it."""
+    """The widths as a tuple; ValueError where one is none of Inception's or stands twice, or where Inception
+    is not among the networks.
+    """
     known = ", ".join(map(str, INCEPTION_LAYERS))
     is_list = isinstance(sizes, Sequence) and not isinstance(sizes, str) and len(sizes) > 0
     if not is_list or any(type(size) is not int or size not in INCEPTION_LAYERS for size in sizes):
-        raise InputError(f"metrics.fid_features={sizes}: give a list of {known}, for instance [64,2048]")
+        raise ValueError(f"fid_features={sizes}: give a list of {known}, for instance [64,2048]")
     if len(set(sizes)) < len(sizes):
-        raise InputError(f"metrics.fid_features={sizes}: name each once")
+        raise ValueError(f"fid_features={sizes}: name each once")
     if tuple(sizes) != (2048,) and "inception" not in networks:
-        raise InputError(
-            f"metrics.fid_features={sizes}: only Inception has these; add it by metrics.features=[inception]"
-        )
+        raise ValueError(f"fid_features={sizes}: only Inception has these; add inception to the features")
     return tuple(sizes)
 
 
@@ -319,9 +319,9 @@ def build_features(
     unknown, the weights are missing or the dimension does not fit.
     """
     if name not in FEATURE_NETS:
-        raise InputError(f"metrics.features: no network {name!r}; choose from {', '.join(FEATURE_NETS)}")
+        raise InputError(f"no network {name!r}; choose from {', '.join(FEATURE_NETS)}")
     if spatial_dims not in FEATURE_NETS[name].spatial_dims:
         dims = " or ".join(f"{d}D" for d in FEATURE_NETS[name].spatial_dims)
-        raise InputError(f"metrics.features: {name} takes {dims} images, these are {spatial_dims}D")
+        raise InputError(f"the feature network {name} takes {dims} images, these are {spatial_dims}D")
     network = FEATURE_NETS[name].build(weights_dir, spatial_dims, image_channels, **options)
     return network.eval().requires_grad_(False)

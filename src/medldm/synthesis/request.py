@@ -80,7 +80,8 @@ def windows_of(cfg: DictConfig, module: TrainedModule, predictor: Predictor) -> 
         return None
     check_latent(predictor, "windows.size")
     given = cfg.windows
-    return Windows.of_image(tuple(given.size), module.first_stage.downsampling, given.overlap, given.keep)
+    with told_of("windows"):
+        return Windows.of_image(tuple(given.size), module.first_stage.downsampling, given.overlap, given.keep)
 
 
 def build_dataset(

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule
 
 from medldm.attributes import check_order
-from medldm.build import build_module, module_class
+from medldm.build import batch_keys, build_module, module_class
 from medldm.checkpoints import describe
 from medldm.data import build_datamodule
 from medldm.models.common import TrainedModule
@@ -67,9 +67,9 @@ def make_data(cfg: DictConfig, run: Run) -> LightningDataModule:
     first_stage, _ = require_stages(run.model, run.stages_from)
     data = OmegaConf.to_container(cfg.data, resolve=True)
     data["latents"] = find_latents(data, run.model, first_stage)
-    kind = module_class(run.model)
-    keys = kind.batch_keys(run.model, is_cached=data["latents"] is not None)
-    return build_datamodule(data, keys=keys, seed=cfg.seed, with_cine=kind.takes_unlabelled)
+    keys = batch_keys(run.model, data["latents"])
+    with_cine = module_class(run.model).takes_unlabelled
+    return build_datamodule(data, keys=keys, seed=cfg.seed, with_cine=with_cine)
 
 
 def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> TrainedModule:

@@ -18,7 +18,7 @@ def names_of_datasets() -> list[str]:
 
 
 def find_dataset(name: str) -> ModuleType:
-    """The module of `data.dataset`; InputError where there is none of this name."""
+    """The module of the dataset that `data.dataset` names. InputError where there is no such dataset."""
     known = names_of_datasets()
     if name not in known:
         raise InputError(f"data.dataset={name}: no such dataset; choose from {', '.join(known)}")
@@ -26,6 +26,6 @@ def find_dataset(name: str) -> ModuleType:
 
 
 def published_splits(name: str, subjects: Sequence[str]) -> dict[str, Split]:
-    """The splits by name that were published for these subjects of a dataset; {} where there are none."""
+    """The splits, by name, that were published for these subjects of a dataset; {} where there are none."""
     module = find_dataset(name) if name in names_of_datasets() else None
     return module.published_splits(subjects) if hasattr(module, "published_splits") else {}

@@ -1,8 +1,8 @@
 """AutoPET (FDG-PET-CT-Lesions, TCIA): whole-body CT with an anatomical label map of 37 classes.
 
 The anatomical map is not part of the publication; `label_dir` names a folder of `<case>.nii.gz` made with a
-segmentation tool (default: `labels/` below the root). Without it the data's lesion map (SEG,
-labelsTr) is taken.
+segmentation tool (default: `labels/` below the root). Without it, the published map of lesions (SEG,
+labelsTr) is used.
 """
 
 import logging
@@ -26,12 +26,13 @@ log = logging.getLogger(__name__)
 
 
 def index(root: str | Path, label_dir: str | None = None, *, note: Note = log.info) -> list[Case]:
-    """Cases of the published `PETCT_<patient>/<study>/{CTres,SEG}.nii.gz` (below `FDG-PET-CT-Lesions/` or
-    not), of the challenge's nnU-Net release `imagesTr/<case>_0000.nii.gz` (CT; `_0001` is PET) with
-    `labelsTr/<case>.nii.gz`, of Med-LSDM's `imagesTr/<case>_0001.nii.gz` (CT) with `_0002` (map), or of its
-    `{train,test}/ct/` with `label/`.
+    """Lists cases of four layouts: the published `PETCT_<patient>/<study>/{CTres,SEG}.nii.gz` (below
+    `FDG-PET-CT-Lesions/` or not), the challenge's nnU-Net release `imagesTr/<case>_0000.nii.gz` (CT; `_0001`
+    is PET) with `labelsTr/<case>.nii.gz`, Med-LSDM's `imagesTr/<case>_0001.nii.gz` (CT) with `_0002` (map),
+    and its `{train,test}/ct/` with `label/`.
 
-    Subjects are patients: several studies of one, and windows `<patient>_..._<n>`, stay on one side.
+    Subjects are patients, so that all studies of one, and all parts `<patient>_..._<n>` of a study, are on
+    one side of a split.
     """
     root = require_root(root, "PETCT_<patient>/<study>/CTres.nii.gz, or train/ct/ and test/ct/")
     maps = map_folder(root, label_dir)
@@ -48,17 +49,19 @@ def patient_of(stem: str) -> str:
 
 
 def nnunet(root: Path, maps: Path | None, note: Note) -> list[Case]:
-    """Both layouts of `imagesTr/`: with maps `_0002` among the images it is Med-LSDM's, its CT `_0001`."""
+    """Cases of `imagesTr/`. Where it holds maps `_0002` it is Med-LSDM's and its CT is `_0001`; otherwise it
+    is nnU-Net's and its CT is `_0000`.
+    """
     images = {stem_of(path): path for path in volume_files(root / "imagesTr")}
     is_medlsdm = any(stem.endswith("_0002") for stem in images)
     if images and is_medlsdm and (root / "labelsTr").is_dir():
         raise InputError(
-            f"{root}: has labelsTr/ and maps *_0002 in imagesTr/, so it is open whether _0000 or _0001 is "
-            "the CT; take one of them away"
+            f"{root}: has labelsTr/ and maps *_0002 in imagesTr/, so that the CT could be _0000 or _0001; "
+            "take one of them away"
         )
     channel = "_0001" if is_medlsdm else "_0000"
     if images:
-        note(f"imagesTr/*{channel} is taken for the CT ({'Med-LSDM' if is_medlsdm else 'nnU-Net'}'s naming)")
+        note(f"imagesTr/*{channel} is read as the CT ({'Med-LSDM' if is_medlsdm else 'nnU-Net'}'s naming)")
     cases = []
     for stem, image in images.items():
         if not stem.endswith(channel):

@@ -1,6 +1,5 @@
-"""Pictures in one folder a class, with or without train/, val/, test/ above: Kermany et al.
-
-2018 and many others.
+"""Pictures in one folder for each class, with or without train/, val/ and test/ above them, as Kermany et al.
+(2018) and many others publish theirs.
 """
 
 import re
@@ -11,7 +10,7 @@ from medldm.data.raw.layouts import pictures_below, require_root, split_folders
 from medldm.errors import InputError
 from medldm.files import is_hidden
 
-# How published chest X-rays name their patients: Kermany's NORMAL and PNEUMONIA, NIH.
+# How published chest X-rays name their patients: NORMAL and PNEUMONIA of Kermany et al., and NIH.
 PATIENTS = (
     re.compile(r"^((?:NORMAL2-)?IM-\d+)-\d+"),
     re.compile(r"^(person\d+)_"),
@@ -20,10 +19,12 @@ PATIENTS = (
 
 
 def index(root: str | Path) -> list[Case]:
-    """Cases with the folder's name as `label` and, below train/, val/, test/, that as `split`.
+    """Lists cases with the name of the class folder as `label` and, below train/, val/ or test/, that name as
+    `split`.
 
-    A file name that tells the patient gives the subject (within a split folder: Kermany counts anew in each),
-    any other picture is a subject of its own. InputError where there are no class folders, or an empty one.
+    The subject is the patient where the file name tells it, otherwise each picture is a subject of its own.
+    Patients of two split folders are different ones, since Kermany et al. count anew in each. InputError
+    where there are no class folders, or an empty one.
     """
     root = require_root(root, "one folder a class")
     splits = split_folders(root)

@@ -12,9 +12,9 @@ from medldm.files import walk
 
 
 def index(root: str | Path) -> list[Case]:
-    """Cases of Med-LSDM's NIfTI layout `final_labeled_mr/Breast_MRI_001_<n>.nii.gz` with `final_label/` (and
-    `final_labeled_mr_test/`, `final_label_test/`), or of the published download: per patient a folder with
-    the DICOM series and `Segmentation_<patient>_{Breast,Dense_and_Vessels}.seg.nrrd`.
+    """Lists cases of Med-LSDM's NIfTI layout `final_labeled_mr/Breast_MRI_001_<n>.nii.gz` with `final_label/`
+    (and `final_labeled_mr_test/`, `final_label_test/`), or of the published download: a folder for each
+    patient with the DICOM series and `Segmentation_<patient>_{Breast,Dense_and_Vessels}.seg.nrrd`.
 
     Patients are subjects. Classes: 1 breast, 2 vessels; the dense tissue of the publication is not used.
     """
@@ -35,7 +35,7 @@ def converted(root: Path) -> list[Case]:
         suffix = f"_{split}"
         found = folder_pairs(root, f"final_labeled_mr{suffix}", f"final_label{suffix}", patient_of)
         cases += [Case(c.id, c.subject, c.paths, {"split": split}) for c in found]
-    if any("split" in case.attributes for case in cases):  # final_labeled_mr/ itself is the training part
+    if any("split" in case.attributes for case in cases):  # then final_labeled_mr/ is the training part
         cases = [Case(c.id, c.subject, c.paths, {"split": "train", **c.attributes}) for c in cases]
     return cases
 
@@ -52,15 +52,15 @@ def published(root: Path) -> list[Case]:
                 f"{vessels}: missing, though {breast.name} is there; add it, or remove the patient"
             )
         series = pick_series(root, patient, depth_of(breast))
-        # The later class covers the earlier one: vessels lie within the breast.
+        # The later class overwrites the earlier one, since vessels lie within the breast.
         paths = {"image": str(series), "mask:1": str(breast), "mask:2": f"{vessels}::vessel"}
         cases.append(Case(patient, patient, paths))
     return cases
 
 
 def pick_series(root: Path, patient: str, depth: int) -> Path:
-    """The folder of the first series with as many slices as the map that is neither post-contrast
-    (Ph1..4ax, 1st pass...), nor plain T1, nor a segmentation.
+    """The folder of the first series that has as many slices as the map and is neither post-contrast (Ph1ax
+    to Ph4ax, 1st pass...), nor plain T1, nor a segmentation.
     """
     folder = next((folder for folder, _ in walk(root) if folder.name == patient), None)
     if folder is None:
@@ -76,5 +76,5 @@ def pick_series(root: Path, patient: str, depth: int) -> Path:
 
 
 def depth_of(path: Path) -> int:
-    """Number of slices of an NRRD map."""
+    """The number of slices of an NRRD map."""
     return nrrd_sizes(path)[-1]

@@ -1,5 +1,5 @@
-"""Anyone's own images: `images/` and `masks/` with equal file names, or a `manifest.csv`. `masks/` alone, or
-a manifest without the column image, are class maps to sample from.
+"""A user's own images: `images/` and `masks/` with equal file names, or a `manifest.csv`. Where there are
+`masks/` alone, or a manifest without the column image, cases are class maps from which images can be sampled.
 """
 
 import logging
@@ -23,9 +23,9 @@ from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 FILES = ("image", "mask", "foreground", "body")
-STATED = ("label", "split", "view", "phase", "visit", "photometric")  # attributes that have a meaning
+STATED = ("label", "split", "view", "phase", "visit", "photometric")  # attributes that other modules read
 KNOWN_COLUMNS = (*FILES, "subject", *STATED)
-# Columns that would be of no effect, or that the program writes itself: an attribute of that name misleads.
+# Columns that are refused: they would have no effect, or medldm writes an entry of that name itself.
 REFUSED = {
     "edges": "edges are made from the image (data.preprocess.edges)",
     "text": "no model here reads text",
@@ -39,7 +39,7 @@ REFUSED = {
      "made_from", "coloured"),
     "medldm writes it itself",
 )  # fmt: skip
-# What is probably meant by other names, where the column itself is not there.
+# Other names of the known columns; one is refused where the column that it probably means is missing.
 MEANT = {
     "image": ("images", "img", "image_path", "image_file", "filename", "file_name", "filepath", "path",
               "file"),
@@ -53,16 +53,16 @@ BIDS = re.compile(r"sub-[A-Za-z0-9]+")
 
 
 def index(root: str | Path, modalities: Sequence[str] | None = None, *, note: Note = log.info) -> list[Case]:
-    """Cases of a folder. Columns of the manifest beyond the known ones become attributes (view, phase and
-    visit have a meaning). Several images of a subject that differ by `label` make pairs; `foreground` names
-    the volume whose content decides the crop of all of them.
+    """Lists the cases of a folder. Further columns of the manifest become attributes, of which medldm itself
+    reads view, phase and visit. Images of a subject that differ by `label` make pairs; all are cropped to the
+    content of the volume that `foreground` names.
 
-    `modalities` are the labels to take, in this order; without a manifest they are found in the file names:
+    `modalities` are the labels to take, in this order. Without a manifest they are read from the file names:
     `images/<subject>/<modality>.nii.gz`, `images/<subject>_<modality>.nii.gz`, or nnU-Net's `_0000`, `_0001`
     in the order of `modalities`.
 
-    Paths in the manifest are relative to the root. Without a subject each file is one. InputError names a
-    missing file, an image without its mask, and two images that would get the same name.
+    Paths in the manifest are relative to the root. A file without a subject is a subject of its own.
+    InputError names a missing file, an image without its mask, and two images that would get the same name.
     """
     root = require_root(root, "images/ or manifest.csv")
     manifest = root / "manifest.csv"
@@ -103,8 +103,8 @@ def check_names(cases: Sequence[Case]) -> None:
 
 
 def case_id(path: str, folder: Path) -> str:
-    """A file name without its folder `images/` or `masks/` and suffix; deeper folders are kept with
-    underscores.
+    """The name of a case: its path below `images/` or `masks/` without the suffix, with underscores between
+    folders.
     """
     parts = [part for part in Path(path).parts if part != ".."]
     parts = parts[1:] if Path(path).is_absolute() else parts
@@ -121,7 +121,7 @@ def manifest_cases(path: Path, note: Note) -> list[Case]:
     check_columns(path, columns)
     others = [name for name in columns if name not in KNOWN_COLUMNS]
     if others:
-        note(f"{path.name}: kept as attributes without further meaning: {', '.join(others)}")
+        note(f"{path.name}: kept as attributes that nothing reads by itself: {', '.join(others)}")
     without = {"subject": "and count as a subject each"} | dict.fromkeys(STATED, "which stays unknown")
     for name, meaning in without.items():
         missing = sum(not row.cells[name] for row in rows) if name in columns else 0
@@ -131,11 +131,11 @@ def manifest_cases(path: Path, note: Note) -> list[Case]:
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """InputError for a column that would be kept as an attribute though more is meant by it."""
+    """InputError for a column that would become an attribute although its name suggests an effect."""
     for name in columns:
         if name.lower() in REFUSED:
             raise InputError(
-                f"{path}: the column '{name}' would do nothing: {REFUSED[name.lower()]}; remove or rename it"
+                f"{path}: the column '{name}' has no effect: {REFUSED[name.lower()]}; remove or rename it"
             )
         meant = next((key for key, names in MEANT.items() if name.lower() in names), None)
         if meant is not None and meant not in columns:
@@ -156,8 +156,8 @@ def manifest_case(path: Path, row: Row) -> Case:
 
 
 def find_file(manifest: Path, text: str, line: int) -> str:
-    """The file, DICOM folder or `file::dataset` that a cell names, also with Windows' backslashes, or where
-    the disk composes its letters otherwise.
+    """The file, DICOM folder or `file::dataset` that a cell names. Backslashes are read as slashes, and names
+    are found also where the disk composes their letters in another Unicode form.
     """
     spellings = [text, text.replace("\\", "/")]
     spellings += [unicodedata.normalize(form, spellings[1]) for form in ("NFC", "NFD")]
@@ -175,7 +175,7 @@ def find_file(manifest: Path, text: str, line: int) -> str:
 
 
 def of_modalities(cases: list[Case], modalities: Sequence[str] | None, manifest: Path) -> list[Case]:
-    """The cases of these labels; InputError for one that the manifest does not have."""
+    """The cases of these labels. InputError for a label that the manifest does not have."""
     if modalities is None:
         return cases
     known = sorted({str(case.attributes["label"]) for case in cases if "label" in case.attributes})
@@ -214,26 +214,28 @@ def image_folder_cases(root: Path, note: Note) -> list[Case]:
 
 
 def subject_of(name: str) -> str:
-    """sub-01 of sub-01_ses-02_T1w, as BIDS names people; else the name itself."""
+    """The subject that a name in the style of BIDS states (sub-01 of sub-01_ses-02_T1w), else the name
+    itself.
+    """
     match = BIDS.search(name)
     return match[0] if match else name
 
 
 def say_who_is_a_subject(names: Sequence[str], note: Note) -> None:
-    """A word where images that each count as a subject seem to come in groups, as slices or visits do."""
+    """Notes where images that each count as a subject are named in groups, as slices or visits of one are."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[re.sub(r"[-_][^-_]+$", "", name)].append(name)
     if 1 < len(groups) < len(names):
         pair = next(members for members in groups.values() if len(members) > 1)[:2]
         note(
-            f"each image counts as a subject of its own, also {pair[0]} and {pair[1]}; where several show "
+            f"each image counts as a subject of its own, {pair[0]} and {pair[1]} too; where several show "
             "one person, name it in the column subject of manifest.csv, else it may be trained and tested on"
         )
 
 
 def modality_folders(root: Path, modalities: Sequence[str]) -> list[Case]:
-    """Images of subjects by the modality in their names; other images are left out."""
+    """The images of each subject by the modality that their names state. Other images are left out."""
     check_modality_choice(modalities, modalities)
     found: dict[str, dict[str, Path]] = defaultdict(dict)
     for path in images_below(root / "images"):
@@ -263,13 +265,13 @@ def modality_folders(root: Path, modalities: Sequence[str]) -> list[Case]:
 
 
 def replace_mask(case: Case, masks: dict[str, Path]) -> Case:
-    """A mask of the image's own name before that of its subject."""
+    """The case with the mask of its own name where there is one, else with that of its subject."""
     own = masks.get(case.id)
     return Case(case.id, case.subject, {**case.paths, "mask": str(own)}, case.attributes) if own else case
 
 
 def split_modality(path: Path, stem: str, modalities: Sequence[str]) -> tuple[str, str | None]:
-    """(subject, modality) of an image below images/; None for a name that tells none."""
+    """(subject, modality) of an image below images/; None where its name states no modality."""
     above = "_".join(path.parts[:-1])
     by_name = {name.lower(): name for name in modalities}
     if stem.lower() in by_name and above:
@@ -283,6 +285,6 @@ def split_modality(path: Path, stem: str, modalities: Sequence[str]) -> tuple[st
 
 
 def named_images(folder: Path) -> list[tuple[str, Path]]:
-    """(case, file) of every image below a folder; nothing where it is not there."""
+    """(case, file) of every image below a folder; nothing where there is no such folder."""
     files = images_below(folder, with_maps=folder.name == "masks")
     return [(case_id(str(path.relative_to(folder)), folder), path) for path in files]

@@ -1,7 +1,7 @@
 """IXI (brain-development.org): T1, T2 and PD of healthy brains.
 
-The published contrasts are not registered to each other: as published they serve single volumes; translation
-needs the co-registered folder `output/<subject>/{T1w,T2,PD}.nii.gz` that ALDM reads.
+The published contrasts are not registered to each other, so that they can be used as single volumes only.
+Translation needs the co-registered folder `output/<subject>/{T1w,T2,PD}.nii.gz` that ALDM reads.
 """
 
 import logging
@@ -32,11 +32,11 @@ NAME = re.compile(r"(IXI\d{3}-[^-]+-\d+)-(T1|T2|PD)\.nii(\.gz)?$")  # IXI002-Guy
 def index(
     root: str | Path, modalities: Sequence[str] = tuple(MODALITIES), *, note: Note = log.info
 ) -> list[Case]:
-    """Cases of `output/<subject>/{T1w,T2,PD}.nii.gz` with `train_subs.csv` and `test_subs.csv` (subject_id),
-    or of the published `IXI-T1/IXI002-Guys-0828-T1.nii.gz`, `IXI-T2/`, `IXI-PD/`.
+    """Lists cases of `output/<subject>/{T1w,T2,PD}.nii.gz` with `train_subs.csv` and `test_subs.csv`
+    (subject_id), or of the published `IXI-T1/IXI002-Guys-0828-T1.nii.gz`, `IXI-T2/`, `IXI-PD/`.
 
-    In the first layout the foreground of PD decides the crop, as ALDM has it; in the second that of each
-    image, because the contrasts are not registered.
+    In the first layout all contrasts are cropped to the foreground of PD, as in ALDM; in the second each
+    image is cropped to its own, because the contrasts are not registered.
     """
     root = require_root(root, "output/ (co-registered), or IXI-T1/, IXI-T2/ and IXI-PD/")
     check_modality_choice(modalities, MODALITIES)
@@ -48,7 +48,7 @@ def index(
 def registered(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
     stated, cases, unlisted = table_split(root), [], []
     for folder in sorted(p for p in (root / "output").iterdir() if p.is_dir() and not is_hidden(p.name)):
-        if stated and folder.name not in stated:  # the tables name the complete subjects
+        if stated and folder.name not in stated:  # the tables name the subjects that have all contrasts
             unlisted.append(folder.name)
             continue
         images = {key: existing_volume(folder / f"{MODALITIES[key]}.nii.gz") for key in modalities}
@@ -68,7 +68,7 @@ def registered(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
 
 
 def table_split(root: Path) -> dict[str, str]:
-    """`{train,val,test}_subs.csv`, else `splits.csv`."""
+    """{subject: train | val | test} of `{train,val,test}_subs.csv`, or else of `splits.csv`."""
     stated = {}
     for split in ("train", "val", "test"):
         for folder in (root, root / "output"):

@@ -1,6 +1,6 @@
-"""LIDC-IDRI (Armato et al., Medical Physics 2011): chest CT as one array or file a scan.
+"""LIDC-IDRI (Armato et al., Medical Physics 2011): chest CT, where each scan is one array or file.
 
-How the arrays were made is not published; each is scaled by its own least and largest value.
+It is not published how the arrays were made. Each is scaled by its own minimum and maximum.
 """
 
 import re
@@ -14,8 +14,9 @@ PATIENT = re.compile(r"LIDC-IDRI-\d{4}")
 
 
 def index(root: str | Path) -> list[Case]:
-    """Cases of every `.npy` (slices first), volume or DICOM folder below the root. The patient is
-    LIDC-IDRI-0001 and so on where file or folder says so, else each file is one of its own.
+    """Lists a case for every `.npy` (slices first), volume or DICOM folder below the root. The subject is the
+    patient LIDC-IDRI-0001 and so on where the name of the file or folder states one; otherwise each file is a
+    subject of its own.
     """
     root = require_root(root, "arrays as .npy, at any depth")
     cases = []

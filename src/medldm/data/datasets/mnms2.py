@@ -19,19 +19,19 @@ from medldm.errors import InputError
 from medldm.schemas import SubjectFiles, read_checked
 
 log = logging.getLogger(__name__)
-# In the order in which ldm-medical-image stores them.
+# In the order in which ldm-medical-image stores the slices of each.
 ACQUISITIONS = [(view, phase) for view in ("LA", "SA") for phase in ("ED", "ES")]
 SUBJECTS = [f"{i:03d}" for i in range(1, 361)]
-MAPPING_INDEX = "dataset_index_mapping.json"  # beside the files of ldm-medical-image
+MAPPING_INDEX = "dataset_index_mapping.json"  # lies beside the files that ldm-medical-image prepared
 INFORMATION_COLUMNS = {"DISEASE": "disease", "VENDOR": "vendor", "SCANNER": "scanner", "FIELD": "field_T"}
 
 
 def index(root: str | Path, cine: int | None = None, *, note: Note = log.info) -> list[Case]:
-    """Cases of the published layout `[dataset/]NNN/NNN_{LA,SA}_{ED,ES}[_gt].nii.gz`, four a subject; then
-    every `cine`-th frame of `NNN_{LA,SA}_CINE.nii.gz`, which has no map (None: no frames).
+    """Lists cases of the published layout `[dataset/]NNN/NNN_{LA,SA}_{ED,ES}[_gt].nii.gz`, four a subject;
+    then every `cine`-th frame of `NNN_{LA,SA}_CINE.nii.gz`, which has no map (None: no frames).
 
-    `dataset_information.csv` may be absent. InputError names the first missing file; a subject without CINE
-    is noted.
+    `dataset_information.csv` may be missing, and so may the CINE of a subject, which is noted. InputError
+    names the first of the other files that is missing.
     """
     root = require_root(root, "M&Ms-2's dataset/001, dataset/002...")
     folder = root / "dataset" if (root / "dataset").is_dir() else root
@@ -80,7 +80,8 @@ def cine_frames(folder: Path, view: str, path: Path, information: dict, every: i
     shape = nifti_shape(path)
     if len(shape) != 4:
         raise InputError(
-            f"{path}: has shape {shape}, a CINE four axes, the last of which counts frames; restore it, or "
+            f"{path}: has shape {shape}, but a CINE has four axes, of which the last counts frames; restore "
+            "it, or "
             "set data.cine=false"
         )
     return [
@@ -132,8 +133,8 @@ def read_information(root: Path) -> dict[int, dict]:
 
 
 def mapped_slices(num_samples: int) -> dict[str, list[int]]:
-    """View, phase and place of the slices of a file, which tells them by position: LA ED, LA ES, then all
-    slices of SA ED, then those of SA ES.
+    """The view, phase and slice number of each sample of a file. Files do not state them, but have a fixed
+    order: LA ED, LA ES, all slices of SA ED, all slices of SA ES.
     """
     per_phase = (num_samples - 2) // 2
     view = [1, 1] + [0] * (2 * per_phase)
@@ -144,7 +145,7 @@ def mapped_slices(num_samples: int) -> dict[str, list[int]]:
 
 
 def load_mapping_index(root: Path) -> dict:
-    """An index for `{NNN}_data.h5` files with `dataset_index_mapping.json` of ldm-medical-image."""
+    """Makes an index of `{NNN}_data.h5` files from the `dataset_index_mapping.json` of ldm-medical-image."""
     mend = "restore it beside the `NNN_data.h5` files"
     mapping = read_checked(root / MAPPING_INDEX, SubjectFiles, mend)
     cases = []
@@ -189,8 +190,8 @@ def load_mapping_index(root: Path) -> dict:
 
 
 def published_splits(subjects: Sequence[str]) -> dict[str, Split]:
-    """The published splits by name, that of ldm-medical-image first; {} where not all of the 360 subjects are
-    there.
+    """The published splits by name, that of ldm-medical-image first. {} where one of the 360 subjects is
+    missing.
     """
     if sorted(set(subjects)) != SUBJECTS:
         return {}
@@ -200,8 +201,8 @@ def published_splits(subjects: Sequence[str]) -> dict[str, Split]:
 def seed42_350_10(num_val: int = 20) -> Split:
     """The split that ldm-medical-image drew with the seed 42: 350 subjects to train on and ten held out.
 
-    There the ten served as validation and as test; here they are the test set, and `num_val` of the 350
-    become the validation set.
+    Its authors used the ten for validation and for testing. Here they are the test set, and `num_val` of the
+    350 become the validation set.
     """
     order = np.random.RandomState(42).permutation(360)  # NumPy's legacy generator, as published
     test, rest = order[:10], order[10:]
@@ -212,5 +213,5 @@ def seed42_350_10(num_val: int = 20) -> Split:
 
 
 def official_160_40_160() -> Split:
-    """The challenge's sequential split of M&Ms-2."""
+    """The split of the M&Ms-2 challenge, by the order of subjects: 160 for training, 40, and 160."""
     return {"train": SUBJECTS[:160], "val": SUBJECTS[160:200], "test": SUBJECTS[200:]}

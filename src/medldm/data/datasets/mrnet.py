@@ -1,4 +1,4 @@
-"""MRNet (Stanford; Bien et al., PLoS Medicine 2018): MR of knees as NumPy arrays, one a plane."""
+"""MRNet (Stanford; Bien et al., PLoS Medicine 2018): MR of knees as NumPy arrays, one for each plane."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ MRNET_SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
 
 
 def index(root: str | Path, modalities: Sequence[str] = ("sagittal",), task: str = "acl") -> list[Case]:
-    """Cases of `{train,valid}/<plane>/<exam>.npy`, slices first, of one plane. The label is 0 or 1 of
-    `{train,valid}-<task>.csv` (exam, label; no header) where the tables are there. The folders' split is
-    kept; an exam is a subject, since the data names no patients.
+    """Lists cases of `{train,valid}/<plane>/<exam>.npy`, slices first, of one plane. The label, 0 or 1, is
+    read from `{train,valid}-<task>.csv` (exam, label; no header) where there are these tables. The split is
+    that of the folders. Each exam is a subject, because the data do not name patients.
     """
     root = require_root(root, "train/<plane>/0000.npy and valid/<plane>/")
     if len(modalities) != 1 or modalities[0] not in MRNET_PLANES:
@@ -38,7 +38,7 @@ def index(root: str | Path, modalities: Sequence[str] = ("sagittal",), task: str
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """{exam: label}, or nothing where there is no table. InputError names a line of another form."""
+    """{exam: label}; empty where there is no table. InputError names a line that is not of this form."""
     if not path.is_file():
         return {}
     labels = {}

@@ -1,5 +1,5 @@
-"""NIH ChestX-ray14 (Wang et al., CVPR 2017): 112,120 frontal chest X-rays of 30,805 patients, PNG 1024 x
-1024, or as DICOM radiographs of the same names.
+"""NIH ChestX-ray14 (Wang et al., CVPR 2017): 112,120 frontal chest X-rays of 30,805 patients, as PNG of
+1024 x 1024 pixels or as DICOM radiographs of the same names.
 """
 
 import logging
@@ -18,13 +18,15 @@ TASKS = (None, "findings")
 
 
 def index(root: str | Path, task: str | None = None) -> list[Case]:
-    """Cases of the published layout: images_001/images/*.png ... (or images/*.png) and Data_Entry_2017.csv.
+    """Lists cases of the published layout: images_001/images/*.png ... (or images/*.png) and
+    Data_Entry_2017.csv.
 
-    The patient is the file name's first number, so that a split is by patient also without the table. With
-    the table `label` is the finding (several of them: "Several Findings", all in `findings`) and `view` AP or
-    PA. With `task` "findings" an image has all its findings as `labels`, and a `label` where it has one.
-    Archives may be missing: what is not there is left out. A radiograph in DICOM, 00000001_000.dcm, is taken
-    as the picture of that name; InputError where both are there.
+    The subject is the patient, the first number of the file name, so that splits are by patient even without
+    the table. From the table come `view` (AP or PA) and the finding as `label`; an image with several has the
+    label "Several Findings" and all of them in `findings`. With `task` "findings" an image has all its
+    findings as `labels`, and a `label` where it has a single one. Pictures that are listed but missing are
+    left out. A DICOM radiograph, 00000001_000.dcm, stands for the picture of that name; InputError where both
+    exist.
     """
     if task not in TASKS:
         raise InputError(f"data.task={task}: choose findings, or null for one label an image")
@@ -49,7 +51,7 @@ def index(root: str | Path, task: str | None = None) -> list[Case]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """PNGs and DICOM radiographs right inside a folder."""
+    """The PNG pictures and DICOM radiographs right inside a folder."""
     found = dicom_images(folder) if folder.is_dir() else []
     return [*files_in(folder, (".png",)), *(path for path in found if path.is_file())]
 
@@ -68,7 +70,7 @@ def make_case(file: Path, row: dict[str, str], task: str | None) -> Case:
         raise InputError(f"{file}: not named like 00000001_000.png; rename it, or use data=class_folders")
     patient = row.get("Patient ID")
     if patient and int(patient) != int(subject):
-        raise InputError(f"{file}: the table gives it to patient {patient}; restore the published table")
+        raise InputError(f"{file}: the table states another patient, {patient}; restore the published table")
     findings = row.get("Finding Labels", "")
     several = "" if task else SEVERAL
     attributes = {
@@ -81,7 +83,7 @@ def make_case(file: Path, row: dict[str, str], task: str | None) -> Case:
 
 
 def read_findings(root: Path) -> dict[str, dict[str, str]] | None:
-    """Rows of Data_Entry_2017*.csv by file name without suffix; None where there is no table."""
+    """The rows of Data_Entry_2017*.csv by file name without suffix. None where there is no table."""
     path = next(iter(sorted(root.glob("Data_Entry_2017*.csv"))), None)
     if path is None:
         log.warning("%s: no Data_Entry_2017.csv; going on without findings and views", root)

@@ -1,5 +1,5 @@
-"""SynthRAD2023 and 2025 (Thummerer et al., Med Phys 2023): registered MR and CT of one patient, with a body
-mask.
+"""SynthRAD2023 and 2025 (Thummerer et al., Med Phys 2023): registered MR and CT of each patient, with a mask
+of the body.
 """
 
 import re
@@ -26,12 +26,12 @@ MODALITIES = ("mr", "ct", "cbct")
 
 
 def index(root: str | Path, modalities: Sequence[str] = ("mr",), label_dir: str | None = None) -> list[Case]:
-    """Cases of the published `[Task1/][pelvis/]<patient>/{mr,ct,mask}.{nii.gz,mha}`, with class maps
+    """Lists cases of the published `[Task1/][pelvis/]<patient>/{mr,ct,mask}.{nii.gz,mha}`, with class maps
     `<patient>_ct_label.nii.gz` in `label_dir` (default: `labels/` below the root), or of Med-LSDM's
     `{train,test}/mr/<patient>_<n>.nii.gz` with `ct/` and `label/`.
 
-    Every one of `modalities` is a case of its own; patients without any of them (the other task's) are left
-    out. The body mask goes along for `preprocess.mask_out`.
+    Each modality of a patient is a case; patients without any of `modalities` (those of the other task) are
+    left out. Cases name the mask of the body, which `preprocess.mask_out` reads.
     """
     root = require_root(root, "Task1/pelvis/1PA001/mr.nii.gz and so on, or train/mr/ and test/mr/")
     check_modality_choice(modalities, MODALITIES)

@@ -1,4 +1,5 @@
-"""TotalSegmentator MRI (D'Antonoli et al., Radiology 2025): MR of all body parts with one mask an organ."""
+"""TotalSegmentator MRI (D'Antonoli et al., Radiology 2025): MR of all body parts with one mask for each
+organ."""
 
 import re
 from pathlib import Path
@@ -25,8 +26,8 @@ VESSEL_NAMES = ("aorta", "inferior_vena_cava", "portal_vein_and_splenic_vein", "
 
 
 def index(root: str | Path) -> list[Case]:
-    """Cases of the published `s0001/{mri.nii.gz, segmentations/*.nii.gz}`, merged into 30 classes by file
-    name, or of Med-LSDM's `[{train,test}/]mr/` with `label/`. `meta.csv` with its column `split` is kept.
+    """Lists cases of the published `s0001/{mri.nii.gz, segmentations/*.nii.gz}`, merged into 30 classes by
+    file name, or of Med-LSDM's `[{train,test}/]mr/` with `label/`. The column `split` of `meta.csv` is kept.
     """
     root = require_root(root, "s0001/mri.nii.gz and so on, or mr/ and label/")
     cases = folder_pairs(root, "mr", "label", lambda stem: re.sub(r"_\d+$", "", stem)) or published(root)
@@ -34,7 +35,9 @@ def index(root: str | Path) -> list[Case]:
 
 
 def class_of(stem: str) -> int | None:
-    """The class of a segmentation by its file name: kidney_left and kidney are 1; None: not among the 30."""
+    """The class of a segmentation by its file name, where left and right are one; None for other
+    structures.
+    """
     if stem.startswith(VESSEL_NAMES):
         return 1 + CLASSES.index("vessels")
     for name in (stem, *(stem.rsplit("_", k)[0] for k in range(1, stem.count("_") + 1))):
@@ -62,7 +65,7 @@ def published(root: Path) -> list[Case]:
 
 
 def meta_split(root: Path) -> dict[str, str]:
-    """{subject: split} of the published meta.csv (image_id;...;split), where it is there."""
+    """{subject: split} of the published meta.csv (image_id;...;split); empty where there is none."""
     path = root / "meta.csv"
     if not path.is_file():
         return {}

@@ -1,1 +1,3 @@
-"""Synthetic subjects, drawn in the raw layouts of real datasets or as points, for the demo and the tests."""
+"""Draws synthetic subjects in the raw layouts of real datasets, and points in a plane, for the demo and the
+tests.
+"""

@@ -1,18 +1,19 @@
-"""Drawing anatomy in 2D: soft signed distances in millimetres, painted back to front.
+"""Draws anatomy in 2D: shapes are signed distances in millimetres, painted from back to front with soft
+borders.
 
-Borders and class maps follow from the same distances, so that they fit each other.
+The image and its class map follow from the same distances, so that they fit each other.
 """
 
 import numpy as np
 
-CARDIAC_SIGNAL = {  # balanced steady-state signal relative to blood
+CARDIAC_SIGNAL = {  # in a balanced steady-state sequence, relative to blood
     "air": 0.02, "lung": 0.06, "fat": 0.88, "muscle": 0.27, "bone": 0.10, "marrow": 0.48, "liver": 0.36,
     "vessel": 0.72, "myocardium": 0.31, "blood": 0.93, "spleen": 0.52, "cord": 0.66,
 }  # fmt: skip
 
 
 class Canvas:
-    """A slice in mm: x to the right of the patient's picture, y downwards, painted back to front.
+    """A slice in mm, with x to the right of the picture and y downwards, painted from back to front.
 
     `pose` (angle, right, down) turns and shifts the patient within the field of view.
     """
@@ -49,8 +50,8 @@ class Canvas:
         angle: float = 0.0,
         lobes: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Approximate signed distance in mm, negative inside; `lobes` are relative Fourier amplitudes of the
-        outline.
+        """The approximate signed distance in mm to an ellipse, negative inside. `lobes` are relative Fourier
+        amplitudes of its outline.
         """
         dx, dy = self.x - center[0], self.y - center[1]
         c, s = np.cos(angle), np.sin(angle)
@@ -63,7 +64,7 @@ class Canvas:
         return (r - outline) * min(radii)
 
     def paint(self, distance: np.ndarray, value: float | np.ndarray) -> None:
-        """Cover where `distance` < 0, with a border about a pixel wide."""
+        """Paints `value` where `distance` < 0, with a soft border about a pixel wide."""
         cover = np.clip(0.5 - distance / (2 * self.softness), 0, 1)
         self.values += cover * (value - self.values)
 

@@ -1,4 +1,4 @@
-"""Cardiac MR written in M&Ms-2's own layout, so that demo and tests go through the real readers."""
+"""Writes cardiac MR in the layout of M&Ms-2, so that the demo and the tests go through its real reader."""
 
 from pathlib import Path
 
@@ -18,7 +18,9 @@ DISEASES = ("NOR", "LV", "HCM", "ARR", "FALL", "CIA", "RV", "TRI")
 
 
 def finish(values: np.ndarray, a: Anatomy, vendor: str, generator: np.random.Generator) -> np.ndarray:
-    """Coil shading, the scanner's contrast and Rician noise; int16 in the vendor's scale."""
+    """Adds coil shading, the scanner's contrast and Rician noise; returns int16 in the vendor's
+    grey scale.
+    """
     _, _, scale, gamma, noise = VENDORS[vendor]
     height, width = values.shape
     y, x = (
@@ -36,7 +38,7 @@ def cine(
     view: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], a: Anatomy, vendor: str,
     num_frames: int, generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Images (X, Y, Z, T) int16 and class maps (X, Y, Z, T) uint8 of one view."""
+    """Draws images (X, Y, Z, T) int16 and class maps (X, Y, Z, T) uint8 of one view."""
     width, height, depth = shape
     images = np.empty((*shape, num_frames), np.int16)
     labels = np.zeros((*shape, num_frames), np.uint8)
@@ -50,7 +52,7 @@ def cine(
             canvas, beat = background.copy(), contraction_of(frame, num_frames)
             if view == "LA":
                 classes = draw_long_axis(canvas, a, beat)
-            elif place < 0:  # above the valve: an atrium
+            elif place < 0:  # above the valve there is an atrium
                 classes = np.zeros(canvas.shape, np.uint8)
                 canvas.paint(canvas.ellipse(tuple(a.heart), (36, 30)) - 3, a.signal["fat"])
                 canvas.paint(canvas.ellipse(tuple(a.heart), (36, 30)), a.signal["blood"])
@@ -64,8 +66,8 @@ def cine(
 def write_mnms2_subject(
     root: Path, number: int, seed: int, image_size: int, num_slices: tuple[int, int]
 ) -> dict:
-    """Write one subject; returns its row of dataset_information.csv. `image_size` is the typical matrix, in
-    pixels.
+    """Writes one subject, and returns its row of dataset_information.csv. `image_size` is the typical side of
+    a slice in pixels.
     """
     generator = np.random.default_rng((seed, number))
     disease = DISEASES[int(generator.integers(len(DISEASES)))]
@@ -95,8 +97,8 @@ def write_mnms2(
     root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 256,
     num_slices: tuple[int, int] = (8, 12), progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """Subjects 001.. with SA and LA, ED and ES, class maps and CINE, and dataset_information.csv. Returns the
-    root.
+    """Writes subjects 001, 002... with SA and LA, ED and ES, class maps and CINE, and
+    dataset_information.csv. Returns the root.
     """
     root = Path(root)
     check_picture_request(num_subjects, image_size)

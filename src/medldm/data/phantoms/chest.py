@@ -1,7 +1,7 @@
-"""Synthetic chest X-rays in the raw layouts of NIH ChestX-ray14 and of class folders.
+"""Draws chest X-rays in the raw layouts of NIH ChestX-ray14 and of class folders.
 
-A radiograph is drawn as an absorption: body, lungs, mediastinum, ribs, clavicles and diaphragm add up and
-exponentiate; pneumonia is one or two soft opacities in a lung.
+The absorption of body, lungs, mediastinum, ribs, clavicles and diaphragm adds up, and the picture follows
+from its exponential. Pneumonia is one or two soft opacities in a lung.
 """
 
 from pathlib import Path
@@ -14,14 +14,14 @@ from medldm.files import replacing
 
 
 def smooth_step(distance: np.ndarray, width: float) -> np.ndarray:
-    """1 inside (negative distance), 0 outside."""
+    """1 inside, where the distance is negative, 0 outside, and a soft step of this width between."""
     return 1 / (1 + np.exp(np.clip(distance / width, -40, 40)))
 
 
 def ellipse(
     x: np.ndarray, y: np.ndarray, center: tuple[float, float], radii: tuple[float, float], angle: float = 0
 ) -> np.ndarray:
-    """Approximate signed distance in units of the field of view."""
+    """The approximate signed distance to an ellipse in units of the field of view, negative inside."""
     c, s = np.cos(angle), np.sin(angle)
     dx, dy = x - center[0], y - center[1]
     u, v = (c * dx + s * dy) / radii[0], (c * dy - s * dx) / radii[1]
@@ -29,7 +29,9 @@ def ellipse(
 
 
 def draw_radiograph(g: np.random.Generator, size: int, *, has_pneumonia: bool) -> np.ndarray:
-    """(H, W) float in [0, 1], bright where much is absorbed; a little wider than high, as they come."""
+    """(H, W) float in [0, 1], bright where much is absorbed. It is a little wider than high, as real ones
+    are.
+    """
     height, width = size, round(size * g.uniform(1.0, 1.15))
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     x, y = x + g.normal(0, 0.03), y + g.normal(0, 0.03)
@@ -73,7 +75,7 @@ def draw_radiograph(g: np.random.Generator, size: int, *, has_pneumonia: bool) -
 
 
 def save_grey(path: Path, image: np.ndarray, suffix: str) -> None:
-    """8-bit grey of [0, 1], PNG or JPEG."""
+    """Writes an image in [0, 1] as a PNG or JPEG of 8-bit grey."""
     import cv2
 
     _, data = cv2.imencode(suffix, np.rint(255 * image).astype(np.uint8))
@@ -85,7 +87,9 @@ def write_chestxray(
     root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 256,
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """One picture a patient in NORMAL/ and PNEUMONIA/, named as Kermany et al. do. Returns the root."""
+    """Writes one picture for each patient in NORMAL/ and PNEUMONIA/, named as Kermany et al. do. Returns the
+    root.
+    """
     root = Path(root)
     check_picture_request(num_subjects, image_size)
     for number in range(1, num_subjects + 1):
@@ -102,7 +106,9 @@ def write_nih_cxr14(
     root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 256,
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """One or two pictures a patient in images_001/images/ and Data_Entry_2017.csv. Returns the root."""
+    """Writes one or two pictures for each patient in images_001/images/ and Data_Entry_2017.csv. Returns the
+    root.
+    """
     root = Path(root)
     check_picture_request(num_subjects, image_size)
     rows = []

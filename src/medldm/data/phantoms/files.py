@@ -1,5 +1,5 @@
-"""What the phantoms' writers share: NIfTI files that come out the same byte for byte, tables, and checks of
-sizes.
+"""What the writers of phantoms share: NIfTI files that are equal byte for byte in every run, tables, and
+checks of sizes.
 """
 
 import csv
@@ -39,7 +39,7 @@ def check_picture_request(num_subjects: int, image_size: int) -> None:
 
 
 def save_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A CSV table whose columns are the keys of its first row."""
+    """Writes a CSV table whose columns are the keys of its first row."""
     with replacing(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

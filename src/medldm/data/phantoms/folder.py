@@ -1,4 +1,4 @@
-"""Torsos in HU with a class map, as `images/` and `masks/` of `data=folder`."""
+"""Draws torsos in HU with a class map, in the layout `images/` and `masks/` of `data=folder`."""
 
 from pathlib import Path
 
@@ -12,9 +12,11 @@ def write_folder(
     root: str | Path, *, num_subjects: int, seed: int = 0, image_size: int = 64,
     num_slices: tuple[int, int] = (40, 56), progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """3D torso volumes in HU, `images/` and `masks/` (1 lung, 2 liver, 3 heart, 4 spine). Returns the root.
+    """Writes 3D torsos in HU with `images/` and `masks/` (1 lung, 2 liver, 3 heart, 4 spine). Returns the
+    root.
 
-    `num_slices` bounds the number of axial slices; matrix and spacing vary a little about `image_size`.
+    There are at most `num_slices` axial slices. Their size in pixels varies a little about `image_size`, and
+    the spacing varies, too.
     """
     root = Path(root)
     check_picture_request(num_subjects, image_size)
@@ -32,7 +34,7 @@ def write_folder(
 def torso(
     g: np.random.Generator, image_size: int, num_slices: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """(X, Y, Z) int16 HU, class map uint8 and spacing in mm."""
+    """Draws (X, Y, Z) int16 in HU, its class map uint8, and the spacing in mm."""
     width = round(image_size * g.uniform(0.92, 1.08))
     shape = (width, round(width * g.uniform(0.8, 0.95)), int(g.integers(num_slices[0], num_slices[1] + 1)))
     spacing = (380 / width, 380 / width, 320 / shape[2])
@@ -46,7 +48,7 @@ def torso(
     def organ(
         center: tuple, radii: tuple, value: float, label: int | None = None, within: np.ndarray | None = None
     ) -> np.ndarray:
-        """An ellipsoid in mm, jittered by a few per cent; painted where `within` holds."""
+        """Paints an ellipsoid in mm, whose sizes vary by a few per cent, where `within` is true."""
         centers, sizes = np.array(center) + g.normal(0, 3, 3), np.array(radii) * g.uniform(0.92, 1.08, 3)
         r = sum(((axis - c) / s) ** 2 for axis, c, s in zip((x, y, z), centers, sizes, strict=True))
         inside = r < 1 if within is None else (r < 1) & within

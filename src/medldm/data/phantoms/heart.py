@@ -1,6 +1,7 @@
-"""An oblique slice through a chest: fat, muscle, ribs, lungs, liver, spine and aorta, and a beating heart.
+"""Draws an oblique slice through a chest: fat, muscle, ribs, lungs, liver, spine and aorta, and a beating
+heart.
 
-Textures hang on the anatomy, so that edges and class map determine much of the image.
+Textures follow the anatomy, so that edges and class map determine much of the image.
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ from medldm.data.phantoms.canvas import CARDIAC_SIGNAL, Canvas, draw_lobes
 
 
 class Anatomy:
-    """Every length (mm), angle and signal of one subject, drawn once."""
+    """All lengths (mm), angles and signals of one subject, drawn from a generator."""
 
     def __init__(self, generator: np.random.Generator, disease: str) -> None:
         g = generator
@@ -39,7 +40,7 @@ class Anatomy:
 
 
 def draw_chest(canvas: Canvas, anatomy: Anatomy, level: float) -> None:
-    """Background of a slice at `level` from -1 (head side) to 1 (feet side)."""
+    """Paints the background of a slice at `level`, from -1 (towards the head) to 1 (towards the feet)."""
     a, signal = anatomy, anatomy.signal
     width, depth = a.chest[0] * (1 - 0.03 * level), a.chest[1] * (1 - 0.02 * level)
     body = canvas.ellipse((0, 0), (width, depth), 0, a.chest_lobes)
@@ -81,7 +82,7 @@ def draw_chest(canvas: Canvas, anatomy: Anatomy, level: float) -> None:
 def draw_abdomen(
     canvas: Canvas, a: Anatomy, level: float, width: float, depth: float, inner: np.ndarray
 ) -> None:
-    """The dome of the liver and the spleen with the stomach's gas rise into the slice towards the feet."""
+    """Paints the dome of the liver, the spleen and the gas of the stomach in slices towards the feet."""
     rise = level + 0.35
     if rise <= 0:
         return
@@ -102,14 +103,16 @@ def draw_abdomen(
 
 
 def heart_state(a: Anatomy, contraction: float) -> tuple[float, float]:
-    """(cavity radius, wall) in mm at `contraction` 0 (ED) to 1 (ES); the wall's area in the slice is kept."""
+    """(radius of the cavity, thickness of the wall) in mm at `contraction` 0 (ED) to 1 (ES). The area of the
+    wall in the slice stays the same.
+    """
     cavity = a.lv_radius * (1 - a.ejection * contraction)
     area = (a.lv_radius + a.wall) ** 2 - a.lv_radius**2
     return cavity, np.sqrt(cavity**2 + area) - cavity
 
 
 def draw_short_axis(canvas: Canvas, a: Anatomy, place: float, contraction: float) -> np.ndarray:
-    """Paint the heart at `place` from 0 (base) to 1 (apex); returns the class map."""
+    """Paints the heart at `place` from 0 (base) to 1 (apex), and returns the class map."""
     signal, labels = a.signal, np.zeros(canvas.shape, np.uint8)
     if place > 1.02:
         return labels
@@ -156,11 +159,13 @@ def draw_short_axis(canvas: Canvas, a: Anatomy, place: float, contraction: float
 
 
 def draw_long_axis(canvas: Canvas, a: Anatomy, contraction: float) -> np.ndarray:
-    """Paint the four-chamber view; returns the class map. The atria are blood without a class."""
+    """Paints the four-chamber view, and returns the class map. The atria are blood without a class."""
     signal, labels = a.signal, np.zeros(canvas.shape, np.uint8)
     cavity, wall = heart_state(a, contraction)
     length = a.length * (1 - 0.14 * contraction)
-    axis = np.array([np.cos(a.apex_angle), -np.sin(a.apex_angle)])  # base -> apex: to the right, upwards
+    axis = np.array(
+        [np.cos(a.apex_angle), -np.sin(a.apex_angle)]
+    )  # from base to apex: to the right and upwards
     across = np.array([-axis[1], axis[0]])  # towards the lateral wall
     base = a.heart + np.array([-16.0, 22.0]) + 10 * contraction * axis * 0.5
     along = (canvas.x - base[0]) * axis[0] + (canvas.y - base[1]) * axis[
@@ -169,7 +174,7 @@ def draw_long_axis(canvas: Canvas, a: Anatomy, contraction: float) -> np.ndarray
     aside = (canvas.x - base[0]) * across[0] + (canvas.y - base[1]) * across[1]
 
     def chamber(half_width: float, reach: float, shift: float) -> np.ndarray:
-        """Half an ellipsoid from the valve plane to `reach`."""
+        """The distance to half an ellipsoid, from the valve plane to `reach`."""
         r = np.sqrt((along / reach) ** 2 + ((aside - shift) / half_width) ** 2)
         return np.maximum((r - 1) * min(half_width, reach), -along)
 
@@ -199,5 +204,5 @@ def draw_long_axis(canvas: Canvas, a: Anatomy, contraction: float) -> np.ndarray
 
 
 def contraction_of(frame: int, num_frames: int) -> float:
-    """0 at frame 0 (end-diastole), 1 at the middle frame (end-systole)."""
+    """The contraction: 0 at frame 0 (end-diastole), 1 at the middle frame (end-systole)."""
     return float(np.sin(np.pi * frame / num_frames) ** 2)

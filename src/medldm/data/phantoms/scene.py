@@ -1,7 +1,8 @@
-"""Drawing anatomy in 3D: soft signed distances in millimetres on a warped grid, painted back to front.
+"""Draws anatomy in 3D: shapes are signed distances in millimetres on a warped grid, painted from back to
+front.
 
-Coordinates are the patient's: x to the left, y to the back, z up. One scene holds several channels (CT, MR,
-T1, T2...), so that contrasts are functions of the same tissues.
+Coordinates are the patient's: x to the left, y to the back, z upwards. One scene holds several channels (CT,
+MR, T1, T2...), so that contrasts are functions of the same tissues.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ class Scene:
         self.softness = 0.5 * float(np.mean(self.spacing))
 
     def waves(self, amplitude: float, length: float, count: int) -> np.ndarray:
-        """A smooth random field (X, Y, Z) of about this amplitude and wave length in mm."""
+        """A smooth random field (X, Y, Z) of about this amplitude and wavelength in mm."""
         g, out = self.generator, np.zeros(self.size, np.float32)
         for _ in range(count):
             k = g.normal(size=3)
@@ -53,8 +54,8 @@ class Scene:
         self, center: Sequence[float], radii: Sequence[float], angles: Sequence[float] = (0, 0, 0),
         jitter: float = 0.06,
     ) -> np.ndarray:  # fmt: skip
-        """Approximate signed distance in mm, negative inside. `angles` turn about x, y and z; centre and
-        radii vary by `jitter` of the radii.
+        """The approximate signed distance in mm to an ellipsoid, negative inside. `angles` are rotations
+        about x, y and z; centre and radii vary by the share `jitter` of the radii.
         """
         g, radii = self.generator, np.asarray(radii, np.float64)
         center = np.asarray(center) + jitter * radii * g.normal(size=3).clip(-2, 2)
@@ -69,7 +70,7 @@ class Scene:
         return (r - 1) * np.float32(min(radii))
 
     def tube(self, path: Sequence[Sequence[float]], radius: float) -> np.ndarray:
-        """Signed distance to a tube along a polyline."""
+        """The signed distance in mm to a tube along a polyline."""
         out = None
         for a, b in zip(path[:-1], path[1:], strict=True):
             a, b = np.float32(a), np.float32(b)
@@ -84,8 +85,8 @@ class Scene:
         self, distance: np.ndarray, values: float | Sequence[float | np.ndarray], label: int | None = None,
         within: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """Cover where `distance` < 0 (and `within` < 0) by one value a channel, with a border about a voxel
-        wide; `label` names the class (None keeps what is below). Returns the distance.
+        """Paints one value for each channel where `distance` < 0 (and `within` < 0), with a soft border about
+        a voxel wide. `label` is the class there; None keeps the class below. Returns the distance.
         """
         if within is not None:
             distance = np.maximum(distance, within)
@@ -103,12 +104,12 @@ class Scene:
         return smooth * np.float32(amplitude / max(smooth.std(), 1e-6))
 
     def bias(self, strength: float) -> np.ndarray:
-        """A receive coil's shading: a smooth positive field about 1."""
+        """The shading of a receive coil: a smooth positive field about 1."""
         return np.exp(self.waves(strength, 260.0, 3))
 
     @property
     def affine(self) -> np.ndarray:
-        """NIfTI's: voxel axes run to the left, back and up."""
+        """The affine of a NIfTI file whose voxel axes run to the left, back and up."""
         affine = np.diag([-self.spacing[0], -self.spacing[1], self.spacing[2], 1.0])
         affine[:3, 3] = [s * (n - 1) / 2 for s, n in zip(self.spacing[:2], self.size[:2], strict=True)] + [0]
         return affine
@@ -126,5 +127,5 @@ def check_volume_request(num_subjects: int, size: Sequence[int]) -> tuple[int, .
 
 
 def per_channel(table: Mapping[str, Mapping[str, float]], channels: Sequence[str]) -> dict[str, list[float]]:
-    """tissue -> one value a channel."""
+    """{tissue: one value for each channel}, of a table whose rows are tissues."""
     return {tissue: [values[channel] for channel in channels] for tissue, values in table.items()}

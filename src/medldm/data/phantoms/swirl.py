@@ -1,4 +1,4 @@
-"""Points of a swirl in the plane: the 2D example of Kingma et al. 2021, which needs no files."""
+"""Draws points of a swirl in the plane, the 2D example of Kingma et al. 2021, which needs no files."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,9 @@ NUM_LEVELS = 256
 
 
 def swirl(u: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
-    """(N,) in [0, 1] -> (N, 2) on the curve in grid units 0 .. 255; `noise` (N, 2) is standard normal."""
+    """Points (N, 2) of the swirl in grid units 0 to 255, of positions u (N,) in [0, 1] along the curve and
+    standard normal `noise` (N, 2).
+    """
     theta = 3 * np.pi * np.sqrt(u)
     radius = 2 * theta + np.pi
     curve = np.stack([radius * np.cos(theta), radius * np.sin(theta)], axis=1)
@@ -25,20 +27,20 @@ def swirl(u: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
 
 
 def distance_to_swirl(points: np.ndarray) -> np.ndarray:
-    """(N, 2) in grid units -> (N,) distances to the noiseless curve."""
+    """The distances (N,) of points (N, 2) to the curve without noise, all in grid units."""
     from scipy.spatial import cKDTree
 
     return cKDTree(swirl(np.linspace(0, 1, 100_001))).query(points)[0]
 
 
 def points_to_unit(points: np.ndarray) -> Tensor:
-    """Grid units 0 .. 255 -> [-1, 1], rounded to the grid."""
+    """Points in grid units 0 to 255, rounded to the grid, to [-1, 1]."""
     levels = np.clip(np.rint(points), 0, NUM_LEVELS - 1)
     return torch.from_numpy(levels * (2 / (NUM_LEVELS - 1)) - 1).float()
 
 
 def to_grid(x: Tensor) -> np.ndarray:
-    """[-1, 1] -> grid units 0 .. 255."""
+    """Points in [-1, 1] to grid units 0 to 255."""
     return ((x.double().cpu().numpy() + 1) / 2) * (NUM_LEVELS - 1)
 
 
@@ -56,9 +58,9 @@ class SwirlPoints(torch.utils.data.Dataset):
 
 
 class SwirlDataModule(pl.LightningDataModule):
-    """Batches {"image": (B, 2)}: two channels and no space.
+    """Gives batches {"image": (B, 2)}, images of two channels without axes of space.
 
-    Training and validation points are other draws.
+    Training and validation points are different draws.
     """
 
     def __init__(self, *, num_points: int = 1024, batch_size: int = 512, num_workers: int = 0, seed: int = 0):
@@ -77,10 +79,10 @@ class SwirlDataModule(pl.LightningDataModule):
             "image_size": [],
         }
 
-    record = None  # no subjects that a checkpoint could have seen
+    record = None  # there are no subjects whom a checkpoint could have seen
 
     def image_sizes(self) -> dict:
-        """Points have none."""
+        """Points have no sizes that a model could refuse."""
         return {}
 
     def dataset(self, subset: str, **options) -> SwirlPoints:

@@ -1,5 +1,5 @@
-"""Synthetic trunks: a torso CT with some twenty organs, a pelvis as MR and CT, a breast MR, in the layouts of
-AutoPET, TotalSegmentator MRI, SynthRAD2023 and Duke Breast.
+"""Draws trunks of the body: a torso as CT with some twenty organs, a pelvis as MR and CT, and a breast as MR,
+in the layouts of AutoPET, TotalSegmentator MRI, SynthRAD2023 and Duke Breast.
 """
 
 from pathlib import Path
@@ -24,19 +24,19 @@ KIDNEY, TORSO_VESSELS, GALLBLADDER, LIVER, STOMACH, PANCREAS, ADRENAL, LUNG, VER
 TRACHEA, HEART, PULMONARY, SMALL_BOWEL, DUODENUM, COLON, RIBS, HUMERUS, SCAPULA, CLAVICULA = range(11, 21)
 FEMUR, HIP, SACRUM, AUTOCHTHON, ILIOPSOAS, BLADDER, SKIN, SPLEEN, FAT, MUSCLE = range(21, 31)
 # z in mm: 0 is the dome of the liver; shoulders near 210, the pelvic floor near -330
-TORSO_REGIONS = {  # extent (x, y, z) and centre of the field of view
+TORSO_REGIONS = {  # the extent (x, y, z) and the centre of the field of view
     "torso": ((430.0, 320.0, 560.0), (0.0, 0.0, -60.0)),
     "pelvis": ((430.0, 320.0, 250.0), (0.0, 0.0, -265.0)),
 }
 
 
 def width_at(z: np.ndarray) -> np.ndarray:
-    """Half the width of the body in mm: shoulders, waist, hips."""
+    """Half the width of the body in mm at a height z: shoulders, waist, hips."""
     return np.interp(z, [-400, -290, -160, -60, 80, 170, 215, 260], [165, 178, 150, 152, 165, 178, 150, 60])
 
 
 def draw_body(scene: Scene, tissue: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Skin, fat and the muscular wall. Returns distances to the body and to the cavity within."""
+    """Paints skin, fat and the muscular wall. Returns the distances to the body and to the cavity within."""
     g, (x, y, z) = scene.generator, scene.points
     stout = g.uniform(0.9, 1.1)
     half = width_at(z).astype(np.float32) * np.float32(stout)
@@ -184,7 +184,7 @@ def draw_pelvis(scene: Scene, tissue: dict, body: np.ndarray) -> None:
 def trunk(
     size: tuple[int, ...], generator: np.random.Generator, region: str
 ) -> tuple[Scene, dict, np.ndarray]:
-    """A scene, its int16 images `ct` (HU) and `mr`, and the body mask uint8."""
+    """Returns a scene, its int16 images `ct` (HU) and `mr`, and the mask of the body, uint8."""
     extent, center = TORSO_REGIONS[region]
     background = [TORSO_SIGNAL["air"][k] for k in range(2)]
     scene = Scene(size, extent, CHANNELS, generator, center=center, warp=4.5, background=background)
@@ -209,8 +209,8 @@ def write_autopet(
     root: str | Path, *, num_subjects: int, seed: int = 0, size: tuple[int, ...] = (108, 80, 140),
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """`FDG-PET-CT-Lesions/PETCT_00000000/study/CTres.nii.gz` with maps in `labels/` (the first 30 of 37
-    classes). Returns the root.
+    """Writes `FDG-PET-CT-Lesions/PETCT_00000000/study/CTres.nii.gz` with maps in `labels/` (the first 30 of
+    37 classes). Returns the root.
     """
     root, size = Path(root), check_volume_request(num_subjects, size)
     for number in range(num_subjects):
@@ -227,7 +227,7 @@ def write_totalsegmentator_mri(
     root: str | Path, *, num_subjects: int, seed: int = 0, size: tuple[int, ...] = (108, 80, 140),
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """`s0001/mri.nii.gz` and `s0001/segmentations/<organ>.nii.gz`, one binary mask an organ."""
+    """Writes `s0001/mri.nii.gz` and `s0001/segmentations/<organ>.nii.gz`, one binary mask for each organ."""
     from medldm.data.datasets.totalsegmentator_mri import CLASSES
 
     root, size = Path(root), check_volume_request(num_subjects, size)
@@ -246,7 +246,7 @@ def write_synthrad(
     root: str | Path, *, num_subjects: int, seed: int = 0, size: tuple[int, ...] = (128, 96, 64),
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """`Task1/pelvis/1PA001/{mr,ct,mask}.nii.gz` with maps `labels/1PA001_ct_label.nii.gz`."""
+    """Writes `Task1/pelvis/1PA001/{mr,ct,mask}.nii.gz` with maps `labels/1PA001_ct_label.nii.gz`."""
     root, size = Path(root), check_volume_request(num_subjects, size)
     for number in range(1, num_subjects + 1):
         scene, images, body = trunk(size, np.random.default_rng((seed, number)), "pelvis")
@@ -259,8 +259,8 @@ def write_synthrad(
 
 
 def breast(size: tuple[int, ...], g: np.random.Generator) -> tuple[Scene, np.ndarray]:
-    """A chest from the front with two breasts as a fat-suppressed T1 sees it: glands and vessels bright, fat
-    dark. Classes: 1 breast, 2 vessels.
+    """Draws a chest with two breasts in fat-suppressed T1, in which glands and vessels are bright and fat is
+    dark. Classes are 1 breast and 2 vessels.
     """
     scene = Scene(size, (340.0, 300.0, 160.0), ("mr",), g, center=(0, -60, 0), warp=3.5)
     y = scene.points[1]
@@ -297,7 +297,7 @@ def write_duke(
     root: str | Path, *, num_subjects: int, seed: int = 0, size: tuple[int, ...] = (128, 112, 64),
     progress: Progress = lambda: None,
 ) -> Path:  # fmt: skip
-    """`final_labeled_mr/Breast_MRI_001_0.nii.gz` with `final_label/`, Med-LSDM's NIfTI layout."""
+    """Writes `final_labeled_mr/Breast_MRI_001_0.nii.gz` with `final_label/`, Med-LSDM's NIfTI layout."""
     root, size = Path(root), check_volume_request(num_subjects, size)
     for number in range(1, num_subjects + 1):
         scene, image = breast(size, np.random.default_rng((seed, number)))

@@ -1,1 +1,3 @@
-"""Files as scanners, programs and people leave them: formats, grids, tables, folder layouts, inventory."""
+"""Reads files as scanners, programs and people leave them: image formats, voxel grids, tables, folder
+layouts, and an inventory of what a raw folder holds.
+"""

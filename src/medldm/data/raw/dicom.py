@@ -1,10 +1,11 @@
-"""DICOM: a folder that holds the slices of one series becomes a volume, a file that states no place in one (a
-radiograph, a mammogram) a picture.
+"""Reads DICOM. A folder that holds the slices of one series becomes a volume; a file that states no position
+in a volume, such as a radiograph or a mammogram, becomes a picture.
 """
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import numpy as np
 
 from medldm.bounds import DEFLATE, check_claim
 from medldm.data.raw.image import LPS_TO_RAS, RawImage
-from medldm.errors import InputError
+from medldm.errors import InputError, unreadable
 
 DICOM_SUFFIXES = (".dcm", ".ima")
-PLACE = ("ImagePositionPatient", "ImageOrientationPatient")  # what makes a file a slice of a volume
-EVEN = 0.1  # of a slice distance: how far one step between DICOM slices may be from the usual one
+PLACE = ("ImagePositionPatient", "ImageOrientationPatient")  # a slice of a volume states both
+EVEN = 0.1  # one step between slices may differ from the median step by this share of it
 
 
 def dicom_files(folder: Path) -> list[Path]:
@@ -28,7 +29,9 @@ def is_dicom_file(path: Path) -> bool:
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
         return False
     is_named = path.suffix.lower() in DICOM_SUFFIXES
-    if not is_named and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):  # `1.2.840.7` has no suffix
+    if not is_named and re.fullmatch(
+        r"\.[A-Za-z]\w*", path.suffix
+    ):  # the last number of a name like `1.2.840.7` is no suffix
         return False
     if is_named or not path.is_file():
         return path.is_file()
@@ -37,19 +40,19 @@ def is_dicom_file(path: Path) -> bool:
 
 
 def is_dicom(path: str | Path) -> bool:
-    """Whether what a case names is a DICOM file, or a folder, which holds a DICOM series."""
+    """Whether the path of a case is a DICOM file, or a folder: cases name folders for DICOM series alone."""
     return Path(path).is_dir() or is_dicom_file(Path(path))
 
 
 def is_dicom_folder(path: Path) -> bool:
-    """Whether the DICOM files right inside a folder are slices of a volume: judged by the first of them."""
+    """Whether the DICOM files right inside a folder are slices of a volume. The first of them decides."""
     files = dicom_files(path) if path.is_dir() else []
     return bool(files) and not is_radiograph(files[0])
 
 
 def is_radiograph(path: Path) -> bool:
-    """Whether a DICOM file states no place in a volume, and so is a picture by itself. A file whose header
-    cannot be read is none: reading it tells why.
+    """Whether a DICOM file states no position in a volume, and so is a picture by itself. False for a file
+    whose header cannot be read: whoever reads its pixels gets the error.
     """
     try:
         header = read_dataset(path, stop_before_pixels=True, specific_tags=[*PLACE, "Rows"])
@@ -59,42 +62,37 @@ def is_radiograph(path: Path) -> bool:
 
 
 def dicom_images(folder: Path) -> list[Path]:
-    """The images that the DICOM files right inside a folder make up: the folder itself, as one volume, or
-    every file of radiographs. Nothing where there are none.
+    """The images that the DICOM files right inside a folder make up: the folder itself where they are slices
+    of a volume, each file where they are radiographs, and an empty list where there are no DICOM files.
     """
     files = dicom_files(folder)
     return files if not files or is_radiograph(files[0]) else [folder]
 
 
 def read_radiograph(path: Path) -> RawImage:
-    """(H, W) float32 in the units of the modality LUT or the rescale slope, much shown bright, with the mm of
-    a pixel where the file states them (of the detector where it states no others).
+    """(H, W) float32 in the units of the modality LUT or the rescale slope; high values are shown bright. The
+    spacing, in mm, is PixelSpacing, or that of the detector (ImagerPixelSpacing) where the former is missing.
 
     InputError where the file is damaged, or holds colours or several frames.
     """
     (picture,) = read_dicom_files([path])
-    try:
+    with told_of_path(path, "picture", convert_to="PNG"):
         check_grey(path, picture)
         array = dicom_plane(picture).astype(np.float32)
         spacing = picture.get("PixelSpacing") or picture.get("ImagerPixelSpacing")
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable DICOM picture ({reason}); convert it to PNG") from error
     return RawImage(array, None, None if not spacing else tuple(float(mm) for mm in spacing))
 
 
 def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """(X, Y, Z) float32 in the units of each slice's rescale slope, and a RAS affine. Slices are ordered by
-    their position, and MONOCHROME1 is turned so that much is bright.
+    their position, and MONOCHROME1 is inverted so that high values are bright.
 
     InputError where files are damaged or unequal, belong to several series, or are not evenly spaced.
     """
     slices = read_dicom_files(dicom_files(folder))
     if not slices:
         raise InputError(f"{folder}: holds no DICOM files; restore them, or remove its case")
-    try:
+    with told_of_path(folder, "series", convert_to="NIfTI"):
         row, column = np.reshape(np.float64(slices[0].ImageOrientationPatient), (2, 3))
         normal = np.cross(row, column)
         slices.sort(key=lambda s: float(np.dot(normal, np.float64(s.ImagePositionPatient))))
@@ -103,11 +101,6 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         origins = np.float64([s.ImagePositionPatient for s in slices])
         dy, dx = np.float64(slices[0].PixelSpacing)
         thickness = float(getattr(slices[0], "SliceThickness", None) or 1)
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from error
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder}: not a readable DICOM series ({reason}); convert it to NIfTI") from error
     if len({plane.shape for plane in planes}) > 1:
         raise InputError(f"{folder}: slices have unequal sizes; keep one series a folder")
     affine = np.eye(4)
@@ -118,7 +111,7 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_dicom_files(paths: Sequence[Path]) -> list:
-    """The files with their pixels. InputError names one that is damaged."""
+    """The files as pydicom reads them, with their pixels. InputError names a file that is damaged."""
     try:
         import pydicom  # noqa: F401
     except ImportError as error:
@@ -126,18 +119,25 @@ def read_dicom_files(paths: Sequence[Path]) -> list:
         raise InputError(f"{where}: DICOM needs pydicom; run `pip install 'medldm[dicom]'`") from error
     slices = []
     for path in paths:
-        try:
+        damaged = f"{path}: not a complete DICOM file; copy or download it again"
+        with unreadable(lambda _, damaged=damaged: damaged):
             slices.append(read_dataset(path))
-        except InputError:
-            raise
-        except Exception as error:  # of bytes that anyone may have written, anything can be raised
-            raise InputError(f"{path}: not a complete DICOM file; copy or download it again") from error
     return slices
 
 
+@contextmanager
+def told_of_path(path: Path, what: str, *, convert_to: str) -> Iterator[None]:
+    """A context in which every fault of a DICOM file or folder becomes an InputError that names it."""
+    try:
+        with unreadable(lambda reason: f"not a readable DICOM {what} ({reason}); convert it to {convert_to}"):
+            yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def read_dataset(path: Path, **options: Any) -> Any:
-    """A DICOM file as pydicom reads it, without its warnings. InputError where it could unpack to more than
-    the bound: a deflated file is unpacked as a whole.
+    """A DICOM file as pydicom reads it; pydicom's warnings are suppressed. InputError where a deflated file,
+    which pydicom unpacks as a whole, could unpack to more than the limit of `medldm.bounds`.
     """
     import pydicom
 
@@ -150,7 +150,7 @@ def read_dataset(path: Path, **options: Any) -> Any:
 
 
 def check_one_series(folder: Path, slices: Sequence[Any]) -> None:
-    """InputError where files differ in series, direction or voxel size, or hold no grey slice each."""
+    """InputError where files differ in series, direction or voxel size, or where one holds no grey slice."""
     first = slices[0]
     for s in slices:
         if getattr(s, "SeriesInstanceUID", None) != getattr(first, "SeriesInstanceUID", None):
@@ -166,22 +166,23 @@ def check_grey(path: Path, s: Any) -> None:
     if int(getattr(s, "NumberOfFrames", None) or 1) > 1:
         raise InputError(f"several frames in one file; convert it: dcm2niix '{path}'")
     if not str(s.PhotometricInterpretation).startswith("MONOCHROME"):
-        raise InputError(f"{s.PhotometricInterpretation} pictures, no grey slices; remove its case")
+        raise InputError(f"{s.PhotometricInterpretation} pictures, which are not grey; remove its case")
 
 
 def dicom_plane(s: Any) -> np.ndarray:
     """(rows, columns) of one file in the units of its own modality LUT or rescale slope.
 
-    MONOCHROME1 shows high numbers dark: they are turned within their bits, or within the values of the LUT.
-    Of CT and PET, whose numbers are physical, it is not said whether the writer has turned them: InputError.
+    MONOCHROME1 shows high numbers dark: numbers are inverted within their bits, or within the values of the
+    LUT. InputError for CT and PET as MONOCHROME1: their numbers are physical units, and the file does not say
+    whether its writer has inverted them.
     """
     check_claim(s.filename, (int(s.Rows), int(s.Columns), int(s.get("SamplesPerPixel") or 1)), 8)
     stored = s.pixel_array.astype(np.float64)
     if s.PhotometricInterpretation == "MONOCHROME1":
         if getattr(s, "Modality", None) in ("CT", "PT"):
             raise InputError(
-                f"{s.Modality} as MONOCHROME1, where it is open whether its units are turned; save it again "
-                "as MONOCHROME2, or give NIfTI"
+                f"{s.Modality} as MONOCHROME1 does not say whether its units are inverted; save it again as "
+                "MONOCHROME2, or as NIfTI"
             )
         if "ModalityLUTSequence" not in s:
             stored = (-1 if s.PixelRepresentation else 2**s.BitsStored - 1) - stored
@@ -192,7 +193,7 @@ def dicom_plane(s: Any) -> np.ndarray:
 
 def through_lut(s: Any) -> np.ndarray:
     """(rows, columns) float64: the entries of the modality LUT (PS3.3 C.11.1.1), of any number of bits,
-    turned for MONOCHROME1. Stored values before the first entry or after the last take that entry.
+    inverted for MONOCHROME1. Stored values before the first entry or after the last take that entry.
     """
     lut = s.ModalityLUTSequence[0]
     count, first, bits = (int(number) for number in lut.LUTDescriptor)
@@ -205,12 +206,16 @@ def through_lut(s: Any) -> np.ndarray:
 
 
 def slice_step(folder: Path, origins: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """From one slice to the next, mm (3,), of origins (N, 3) in order."""
+    """(3,) The mean step in mm from one slice to the next, of `origins` (N, 3) in the order of slices.
+
+    InputError where steps are uneven, or oblique to the `normal` of the slices.
+    """
     steps = np.diff(origins, axis=0)
     usual = float(np.median(steps @ normal))
     if np.min(steps @ normal) < EVEN * usual or usual <= 0:
         raise InputError(
-            f"{folder}: two slices lie at one place, so it holds several volumes; keep one series a folder"
+            f"{folder}: two slices lie at the same position, so it holds several volumes; keep one series a "
+            "folder"
         )
     if np.abs(steps @ normal - usual).max() > EVEN * usual:
         raise InputError(

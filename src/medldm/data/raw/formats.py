@@ -1,4 +1,4 @@
-"""MetaImage files and NumPy arrays."""
+"""Reads MetaImage files and NumPy arrays."""
 
 import os
 import re
@@ -17,8 +17,8 @@ from medldm.files import leads_out
 
 @contextmanager
 def no_output_of_libraries() -> Iterator[None]:
-    """Nothing that compiled code writes to stderr: of a damaged file it tells in lines of its own, before the
-    exception that is turned into ours.
+    """A context in which nothing that compiled code writes to stderr is shown. Of a damaged file it prints
+    lines of its own before it raises the exception that becomes our one line.
     """
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -57,7 +57,9 @@ def read_meta_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_meta_header(path: Path) -> None:
-    """InputError where a MetaImage header claims more voxels than its data can hold, or than the bound."""
+    """InputError where a MetaImage header claims more voxels than its data can hold, or than the limit of
+    `medldm.bounds`.
+    """
     import SimpleITK
 
     reader = SimpleITK.ImageFileReader()
@@ -72,8 +74,8 @@ def check_meta_header(path: Path) -> None:
 
 
 def detached_data(path: Path) -> Path | None:
-    """The file that a header (.nhdr, .mhd) names for its voxels. InputError where that lies in another folder
-    than the header's, or above: a header may be anyone's, and says nothing of the files of whoever reads it.
+    """The file that a header (.nhdr, .mhd) names for its voxels. InputError where that lies outside of the
+    header's folder: a header may come from a stranger, who must not choose among the files of its reader.
     """
     text = path.read_bytes()[: 1 << 16].decode(errors="replace")
     found = re.search(r"^\s*(?:data ?file\s*:|ElementDataFile\s*=)\s*(\S.*?)\s*$", text, re.MULTILINE | re.I)
@@ -92,7 +94,9 @@ def detached_data(path: Path) -> Path | None:
 
 
 def check_numpy_header(path: Path) -> None:
-    """InputError where a .npy file claims more values than it has, or than the bound; other files pass."""
+    """InputError where a .npy file claims more values than it has, or than the limit of `medldm.bounds`.
+    Files of another kind pass.
+    """
     from numpy.lib import format as npy
 
     with open(path, "rb") as file:
@@ -106,9 +110,9 @@ def check_numpy_header(path: Path) -> None:
 
 
 def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """(H, W) and None; or of a volume stored as (D, H, W), of which nothing says where it lies, (X, Y, Z) and
-    an affine: the axes are taken as S, P and L, voxels of 1 mm, so that the prepared array (orientation SPL)
-    has them as they were stored.
+    """Of a picture (H, W) the array and None; of a volume stored as (D, H, W) the array as (X, Y, Z) and an
+    affine. No NumPy file says where its voxels lie: the stored axes are taken as S, P and L with voxels of
+    1 mm, so that the prepared array, in the orientation SPL, has them as they were stored.
     """
     mend = "save it again, or remove its case"
     with unreadable(lambda reason: f"{path}: not a complete NumPy array ({reason}); {mend}"):
@@ -122,7 +126,8 @@ def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         return array, None
     if array.shape[-1] <= 4 < min(array.shape[:2]):
         raise InputError(
-            f"{path}: shape {array.shape} has colours last, or slices; save grey pictures as (H, W) and "
-            "volumes with their slices first, as (D, H, W)"
+            f"{path}: shape {array.shape} has colours or slices as its last axis; save grey pictures as (H, "
+            "W) "
+            "and volumes with their slices first, as (D, H, W)"
         )
     return array.transpose(2, 1, 0), LPS_TO_RAS.copy()

@@ -1,6 +1,7 @@
-"""Where voxels lie in the scanner: whether two grids are one, and arrays turned from one onto the other.
+"""Compares where the voxels of two images lie in the scanner, and brings arrays from one grid onto the other.
 
-An affine (4, 4) leads from indices to RAS, mm. NumPy and SciPy alone, so that 2D workers start at once.
+An affine (4, 4) maps voxel indices to RAS coordinates in mm. This module imports NumPy and SciPy alone, so
+that processes which prepare 2D images start at once.
 """
 
 import logging
@@ -16,10 +17,11 @@ from medldm.data.raw.image import RawImage
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
-# Two grids are one where no corner lies further apart than this share of the smallest voxel edge. Headers
-# that tell one place by sform and by qform, or in float32, differ by thousandths; half a voxel is a shift.
+# Two grids are the same where no corner lies further apart than this share of the smallest voxel edge.
+# Headers that state one position as sform and as qform, or in float32, differ by thousandths of it; a shift
+# by half a voxel is a real one.
 SAME_GRID = 0.1
-COVERED = 0.99  # a map that covers less of its image is said to
+COVERED = 0.99  # of an image: there is a warning where its map covers less
 REGISTER = "register them first (ANTs, elastix or FSL's flirt, say) and resample both onto one grid"
 
 
@@ -34,7 +36,7 @@ def distance(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> flo
 
 
 def edges_of(affine: np.ndarray) -> np.ndarray:
-    """Length of a voxel along each axis, mm."""
+    """The length in mm of a voxel along each axis."""
     return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
 
 
@@ -53,7 +55,7 @@ def turned(
     """The array whose axis i is axis `order[i]` of a volume, mirrored where `signs[i]` is -1, and its affine.
     No voxel changes its value or its place.
     """
-    matrix = np.zeros((4, 4))  # new index -> old index
+    matrix = np.zeros((4, 4))  # from new indices to old ones
     matrix[3, 3] = 1
     for i, (axis, sign) in enumerate(zip(order, signs, strict=True)):
         matrix[axis, i] = sign
@@ -75,9 +77,12 @@ def turned_onto(array: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tup
 
 
 def on_grid_of(image: RawImage, other: RawImage, path: str, rule: str, mend: str | None = None) -> np.ndarray:
-    """The array of `other` on the grid of `image`: turned and mirrored where it is the same grid with other
-    axes. Where it is another one, `resample` takes the nearest voxel in the scanner and `trust` the voxels as
-    they lie; `same` is an InputError, with a `mend` where it is not these two. So is a map beside its image.
+    """The array of the map `other` on the grid of `image`. Where both are one grid whose axes have another
+    order or direction, the array is transposed and mirrored.
+
+    For another grid, the `rule` decides: "resample" takes the nearest voxel in the scanner, "trust" takes the
+    voxels as they are stored where shapes are equal, and "same" is an InputError, whose mend is `mend`, or by
+    default these two rules. A map that does not overlap its image is an InputError, too.
     """
     shape = image.array.shape
     if image.affine is None or other.affine is None:
@@ -104,12 +109,13 @@ def on_grid_of(image: RawImage, other: RawImage, path: str, rule: str, mend: str
 
 
 def on_picture(image: RawImage, other: RawImage, path: str) -> np.ndarray:
-    """The array of `other` where one of them does not say where it lies; InputError where that leaves open
-    which pixel belongs to which.
+    """The array of `other` where at least one of the two has no affine. InputError where shapes differ or
+    only one has an affine: then nothing says which pixel belongs to which.
     """
     if image.affine is not None or other.affine is not None:
         raise InputError(
-            f"{path}: of image and map only one says where it lies (NIfTI beside a picture); save both alike"
+            f"{path}: only one of image and map says where it lies (one is NIfTI, one a picture); save both "
+            "in one format"
         )
     if image.array.shape != other.array.shape:
         raise InputError(
@@ -121,7 +127,7 @@ def on_picture(image: RawImage, other: RawImage, path: str) -> np.ndarray:
 
 def resampled(image: RawImage, array: np.ndarray, affine: np.ndarray, path: str) -> np.ndarray:
     """The nearest voxel of a map at every voxel of the image, 0 outside it. InputError where they do not
-    overlap; a warning where the map covers a part of the image only.
+    overlap; a warning where the map covers only a part of the image.
     """
     from scipy import ndimage
 
@@ -139,12 +145,12 @@ def resampled(image: RawImage, array: np.ndarray, affine: np.ndarray, path: str)
         log.warning("%s: covers %.0f%% of its image; the rest becomes background", path, 100 * share)
     out = ndimage.affine_transform(array, **place, **nearest)
     if array.any() and not out.any():
-        log.warning("%s: all that is labelled lies outside its image", path)
+        log.warning("%s: everything labelled lies outside of its image", path)
     return out
 
 
 def center(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
-    """The middle of a grid in the scanner, mm."""
+    """The centre of a grid in RAS coordinates, mm."""
     return affine[:3, :3] @ ((np.array(as_3d(shape)) - 1) / 2) + affine[:3, 3]
 
 
@@ -152,8 +158,8 @@ def center(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
 
 
 def difference_of(source: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
-    """Why two volumes of a subject are no pair, by their entries in index.json, and the mend: their prepared
-    voxels do not lie at the same places. None where they do, or where index.json does not say.
+    """Why two volumes of a subject cannot be a pair, with the mend: by their entries in index.json, their
+    prepared voxels do not lie at the same positions. None where they do, or where index.json does not say.
     """
     if not {"affine", "shape"} <= source.keys() & target.keys():
         return None
@@ -169,7 +175,8 @@ def difference_of(source: Mapping[str, Any], target: Mapping[str, Any]) -> str |
     ]
     if is_same_grid(*raw[0], *raw[1]):
         return (
-            "one grid, cut to different boxes; name one file as `foreground` of both, or set "
+            "both come from one grid but were cropped to different boxes; name one file as `foreground` of "
+            "both, or set "
             "data.preprocess.crop_foreground=false, and prepare again"
         )
     voxels = " and ".join(f"{tuple(n)} with the affine {a[:3].round(3).tolist()}" for n, a in raw)
@@ -177,7 +184,7 @@ def difference_of(source: Mapping[str, Any], target: Mapping[str, Any]) -> str |
 
 
 def warn_of_grids(cases: Sequence[Mapping[str, Any]]) -> None:
-    """One line where subjects have images of different labels on different grids."""
+    """Logs one warning where subjects have images of different labels on different grids."""
     members: dict[tuple, list] = defaultdict(list)
     for entry in cases:
         members[entry["subject"], visit_of(entry)].append(entry)
@@ -191,12 +198,12 @@ def warn_of_grids(cases: Sequence[Mapping[str, Any]]) -> None:
     ]
     if apart:
         log.warning(
-            "%d of %d subjects (%s first) have images of different labels on different grids: fit for "
-            "single images, refused as pairs; for translation %s",
+            "%d of %d subjects (%s first) have images of different labels on different grids. They can be "
+            "used as single images, but not as pairs; for translation %s",
             *(len(apart), len(members), apart[0], REGISTER),
         )
 
 
 def body_axis(orientation: str) -> int:
-    """Which axis of a volume in this orientation runs along the body."""
+    """The axis of a volume in this orientation that runs along the body, from feet to head or back."""
     return next(i for i, letter in enumerate(orientation) if letter in "SI")

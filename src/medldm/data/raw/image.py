@@ -22,7 +22,7 @@ class RawImage(NamedTuple):
     array: np.ndarray  # (X, Y[, Z[, T]]) of a NIfTI file, (H, W) of a picture
     affine: np.ndarray | None  # 4x4, mm; None for pictures
     spacing: tuple[float, ...] | None  # mm per array axis
-    is_coloured: bool = False  # whether grey was made of colours that differ
+    is_coloured: bool = False  # whether the grey values were made from colours
 
 
 def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
@@ -39,4 +39,6 @@ def with_spacing(array: np.ndarray, affine: np.ndarray) -> RawImage:
     return RawImage(array, affine, tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()))
 
 
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and Slicer count to the left and back, NIfTI does not
+LPS_TO_RAS = np.diag(
+    [-1.0, -1.0, 1.0, 1.0]
+)  # DICOM and Slicer count towards left and posterior, NIfTI towards right and anterior

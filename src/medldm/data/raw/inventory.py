@@ -1,4 +1,4 @@
-"""What a raw folder held, what of it was prepared, and what was left out and why."""
+"""Tells what a raw folder held, what of it was prepared, and what was left out and why."""
 
 import os
 from collections import defaultdict
@@ -14,8 +14,8 @@ from medldm.data.raw.readers import files_of
 from medldm.data.splits import describe_split
 from medldm.files import is_hidden, walk
 
-NUM_NAMES_KEPT = 200  # names kept of one reason; the count is of all
-NUM_NAMES_SHOWN = 3  # of which the screen shows these
+NUM_NAMES_KEPT = 200  # of one reason; its count is of all names
+NUM_NAMES_SHOWN = 3  # of those that are kept
 
 
 def take_inventory(
@@ -26,9 +26,9 @@ def take_inventory(
     notes: Sequence[str] = (),
     modalities: Sequence[str] = (),
 ) -> dict:
-    """Plain facts for index.json: counts of files, cases and subjects, `left_out` (why, count, names), and
-    `notes` of the dataset. `found` are the cases of the folder, `used` those that are prepared, `modalities`
-    what each subject should have. CINE frames are files that are used, and no cases.
+    """The inventory as index.json holds it: counts of files, cases and subjects, `left_out` (reason, count,
+    names), and the `notes` of the dataset. `found` are the cases of the folder, `used` those that are
+    prepared, `modalities` what each subject should have. CINE frames count as used files, but not as cases.
     """
     labelled = [case for case in used if not case.is_cine]
     files = list(every_file(root))
@@ -56,7 +56,7 @@ def take_inventory(
 
 
 def every_file(root: Path) -> Iterable[tuple[Path, bool]]:
-    """(file, whether it or a folder above it is hidden) of everything below a folder, broken links too."""
+    """Every file below a folder, broken links too, with whether it or a folder above it is hidden."""
     for folder, names in walk(root, with_hidden=True):
         hidden_folder = any(map(is_hidden, folder.relative_to(root).parts))
         for name in names:
@@ -92,7 +92,7 @@ def reason_of(path: Path, hidden: bool, of_used: set[str], of_found: set[str]) -
 
 
 def lacking(cases: Sequence[Case], modalities: Sequence[str]) -> dict[str, list[str]]:
-    """Subjects without one of several modalities, and those without a map where others have one."""
+    """Lists subjects that lack one of several modalities, and those that lack a map where others have one."""
     reasons = {}
     labels: dict[str, set[str]] = defaultdict(set)
     for case in cases:
@@ -108,7 +108,7 @@ def lacking(cases: Sequence[Case], modalities: Sequence[str]) -> dict[str, list[
 
 
 def same_images(entries: Sequence[dict]) -> list[str]:
-    """A note on subjects who share an image, as a raw file or as it was prepared: one of them is a copy."""
+    """A note on different subjects with one and the same image, raw or prepared: one must be a copy."""
     owners: dict[str, dict[str, None]] = defaultdict(dict)
     for entry in entries:
         raw = (file.get("sha256") for file in entry["raw"] if file.get("key") == "image")
@@ -124,7 +124,7 @@ def same_images(entries: Sequence[dict]) -> list[str]:
 
 
 def coloured_pictures(entries: Sequence[dict]) -> list[str]:
-    """A note on pictures whose colours were made grey: burnt-in marks and colour maps become grey values."""
+    """A note on coloured pictures that were made grey: their marks and colour maps became grey values."""
     names = [name for entry in entries for name in entry.get("coloured", ())]
     if not names:
         return []
@@ -135,7 +135,7 @@ def coloured_pictures(entries: Sequence[dict]) -> list[str]:
 
 
 def constant_images(entries: Sequence[dict]) -> list[str]:
-    """A note on images whose voxels all have one value, as an empty export has."""
+    """A note on images whose voxels all have one value, as those of a failed export do."""
     names = [entry["id"] for entry in entries if entry.get("is_constant")]
     if not names:
         return []

@@ -1,4 +1,6 @@
-"""What the datasets' index functions share: walking folders, pairing by name, modalities of a subject."""
+"""What the index functions of datasets share: they walk folders, pair files by name, and sort the modalities
+of a subject.
+"""
 
 import re
 from collections import Counter
@@ -22,7 +24,7 @@ from medldm.files import is_hidden, walk
 
 SPLIT_FOLDERS = ("train", "val", "test")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES[::-1], *META_SUFFIXES, *NRRD_SUFFIXES)  # the usual one first
-# A map beside its image: t1_mask, t1_bet_mask (FSL), t1_brain_mask, t1_seg...
+# The names of a map beside its image: t1_mask, t1_bet_mask (FSL), t1_brain_mask, t1_seg...
 OF_IMAGE = re.compile(r"(.+?)((?:_bet|_brain)?)_(?:mask|seg|label|labels)", re.IGNORECASE)
 MAP_NAME = re.compile(
     r"(^|[_\W])(masks?|seg|segm|segmentations?|labels?|labelsTr|labelsTs|gt)([_\W]|$)", re.IGNORECASE
@@ -41,22 +43,22 @@ def require_root(root: str | Path, holds: str) -> Path:
 
 
 def files_below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files with one of these suffixes at any depth, links followed, hidden ones left out."""
+    """Files with one of these suffixes at any depth. Links are followed, hidden files are left out."""
     found = [folder / name for folder, names in walk(root) for name in names if has_suffix(name, suffixes)]
     return sorted(path for path in found if path.is_file())
 
 
 def pictures_below(root: Path) -> list[Path]:
-    """PNG, JPEG, BMP and TIFF files and DICOM radiographs at any depth; links are followed, hidden
-    files left out.
+    """PNG, JPEG, BMP and TIFF files and DICOM radiographs at any depth. Links are followed, hidden files are
+    left out.
     """
     radiographs = [path for folder, _ in walk(root) for path in dicom_images(folder) if path != folder]
     return sorted([*files_below(root, RASTER_SUFFIXES), *radiographs])
 
 
 def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files with one of these suffixes right inside a folder, hidden ones left out; nothing where it is not
-    there.
+    """Files with one of these suffixes right inside a folder, without hidden ones. An empty list where there
+    is no such folder.
     """
     names = next(walk(folder))[1] if folder.is_dir() else ()
     return [folder / name for name in names if has_suffix(name, suffixes) and (folder / name).is_file()]
@@ -65,8 +67,8 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def images_below(
     root: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, *, with_maps: bool = False
 ) -> list[Path]:
-    """Every image file with one of these suffixes and every DICOM folder or radiograph at any depth;
-    `with_maps` also maps that lie beside their image.
+    """Every image file with one of these suffixes and every DICOM folder or radiograph, at any depth. Class
+    maps that lie beside their image are left out unless `with_maps` is given.
     """
     found: list[Path] = []
     for folder, names in walk(root) if root.is_dir() else ():
@@ -78,7 +80,7 @@ def images_below(
 
 
 def is_map_of(stem: str, stems: Collection[str]) -> bool:
-    """Whether a file is named after another one of its folder as a map of it."""
+    """Whether the name of a file says that it is the map of another one, whose stem is among `stems`."""
     match = OF_IMAGE.fullmatch(stem)
     return match is not None and bool({match[1], match[1] + match[2]} & set(stems))
 
@@ -88,17 +90,17 @@ def looks_like_map(path: Path) -> bool:
 
 
 def image_name(path: Path) -> str:
-    """A file's name without its suffix; the whole name of a DICOM folder."""
+    """The name of a file without its suffix, or the whole name of a DICOM folder."""
     return path.name if path.is_dir() else stem_of(path)
 
 
 def volume_files(folder: Path) -> list[Path]:
-    """Volumes right inside a folder; nothing where it is not there."""
+    """Volumes right inside a folder. An empty list where there is no such folder."""
     return files_in(folder, VOLUME_SUFFIXES)
 
 
 def existing_volume(*candidates: Path) -> Path | None:
-    """The first of these paths that is a file. In place of `.nii.gz` any other suffix of volumes will do."""
+    """The first of these paths that is a file. Another suffix of volumes may stand in place of `.nii.gz`."""
     for path in candidates:
         stem = path.name.removesuffix(".gz").removesuffix(".nii")
         for suffix in VOLUME_SUFFIXES:
@@ -108,7 +110,7 @@ def existing_volume(*candidates: Path) -> Path | None:
 
 
 def map_folder(root: Path, label_dir: str | None) -> Path | None:
-    """The folder of maps that a dataset does not publish: `label_dir`, else `labels/` where it is there."""
+    """The folder of maps that were added to a dataset: `label_dir`, else `labels/` where there is one."""
     if label_dir is not None and not Path(label_dir).is_dir():
         raise InputError(f"data.label_dir={label_dir}: no such folder; give the folder of the class maps")
     folder = Path(label_dir) if label_dir is not None else root / "labels"
@@ -116,7 +118,7 @@ def map_folder(root: Path, label_dir: str | None) -> Path | None:
 
 
 def split_folders(root: Path) -> dict[str, str]:
-    """{folder below the root: train | val | test} of train/, Validation/, ... in that order."""
+    """{folder below the root: train | val | test} of the folders train/, Validation/, ... in that order."""
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     found = {name: subset_of(name) for name in names}
     return {name: part for part in SPLIT_FOLDERS for name, own in found.items() if own == part}
@@ -142,8 +144,8 @@ def folder_pairs(
     subject_of: Callable[[str], str] = str,
     skip: tuple[str, ...] = (),
 ) -> list[Case]:
-    """Cases of Med-LSDM's own layout `[{train,val,test}/]<image_dir>/<name>.nii.gz` with a map of the same
-    name in `<label_dir>/`. The folders' split is kept.
+    """Cases of the layout of Med-LSDM, `[{train,val,test}/]<image_dir>/<name>.nii.gz` with a map of the same
+    name in `<label_dir>/`. The split that the folders state is kept.
     """
     cases = []
     for name, split in (*split_folders(root).items(), ("", None)):
@@ -170,8 +172,8 @@ def modality_cases(
     relabel: Mapping[int, int] | None = None,
     **attributes: str,
 ) -> list[Case]:
-    """One case for each modality, named `<name>_<modality>`; `name` is the subject's where it is not given.
-    The content of the first of `images` decides the crop of all. `others` are files that they share.
+    """One case for each modality, named `<name>_<modality>`, where `name` is by default the subject.
+    All are cropped to the foreground of the first of `images`. `others` are files that all of them share.
     """
     if not images:
         return []
@@ -199,12 +201,14 @@ def check_modality_choice(modalities: Sequence[str], known: Mapping[str, object]
 
 
 def read_table(path: Path, column: str) -> list[dict[str, str]]:
-    """Rows of a table that has this column."""
+    """The rows of a table, which must have this column."""
     return [row.cells for row in read_rows(path, [column])]
 
 
 def read_split_table(root: Path) -> dict[str, str]:
-    """{subject: train | val | test} of `splits.csv` with the columns id and split, where there is one."""
+    """{subject: train | val | test} of the columns id and split of `splits.csv`, where there is
+    such a file.
+    """
     path = root / "splits.csv"
     if not path.is_file():
         return {}
@@ -223,8 +227,8 @@ def read_split_table(root: Path) -> dict[str, str]:
 def stated_split_of(
     subject: str, stated: Mapping[str, str], path: Path, patient: str | None = None
 ) -> dict[str, str]:
-    """The attribute `split` of a subject, or of the `patient` it is a visit of; InputError where a table is
-    there and names neither.
+    """The attribute `split` of a subject, or of the `patient` of whom it is one visit. InputError where there
+    is a table that names neither.
     """
     if not stated:
         return {}

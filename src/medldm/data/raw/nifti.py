@@ -1,4 +1,4 @@
-"""NIfTI files: voxels, and where they lie in the body."""
+"""Reads NIfTI files: their voxels, and where these lie in the body."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # units of length of a 
 
 
 def nifti_volume(file: Path, key: str) -> RawImage:
-    """The volume of number `key` of a 4D file."""
+    """One volume of a 4D file, by its number `key`."""
     image = whole_nifti(file, file_identity(file))
     array = image.array
     if array.ndim != 4 or not key.isdigit() or int(key) >= array.shape[3]:
@@ -33,12 +33,12 @@ def nifti_volume(file: Path, key: str) -> RawImage:
 
 @lru_cache(maxsize=1)
 def whole_nifti(file: Path, identity: tuple[int, int, int]) -> RawImage:
-    """The file that was read last, kept for its other volumes; `identity` tells a file that has changed."""
+    """The file that was read last, cached for its other volumes. `identity` changes where the file has."""
     return read_nifti(file)
 
 
 def nifti_shape(path: Path) -> tuple[int, ...]:
-    """The axes that a NIfTI file states in its header; no voxel is read."""
+    """The shape that the header of a NIfTI file states. No voxel is read."""
     import nibabel
 
     with nifti_errors(require_file(path)):
@@ -64,7 +64,9 @@ def read_nifti(path: Path) -> RawImage:
 
 
 def check_header(header: "Nifti1Header", path: Path) -> None:
-    """InputError for voxels beyond the bound, more than the file has, or that are made of no numbers."""
+    """InputError where voxels are no numbers, more than the file has, or beyond the limit of
+    `medldm.bounds`.
+    """
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if len(shape) > 7 or dtype.kind not in "biufcV":
         raise InputError(f"{path}: holds {dtype} of shape {shape}, which is no volume; remove its case")
@@ -78,8 +80,8 @@ def check_header(header: "Nifti1Header", path: Path) -> None:
 
 
 def unpacked(image: "Nifti1Image", path: Path) -> np.ndarray:
-    """The voxels of a compressed file, which is read to its end: its checksum stands there, and nibabel does
-    not come to it. InputError where what follows the voxels is beyond the bound.
+    """The voxels of a compressed file. The file is read to its end, where its checksum stands, which nibabel
+    does not check. InputError where more follows the voxels than the limit allows.
     """
     import gzip
 
@@ -97,10 +99,10 @@ def unpacked(image: "Nifti1Image", path: Path) -> np.ndarray:
 
 
 def nifti_errors(path: Path) -> AbstractContextManager[None]:
-    """What nibabel says of a damaged file as an InputError."""
+    """A context in which what nibabel raises of a damaged file becomes an InputError."""
     from nibabel.imageglobals import logger
 
-    logger.setLevel(logging.CRITICAL)  # what it mends by itself in a header is looked at here
+    logger.setLevel(logging.CRITICAL)  # no messages about headers that it repairs: they are checked here
     return unreadable(
         lambda reason: (
             f"{path}: not a complete NIfTI file ({reason}); copy or download it again, or remove its case"
@@ -110,14 +112,15 @@ def nifti_errors(path: Path) -> AbstractContextManager[None]:
 
 def is_gzip(path: Path) -> bool:
     with open(path, "rb") as file:
-        return file.read(2) in (b"\x1f\x8b", b"")  # an empty file is cut, which reading it says
+        return file.read(2) in (b"\x1f\x8b", b"")  # an empty file is truncated, which reading it tells
 
 
 def nifti_affine(header: "Nifti1Header", voxel_sizes: Sequence[float], path: Path) -> np.ndarray:
-    """Voxels -> RAS, mm (4, 4): the sform, or the qform where the former is empty. A file that names neither
-    is taken as nibabel takes it, with a warning; so is the sform where the qform says another place.
+    """(4, 4) The affine from voxels to RAS, mm: the sform, or the qform where the former is empty. There is a
+    warning where a file has neither, which is then read as nibabel reads it, and where both disagree.
 
-    InputError where voxels get no size: `voxel_sizes` are those of the file, of which nibabel turns 0 into 1.
+    InputError where voxels have no size. `voxel_sizes` are those that the file states: nibabel would turn a
+    size of 0 into 1.
     """
     shape = header.get_data_shape()[:3]
     stated = {"sform": header.get_sform, "qform": header.get_qform}
@@ -136,29 +139,29 @@ def nifti_affine(header: "Nifti1Header", voxel_sizes: Sequence[float], path: Pat
             f"sizes {sizes}); set both, in 3D Slicer for instance, or remove its case"
         )
     if "header" in affines:
-        log.warning("%s: does not say how it lies in the body; taken as LAS, as nibabel does", path)
+        log.warning("%s: does not say how it lies in the body; it is read as LAS, as nibabel does", path)
     if affines.keys() != readers.keys() and "sform" not in affines:
-        log.warning("%s: its sform is empty; its qform is taken", path)
+        log.warning("%s: its sform is empty; its qform is used", path)
     affine = next(iter(affines.values()))
     if {"sform", "qform"} <= affines.keys() and not is_same_grid(shape, affine, shape, affines["qform"]):
         apart = distance(shape, affine, affines["qform"])
         log.warning(
-            "%s: its sform and qform disagree by up to %.3g mm; the sform is taken, as nibabel does",
+            "%s: its sform and qform disagree by up to %.3g mm; the sform is used, as nibabel does",
             path,
             apart,
         )
     unit, in_mm = MM.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
     if unit != "mm":
-        log.warning("%s: its lengths are in %s; converted to mm", path, unit)
+        log.warning("%s: its lengths are in %s; they are converted to mm", path, unit)
     return np.diag([in_mm, in_mm, in_mm, 1.0]) @ affine
 
 
 def valid_affine(read: Callable[[], np.ndarray]) -> np.ndarray | None:
-    """The affine that `read` gives, or None where it is no affine: voxels would have no volume."""
+    """The affine that `read` returns, or None where it is singular or not finite."""
     from nibabel.spatialimages import HeaderDataError
 
     try:
         affine = np.asarray(read(), np.float64)
-    except HeaderDataError:  # a quaternion that is none
+    except HeaderDataError:  # the qform is no quaternion of unit length
         return None
     return affine if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-12 else None

@@ -1,4 +1,4 @@
-"""NRRD files, and the segmentations that 3D Slicer writes in them."""
+"""Reads NRRD files, and the segmentations that 3D Slicer writes in them."""
 
 import bz2
 import logging
@@ -16,8 +16,8 @@ from medldm.errors import InputError, unreadable
 from medldm.files import leads_out
 
 log = logging.getLogger(__name__)
-BZIP2 = 2**21  # bytes that one byte of bzip2 can unpack to, in round numbers
-# The signs that bring a named NRRD space to RAS. Spaces of no body, such as scanner-xyz, are not in it.
+BZIP2 = 2**21  # about how many bytes one byte of bzip2 can unpack to
+# The signs that bring a named NRRD space to RAS. Spaces without a body, such as scanner-xyz, have no entry.
 NRRD_SPACES = {
     "right-anterior-superior": (1, 1, 1),
     "left-anterior-superior": (-1, 1, 1),
@@ -27,7 +27,7 @@ NRRD_SPACES |= {"".join(word[0] for word in name.split("-")): signs for name, si
 
 
 def nrrd_errors(path: Path) -> AbstractContextManager[None]:
-    """What the library raises of a file that it cannot read, as an InputError."""
+    """A context in which what the library raises of a damaged file becomes an InputError."""
     return unreadable(
         lambda reason: (
             f"{path}: not a complete NRRD file, or of an encoding that is not read ({reason}); "
@@ -37,8 +37,8 @@ def nrrd_errors(path: Path) -> AbstractContextManager[None]:
 
 
 def check_nrrd_header(path: Path) -> None:
-    """InputError where a header keeps its data outside of its folder, claims more voxels than there are or
-    than the bound, or where they unpack to more than it claims.
+    """InputError where a header names data outside of its folder, or claims more voxels than the file has or
+    the limit of `medldm.bounds` allows, and where the data unpack to more than the header claims.
     """
     import nrrd
 
@@ -68,7 +68,7 @@ def check_nrrd_header(path: Path) -> None:
 
 
 def nrrd_sizes(path: Path) -> tuple[int, ...]:
-    """Voxels along each axis, from the header alone."""
+    """The number of voxels along each axis. The header alone is read."""
     import nrrd
 
     with nrrd_errors(path):
@@ -76,8 +76,8 @@ def nrrd_sizes(path: Path) -> tuple[int, ...]:
 
 
 def read_nrrd(path: Path, segment: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(X, Y, Z) and a RAS affine. `segment` picks one of a Slicer segmentation by a part of its name, as 0
-    and 1; where it has no named segments, label 1.
+    """(X, Y, Z) and a RAS affine. `segment` picks one segment of a 3D Slicer segmentation by a part of its
+    name, and gives a map of 0 and 1. Label 1 is taken where no segment has a name.
 
     InputError where the file is damaged, has several values a voxel, or does not say how it lies in the body.
     """
@@ -93,7 +93,7 @@ def read_nrrd(path: Path, segment: str | None = None) -> tuple[np.ndarray, np.nd
 def placed_volume(
     array: np.ndarray, header: Mapping[str, Any], segment: str | None, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `read_nrrd` gives of the whole array and the header, whose keys are in lower case."""
+    """As `read_nrrd`, from the whole array and the header, whose keys are in lower case."""
     directions = np.asarray(header.get("space directions", np.zeros((0, 0))), np.float64)
     is_spatial = np.isfinite(directions).all(-1) if directions.ndim == 2 else np.zeros(0, bool)
     if is_spatial.sum() != 3 or directions.shape[1] != 3:
@@ -117,12 +117,12 @@ def placed_volume(
 
 
 def nrrd_affine(header: Mapping[str, Any], directions: np.ndarray, path: Path) -> np.ndarray:
-    """Voxels -> RAS, mm. InputError for a space that says nothing of the body; without one the file is read
-    as ITK reads it, in LPS, with a warning.
+    """(4, 4) The affine from voxels to RAS, mm. InputError for a space that is not one of the body. A file
+    without a space is read as ITK reads it, in LPS, with a warning.
     """
     space = str(header.get("space", "")).lower()
     if not space:
-        log.warning("%s: names no space; read as left-posterior-superior, as ITK does", path)
+        log.warning("%s: names no space; it is read as left-posterior-superior, as ITK does", path)
     signs = NRRD_SPACES.get(space or "lps")
     if signs is None:
         raise InputError(
@@ -139,8 +139,8 @@ def nrrd_affine(header: Mapping[str, Any], directions: np.ndarray, path: Path) -
 
 
 def find_segment(header: Mapping[str, Any], name: str, layers: np.ndarray, path: Path) -> tuple[int, int]:
-    """(layer, label value) of the segment whose name holds `name`. Where none has a name of its own (Slicer's
-    default is Segment_1), the only one, or label 1 of the first layer with a warning.
+    """(layer, label value) of the segment whose name contains `name`. Where no segment was given a name (3D
+    Slicer's default is Segment_1), this is the only segment, or label 1 of the first layer with a warning.
     """
     named = {
         match.group(1): str(value)

@@ -1,4 +1,4 @@
-"""Pictures (PNG, JPEG, BMP, TIFF) as grey values, or as class numbers."""
+"""Reads pictures (PNG, JPEG, BMP, TIFF) as grey values or as class numbers."""
 
 import io
 import logging
@@ -14,10 +14,11 @@ from medldm.data.raw.formats import no_output_of_libraries
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
-MOST_BYTES = 8  # of a decoded pixel: four channels of 16 bits
+MOST_BYTES = 8  # of one decoded pixel: four channels of 16 bits
 EXIF_SUFFIXES = (".png", ".jpg", ".jpeg")
 EXIF_ORIENTATION = 0x0112
-# EXIF 2.3, tag Orientation: what brings the stored rows and columns to what is to be seen; 1 leaves them.
+# EXIF 2.3, tag Orientation: how the stored rows and columns are turned to be shown; 1 leaves them as they
+# are.
 EXIF_TURNS = {
     2: np.fliplr,
     3: lambda x: np.rot90(x, 2),
@@ -29,11 +30,11 @@ EXIF_TURNS = {
 }
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_NOTES = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-COLOUR_ROUNDING = 3 / 255  # of the largest value: how far JPEG drives the channels of a grey picture apart
+COLOUR_ROUNDING = 3 / 255  # of the largest value: by so much JPEG may separate the channels of a grey picture
 
 
 def read_raster_mask(path: Path) -> np.ndarray:
-    """(H, W) class numbers of a PNG, BMP or TIFF; of a palette the numbers are taken.
+    """(H, W) class numbers of a PNG, BMP or TIFF; where it has a palette, the numbers and not the colours.
 
     InputError where the file is damaged, has several pages, or holds colours or lossy JPEG.
     """
@@ -70,26 +71,26 @@ def decode_raster(path: Path) -> np.ndarray:
     if pages > 1:
         raise InputError(f"{path}: holds {pages} pages; save one picture a file, or the stack as NIfTI")
     if array.ndim == 3 and array.shape[-1] == 4 and np.ptp(array[..., 3]) > 0:
-        log.warning("%s: partly transparent; its colours are taken as they lie", path)
+        log.warning("%s: partly transparent; its transparency is ignored", path)
     return turned_by_exif(array if array.ndim == 2 else np.ascontiguousarray(array[..., :3]), path)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of Pillow's: a damaged picture is told in our line."""
+    """A context without Pillow's warnings: a damaged picture ends in our one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def decoded(path: Path, data: bytes) -> np.ndarray | None:
-    """The picture in the bytes of a file, None where they are none. InputError where it would be larger than
-    the bound. What libpng and libtiff say of a damaged one on stderr is not passed on.
+    """The picture in the bytes of a file, None where they are no picture. InputError where it would be larger
+    than the limit of `medldm.bounds`. What libpng and libtiff print of a damaged file is suppressed.
     """
     import cv2
     from PIL import Image as Picture
 
-    size, Picture.MAX_IMAGE_PIXELS = Picture.MAX_IMAGE_PIXELS, None  # the bound is here
+    size, Picture.MAX_IMAGE_PIXELS = Picture.MAX_IMAGE_PIXELS, None  # check_claim has a limit of its own
     try:
         with quiet(), Picture.open(io.BytesIO(data)) as header:
             check_claim(path, header.size, MOST_BYTES)
@@ -107,22 +108,22 @@ def decoded(path: Path, data: bytes) -> np.ndarray | None:
 
 
 def turned_by_exif(picture: np.ndarray, path: Path) -> np.ndarray:
-    """A decoded picture (H, W[, 3]) as it is to be seen: cameras and phones store it as their sensor lay,
-    and say in EXIF how to turn it.
+    """A decoded picture (H, W[, 3]), turned as it is to be shown: cameras and phones store it as their sensor
+    was held, and state in EXIF how to turn it.
     """
     turn = EXIF_TURNS.get(exif_orientation(path))
     return picture if turn is None else np.ascontiguousarray(turn(picture))
 
 
 def is_turned(path: Path) -> bool:
-    """Whether a picture is read otherwise than its rows and columns are stored; its pixels are not looked
-    at.
-    """
+    """Whether reading turns a picture from how its rows and columns are stored. Its pixels are not read."""
     return exif_orientation(path) in EXIF_TURNS
 
 
 def exif_orientation(path: Path) -> int:
-    """1 to 8 as EXIF says it, 1 where nothing is said: also of other files than PNG and JPEG."""
+    """The orientation that EXIF states, 1 to 8; 1 where it states none, and for files that are no PNG or
+    JPEG.
+    """
     from PIL import Image as Picture
 
     suffix = path.suffix.lower()
@@ -136,18 +137,22 @@ def exif_orientation(path: Path) -> int:
 
 
 def has_notes(path: Path) -> bool:
-    """Whether a PNG has a chunk that EXIF may lie in. Pillow would decode the picture to find that out."""
+    """Whether a PNG has a chunk that can hold EXIF. Pillow would have to decode the picture to find
+    that out.
+    """
     with open(path, "rb") as file:
         file.seek(len(PNG_SIGNATURE))
         while len(header := file.read(8)) == 8:
             if header[4:] in PNG_NOTES:
                 return True
-            file.seek(int.from_bytes(header[:4]) + 4, 1)  # its data and their checksum
+            file.seek(int.from_bytes(header[:4]) + 4, 1)  # skips the chunk's data and their checksum
     return False
 
 
 def to_grey(picture: np.ndarray) -> np.ndarray:
-    """(H, W) of a decoded picture: equal channels as they are, colours by their luminance (ITU-R BT.601)."""
+    """(H, W) A decoded picture in grey: equal channels stay as they are, colours become luminance (ITU-R
+    BT.601).
+    """
     import cv2
 
     if picture.ndim == 2:
@@ -168,9 +173,11 @@ def is_coloured(picture: np.ndarray) -> bool:
 
 
 def palette_numbers(path: Path) -> np.ndarray | None:
-    """(H, W) numbers of a picture with a palette, as VOC stores its classes; None where it has none.
+    """(H, W) The palette indices of a picture, as Pascal VOC stores its classes; None where it has no
+    palette.
 
-    InputError where the palette is grey but not in order: number and grey level are two classes then.
+    InputError where the palette is grey but does not map each number to itself: then nothing says whether the
+    number or the grey level is the class.
     """
     from PIL import Image as Picture
 
@@ -183,7 +190,8 @@ def palette_numbers(path: Path) -> np.ndarray | None:
         raise InputError(f"{path}: its palette cannot be read; save it as 8-bit grey") from error
     if (grey == grey[..., :1]).all() and (grey[..., 0] != numbers).any():
         raise InputError(
-            f"{path}: its palette gives other grey levels than its numbers, so its classes are open; save it "
-            "as 8-bit grey without a palette"
+            f"{path}: its palette gives other grey levels than its numbers, so either could be the class; "
+            "save "
+            "it as 8-bit grey without a palette"
         )
     return numbers

@@ -1,4 +1,4 @@
-"""Reads one raw image of any known format, as `file` or `file::dataset`."""
+"""Reads one raw image of any known format, which is named as `file` or `file::dataset`."""
 
 import logging
 from pathlib import Path
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether `read_image` reads this: a file of a known kind, or a folder with the DICOM slices of a volume.
-    Hidden files, such as the `._` ones of a Mac, are none.
+    """Whether `read_image` can read a path: a file of a known kind, or a folder with the DICOM slices of a
+    volume. Hidden files, such as the `._` files of macOS, are not images.
     """
     path = Path(path)
     if path.name.startswith("."):
@@ -50,8 +50,8 @@ def is_image(path: str | Path) -> bool:
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The files that hold what `read_image` reads of `file` or `file::dataset`: those of a DICOM folder; a
-    header and the data it names.
+    """The files that `read_image` reads for `file` or `file::dataset`: all of a DICOM folder, or a header and
+    the data file that it names.
     """
     file, _ = split_path(path)
     if file.is_dir():
@@ -61,7 +61,7 @@ def files_of(path: str | Path) -> list[Path]:
 
 
 def read_image(path: str | Path) -> RawImage:
-    """Read `file` or `file::dataset` with its values unchanged, but complex ones as their magnitude.
+    """Read `file` or `file::dataset` with its values unchanged; of complex numbers the magnitude is taken.
     InputError where it is missing or damaged.
     """
     file, key = split_path(path)
@@ -106,7 +106,7 @@ def read_any(file: Path, key: str | None) -> RawImage:
 
 
 def read_mask(path: str | Path) -> RawImage:
-    """As `read_image`, but what holds no class numbers (colours, JPEG) is an InputError."""
+    """As `read_image`, with an InputError for pictures that hold no class numbers (colours, JPEG)."""
     file, key = split_path(path)
     if key is None and has_suffix(file, RASTER_SUFFIXES):
         return RawImage(read_raster_mask(require_file(file)), None, None)

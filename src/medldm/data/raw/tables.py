@@ -1,5 +1,5 @@
-"""Tables as people keep them: commas, semicolons or tabs; UTF-8, UTF-16 or Windows' cp1252; as pandas and
-spreadsheets write them.
+"""Reads tables as people keep them and as pandas and spreadsheets write them: with commas, semicolons or
+tabs, in UTF-8, UTF-16 or Windows' cp1252.
 """
 
 import codecs
@@ -19,28 +19,31 @@ Note = Callable[[str], None]  # takes a line that `medldm prepare` prints and ke
 DELIMITERS = (",", ";", "\t")
 LARGEST_TABLE = 2**28  # bytes of a table
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-UNNAMED_COLUMN = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")  # as pandas writes row numbers
-EMPTY_CELLS = {"", "nan", "<na>", "n/a", "#n/a", "null"}  # a cell that says nothing, in lower case
+UNNAMED_COLUMN = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")  # how pandas names its column of row numbers
+EMPTY_CELLS = {"", "nan", "<na>", "n/a", "#n/a", "null"}  # cells that state no value, in lower case
 
 
 class Row(NamedTuple):
     line: int  # of the file, counted from 1
-    cells: dict[str, str]  # by column; "" where nothing is said
+    cells: dict[str, str]  # by column; "" where nothing is stated
 
 
 def read_text(path: Path, note: Note = log.info) -> str:
-    """The text of a file in UTF-8, or UTF-16 with its mark, else in cp1252, which `note` is told of.
-    InputError where it is none of them.
+    """The text of a file in UTF-8, in UTF-16 with a byte order mark, or else in cp1252, which is told to
+    `note`. InputError where it is none of them.
     """
     if path.stat().st_size > LARGEST_TABLE:
-        raise InputError(f"{path}: larger than {LARGEST_TABLE // 2**20} MiB, which is no table; take it away")
+        raise InputError(
+            f"{path}: larger than {LARGEST_TABLE // 2**20} MiB, which is too large for a table; move it "
+            "elsewhere"
+        )
     data = path.read_bytes()
     try:
         if data.startswith(UTF16):
             return data.decode("utf-16")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        pass  # the last encoding that is tried tells of its failure
+        pass  # the next encoding is tried
     try:
         if b"\0" in data:
             raise ValueError("holds zero bytes")
@@ -54,9 +57,9 @@ def read_text(path: Path, note: Note = log.info) -> str:
 def read_rows(
     path: Path, needs: Collection[str], *, known: Collection[str] = (), note: Note = log.info
 ) -> list[Row]:
-    """Rows of a table whose header has at least one column of `needs`, without those that are empty.
+    """The rows of a table whose header has at least one column of `needs`, without empty rows.
 
-    Column names lose the blanks around them; those of `needs` and `known` are found in any case. Columns
+    Spaces around column names are removed; those of `needs` and `known` are found in any case. Columns
     without a name are left out. InputError where the header does not fit, names a column twice, or a row has
     more cells than it.
     """
@@ -90,7 +93,7 @@ def read_rows(
 
 
 def parsed_lines(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(number of the line, cells) of every row. InputError where a cell has no end."""
+    """(number of the line, cells) of every row. InputError where a quoted cell is not closed."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         for cells in reader:
@@ -102,7 +105,7 @@ def parsed_lines(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, l
 
 
 def find_delimiter(text: str, needs: Collection[str]) -> str | None:
-    """What parts the header into columns of which one is needed; None where there is no such header."""
+    """The delimiter under which the header has one of the columns `needs`; None where none does."""
     first = text.lstrip("\r\n").partition("\n")[0]
     for delimiter in DELIMITERS:
         try:
@@ -115,6 +118,6 @@ def find_delimiter(text: str, needs: Collection[str]) -> str | None:
 
 
 def header_names(cells: list[str], known: dict[str, str]) -> list[str]:
-    """Column names in their known spelling; "" for one without a name."""
+    """The column names, in the spelling of `known` where they are in it; "" for a column without a name."""
     names = [cell.strip() for cell in cells]
     return ["" if UNNAMED_COLUMN.fullmatch(name) else known.get(name.lower(), name) for name in names]
