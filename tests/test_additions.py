@@ -199,8 +199,8 @@ MEMBERS = {
     "model/conditioner/mean": "defaults: [strided_cnn, _self_]\nencoder: mean",
     "model/network/gated": "defaults: [unet_block, _self_]\nchannels: [16, 32]\nattention:\n"
     "  {_target_: study.Gate, _partial_: true, strength: 0.5}",
-    "model/network/ends": "defaults: [unet_block, _self_]\nskips: ends\nstem_channels: 8\n"
-    "channels: [16, 32]\nnum_res_blocks: 1\nattention_levels: []",
+    "model/network/ends": "defaults: [unet_block, _self_]\nskips: ends\nstem_channels: 16\n"
+    "channels: [16, 16]\nnum_res_blocks: 1\nattention_levels: []",
     "data/lines": "defaults: [/data/common@_here_, _self_]\ndataset: lines\nimage_size: 32\n"
     "preprocess: {intensity: {mode: bit_depth}}",
     "experiment/study/ldm": "# @package _global_\ndefaults:\n  - /experiment/cardiac2d/ldm\n"
@@ -296,9 +296,9 @@ def test_an_arrangement_of_the_u_net_of_one_s_own(study, monkeypatch):
     module = build("experiment=cardiac2d/ldm", study, "model/first_stage=pixel", "model/network=ends")
     network = module.network
     assert network.downsampling == (2, 2)
-    # The last unit alone is joined to a skip: 16 channels of the way up and 8 of the stem.
-    assert [network.up[i].units[0].res.conv1.in_channels for i in range(2)] == [32, 32]
-    assert network.last.res.conv1.in_channels == 16 + 8
+    # All widths are 16, and the last unit alone has the 16 channels of the stem beside those of the way up.
+    assert [network.up[i].units[0].res.conv1.in_channels for i in range(2)] == [16, 16]
+    assert network.last.res.conv1.in_channels == 16 + 16
     logged = fit(module, make_batches(1, 2)).callback_metrics
     assert torch.isfinite(logged["train/loss"])
 

@@ -1,4 +1,6 @@
-"""The condition of a denoiser, and what every conditioner does and shares."""
+"""The condition that a denoiser is called with, and the protocol and helpers of the conditioners that make
+it.
+"""
 
 from typing import NamedTuple, Protocol
 
@@ -22,32 +24,33 @@ class Condition(NamedTuple):
 
 
 def in_float32(condition: Condition) -> Condition:
-    """The condition in float32, which suits a network of any precision: autocast rounds it where it is
-    wanted.
+    """The condition in float32, which suits a network of any precision: autocast rounds it where the network
+    runs in a lower one.
     """
     return Condition(*(None if x is None else at_least_float32(x) for x in condition))
 
 
 def concatenate(first: Condition, second: Condition) -> Condition:
-    """Two conditions with the same fields, one after the other along the batch axis: 2B samples."""
+    """Two conditions with the same fields, concatenated along the batch axis to 2B samples."""
     pairs = zip(first, second, strict=True)
     return Condition(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
 
 
 class Conditioner(Protocol):
-    """What the U-Net is built from (the four sizes) and called with.
+    """A module that makes the condition of a batch, and states the four sizes that the U-Net is built from.
 
-    `groups` names what can be dropped separately. `drop` is (B, len(groups)) bool, True where a sample loses
-    that group, or None to keep all. The null of guidance is `drop` all True: the very thing that training
-    dropped to, where `trains_null`. `dropped_groups` are those that training drops at all.
+    `groups` names the parts that can be dropped separately. `drop` is (B, len(groups)) bool, True where a
+    sample loses that group, or None to keep all. The null of guidance is `drop` all True; the network knows
+    it where `trains_null` says that training drops all groups at once. `dropped_groups` are those that
+    training drops.
     """
 
     groups: tuple[str, ...]
-    attributes: tuple[str, ...]  # embedded ones, and those of them that may be unknown
+    attributes: tuple[str, ...]  # the names of embedded ones, and of those among them that may be unknown
     null_attributes: tuple[str, ...]
     dropped_groups: tuple[str, ...]
     trains_null: bool
-    batch_keys: tuple[str, ...]  # arrays of a batch that conditions are made of
+    batch_keys: tuple[str, ...]  # the arrays of a batch that the condition is made from
     concat_channels: int
     spade_channels: int
     embedding_dim: int
@@ -92,8 +95,8 @@ def fixed_drop(
 
 
 def check_drop(conditioner: Conditioner, names: tuple[str, ...]) -> None:
-    """InputError for a condition that the model has not, or that training never withheld: what stands in its
-    place was never learned.
+    """InputError for a condition that the model does not have, or that training never withheld, since the
+    null in its place was never learned.
     """
     conditioner.drop_groups(1, names)
     unseen = [name for name in names if name not in conditioner.dropped_groups]

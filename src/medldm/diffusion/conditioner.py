@@ -1,4 +1,4 @@
-"""From a batch to what the denoiser is conditioned on, with the dropping that guidance needs."""
+"""Makes the condition of a denoiser from a batch, and drops parts of it in training, as guidance needs."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,7 +15,12 @@ from medldm.diffusion.embeddings import embed_by_name, keep, scalar_mlp, unknown
 from medldm.diffusion.encoders import build_encoder
 from medldm.diffusion.planes import ConditionPlanes, PlaneOptions
 
-OLDER_USES = ("view", "phase", "label", "slice_position")  # attributes with a key of their own, `use_<name>`
+OLDER_USES = (
+    "view",
+    "phase",
+    "label",
+    "slice_position",
+)  # attributes that have an argument `use_<name>` of their own
 
 
 class SpatialConditioner(nn.Module):
@@ -32,8 +37,8 @@ class SpatialConditioner(nn.Module):
     (-1, and NaN of a number) counts as dropped. Several labels of an image (`labels`) enter as the sum of
     their embeddings.
 
-    What the data decide (`num_classes`, `downsampling`, `known`) and the network (`embedding_dim`,
-    `map_latent_channels`) is passed by the builder, not by a config.
+    The builder of a model, and no config, gives the arguments that the data decide (`num_classes`,
+    `downsampling`, `known`) and those that the networks decide (`embedding_dim`, `map_latent_channels`).
     """
 
     def __init__(
@@ -88,7 +93,9 @@ class SpatialConditioner(nn.Module):
     def build_embeddings(
         self, uses: Mapping[str, bool | str], known: KnownAttributes, embedding_dim: int
     ) -> None:
-        """The slice position has a module of its own and no null, as in earlier checkpoints."""
+        """One module for each attribute that is used. That of the slice position has no null, as in earlier
+        checkpoints.
+        """
         chosen = chosen_attributes(uses, known.declared)
         use_position = bool(uses["slice_position"])
         if (chosen or use_position) and embedding_dim < 1:
@@ -106,19 +113,19 @@ class SpatialConditioner(nn.Module):
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """The names of what is embedded."""
+        """The names of the attributes that are embedded."""
         return (*self.embeddings, *(("slice_position",) if self.position is not None else ()))
 
     @property
     def null_attributes(self) -> tuple[str, ...]:
-        """Those of `attributes` whose null training has seen: no other may be unknown."""
+        """Those of `attributes` whose null training has seen; values of the others must be known."""
         seen = self.attributes if self.drop_all_prob > 0 else self.unknown_attributes
         seen = (*seen, *(("slice_position",) if self.lone_position is not None else ()))
         return tuple(name for name in self.attributes if name in seen)
 
     @property
     def dropped_groups(self) -> tuple[str, ...]:
-        """Groups that training drops, each at some time: attributes also by being unknown."""
+        """The groups that training drops now and then; unknown attributes count as dropped."""
         has_null = self.attributes == self.null_attributes
         pairs = zip(self.groups, self.drop_probs, strict=True)
         return tuple(
@@ -127,19 +134,19 @@ class SpatialConditioner(nn.Module):
 
     @property
     def trains_null(self) -> bool:
-        """Whether training ever drops all groups of a sample at once: together, or each by itself."""
+        """Whether training can drop all groups of a sample at once, together or each by its own chance."""
         return bool(self.groups) and self.dropped_groups == self.groups
 
     @property
     def batch_keys(self) -> tuple[str, ...]:
-        """Arrays of a batch that conditions are made of."""
+        """The arrays of a batch that the condition is made from."""
         used = {"mask": self.use_mask, "edges": self.use_edges}
         return tuple(key for key, is_used in used.items() if is_used)
 
     @property
     def halo(self) -> int | None:
-        """How many cells of the latent grid around a window its condition depends on; None where it depends
-        on the whole volume.
+        """The number of cells of the latent grid around a window that its condition depends on; None where it
+        depends on the whole volume.
         """
         encoders = [encoder for encoder in (self.encoder, self.spade_encoder) if encoder is not None]
         halos = [getattr(encoder, "halo", None) for encoder in encoders]
@@ -149,7 +156,7 @@ class SpatialConditioner(nn.Module):
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:
-        """(B, len(groups)) bool: what each sample of a training batch loses."""
+        """(B, len(groups)) bool, drawn at random: the groups that each sample of a training batch loses."""
         u = torch.rand(batch_size, len(self.groups) + 1, generator=generator, device=device)
         columns = [u[:, i] < prob for i, prob in enumerate((*self.drop_probs, self.drop_all_prob))]
         return (
@@ -161,13 +168,15 @@ class SpatialConditioner(nn.Module):
     def drop_groups(
         self, batch_size: int, names: tuple[str, ...] | None = None, device: torch.device | None = None
     ) -> Tensor:
-        """(B, len(groups)) bool that drops `names` for every sample; None drops all: the null of guidance."""
+        """(B, len(groups)) bool that drops `names` for every sample. None drops all, which is the null of
+        guidance.
+        """
         return fixed_drop(self.groups, batch_size, names, device)
 
     def forward(
         self, batch: Batch, first_stage: nn.Module | None = None, drop: Tensor | None = None
     ) -> Condition:
-        """Condition of a batch; `drop` is (B, len(groups)), or (B,) to drop whole samples."""
+        """The condition of a batch; `drop` is (B, len(groups)), or (B,) to drop whole samples."""
         dropped = {}
         if drop is not None:
             drop = drop[:, None].expand(-1, len(self.groups)) if drop.ndim == 1 else drop
@@ -181,8 +190,8 @@ class SpatialConditioner(nn.Module):
         )
 
     def planes_dtype(self, batch: Batch) -> torch.dtype:
-        """That of the convolutions that see the planes: 0 and 1 are exact in all. float32 where an encoder
-        takes averages first.
+        """The data type of the convolutions that see the planes, since 0 and 1 are exact in all of them;
+        float32 where an encoder takes averages first.
         """
         averages = any(getattr(e, "averages", False) for e in (self.encoder, self.spade_encoder))
         device = require(batch, "edges" if self.use_edges else "mask").device
@@ -194,14 +203,14 @@ class SpatialConditioner(nn.Module):
         return self.spade_encoder(planes) if self.spade_encoder else planes if self.spade else None
 
     def embed(self, batch: Batch, drop: Tensor | None) -> Tensor | None:
-        """(B, embedding_dim), to be added to the time embedding; None where the batch states nothing."""
+        """(B, embedding_dim) to be added to the time embedding; None where there is nothing to embed."""
         terms = []
         for name, embedding in self.embeddings.items():
             if name == "label" and "labels" in batch:
                 terms.append(embedding.several(batch["labels"], drop))
             elif name in batch or name not in self.null_attributes or name in OLDER_USES:
                 terms.append(embedding(require(batch, name), drop))
-            else:  # data that do not have the attribute at all
+            else:  # the data do not have this attribute
                 terms.append(embedding(unknown_values(embedding, batch), drop))
         if self.position is not None and (self.needs_position or "slice_position" in batch):
             position = require(batch, "slice_position").float()
@@ -213,7 +222,7 @@ class SpatialConditioner(nn.Module):
 
 
 def plane_options(options: Mapping[str, Any]) -> PlaneOptions:
-    """From plain values; ValueError for the name of an option that no conditioner has."""
+    """PlaneOptions of plain values. ValueError for an option that does not exist."""
     names = {option.name for option in fields(PlaneOptions)}
     unknown = sorted(options.keys() - names)
     if unknown:
@@ -226,8 +235,8 @@ def plane_options(options: Mapping[str, Any]) -> PlaneOptions:
 def chosen_attributes(
     uses: Mapping[str, bool | str], declared: Mapping[str, Attribute]
 ) -> dict[str, Attribute]:
-    """What is embedded by a table or a network of its own, in the order of `uses`. ValueError for a choice
-    that is none, and for an attribute that is asked for and not declared.
+    """The attributes that are embedded by a table or a network of their own, in the order of `uses`.
+    ValueError for an invalid choice, and for an attribute that is asked for but not declared by the data.
     """
     for name, use in uses.items():
         key = f"use_{name}" if name in OLDER_USES else f"attributes.{name}"
@@ -243,7 +252,7 @@ def chosen_attributes(
 
 
 def check_probs(probs: Mapping[str, float], groups: tuple[str, ...]) -> None:
-    """ValueError for a probability that is none, or drops what is not used."""
+    """ValueError for a probability outside of [0, 1], and for one of a condition that is not used."""
     for key, prob in probs.items():
         if not 0 <= prob <= 1:
             raise ValueError(f"drop_{key}_prob={prob} must lie in [0, 1]")
@@ -252,7 +261,7 @@ def check_probs(probs: Mapping[str, float], groups: tuple[str, ...]) -> None:
 
 
 class NullConditioner(nn.Module):
-    """No condition at all. What a model passes to every conditioner is accepted and not used."""
+    """A conditioner without a condition. It takes the arguments of the others and does not use them."""
 
     groups: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()

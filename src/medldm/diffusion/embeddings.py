@@ -1,4 +1,4 @@
-"""Attributes of an image as vectors that are added to the embedding of time."""
+"""Embeds attributes of an image as vectors that are added to the embedding of time."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from medldm.batch import Batch, expand_as
 
 
 class ScalarEmbedding(nn.Module):
-    """A number, scaled from `limits` to [-1, 1], through a small network; its null is a vector of its own."""
+    """Embeds a number, scaled from `limits` to [-1, 1], by a small network. Its null is a learned vector."""
 
     def __init__(self, limits: tuple[float, float], embedding_dim: int) -> None:
         super().__init__()
@@ -19,25 +19,27 @@ class ScalarEmbedding(nn.Module):
         self.null = nn.Parameter(torch.randn(embedding_dim))
 
     def forward(self, value: Tensor, drop: Tensor | None = None) -> Tensor:
-        """(B,) in the unit of `limits`, NaN where unknown -> (B, E)."""
+        """The embeddings (B, E) of values (B,) in the unit of `limits`, NaN where unknown."""
         unknown = value.isnan() if drop is None else value.isnan() | drop
         scaled = 2 * (value.float().nan_to_num(self.low) - self.low) / self.extent - 1
         return torch.where(unknown[:, None], self.null, self.layers(scaled[:, None]))
 
 
 class CategoryEmbedding(nn.Embedding):
-    """One of K names; row 0 is the null, for -1 and for what is dropped."""
+    """Embeds one of K names by a table, whose row 0 is the null: for -1 and for dropped samples."""
 
     def __init__(self, num_names: int, embedding_dim: int) -> None:
         super().__init__(num_names + 1, embedding_dim)
 
     def forward(self, number: Tensor, drop: Tensor | None = None) -> Tensor:
-        """(B,) whole numbers from -1 -> (B, E)."""
+        """The embeddings (B, E) of whole numbers (B,) from -1 on."""
         row = number.long() + 1
         return super().forward(row if drop is None else row.masked_fill(drop, 0))
 
     def several(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
-        """(B, K) marks of the names that hold -> (B, E), the sum of their rows; the null where none holds."""
+        """The embeddings (B, E) of `labels` (B, K), marks of the names that hold: the sum of their rows, or
+        the null where none holds.
+        """
         unknown = labels.sum(1) == 0
         unknown = unknown if drop is None else unknown | drop
         return torch.where(unknown[:, None], self.weight[0], labels.to(self.weight.dtype) @ self.weight[1:])
@@ -54,7 +56,7 @@ def embed_by_name(attributes: Mapping[str, Attribute], embedding_dim: int) -> di
 
 
 def unknown_values(attribute_embedding: nn.Module, batch: Batch) -> Tensor:
-    """(B,) of what nobody stated, on the device of a batch that does not hold the attribute at all."""
+    """(B,) unknown values, for a batch without this attribute, on the device of that batch."""
     reference = next(value for value in batch.values() if isinstance(value, Tensor))
     value = torch.nan if isinstance(attribute_embedding, ScalarEmbedding) else -1.0
     return torch.full((len(reference),), value, device=reference.device)

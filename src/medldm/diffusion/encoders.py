@@ -1,7 +1,8 @@
-"""Encoders that bring planes on the image grid to the latent grid: class maps, edges.
+"""Encoders that bring planes, such as class maps and edges, from the image grid to the latent grid.
 
-Each is built from (in_channels, out_channels, downsampling) and states the `out_channels` that it gives, and
-as `halo` how many cells of the latent grid around a cell it sees; without it, a cell depends on all planes.
+Each is built from (in_channels, out_channels, downsampling) and states its `out_channels`. Where it has a
+`halo`, that is the number of cells of the latent grid around a cell that its value depends on; without one, a
+cell depends on the whole planes.
 """
 
 import math
@@ -15,8 +16,8 @@ from medldm.networks.layers import conv, group_norm
 
 
 class NearestEncoder(nn.Module):
-    """Nearest down-sampling, then a 1x1 convolution: it keeps one pixel of f^d. Only for comparison
-    with the published code, which has it.
+    """Nearest downsampling, then a 1x1 convolution: of f^d pixels it sees one. It is there for comparisons
+    with the published code alone, which does so.
     """
 
     halo = 0
@@ -56,7 +57,7 @@ class Rescaler(nn.Module):
 
 
 class Unshuffle(nn.Module):
-    """Every pixel of a latent cell becomes a channel, then a 1x1 convolution. Shi et al. 2016."""
+    """The pixels of a latent cell become channels, then a 1x1 convolution. Shi et al. 2016."""
 
     halo = 0
     is_block = True
@@ -76,8 +77,8 @@ class SegConv(nn.Module):
     """Med-LSDM's encoder of the map: convolution, ReLU and maximum per factor of two, widths 64, 128, 256 ..,
     and a last convolution and ReLU.
 
-    Convolutions see one slice of a volume (1 x 3 x 3), and every output cell stands over its own block of the
-    map: the published padding shifted the depth by a slice for each convolution.
+    Convolutions see one slice of a volume (1 x 3 x 3), and every output cell lies over its own block of the
+    map. In the published code, padding shifts the depth by a slice for each convolution.
     """
 
     is_block = True
@@ -91,7 +92,7 @@ class SegConv(nn.Module):
         padding = tuple(size // 2 for size in kernel)
         for stage, strides in enumerate(stage_strides(downsampling)):
             hidden = 64 * 2**stage
-            # the maximum first: with ReLU it commutes, and so it leaves less to do
+            # the maximum and ReLU commute; the maximum first leaves less to compute
             layers += [conv(dims, width, hidden, kernel, padding=padding), MaxPool(dims, strides), nn.ReLU()]
             width = hidden
         layers += [conv(dims, width, out_channels, kernel, padding=padding), nn.ReLU()]
@@ -102,8 +103,9 @@ class SegConv(nn.Module):
 
 
 def halo_of_convolutions(strides: list[tuple[int, ...]]) -> int:
-    """Latent cells that kernels of 3 see around one, before each of `strides` and after the last: they reach
-    one pixel, then as many as the strides before them have put into a cell.
+    """The number of latent cells around one that convolutions with kernels of 3 see, where one stands before
+    each of `strides` and one after the last: each reaches as many pixels as the strides before it have
+    merged.
     """
     cells = []
     for axis in zip(*strides, strict=True):
@@ -135,7 +137,7 @@ class MaxPool(nn.Module):
 
 
 class AreaEncoder(nn.Module):
-    """The share of every plane in each latent cell: nothing learned, and no class lost."""
+    """The share of every plane in each latent cell: it has no weights and loses no class."""
 
     halo = 0
     averages = True
@@ -182,7 +184,7 @@ SPATIAL_ENCODERS = {
     "unshuffle": Unshuffle,
     "strided_cnn": StridedCNN,
     "segconv": SegConv,
-    "area": AreaEncoder,  # as many channels as planes, whatever is asked for
+    "area": AreaEncoder,  # has as many channels as there are planes, whatever is asked for
 }
 
 
@@ -197,7 +199,9 @@ def build_encoder(
 
 
 def stage_strides(downsampling: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Strides of one and two with product `downsampling`: (1, 4, 8) -> (1, 2, 2), (1, 2, 2), (1, 1, 2)."""
+    """Strides of one and two whose product is `downsampling`: (1, 4, 8) -> (1, 2, 2), (1, 2, 2),
+    (1, 1, 2).
+    """
     exponents = [factor.bit_length() - 1 for factor in downsampling]
     if any(factor != 2**exponent for factor, exponent in zip(downsampling, exponents, strict=True)):
         raise ValueError(
@@ -207,7 +211,9 @@ def stage_strides(downsampling: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def unshuffle(x: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """(B, C, *S) -> (B, C prod(f), *S/f) for any number of axes and a factor for each."""
+    """Moves the pixels of each cell into channels: (B, C, *S) -> (B, C prod(f), *S/f), with a factor for each
+    axis.
+    """
     dims = len(factors)
     cells = [
         size for pair in zip(latent_shape(spatial_shape(x), factors), factors, strict=True) for size in pair

@@ -1,4 +1,4 @@
-"""The frozen first stage as diffusion sees it: images to normalised latents and back."""
+"""The frozen first stage as diffusion uses it: from images to normalised latents and back."""
 
 from collections.abc import Iterable
 
@@ -19,23 +19,23 @@ def latent_shape(image_shape: tuple[int, ...], factors: tuple[int, ...]) -> tupl
     """`image_shape` divided by one factor for each axis; InputError where an axis does not divide."""
     if len(image_shape) != len(factors) or any(n % f for n, f in zip(image_shape, factors, strict=True)):
         raise InputError(
-            f"data: images of {tuple(image_shape)} do not divide by the first stage's factors {factors}; "
+            f"images of {tuple(image_shape)} do not divide by the first stage's factors {factors}; "
             "crop or pad"
         )
     return tuple(n // f for n, f in zip(image_shape, factors, strict=True))
 
 
 class FirstStage(nn.Module):
-    """A frozen VQ autoencoder; the only place where latents are shifted and scaled.
+    """A frozen VQ autoencoder. Latents are shifted and scaled here and nowhere else.
 
-    A raw latent h is the encoder's output before quantisation: this is what `medldm encode` caches
-    (`encode_raw`). `latent` "prequant" diffuses h, "quant" its nearest codes. `requantize` snaps to codes
-    again before decoding. `normalisation` is what `fit` computes: "std" gives each channel mean 0 and
-    deviation 1 over the training set, "codebook_range" maps the range of all codebook entries to [-1, 1]
-    (Med-LSDM), "none" leaves latents as they are. `translator` maps normalised latents to those of another
-    modality. `tile`, where set, is the size of the tiles in which volumes are encoded and decoded, with the
-    same result up to rounding.
-    eval() is pinned, so that neither training nor sampling touches the codebook.
+    A raw latent h is the encoder's output before quantisation, which `medldm encode` caches (`encode_raw`).
+    With `latent` "prequant" diffusion learns h, with "quant" its nearest codes. `requantize` replaces latents
+    by their nearest codes again before decoding. `normalisation` is what `fit` computes: "std" gives each
+    channel mean 0 and deviation 1 over the training set, "codebook_range" maps the range of all codebook
+    entries to [-1, 1] (Med-LSDM), "none" leaves latents as they are. `translator` maps normalised latents to
+    those of another modality. `tile`, where set, is the size of the tiles in which volumes are encoded and
+    decoded, with the same result up to rounding. The module stays in eval mode, so that neither training nor
+    sampling changes the codebook.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class FirstStage(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "FirstStage":
-        """Stays in eval mode whatever `mode` says."""
+        """Keeps the module in eval mode, whatever `mode` is."""
         return super().train(False)
 
     def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Latent grid *s of an image grid *S."""
+        """The latent grid *s of an image grid *S."""
         return latent_shape(image_shape, self.downsampling)
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class FirstStage(nn.Module):
 
     @torch.no_grad()
     def denormalize(self, z: Tensor) -> Tensor:
-        """Inverse of `normalize`, up to the quantisation of `latent` "quant"."""
+        """The inverse of `normalize`, up to the quantisation of `latent` "quant"."""
         return self.unscaled(z.float())
 
     def encode(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class FirstStage(nn.Module):
         return self.autoencoder.decode(h, mask)
 
     def decoder_map(self, batch: dict) -> Tensor | None:
-        """What a SPADE decoder sees, None for a plain one: the one-hot map (B, K, *S), or, for tiles, the
+        """The map that a SPADE decoder reads, None for other decoders: one-hot (B, K, *S), or, for tiles, the
         class map (B, 1, *S).
         """
         num_classes = self.autoencoder.decoder_map_channels
@@ -148,21 +148,21 @@ class FirstStage(nn.Module):
         return self.decode(self.translate(self.encode(x), label))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """(B, C, *S) through the latents that diffusion sees: the ceiling of what it can make."""
+        """(B, C, *S) encoded to the latents of diffusion and decoded again: no sample can be better."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
     def fit(self, raw_latents: Iterable[Tensor]) -> None:
         """Set `shift` and `scale`, from batches (B, Cz, *s) of raw latents where `normalisation` is "std".
 
-        Use the whole training set: the statistics of one batch are off by whatever that batch shows. Every
-        rank gives its own part of it and all get the statistics of the whole.
+        Use the whole training set, since one batch may differ from it. Each rank passes its own part, and all
+        get the statistics of the whole.
         """
         if self.normalisation == "std":
             mean, std = channel_moments(
                 (self.chosen(h) for h in raw_latents), self.shift.double().new_zeros(3, self.latent_channels)
             )
-            # A channel that never varies carries nothing: leave its scale alone rather than amplify rounding.
+            # A channel that never varies keeps its scale: rounding errors would be amplified otherwise.
             shift, scale = mean, torch.where(std > 1e-6, std, torch.ones_like(std))
         elif self.normalisation == "codebook_range":
             low, high = self.autoencoder.quantizer.code_range()
@@ -216,14 +216,14 @@ class PixelStage(nn.Module):
         """None: there is no decoder."""
 
     def fit(self, raw_latents: Iterable[Tensor]) -> None:
-        """Images in [-1, 1] are left as they are."""
+        """Does nothing: images in [-1, 1] are not normalised."""
 
 
 def channel_moments(batches: Iterable[Tensor], sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel over the batches (B, C, *s) of all ranks, streamed in float64.
+    """The mean and standard deviation of each channel over the batches (B, C, *s) of all ranks, in float64.
 
-    `sums` (3, C), zeros, is where the count, the sum and the sum of squares begin: for a rank without a
-    batch.
+    `sums` (3, C) holds the count, the sum and the sum of squares, and begins as zeros, which a rank without a
+    batch contributes.
     """
     for x in batches:
         x = x.double().transpose(0, 1).flatten(1)  # (C, B prod(s))
@@ -231,6 +231,6 @@ def channel_moments(batches: Iterable[Tensor], sums: Tensor | None = None) -> tu
         sums = part if sums is None else sums + part
     count, total, squares = (torch.zeros(3, 1) if sums is None else all_reduce(sums)).double()
     if not count.all():
-        raise InputError("data: no training latents to normalise with; the training split is empty")
+        raise InputError("no training latents to normalise with: the training split is empty")
     mean = total / count
     return mean, (squares / count - mean.square()).clamp_min(0).sqrt()

@@ -16,8 +16,8 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Levels:
-    """gamma (B,) at the times of a batch and, of a learned schedule, how densely it draws there: `slope` is
-    d gamma / dt, `gap` its mean.
+    """gamma (B,) at the times of a batch and, for a learned schedule, how densely it draws there: `slope` is
+    d gamma / dt, and `gap` the mean of that over all times.
     """
 
     gamma: Tensor
@@ -26,7 +26,7 @@ class Levels:
     gradient: "ScheduleGradient | None" = None
 
     def integral(self, losses: Tensor) -> Tensor:
-        """Losses (B,) at these levels -> their mean over times; a learned schedule learns from them."""
+        """The mean over times of losses (B,) at these levels, from which a learned schedule learns."""
         if self.gradient is not None:
             losses = losses * self.slope / self.gap
             self.gradient.weigh(losses)
@@ -34,20 +34,20 @@ class Levels:
 
 
 class ScheduleGradient:
-    """gamma and its derivative at some times, through which an interior can learn to lower an estimator's
-    variance.
+    """gamma and its derivative at some times, through which the curve between the end points learns to lower
+    the variance of an estimator.
 
     The gradient that a loss L_i sends into the share of a learned curve is multiplied by L_i / mean(L), which
     turns the gradient of the mean into that of the mean square: the variance, since the mean does not depend
     on the share. Section I.2, Kingma et al. 2021. mean(L) is that of the global batch: N processes compute
-    the gradient of one with N times the batch. `moves_endpoints` False holds the end points still, with zero
-    gradients.
+    the gradient of one with N times the batch. With `moves_endpoints` False the end points get
+    gradients of zero.
     """
 
     def __init__(self, schedule: Any, *, by_variance: bool, moves_endpoints: bool = True) -> None:
         self.schedule, self.by_variance, self.moves_endpoints = schedule, by_variance, moves_endpoints
         self.factors: Tensor | None = None
-        self.is_awaited = False  # a gradient will ask for the factors
+        self.is_awaited = False  # True once a gradient needs the factors
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """gamma and d gamma / dt at (B,) times."""
@@ -63,16 +63,16 @@ class ScheduleGradient:
         return gamma, slope
 
     def rescaled(self, value: Tensor, frozen: Tensor) -> Tensor:
-        interior = value - frozen  # zero, but for its gradient, which is that of the share alone
+        interior = value - frozen  # its value is zero, and its gradient that of the share alone
         if interior.requires_grad:
             self.is_awaited = True
             interior.register_hook(lambda gradient: gradient * self.factors.to(gradient))
         return (frozen if self.moves_endpoints else frozen.detach()) + interior
 
     def weigh(self, losses: Tensor) -> None:
-        """Tell the (B,) losses, once known and before the backward pass.
+        """Takes the losses (B,), before the backward pass.
 
-        Ranks meet here in training only: in validation they may have unequally many batches.
+        Ranks exchange them in training alone: in validation they may have different numbers of batches.
         """
         if self.is_awaited:
             losses = losses.detach()

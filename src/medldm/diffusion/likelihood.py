@@ -1,6 +1,6 @@
-"""What a decoder's output says about an image: -log p(x | z_0) in nats, and the image to show.
+"""Likelihoods of images under the output of a decoder: -log p(x | z_0) in nats, and the image to show.
 
-Images are in [-1, 1] outside; y = (x + 1) / 2 is the grey level in [0, 1].
+Images x are in [-1, 1]; y = (x + 1) / 2 is the grey level in [0, 1].
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 TARGETS = ("soft", "dynamic", "threshold")
-CHUNK = 1 << 16  # values whose 256 levels are held at a time
+CHUNK = 1 << 16  # number of values of which all levels are held in memory at a time
 
 
 def grey(x: Tensor) -> Tensor:
@@ -18,17 +18,17 @@ def grey(x: Tensor) -> Tensor:
 
 
 def binary_entropy(y: Tensor) -> Tensor:
-    """The entropy, in nats, of a coin that falls on one side with this probability: 0 at 0 and at 1."""
+    """The entropy in nats of a coin that shows heads with probability y; it is 0 at 0 and at 1."""
     return -(torch.special.xlogy(y, y) + torch.special.xlogy(1 - y, 1 - y))
 
 
 class Bernoulli(nn.Module):
     """Independent coins with the decoder's logits.
 
-    `target` "soft" scores the grey levels themselves by cross-entropy: bits, but no likelihood of grey
-    images, and never below their binary entropy (`entropy_floor`). "dynamic" tosses each grey level into 0 or
-    1 anew, which is what the model then sees; "threshold" cuts at one half. Never an integer cast, which
-    makes every grey level 0.
+    `target` "soft" scores the grey levels themselves by cross-entropy. That is no likelihood of grey images,
+    and never below their binary entropy (`entropy_floor`). "dynamic" draws 0 or 1 for each pixel at every
+    step, with the grey level as probability, and the model sees these; "threshold" cuts at one half. A cast
+    to integers, as some code has it, would make every grey level 0.
     """
 
     def __init__(self, target: str) -> None:
@@ -59,18 +59,18 @@ class Bernoulli(nn.Module):
         return self.expected(output)
 
     def entropy_floor(self, x: Tensor) -> Tensor:
-        """(B,) nats that no decoder can go below on an image as it came, in the mean over observations."""
+        """(B,) The mean over observations of the least nats that any decoder can reach on an image."""
         if self.target == "threshold":
             return x.new_zeros(len(x))
         return binary_entropy(grey(x).double()).flatten(1).sum(1).float()
 
 
 class DiscretizedGaussian(nn.Module):
-    """A normal density on V grey levels f(v) = 2 (v + 1/2) / V - 1 that sums to one: honest bits per
-    dimension.
+    """A normal density on V grey levels f(v) = 2 (v + 1/2) / V - 1 that sums to one, so that bits per
+    dimension are those of a code.
 
-    `scale` "learned" has one variance for all pixels of a decoder's mean and gives each level the normal's
-    mass in its bin, the outer bins open (Ho et al. 2020): no cost that grows with V. "schedule" takes the
+    With `scale` "learned", one variance serves all pixels, and each level has the mass of the normal in its
+    bin, where the outer bins are open (Ho et al. 2020); the cost does not grow with V. "schedule" takes the
     variance exp(gamma_0) around z_0 / alpha_0 and normalises the density over the levels: the pixel model of
     Kingma et al. 2021.
     """
@@ -85,14 +85,14 @@ class DiscretizedGaussian(nn.Module):
         self.log_variance = nn.Parameter(torch.tensor(-4.0)) if scale == "learned" else None
 
     def level(self, x: Tensor) -> Tensor:
-        """[-1, 1] -> the nearest of 0 .. V - 1: -1 is the darkest level, 1 the brightest."""
+        """The nearest of the levels 0 to V - 1 of a value in [-1, 1], from the darkest to the brightest."""
         return (grey(x) * (self.num_levels - 1)).round().long()
 
     def value(self, level: Tensor) -> Tensor:
         return 2 * (level.float() + 0.5) / self.num_levels - 1
 
     def observe(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """The image on its V levels."""
+        """The image rounded to its V levels."""
         return self.value(self.level(x)).to(x.dtype)
 
     def nats(self, output: Tensor, x: Tensor, gamma_0: Tensor) -> Tensor:
@@ -107,10 +107,10 @@ class DiscretizedGaussian(nn.Module):
         return torch.cat(parts).reshape(len(x), -1).sum(1)
 
     def bin_nats(self, mean: Tensor, x: Tensor) -> Tensor:
-        """-log of the mass between the edges of a level, in the lower tail, where it keeps its precision."""
+        """-log of the mass between the edges of a level, computed in the lower tail, where it is precise."""
         level = self.level_of_value(x)
         gap = self.value(level) - mean
-        # Mirror what lies above the mean: mass(a, b) = mass(-b, -a).
+        # Levels above the mean are mirrored: mass(a, b) = mass(-b, -a).
         sign = torch.where(gap > 0, -1.0, 1.0)
         inverse = torch.exp(-self.log_variance.float() / 2)
         low, high = ((sign * gap + side / self.num_levels) * inverse for side in (-1.0, 1.0))
@@ -139,5 +139,5 @@ class DiscretizedGaussian(nn.Module):
         return 2 * self.level_of_value(output).float() / (self.num_levels - 1) - 1
 
     def entropy_floor(self, x: Tensor) -> Tensor:
-        """0: a decoder may be sure of every level."""
+        """Zero, since a decoder may be certain of every level."""
         return x.new_zeros(len(x))

@@ -1,4 +1,7 @@
-"""What the network learns, and how its output becomes x0_hat: samplers and guidance see only the latter."""
+"""What the network is trained to predict, and how x0_hat follows from its output.
+
+Samplers and guidance work with x0_hat alone.
+"""
 
 import math
 from collections.abc import Callable
@@ -24,18 +27,18 @@ DENSITIES = ("uniform", "logit_normal", "log_normal")
 def spread_uniform(
     n: int, *, antithetic: bool, device: torch.device | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(n,) float64 in [0, 1): independent, or `antithetic`: one u for the batch, (u + i / n) mod 1."""
+    """(n,) float64 in [0, 1): independent draws, or, `antithetic`, (u + i / n) mod 1 of a single draw u."""
     u = torch.rand(1 if antithetic else n, dtype=torch.float64, device=device, generator=generator)
     # arange(0, 1, 1 / n) has n + 1 entries for some n
     return (u + torch.arange(n, device=device) / n) % 1 if antithetic else u
 
 
 def on_grid(u: Tensor, num_timesteps: int) -> Tensor:
-    """[0, 1) -> the grid points 1 / T .. 1, equally often; ceil would give t = 0 at u = 0."""
+    """Maps u in [0, 1) to the grid points 1 / T to 1, each equally often; ceil would give t = 0 at u = 0."""
     return ((u * num_timesteps).floor().clamp(max=num_timesteps - 1) + 1) / num_timesteps
 
 
-Given = Condition | Callable[[], Condition]  # a condition, or what makes it
+Given = Condition | Callable[[], Condition]  # a condition, or a function that makes it
 
 
 def made(condition: Given) -> Condition:
@@ -43,18 +46,20 @@ def made(condition: Given) -> Condition:
 
 
 class StaticCondition:
-    """One condition for all steps of a sampler. What the network makes of its map alone, which no step
-    changes, is computed at the first step and kept as long as this object lives; the map is not, where the
-    condition is given as a function that makes it.
+    """One condition for all steps of a sampler. What the network computes from the map alone is the same in
+    every step: it is computed at the first one and kept as long as this object lives. The map itself is not
+    kept where the condition is given as a function that makes it.
 
-    It is computed again where autocast has been switched on or off since, as for a sampler's last step, and
-    at every step where gradients are recorded.
+    The kept part is computed again where autocast has been switched on or off since, as for a sampler's last
+    step, and at every step where gradients are recorded.
     """
 
     def __init__(self, network: nn.Module, condition: Given) -> None:
         self.condition = condition
         self.modulations = getattr(network, "modulations", None)
-        self.kept: tuple[bool | None, Condition] | None = None  # under autocast or not (None: either)
+        self.kept: tuple[bool | None, Condition] | None = (
+            None  # whether it was computed under autocast (None: no matter), and the condition
+        )
 
     def prepared(self, z_t: Tensor) -> Condition:
         """The condition for z_t (B, C, *s), whose grid is that of all steps."""
@@ -62,7 +67,7 @@ class StaticCondition:
             return made(self.condition)
         is_rounded = torch.is_autocast_enabled(z_t.device.type)
         if self.kept is None or self.kept[0] not in (None, is_rounded):
-            self.kept = None  # frees the old ones first
+            self.kept = None  # frees the memory of the old one first
             condition = made(self.condition)
             if condition.spade is None or self.modulations is None:
                 self.kept = None, condition
@@ -95,10 +100,10 @@ class DenoisingObjective:
     `loss` "l1" or "l2" is averaged over all but the batch axis, then weighted per sample. `min_snr_gamma` (5
     in the paper) is the weight of Hang et al. 2023 in the form that belongs to the prediction; None weighs
     all times alike. `times` "discrete" draws from the T grid points of a tabulated schedule, "continuous"
-    from the interval, "auto" as the schedule has a grid or not. `density` is how often each time is drawn:
-    "uniform"; "logit_normal", whose logits are standard normal; "log_normal", where log(sigma / alpha) is
-    normal of mean `level_mean` and deviation `level_std` and what lies beyond the schedule counts as its end.
-    `antithetic` spreads the times of a batch evenly, which lowers the variance of the loss.
+    from the interval, and "auto" from the grid where the schedule has one. `density` says how often each time
+    is drawn: "uniform"; "logit_normal", whose logits are standard normal; "log_normal", where log(sigma /
+    alpha) is normal of mean `level_mean` and deviation `level_std`, and levels beyond the schedule count as
+    its end. `antithetic` spreads the times of a batch evenly, which lowers the variance of the loss.
     """
 
     def __init__(
@@ -160,7 +165,7 @@ class DenoisingObjective:
         return on_grid(u, steps).float()
 
     def target(self, x: Tensor, noise: Tensor, scales: Scales) -> Tensor:
-        """What the network should say about z_t = alpha x + sigma noise."""
+        """The output that the network should give for z_t = alpha x + sigma noise."""
         if self.prediction == "velocity":
             return scales.velocity(x, noise)  # Eq. 11, Salimans & Ho 2022
         if self.prediction == "preconditioned":
@@ -183,7 +188,7 @@ class DenoisingObjective:
         return Preconditioning.at(scales.alpha, scales.sigma, self.data_std)
 
     def network_input(self, z_t: Tensor, scales: Scales) -> Tensor:
-        """What the network sees of z_t: as it is, but for preconditioning."""
+        """The input of the network: z_t itself, or z_t scaled by the preconditioning."""
         if self.prediction != "preconditioned":
             return z_t
         return (self.preconditioning(scales).into * at_least_float32(z_t)).to(z_t.dtype)
@@ -215,7 +220,8 @@ class DenoisingObjective:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Clean latents (B, Cz, *s) -> "loss" and, detached, "unweighted": the same without min-SNR weights.
+        """The losses of clean latents x (B, Cz, *s): "loss" and, detached, "unweighted", without min-SNR
+        weights.
 
         `t` (B,) and `noise` (like x) are drawn where they are not given; fixed ones make a validation loss
         comparable.
@@ -234,8 +240,8 @@ class DenoisingObjective:
         return {"loss": loss, "unweighted": error.detach().mean()}
 
     def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Given) -> Denoise:
-        """The network under one condition, or what a function makes at the first step, as (z_t, t) -> x0_hat
-        with t (B,) in [0, 1].
+        """The function (z_t, t) -> x0_hat, with t (B,) in [0, 1], of the network under one condition, which
+        may be given as a function that makes it at the first step.
         """
         static = StaticCondition(network, condition)
 
@@ -255,7 +261,7 @@ def standard_normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def check_given(key: str, value: float | None, *, is_read: bool) -> None:
-    """ValueError where a positive number is missing, or given to nothing that reads it."""
+    """ValueError where a positive number that is read is missing, and where one is given that is not read."""
     if is_read and not (value is not None and value > 0):
         raise ValueError(f"{key}={value} must be a number above 0")
     if not is_read and value is not None:
@@ -280,8 +286,8 @@ def guided(
     """Classifier-free guidance null + scale (conditional - null). Ho & Salimans 2022.
 
     Scale 1 is the conditional and 0 the unconditional model, each in a single forward; any other scale runs
-    both as one batch of 2B. On x0_hat this is the same as on noise or velocity, for they are affine in x0_hat
-    at given z_t. (VDM's w is scale - 1.) `rescale` in [0, 1] pulls the standard deviation of each sample back
+    both as one batch of 2B. On x0_hat this is the same as on noise or velocity, which are affine in x0_hat at
+    a given z_t. (VDM's w is scale - 1.) `rescale` in [0, 1] pulls the standard deviation of each sample back
     to that of the conditional x0_hat. Section 3.4, Lin et al. 2024.
     """
     if scale == 1:
@@ -307,10 +313,10 @@ def autoguided(
     scale: float,
     rescale: float = 0.0,
 ) -> Denoise:
-    """Autoguidance guide + scale (model - guide): away from what a worse model does. Karras et al. 2024.
+    """Autoguidance, guide + scale (model - guide), which leads away from a worse model. Karras et al. 2024.
 
-    `model` and `guide` make a denoiser from a condition, each from one of its own. Scale 0 is the guide
-    alone. `rescale` is that of `guided`.
+    `model` and `guide` each make a denoiser from a condition of their own. Scale 0 is the guide alone.
+    `rescale` is that of `guided`.
     """
     denoise_model, denoise_guide = model(condition), guide(guide_condition)
     if scale == 0:

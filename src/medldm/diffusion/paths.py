@@ -1,4 +1,5 @@
-"""How signal and noise are mixed at a level gamma: z = alpha x + sigma noise, (sigma / alpha)^2 = exp(gamma).
+"""Paths: how signal and noise are mixed at a level gamma, z = alpha x + sigma noise, (sigma / alpha)^2 =
+exp(gamma).
 
 A path has one natural parameter s, along which z moves at the velocity v = alpha' x + sigma' noise. For all
 paths alpha sigma' - sigma alpha' = 1, so that x = sigma' z - sigma v and noise = alpha v - alpha' z.
@@ -30,7 +31,9 @@ class Scales(NamedTuple):
 
 
 class Path(Protocol):
-    """All functions take gamma = -log SNR of any shape; -inf is clean data, of scales exactly 1 and 0."""
+    """A path. Its functions take gamma = -log SNR of any shape; -inf is clean data, with alpha = 1 and sigma
+    = 0.
+    """
 
     def powers(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """alpha^2 and sigma^2, of the shape of gamma."""

@@ -1,4 +1,6 @@
-"""Edges and a class map as planes, from the image grid to where the network takes them."""
+"""Makes planes of edges and a class map, and brings them from the image grid to where the network
+reads them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ class PlaneOptions:
 
     `encoder` brings them to the latent grid, to be concatenated to z_t. `spade` gives the SPADE norms their
     map: "planes" are the planes themselves, "map_latent" the latents of an autoencoder of maps, and an
-    encoder's name `spade_out_channels` learned ones on the latent grid. None switches either off. `parity`
-    admits the encoder of the published code that loses most edges.
+    encoder's name `spade_out_channels` channels that it learns on the latent grid. None switches either off.
+    `parity` permits the encoder of the published code, which loses most edges.
     """
 
     use_edges: bool = True
@@ -33,7 +35,7 @@ class PlaneOptions:
     parity: bool = False
 
     def check(self, num_planes: int, map_latent_channels: int) -> None:
-        """ValueError where the options do not fit each other or the number of planes."""
+        """ValueError where the options contradict each other or do not fit the number of planes."""
         uses_parity = PARITY_ENCODER in (self.encoder, self.spade)
         if self.use_edges and uses_parity and not self.parity:
             raise ValueError(
@@ -65,8 +67,8 @@ class ConditionPlanes:
     def __call__(
         self, batch: Batch, dropped: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """(B, num_planes, *S) in {0, 1}; zero where `dropped` (by group, (B,) each) says so, which no real
-        one-hot map is.
+        """(B, num_planes, *S) in {0, 1}. Planes of samples that `dropped` marks (for each group (B,) bool)
+        are zero everywhere, which a one-hot map never is.
         """
         reference = require(batch, "edges" if self.use_edges else "mask")
         latent_shape(spatial_shape(reference), self.downsampling)  # raises where the grid does not divide
