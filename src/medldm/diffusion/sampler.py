@@ -1,7 +1,8 @@
-"""Samplers from noise to clean latents: one loop over coefficients computed before it starts.
+"""Samplers, which lead from noise to clean latents: one loop, over coefficients that are computed before it
+starts.
 
 Every step is z <- a z_t + b x0_hat + c x0_hat_previous + d noise, with a, b, c, d functions of gamma and of
-the scales of the schedule's path: nothing assumes that the variance is preserved.
+the scales of the schedule's path. Nothing here assumes that the path preserves the variance.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ from medldm.diffusion.paths import VARIANCE_PRESERVING, Path, Scales
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
 from medldm.diffusion.timegrid import SPACINGS, TimeGrid, spaced_times
 
-Callback = Callable[[int, Tensor], None]  # (steps done, x0_hat): progress bars and previews
-# One for the batch, or one a sample: a sample then does not depend on the batch it is drawn in.
+Callback = Callable[[int, Tensor], None]  # called with (steps done, x0_hat), for progress bars and previews
+# One for the batch, or one for each sample, which then does not depend on the batch that it is drawn in.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -36,7 +37,7 @@ class Coefficients(NamedTuple):
 
 @dataclass(kw_only=True)
 class Sampler:
-    """The loop, and what every sampler shares; a subclass gives its coefficients.
+    """The loop and the options that all samplers share. A subclass gives its coefficients.
 
     `num_steps` network evaluations at times laid out by `spacing`: leading, trailing or linspace
     (`step_positions`; whole steps of a discrete schedule, 1000 unrounded ones of a continuous one), logsnr
@@ -78,19 +79,19 @@ class Sampler:
             )
 
     def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
-        """From the N + 1 gammas of a grid, which fall to -inf where the last step arrives at clean data, and
-        the path's scales there.
+        """The coefficients of the N steps between N + 1 gammas, which fall, to -inf where the last step
+        arrives at clean data, along a path.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def time_grid(self, schedule: NoiseSchedule, device: torch.device | None = None) -> TimeGrid:
-        """Where the network is evaluated; laid out without waiting for the device."""
+        """The times at which the network is evaluated. The host does not wait for the device."""
         return self.laid_out(self.num_steps, schedule, device)
 
     def laid_out(self, num_steps: int, schedule: NoiseSchedule, device: torch.device | None) -> TimeGrid:
-        """A grid of so many steps, with one evaluation at the beginning of each. It lies on the schedule's
-        device where none is given.
+        """A grid of `num_steps` steps with one evaluation at the beginning of each, by default on the
+        schedule's device.
         """
         device = schedule.device if device is None else device
         times, last = spaced_times(num_steps, schedule, self.spacing, device)
@@ -115,10 +116,11 @@ class Sampler:
         *,
         first: int | None = None,
     ) -> Tensor:
-        """Standard normal `noise` (B, Cz, *s), 2D or 3D -> z0 of the same shape, device and precision.
+        """Sample z0 from standard normal `noise` (B, Cz, *s), 2D or 3D, of the same shape, device and
+        precision.
 
         Where `first` is given, the loop starts at that step (`first_step`) and `noise` is z_t at its time.
-        The last step, of which nothing smooths the rounding, is computed in float32.
+        The last step is computed in float32, because no later one would smooth its rounding errors.
         """
         grid = self.time_grid(schedule, noise.device)
         a, b, c, d = self.coefficients(grid.gamma, schedule.path)
@@ -142,7 +144,9 @@ class Sampler:
 
 
 def draw_noise(z: Tensor, generator: Generators) -> Tensor:
-    """Standard normal numbers like `z` (B, ...), row by row where each sample has its own generator."""
+    """Standard normal numbers of the shape of `z` (B, ...), row by row where each sample has its own
+    generator.
+    """
     if generator is None or isinstance(generator, torch.Generator):
         return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
     if len(generator) != len(z):
@@ -156,7 +160,7 @@ def draw_noise(z: Tensor, generator: Generators) -> Tensor:
 class AncestralSampler(Sampler):
     """Draws from q(z_s | z_t, x0_hat): VDM's ancestral sampler, and DDPM's with the small posterior variance.
 
-    With fewer steps than the schedule has, the posterior spans the longer interval: properly respaced.
+    Where there are fewer steps than the schedule has, the posterior is that of the longer interval.
     """
 
     def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
@@ -198,10 +202,10 @@ class DDIMSampler(Sampler):
 class DPMSolverSampler(Sampler):
     """DPM-Solver++(2M): second-order multistep in lambda = -gamma / 2. Algorithm 2, Lu et al. 2022.
 
-    `eta` = 1 is its stochastic form (their SDE-DPM-Solver++(2M)): the noise added on the way forgets the
-    errors of the network, where the deterministic path (`eta` = 0) carries them to the end.
-    The first step has no past and is first order; so is the last one, which is unstable otherwise when it
-    ends at clean data (lambda = inf) or when there are fewer than 15 steps. Equal steps in log SNR suit it
+    `eta` = 1 is its stochastic form (their SDE-DPM-Solver++(2M)): the noise added on the way makes it forget
+    errors of the network, which the deterministic path (`eta` = 0) carries to the end. The first step has no
+    step before it and is of first order. So is the last one where it ends at clean data (lambda = inf) or
+    where there are fewer than 15 steps, since it would be unstable otherwise. Equal steps in log SNR suit it
     best: on Gaussian data of deviation 0.5, 20 steps of the sqrt-linear schedule give 0.503, trailing ones
     0.429.
     """
@@ -215,7 +219,7 @@ class DPMSolverSampler(Sampler):
 
     def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
         alpha, sigma, *_ = path.scales(gamma)
-        h = (gamma[:-1] - gamma[1:]) / 2  # steps in lambda, positive
+        h = (gamma[:-1] - gamma[1:]) / 2  # the steps in lambda, which are positive
         gain = -alpha[1:] * torch.expm1(-(1 + self.eta) * h)
         extrapolation = torch.zeros_like(h)  # 1 / (2 r), r = h_previous / h
         extrapolation[1:] = h[1:] / (2 * h[:-1])
@@ -248,14 +252,14 @@ class HeunSampler(Sampler):
     """Heun's second-order method: an Euler step to the next time, and there a second evaluation by which the
     step is made again with the mean velocity. Algorithm 1, Karras et al. 2022, on their path.
 
-    A step takes two of the `num_steps` evaluations. The last step has one, as in that paper, for at clean
-    data there is no velocity; where `num_steps` is even the first one has one, too. So 1 and 2 evaluations
+    A step takes two of the `num_steps` evaluations. The last step has one, as in that paper, since there is
+    no velocity at clean data; where `num_steps` is even, the first step has one, too. So 1 and 2 evaluations
     are Euler's method, and 2 N - 1 are N steps.
     """
 
     @property
     def num_single(self) -> int:
-        """Steps of one evaluation before the first pair."""
+        """The number of steps with one evaluation before the first pair."""
         return (self.num_steps + 1) % 2
 
     def time_grid(self, schedule: NoiseSchedule, device: torch.device | None = None) -> TimeGrid:
@@ -266,18 +270,19 @@ class HeunSampler(Sampler):
         return TimeGrid(times, torch.cat([schedule.gamma(times).double(), base.gamma[-1:]]))
 
     def second_times(self, times: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Falling times (n + 1,) -> where the n steps between them are evaluated again."""
+        """The times of the second evaluations of the n steps between falling `times` (n + 1,)."""
         return times[1:]
 
     def first_step(self, schedule: NoiseSchedule, t: float) -> int:
-        """A pair of evaluations is not entered in its middle."""
+        """As of `Sampler`, but never the second evaluation of a pair."""
         step = super().first_step(schedule, t)
         return step + max(0, step - self.num_single) % 2
 
     def coefficients(self, gamma: Tensor, path: Path = VARIANCE_PRESERVING) -> Coefficients:
-        """A pair evaluates at a step's beginning t and at m, and arrives at s. For a constant x0_hat
-        z_s = C(t, s) z_t + S(t, s) v_t with S(t, s) = alpha_t sigma_s - alpha_s sigma_t; here the velocity is
-        v_t + (v_m - v_t) / (2 c) with c = S(t, m) / S(t, s), written in z_m and the two x0_hat.
+        """A pair evaluates the network at the beginning t of a step and at m, and the step ends at s. For a
+        constant x0_hat z_s = C(t, s) z_t + S(t, s) v_t with S(t, s) = alpha_t sigma_s - alpha_s sigma_t; here
+        the velocity is v_t + (v_m - v_t) / (2 c) with c = S(t, m) / S(t, s), written in z_m and the two
+        x0_hat.
         """
         euler = EulerSampler(num_steps=self.num_steps).coefficients(gamma, path)
         if self.num_steps < 3:
@@ -295,9 +300,9 @@ class HeunSampler(Sampler):
 
 @dataclass(kw_only=True)
 class MidpointSampler(HeunSampler):
-    """The midpoint method: the second evaluation stands in the middle of the step's times, and its velocity
-    makes the whole step. Where time is not the path's own parameter, the two velocities are weighed as in
-    Algorithm 3 of Karras et al. 2022, so that it is second order there, too.
+    """The midpoint method: the second evaluation is in the middle of the step, and its velocity makes the
+    whole step. Where time is not the path's own parameter, the two velocities are weighed as in Algorithm 3
+    of Karras et al. 2022, so that it is second order there, too.
     """
 
     def second_times(self, times: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -305,7 +310,7 @@ class MidpointSampler(HeunSampler):
         total = schedule.num_timesteps
         if total is None or self.spacing in ("logsnr", "karras") or self.num_steps > total:
             return middle
-        return (middle * total + 1e-6).floor() / total  # whole steps are what the network was trained on
+        return (middle * total + 1e-6).floor() / total  # the network was trained on whole steps
 
 
 def check_eta(eta: float) -> None:
@@ -316,10 +321,10 @@ def check_eta(eta: float) -> None:
 def check_guidance(
     sampler: Sampler, conditioner: Conditioner, drop: tuple[str, ...] = (), *, has_guide: bool = False
 ) -> None:
-    """ValueError where `guidance_scale` would do nothing, or set the model against a null that it never saw.
+    """ValueError where `guidance_scale` has no effect, or guides away from a null that training never saw.
 
-    `drop` are the conditions that are withheld from the sample. With a guide, another model stands in the
-    place of the null.
+    `drop` are the conditions that are withheld from the sample. With a guide, another model takes the place
+    of the null.
     """
     if has_guide:
         if sampler.guidance_scale == 1:

@@ -1,6 +1,6 @@
-"""Noise schedules in one language: gamma(t) = -log SNR(t), increasing on t in [0, 1]. Kingma et al. 2021.
+"""Noise schedules, all as gamma(t) = -log SNR(t), which increases on t in [0, 1]. Kingma et al. 2021.
 
-At a level gamma the path of the schedule says how signal and noise are mixed: `medldm.diffusion.paths`.
+The path of a schedule says how signal and noise are mixed at a level gamma: see `medldm.diffusion.paths`.
 """
 
 import math
@@ -43,8 +43,9 @@ class NoiseSchedule(nn.Module):
 
     @torch.no_grad()
     def times_of(self, gamma: Tensor) -> Tensor:
-        """The times in [0, 1] at which the levels (N,) are reached, in the precision of `gamma`: exact where
-        the curve has an inverse or is a table, else interpolated; the ends where a level lies outside.
+        """The times in [0, 1] at which the levels `gamma` (N,) are reached, in their precision. They are
+        exact where the curve has an inverse or is a table, and interpolated otherwise. Levels outside of the
+        curve give its ends.
         """
         if hasattr(self.curve, "inverse"):
             return self.curve.inverse(gamma).clamp(0, 1)
@@ -54,7 +55,7 @@ class NoiseSchedule(nn.Module):
 
     @property
     def device(self) -> torch.device | None:
-        """Where its numbers are; None where it holds none."""
+        """The device of its tensors; None where it has none."""
         return next((x.device for x in (*self.parameters(), *self.buffers())), None)
 
     @property
@@ -86,8 +87,8 @@ class NoiseSchedule(nn.Module):
 
         Continuous schedule: 1000 t. Discrete schedule: 1000 t - 1000 / T, so that step i is passed as
         i * 1000 / T; for T = 1000 these are the integers of every published checkpoint. Times before the
-        grid count as step 0. Learned schedule: a fixed linear map of gamma, so that the network knows the
-        noise and not a clock whose meaning moves; a straight line gives 1000 t again.
+        grid count as step 0. Learned schedule: a fixed linear map of gamma, so that the network is told the
+        level of noise and not a time whose level changes in training; a straight line gives 1000 t again.
         """
         if self.is_learned:
             return self.curve.network_time(gamma).float()
@@ -97,9 +98,9 @@ class NoiseSchedule(nn.Module):
     def levels(self, t: Tensor) -> Levels:
         """The levels at (B,) times for a loss that is a mean over times.
 
-        On a learned schedule the mean is the integral over gamma that a straight line would give: the share
-        of the curve is an importance sampler and learns to lower the variance, the end points stay. Kingma &
-        Gao 2023.
+        On a learned schedule the mean is the integral over gamma that a straight line would give: the curve
+        between the end points is an importance sampler, which learns to lower the variance, and the end
+        points do not move. Kingma & Gao 2023.
         """
         if not self.is_learned:
             return Levels(self.gamma(t))
@@ -109,7 +110,7 @@ class NoiseSchedule(nn.Module):
 
 
 def interpolated(x: Tensor, table: Tensor, values: Tensor) -> Tensor:
-    """`values` at the places where the rising `table` is `x`, on straight lines between its entries."""
+    """The `values` where the rising `table` is `x`, with linear interpolation between its entries."""
     right = torch.searchsorted(table, x).clamp(1, len(table) - 1)
     share = (x - table[right - 1]) / (table[right] - table[right - 1])
     return torch.lerp(values[right - 1], values[right], share)
@@ -123,8 +124,8 @@ def discrete_times(num_timesteps: int, device: torch.device | None = None) -> Te
 class TabulatedGamma(nn.Module):
     """gamma on the grid t_i = (i + 1) / T, linear in between and, from the first two entries, down to t = 0.
 
-    `alpha_bar`: float64 (T,), strictly decreasing in (0, 1). The table follows `.to(device)`, but no cast to
-    another precision reaches it, and it is not saved: the config rebuilds it.
+    `alpha_bar`: float64 (T,), strictly decreasing in (0, 1). The table follows `.to(device)`, but not casts
+    to another precision. It is not saved in checkpoints, because the config rebuilds it.
     """
 
     def __init__(self, alpha_bar: Tensor) -> None:
@@ -241,8 +242,8 @@ class LearnedCurve(nn.Module):
         return low + gap * self.share(t)
 
     def network_time(self, gamma: Tensor) -> Tensor:
-        """0 at `gamma_min` and 1000 at `gamma_max`, linear in gamma: it does not change when the curve
-        learns.
+        """0 at `gamma_min` and 1000 at `gamma_max`, linear in gamma, so that it does not change in
+        training.
         """
         return 1000 * (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
 
@@ -257,7 +258,7 @@ class MonotoneCurve(LearnedCurve):
 
     def __init__(self, gamma_min: float, gamma_max: float, *, num_features: int = 1024, **options) -> None:
         super().__init__(gamma_min, gamma_max, **options)
-        # The published init (deviation 0.01): at first a straight line to 1e-4.
+        # Initialised as published, with a deviation of 0.01: within 1e-4 a straight line.
         generator = torch.Generator().manual_seed(0)
         self.linear = nn.Parameter(torch.ones(()))
         self.inner = nn.Parameter(0.01 * torch.randn(num_features, generator=generator))
@@ -283,12 +284,14 @@ def tabulated(betas: Tensor) -> NoiseSchedule:
 
 
 def linear_schedule(num_timesteps: int, *, beta_start: float, beta_end: float) -> NoiseSchedule:
-    """Betas linear in the step. Ho et al. 2020. What CompVis calls linear is `sqrt_linear_schedule`."""
+    """Betas that are linear in the step. Ho et al. 2020. What CompVis calls linear is
+    `sqrt_linear_schedule`.
+    """
     return tabulated(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
 
 
 def sqrt_linear_schedule(num_timesteps: int, *, beta_start: float, beta_end: float) -> NoiseSchedule:
-    """Square roots of the betas linear in the step. Rombach et al. 2022.
+    """Betas whose square roots are linear in the step. Rombach et al. 2022.
 
     CompVis calls it "linear", diffusers "scaled_linear".
     """
@@ -297,19 +300,24 @@ def sqrt_linear_schedule(num_timesteps: int, *, beta_start: float, beta_end: flo
 
 
 def cosine_schedule(num_timesteps: int, *, offset: float = 0.008, max_beta: float = 0.9999) -> NoiseSchedule:
-    """alpha_bar = cos^2 of a quarter turn, betas clipped at `max_beta`. Eq. 17, Nichol & Dhariwal 2021."""
+    """alpha_bar as cos^2 over a quarter turn, with betas clipped at `max_beta`. Eq. 17, Nichol & Dhariwal
+    2021.
+    """
     t = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
     return tabulated((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
 
 def fixed_linear_schedule(gamma_min: float, gamma_max: float) -> NoiseSchedule:
-    """Continuous schedule with log SNR falling linearly from -gamma_min to -gamma_max. Kingma et al. 2021."""
+    """A continuous schedule whose log SNR falls linearly from -gamma_min to -gamma_max. Kingma et
+    al. 2021.
+    """
     return NoiseSchedule(LinearGamma(gamma_min, gamma_max))
 
 
 def flow_schedule(*, margin: float = 1e-4) -> NoiseSchedule:
-    """Continuous: sigma = t along the straight line from data to noise, for t in [margin, 1 - margin].
+    """A continuous schedule with sigma = t along the straight line from data to noise, for t in [margin, 1 -
+    margin].
 
     Rectified flow, Liu et al. 2022. Pair it with velocity prediction: the network then learns noise - x.
     """
@@ -317,7 +325,7 @@ def flow_schedule(*, margin: float = 1e-4) -> NoiseSchedule:
 
 
 def exploding_schedule(sigma_min: float, sigma_max: float) -> NoiseSchedule:
-    """Continuous: z_t = x + sigma noise, with log sigma linear in t. Song et al. 2021."""
+    """A continuous schedule of z_t = x + sigma noise, with log sigma linear in t. Song et al. 2021."""
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"sigma_min={sigma_min} must be above 0 and below sigma_max={sigma_max}")
     curve = LinearGamma(2 * math.log(sigma_min), 2 * math.log(sigma_max))
@@ -327,7 +335,7 @@ def exploding_schedule(sigma_min: float, sigma_max: float) -> NoiseSchedule:
 def learned_scalar_schedule(
     gamma_min: float, gamma_max: float, *, endpoints: str = "learned"
 ) -> NoiseSchedule:
-    """Continuous and linear in log SNR, between learned end points. Kingma et al. 2021."""
+    """A continuous schedule, linear in log SNR between learned end points. Kingma et al. 2021."""
     return NoiseSchedule(LearnedCurve(gamma_min, gamma_max, endpoints=endpoints))
 
 
@@ -339,7 +347,9 @@ def learned_nnet_schedule(
     interior: str = "variance",
     num_features: int = 1024,
 ) -> NoiseSchedule:
-    """Continuous, a monotone network between two end points: see `MonotoneCurve` and `LearnedCurve`."""
+    """A continuous schedule that is a monotone network between two end points: see `MonotoneCurve` and
+    `LearnedCurve`.
+    """
     curve = MonotoneCurve(
         gamma_min, gamma_max, endpoints=endpoints, interior=interior, num_features=num_features
     )

@@ -1,4 +1,4 @@
-"""Times at which a sampler evaluates the network, from pure noise down to data."""
+"""Lays out the times at which a sampler evaluates the network, from pure noise down to data."""
 
 import math
 from typing import NamedTuple
@@ -12,8 +12,8 @@ KARRAS_RHO = 7  # Eq. 5, Karras et al. 2022
 
 
 class TimeGrid(NamedTuple):
-    times: Tensor  # (N,) float64, falling: where the network is evaluated
-    gamma: Tensor  # (N + 1,) float64: there, and where the last step arrives (-inf: clean data)
+    times: Tensor  # (N,) float64, falling: the times at which the network is evaluated
+    gamma: Tensor  # (N + 1,) float64: at these times, and where the last step arrives (-inf is clean data)
 
 
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
@@ -56,11 +56,11 @@ def karras_times(num_steps: int, schedule: NoiseSchedule, device: torch.device |
 
 
 def stepped_times(num_steps: int, num_timesteps: int | None, spacing: str) -> list[float]:
-    """Falling times spaced by position."""
+    """Falling times whose positions on the grid are spaced as `step_positions` has them."""
     total = num_timesteps or max(CONTINUOUS_STEPS, num_steps)
     positions = step_positions(num_steps, total, spacing)
     if num_timesteps is not None and num_steps <= num_timesteps:
-        # The network was trained on whole steps only.
+        # The network was trained on whole steps alone.
         snap = math.floor if spacing == "leading" else round
         positions = [snap(position) for position in positions]
     return [(position + 1) / total for position in positions]
@@ -69,7 +69,7 @@ def stepped_times(num_steps: int, num_timesteps: int | None, spacing: str) -> li
 def spaced_times(
     num_steps: int, schedule: NoiseSchedule, spacing: str, device: torch.device | None
 ) -> tuple[Tensor, float]:
-    """(N,) float64 falling times, and the time at which the last step arrives."""
+    """(N,) float64 falling times by any spacing, and the time at which the last step arrives."""
     if spacing == "logsnr":
         return equal_logsnr_times(num_steps, schedule, device), 0.0
     if spacing == "karras":

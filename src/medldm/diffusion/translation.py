@@ -1,4 +1,6 @@
-"""The condition of diffusion between modalities: the source's latent, its translation, the target's class."""
+"""The condition of diffusion between modalities: the latent of the source, its translation, and the target's
+class.
+"""
 
 from collections.abc import Sequence
 
@@ -15,13 +17,15 @@ LABELS = ("embedding", "token", "none")
 
 
 class TranslationConditioner(nn.Module):
-    """Concatenates latents in the order of `latents`: "source" (ALDM's later releases), "spade" (its
-    translation by the first stage's MS-SPADE; alone in the paper).
+    """Concatenates latents in the order of `latents`: "source" is the latent of the source, which later
+    releases of ALDM use, and "spade" its translation by the MS-SPADE of the first stage, which alone is in
+    the paper.
 
-    `label`: how the target's class enters: "embedding" added to the time's, "token": a one-hot vector as the
-    only token of cross-attention (softmax over one key is 1: a learned shift per layer), or "none".
-    Groups that drop: "latents" (to zero, their mean) and "label" (to zero), both with `drop_all_prob`.
-    What data and first stage decide is passed by the model; other facts of the data are taken and not used.
+    `label` says how the class of the target enters: as an "embedding" that is added to that of time; as a
+    "token", a one-hot vector that is the only token of cross-attention (softmax over one key is 1, so that
+    each layer learns a shift); or "none". The groups that can be dropped are "latents" (to zero, their mean)
+    and "label" (to zero), both with `drop_all_prob`. The builder gives what data and first stage decide;
+    further facts of the data are accepted and not used.
     """
 
     is_of_modalities = True
@@ -56,7 +60,7 @@ class TranslationConditioner(nn.Module):
 
     batch_keys = ("source",)
     attributes = ("label",)
-    null_attributes = ()  # the translator has none
+    null_attributes = ()  # a translator has no null
 
     @property
     def dropped_groups(self) -> tuple[str, ...]:
@@ -69,14 +73,16 @@ class TranslationConditioner(nn.Module):
     def sample_drop(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:
-        """(B, len(groups)) bool: samples of a training batch that lose everything."""
+        """(B, len(groups)) bool, drawn at random: the samples of a training batch that lose everything."""
         u = torch.rand(batch_size, generator=generator, device=device)
         return (u < self.drop_all_prob)[:, None].expand(-1, len(self.groups))
 
     def drop_groups(
         self, batch_size: int, names: tuple[str, ...] | None = None, device: torch.device | None = None
     ) -> Tensor:
-        """(B, len(groups)) bool that drops `names` for every sample; None drops all: the null of guidance."""
+        """(B, len(groups)) bool that drops `names` for every sample. None drops all, which is the null of
+        guidance.
+        """
         return fixed_drop(self.groups, batch_size, names, device)
 
     def forward(
@@ -94,7 +100,7 @@ class TranslationConditioner(nn.Module):
         return Condition(concat=concat, embedding=embedding, context=context)
 
     def latent_planes(self, batch: Batch, first_stage: nn.Module, label: Tensor) -> Tensor:
-        """(B, concat_channels, *s)."""
+        """(B, concat_channels, *s) The latents that are concatenated to z_t."""
         if "source_latent" in batch:
             source = first_stage.normalize(batch["source_latent"])
         else:

@@ -23,7 +23,7 @@ from medldm.diffusion.schedule import NoiseSchedule, ScheduleGradient, at_least_
 
 
 class Bound(NamedTuple):
-    """The three terms of -log p(x) <= recon + prior + diffusion, (B,) nats a sample."""
+    """The three terms of -log p(x) <= recon + prior + diffusion, each (B,) in nats per sample."""
 
     recon: Tensor
     prior: Tensor
@@ -35,7 +35,7 @@ class Bound(NamedTuple):
 
 
 def sum_dims(x: Tensor) -> Tensor:
-    """Sum over all axes but the batch: (B, ...) -> (B,)."""
+    """The sum (B,) over all axes of x (B, ...) but the batch."""
     return x.flatten(1).sum(1)
 
 
@@ -48,7 +48,7 @@ class VariationalObjective:
     """The bound itself as the loss of a network that predicts the noise. Eq. 11 to 18, Kingma et al. 2021.
 
     `num_timesteps` T gives the bound of T steps, null that of continuous time. `times` "auto" takes T from
-    here or from a schedule that has a grid, "discrete" insists on one, "continuous" ignores them.
+    here or from a schedule that has a grid, "discrete" requires one of them, and "continuous" ignores both.
     `antithetic` spreads the times evenly over the batch: 16 times less variance at a batch of 8, 130 times at
     64, none at 1. The loss is recon + (prior + diffusion) / beta in bits per dimension; the terms are
     reported without beta.
@@ -73,7 +73,9 @@ class VariationalObjective:
         self.prediction = DenoisingObjective("noise")
 
     def steps(self, schedule: NoiseSchedule) -> int | None:
-        """The number T of steps of the bound, None for continuous time. ValueError as of `check_schedule`."""
+        """The number T of steps of the bound, None for continuous time. ValueError as from
+        `check_schedule`.
+        """
         self.check_schedule(schedule)
         return None if self.times == "continuous" else self.num_timesteps or schedule.num_timesteps
 
@@ -96,7 +98,7 @@ class VariationalObjective:
         return self.place(u, schedule)
 
     def place(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Numbers u in [0, 1) to the times at which this bound is evaluated: the grid, or u itself."""
+        """The times at which this bound is evaluated, of numbers u in [0, 1): on the grid, or u itself."""
         steps = self.steps(schedule)
         return u if steps is None else on_grid(u, steps)
 
@@ -111,7 +113,7 @@ class VariationalObjective:
         noise: Tensor,
         steps: int | None,
     ) -> Tensor:
-        """(B,) nats: one draw of the diffusion term at each sample's own time.
+        """(B,) nats: one draw of the diffusion term, at the time t of each sample.
 
         Eq. 13 of Kingma et al. 2021 for a number of `steps`, Eq. 17 for None.
         """
@@ -140,13 +142,13 @@ class VariationalObjective:
     def gaussian_recon(self, schedule: NoiseSchedule, x: Tensor) -> Tensor:
         """(B,) nats: -log N(x; z_0 / alpha_0, exp(gamma_0)), whose mean over z_0 is the same for every x.
 
-        The reconstruction term where nothing decodes: the bound is then one on the density of x.
+        This is the reconstruction term where there is no decoder: the bound is then one on the density of x.
         """
         gamma = schedule.gamma(x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32)))
         return (0.5 * x[0].numel() * (math.log(2 * math.pi) + 1 + gamma)).expand(len(x))
 
     def decoder_input(self, schedule: NoiseSchedule, x: Tensor, noise: Tensor) -> Tensor:
-        """z_0 / alpha_0 = x + exp(gamma_0 / 2) noise."""
+        """What a decoder sees: z_0 / alpha_0 = x + exp(gamma_0 / 2) noise."""
         x = at_least_float32(x)
         gamma = schedule.gamma(x.new_zeros(()))
         return x + torch.exp(gamma / 2) * noise
@@ -194,7 +196,7 @@ class VariationalObjective:
     @staticmethod
     @torch.no_grad()
     def endpoints(schedule: NoiseSchedule, x: Tensor) -> dict[str, Tensor]:
-        """gamma and variance at both ends: a learned schedule is to be watched here."""
+        """gamma and the variance at both ends, which are logged of learned schedules."""
         low, high = schedule.gamma(torch.linspace(0, 1, 2, device=x.device)).unbind()
         variances = {"var_0": torch.sigmoid(low), "var_1": torch.sigmoid(high)}
         return {"gamma_0": low, "gamma_1": high, **variances}
@@ -212,7 +214,7 @@ class VariationalObjective:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Bound:
-        """All T terms of the discrete bound, i = 1 .. T, each with fresh noise (or `noise` for all).
+        """The discrete bound with all its T terms, i = 1 .. T, each with fresh noise (or `noise` for all).
 
         `num_timesteps` defaults to the objective's own T, 1000 in continuous time.
         """
@@ -227,14 +229,14 @@ class VariationalObjective:
         return Bound(recon, self.prior(schedule, x), total)
 
     def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Condition) -> Denoise:
-        """The network under one condition as (z_t, t) -> x0_hat with t (B,) in [0, 1]."""
+        """The function (z_t, t) -> x0_hat, with t (B,) in [0, 1], of the network under one condition."""
         return self.prediction.denoiser(network, schedule, condition)
 
 
 @dataclass(frozen=True)
 class ImageTerms:
-    """Medical VDM's errors, on [0, 1], between what a decoder expects and the image as it was observed: the
-    squared one, and the `gradient_difference` with `gradient_power` and `gradient_is_signed`.
+    """The errors of Medical VDM between the image that a decoder expects and the one observed, both in [0,
+    1]: the squared error, and the `gradient_difference` with `gradient_power` and `gradient_is_signed`.
     """
 
     mse_weight: float = 0.0
@@ -256,7 +258,8 @@ class ImageTerms:
 
 
 def gradient_difference(x_hat: Tensor, x: Tensor, *, power: float = 1.0, signed: bool = False) -> Tensor:
-    """Mean difference of forward differences on every axis of (B, C, *S): Medical VDM's "differential loss".
+    """The mean error of forward differences along every axis of (B, C, *S), Medical VDM's "differential
+    loss".
 
     | |d x| - |d x_hat| |^power, or with `signed` |d x - d x_hat|^power, which keeps the direction of an edge.
     """

@@ -1,7 +1,7 @@
-"""Denoising of volumes larger than the training windows: overlapping windows, blended at every step.
+"""Denoises volumes larger than the training windows in overlapping windows, which are blended at every step.
 
-Bar-Tal et al. 2023 (MultiDiffusion), with weights that fall off towards the border of a window, so that no
-seam is left. The condition of a window is made from its part of the edges and the class map, so that memory
+Bar-Tal et al. 2023 (MultiDiffusion), with weights that fall off towards the border of a window, so that there
+are no seams. The condition of a window is made from its part of the edges and the class map, so that memory
 does not grow with the volume.
 """
 
@@ -19,12 +19,12 @@ from medldm.diffusion.objective import Denoise, Given
 from medldm.errors import InputError
 
 Box = tuple[slice, ...]  # cells of the latent grid
-ConditionOf = Callable[[Box], Condition]  # of any window
+ConditionOf = Callable[[Box], Condition]  # the condition of any window
 WINDOWS_KEPT = 16
 
 
 def window_starts(length: int, size: int, overlap: int) -> list[int]:
-    """Evenly spread starts of windows of `size` that cover `length`; neighbours share at least `overlap`."""
+    """Evenly spread starts of windows of `size` that cover `length`. Neighbours share at least `overlap`."""
     if size >= length:
         return [0]
     count = math.ceil((length - overlap) / (size - overlap))
@@ -51,7 +51,7 @@ class Windows:
     def of_image(
         cls, size: Sequence[int | None], downsampling: Sequence[int], overlap: float, keep: int = WINDOWS_KEPT
     ) -> "Windows":
-        """Windows of a size in voxels of the image. ValueError where it does not divide by the factors."""
+        """Windows of a `size` in voxels of the image. ValueError where it does not divide by the factors."""
         if len(size) != len(downsampling):
             raise ValueError(f"size={list(size)}: give {len(downsampling)} numbers, null for a whole axis")
         for n, factor in zip(size, downsampling, strict=True):
@@ -71,7 +71,9 @@ class Windows:
         return list(itertools.product(*axes))
 
     def weight(self, box: Box, shape: Sequence[int]) -> Tensor:
-        """Positive weights of a window's cells: 1 inside, falling over the overlap to its inner borders."""
+        """Positive weights of the cells of a window: 1 inside, and falling over the overlap towards its
+        neighbours.
+        """
         total = torch.ones(())
         for axis, (part, n) in enumerate(zip(box, shape, strict=True)):
             size = part.stop - part.start
@@ -85,11 +87,11 @@ class Windows:
 
 def part_over(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
     """The part of x (B, C, *S) over a window of latents of `shape`. InputError where S is no multiple of
-    that.
+    `shape`.
     """
     if any(size % n for size, n in zip(spatial_shape(x), shape, strict=True)):
         raise InputError(
-            f"windows: a condition of {spatial_shape(x)} does not lie on latents of {tuple(shape)}"
+            f"a condition of {spatial_shape(x)} cannot be cut into windows of latents of {tuple(shape)}"
         )
     factors = [size // n for size, n in zip(spatial_shape(x), shape, strict=True)]
     slices = [slice(s.start * f, s.stop * f) for s, f in zip(box, factors, strict=True)]
@@ -97,13 +99,13 @@ def part_over(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
 
 
 def cut_condition(condition: Condition, box: Box, shape: Sequence[int]) -> Condition:
-    """The part of a condition that belongs to a window; a map may lie on a finer grid than the latents."""
+    """The part of a condition over a window. A map may be on a finer grid than the latents."""
     maps = {"concat": condition.concat, "spade": condition.spade}
     return condition._replace(**{key: part_over(x, box, shape) for key, x in maps.items() if x is not None})
 
 
 def with_halo(box: Box, halo: int, shape: Sequence[int]) -> Box:
-    """`box` with `halo` cells more on every side, within `shape`."""
+    """`box` with `halo` more cells on every side, as far as `shape` reaches."""
     return tuple(
         slice(max(0, s.start - halo), min(n, s.stop + halo)) for s, n in zip(box, shape, strict=True)
     )
@@ -112,10 +114,10 @@ def with_halo(box: Box, halo: int, shape: Sequence[int]) -> Box:
 class WindowConditions:
     """The condition of any window of latents of `shape`, under which a part of a batch is enough.
 
-    build: batch -> condition. keys: the arrays (B, C, *S) of the batch that conditions are made of. halo: how
-    many cells around a window its condition depends on; what they make of the borders of the part is cut off.
-    None says that every cell depends on the whole volume, as after a group norm: the condition is then made
-    of the whole, once, and kept.
+    build: makes a condition from a batch. keys: the arrays (B, C, *S) of the batch that it reads. halo: the
+    number of cells around a window that its condition depends on; so many are added to the part that is read,
+    and cut off again. None says that every cell depends on the whole volume, as after a group norm: the
+    condition is then made once, from the whole, and kept.
     """
 
     def __init__(
@@ -156,8 +158,8 @@ def windowed(
     shape: Sequence[int],
     windows: Windows,
 ) -> Denoise:
-    """`build` makes the denoiser of a window from functions that make its condition and the null of guidance;
-    the result denoises latents of `shape`.
+    """A denoiser of latents of `shape`. `build` makes the denoiser of a window from two functions, one that
+    makes its condition and one that makes the null of guidance.
     """
 
     def denoiser_of(box: Box) -> Denoise:
@@ -177,7 +179,7 @@ def windowed(
         for k, (box, weight) in enumerate(zip(boxes, weights, strict=True)):
             part = kept[k] if k < len(kept) else denoiser_of(box)
             blended[(..., *box)] += part(z_t[(..., *box)].contiguous(), t) * weight.to(z_t)
-            del part  # before the next window's is made
+            del part  # freed before that of the next window is made
         return blended / total.to(z_t)
 
     return denoise
