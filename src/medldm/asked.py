@@ -1,4 +1,4 @@
-"""Settings of preparation that somebody types where the data are prepared already."""
+"""Refuses settings of preparation for data that are prepared already with other ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ OF_RECIPE = ("image_size", "preprocess")
 def refuse_other_recipe(
     data: Mapping[str, Any], index: Mapping[str, Any] | None, typed: Sequence[str]
 ) -> None:
-    """InputError where the command line asks for images of another size, or otherwise prepared, than lie in
-    data.root: nothing would make them. What equals the preparation is taken, so that all stages of a chain
-    can be given the same overrides.
+    """InputError where the command line asks for another size or preparation of images than those in
+    data.root have, since it would have no effect. Settings that equal those of the preparation are accepted,
+    so that all stages of a chain can be given the same overrides.
 
     Args:
-        data: the section `data` of the config.
-        index: what `index.json` of data.root says; None for data that are made on the fly.
-        typed: the overrides of the command line, such as `data.image_size=128`.
+    data: the section `data` of the config.
+    index: the content of `index.json` in data.root; None for data that are made on the fly.
+    typed: the overrides of the command line, such as `data.image_size=128`.
     """
     paths = [key.split(".")[1:] for key in typed_keys(typed) if key.startswith("data.")]
     paths = [path for path in paths if path[0] in OF_RECIPE]
@@ -39,12 +39,12 @@ def refuse_other_recipe(
 
 
 def with_value(tree: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """A copy of nested dicts with another value at `path`."""
+    """A copy of nested dicts in which the value at `path` is replaced."""
     head, *rest = path
     return {**tree, head: with_value(tree.get(head) or {}, rest, value) if rest else value}
 
 
 def remade(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As a preparation writes these settings down: a size of one number and that of two are the same."""
+    """Settings as index.json keeps them, where a size of one number and of two equal ones are the same."""
     preprocess = dict(settings["preprocess"])
     return make_recipe(preprocess.pop("spatial_dims"), settings["image_size"], preprocess).as_dict()

@@ -1,7 +1,8 @@
-"""How much of an autoencoder's latents the decoder uses: what is left of them after decoding and encoding.
+"""Measures how much of its latents an autoencoder's decoder uses: the share that survives decoding and
+encoding.
 
-A latent that the decoder ignores is noise to stage two, which spends its capacity on it all the same. Stage
-two is trained for hours, so this is told when latents are cached.
+A channel that the decoder ignores is noise for stage two, which spends capacity on it all the same. Since
+stage two trains for hours, this is measured before, when latents are cached.
 """
 
 import logging
@@ -19,12 +20,12 @@ from medldm.models.common import TrainedModule
 from medldm.networks.tiling import TiledAutoencoder
 
 log = logging.getLogger(__name__)
-MOSTLY_NOISE = 0.5  # a channel below this share is warned of
+MOSTLY_NOISE = 0.5  # there is a warning for channels below this share
 
 
 def surviving_shares(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Latents (B, C, *s) before and after decoding and encoding again -> (C,) float64: 1 - mean squared
-    difference over variance. 1 is a perfect return, 0 what the channel's mean would score, and below 0 worse.
+    """(C,) float64, of pairs of latents (B, C, *s) before and after decoding and encoding: 1 - mean squared
+    difference / variance. 1 means that they return unchanged, 0 is the score of each channel's mean.
     """
     count, sums = 0, 0
     for before, after in pairs:
@@ -38,7 +39,7 @@ def surviving_shares(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 def returned(
     module: TrainedModule, dataset: CaseDataset, positions: list[int], *, tile: int | None, precision: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Latents of items, one at a time, and what they are after decoding and encoding again."""
+    """The latents of each item, and what they are after decoding and encoding."""
     autoencoder = module.autoencoder
     through = autoencoder if tile is None else TiledAutoencoder(autoencoder, tile)
     for position in positions:
@@ -51,7 +52,7 @@ def returned(
 
 
 def earlier_audit(folder: Path) -> dict[str, Any] | None:
-    """What latents.json says already, where nothing has changed since."""
+    """The audit that latents.json holds, where nothing has changed since."""
     path = folder / "latents.json"
     return read_json(path, "delete it and encode again").get("audit") if path.is_file() else None
 
@@ -64,8 +65,8 @@ def audit_latents(
     tile: int | None = None,
     precision: str = "auto",
 ) -> dict[str, Any] | None:
-    """Shares by channel over at most `count` items, evenly spread; None for 0, and for a decoder that sees
-    the class map, which decides a part of the image.
+    """The surviving share of each channel over at most `count` items, evenly spread. None for a count of 0,
+    and for a decoder that sees the class map, which decides a part of the image.
     """
     if not count or module.autoencoder.decoder_map_channels is not None:
         return None
@@ -77,7 +78,7 @@ def audit_latents(
     for channel, share in enumerate(shares):
         if share < MOSTLY_NOISE:
             log.warning(
-                "channel %d of the latents: %.2f of its variance survives; to stage two the rest is noise",
+                "channel %d of the latents: %.2f of its variance survives; the rest is noise to stage two",
                 channel,
                 share,
             )

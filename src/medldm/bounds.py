@@ -1,4 +1,4 @@
-"""How large what a file claims to hold may be: a header is believed only within a bound.
+"""Bounds the memory that the header of a file may claim.
 
 The bound is half of the memory that is free when a file is read, or `MEDLDM_MAX_GIB` where that environment
 variable is set.
@@ -16,14 +16,14 @@ from medldm.errors import InputError
 
 VARIABLE = "MEDLDM_MAX_GIB"
 GIBIBYTE = 2**30
-SHARE_OF_FREE = 0.5  # of the free memory
-DEFLATE = 1032  # bytes that one byte of deflate can unpack to, at most
+SHARE_OF_FREE = 0.5  # of the memory that is free
+DEFLATE = 1032  # the most bytes that one byte of deflated data can unpack to
 CGROUP = Path("/sys/fs/cgroup")
-PART = 2**20  # bytes that are looked at in one piece
+PART = 2**20  # bytes that are unpacked at a time
 
 
 def check_number(key: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    """InputError where the value of a key is no number from `low` to `high`, or none that is whole."""
+    """InputError where the value of a key is no number from `low` to `high`, or, with `whole`, no integer."""
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         kind = "whole number" if whole else "number"
@@ -31,7 +31,9 @@ def check_number(key: str, value: Any, low: float, high: float, *, whole: bool =
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group where that is less."""
+    """The bytes that this process can still allocate, on the machine or in its control group if that has
+    less.
+    """
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -45,7 +47,7 @@ def free_memory() -> int:
 
 
 def largest() -> int:
-    """Bytes that one array of a file may have."""
+    """The most bytes that one array of a file may have."""
     stated = os.environ.get(VARIABLE)
     if stated is None:
         return int(SHARE_OF_FREE * free_memory())
@@ -67,9 +69,9 @@ def check_claim(
     times: float = 1,
     kind: str = "file",
 ) -> int:
-    """The bytes of an array that a header speaks of. InputError where they are beyond the bound, or more than
-    the `holds` bytes which the file has for it, each of which unpacks to `times` bytes at most. `kind` is
-    what the file should be.
+    """The bytes of an array that a header claims. InputError where they are beyond the bound, or more than
+    the `holds` bytes of the file can unpack to, at most `times` bytes each. `kind` names the kind of file in
+    messages.
     """
     size = prod(int(n) for n in shape) * itemsize
     what = f"its header speaks of {' x '.join(map(str, shape))} values of {itemsize} bytes"
@@ -87,15 +89,17 @@ def check_claim(
 
 
 def check_unpacked(place: object, parts: Iterable[bytes], bound: int, unpacker: object = None) -> int:
-    """The bytes that deflated data unpack to, counted piece by piece without keeping them. InputError where
-    they are more than `bound`. zlib.error where they are damaged.
+    """The number of bytes that deflated data unpack to. They are counted in pieces, which are not kept.
+    InputError where there are more than `bound`, zlib.error where the data are damaged.
     """
     unpack = zlib.decompressobj() if unpacker is None else unpacker
     count = 0
     for part in parts:
         while not unpack.eof and (part or not getattr(unpack, "needs_input", True)):
             count += len(unpack.decompress(part, PART))
-            part = getattr(unpack, "unconsumed_tail", b"")  # bz2 keeps what it has not come to
+            part = getattr(
+                unpack, "unconsumed_tail", b""
+            )  # bz2 has no such attribute: it keeps unread data itself
             if count > bound:
                 raise InputError(
                     f"{place}: unpacks to more than the {bound} bytes that it speaks of; copy or download it "

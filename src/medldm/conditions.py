@@ -1,4 +1,4 @@
-"""What of a prepared dataset fits a trained model, in the model's own numbers."""
+"""Checks that a prepared dataset fits a trained model, and gives its attributes the model's numbers."""
 
 import logging
 from typing import Any
@@ -21,7 +21,7 @@ def check_facts(trained: dict, prepared: dict, checkpoint: str, root: str) -> No
 
 
 def embedded(module: Any, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The attributes that a model makes use of, and those of them that may be unknown."""
+    """The attributes that a model embeds, and those of them that may be unknown."""
     if "source" in keys:
         return ("label",), ()
     conditioner = module.conditioner
@@ -32,12 +32,14 @@ def number_as_trained(
     dataset: Any, facts: dict[str, Any], kinds: tuple[str, ...], nulls: tuple[str, ...]
 ) -> None:
     """Gives the attributes of `kinds` the model's numbers for their names. InputError for an
-    image of a name that the model has not, and for one that states none where no null (`nulls`) was trained.
+    image whose name the model does not know, and for one without a name where no null (`nulls`) was trained.
     """
     items = dataset.every_item()
     dataset.conditions = tuple(kinds)
     if dataset.num_findings and "label" in kinds and not facts.get("multi_label"):
-        raise InputError(f"{dataset.root}: has several labels an image, the model was trained with one each")
+        raise InputError(
+            f"{dataset.root}: has several labels for an image, but the model was trained with one for each"
+        )
     for kind in kinds:
         own, known = dataset.names.get(kind) or [], names_of(facts, kind)
         missing = [item for item in items if not item.stated(kind)]
@@ -57,8 +59,8 @@ def number_as_trained(
 
 
 def tell_missing(kind: str, items: list[Any], dataset: Any, has_null: bool) -> None:
-    """InputError where images without a stated attribute would enter as a null that was never trained; a line
-    of the log where one was trained.
+    """InputError where images do not state an attribute and its null was never trained; where it was, the log
+    says that they are sampled as unknown.
     """
     what = f"{dataset.root}: {len(items)} images ('{dataset.item_id(items[0])}' first) state no {kind}"
     if not has_null:

@@ -1,8 +1,9 @@
-"""What was made from what: digests of settings, files and arrays, by which a cache knows its inputs again.
+"""Digests of settings, files and arrays, which tell from what something was made, and whether that has
+changed.
 
-A raw file is known by its content, so that a moved or copied dataset stays the same one. A file whose size
-and times have not changed since it was last read is not read again; the time of the inode's change (ctime),
-which no program can set back, is one of them.
+A raw file is known by its content, so that a moved or copied dataset stays the same. A file whose size and
+times have not changed since it was last read is not read again. One of these times is that of the inode
+(ctime), which no program can set back.
 """
 
 import hashlib
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-SETTLED_NS = 2_000_000_000  # a file changed less long ago may change again within its time stamp
-KNOWN: dict[tuple, tuple[str, int]] = {}  # state of a file -> sha256 of its content, and when it was read
+SETTLED_NS = 2_000_000_000  # a file that changed more recently may change again without another time stamp
+KNOWN: dict[
+    tuple, tuple[str, int]
+] = {}  # by the state of a file: the sha256 of its content, and when it was read
 STATE = ("path", "num_files", "size", "mtime_ns", "ctime_ns")
 
 
@@ -49,8 +52,8 @@ def state_of(path: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def content_of(path: Path, files: Sequence[Path] | None = None) -> dict[str, Any]:
-    """State and `sha256` of a file, or of the several `files` that an image lies in (a DICOM series, a header
-    with its data: then of their names and contents), and the time at which they were read.
+    """The state and `sha256` of a file, and the time at which it was read. Of an image in several `files` (a
+    DICOM series, a header with its data) the hash is of their names and contents.
     """
     files = [path] if files is None else list(files)
     state = state_of(path, files)
@@ -68,9 +71,9 @@ def files_sha256(files: Sequence[Path]) -> str:
 
 
 def recall(records: Iterable[Mapping[str, Any]]) -> None:
-    """Take over what an earlier process read, of files whose size and times are still the same."""
+    """Reuses the hashes of an earlier process for files whose size and times are still the same."""
     for record in records:
         if not {*STATE, "sha256", "read_ns"} <= record.keys():
-            continue  # written before contents were recorded
+            continue  # an earlier version, which did not record contents
         if record["read_ns"] - max(record["mtime_ns"], record["ctime_ns"]) > SETTLED_NS:
             KNOWN.setdefault(tuple(record[name] for name in STATE), (record["sha256"], record["read_ns"]))

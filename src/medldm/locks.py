@@ -1,9 +1,9 @@
-"""One folder, one writer: a lock that names its holder.
+"""Locks a folder, so that one process at a time writes into it, and names that process to others.
 
-A lock is the file `.medldm.lock` in the folder, held by `flock`, which a file system lets go of when its
-process ends, however it ends; on NFS it holds between machines too. Where a file system keeps such locks to
-one machine, or has none, the holder's entry in the file tells: it is touched every few seconds, and one that
-is not is left over.
+The lock is the file `.medldm.lock` in the folder, locked by `flock`. The operating system releases that lock
+when the process ends, however it ends, and NFS keeps it between machines, too. Some file systems keep such
+locks within one machine, or have none. There the holder changes the time of the file every few seconds, and a
+file whose time no longer changes was left behind by a process that is gone.
 """
 
 import errno
@@ -24,21 +24,26 @@ from medldm.files import disk_in_one_line, is_alive, this_host
 
 log = logging.getLogger(__name__)
 LOCK_FILE = ".medldm.lock"
-HEARTBEAT = 10.0  # seconds between two touches of a held lock
-PATIENCE = 3.0  # heartbeats that another machine's lock is watched for
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that has none
-HELD: dict[Path, "Lock"] = {}  # of this process, by the folder's real path
+HEARTBEAT = 10.0  # seconds after which a held lock is touched again
+PATIENCE = 3.0  # number of heartbeats for which another machine's lock is watched
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+)  # errors of a file system without locks
+HELD: dict[Path, "Lock"] = {}  # the locks of this process, by the real path of the folder
 
 
 class Holder(NamedTuple):
-    """Who writes into a folder, as its lock says."""
+    """The process that writes into a folder, as its lock names it."""
 
     host: str
     pid: int
     since: str
     command: str
     machine: str = ""  # `files.this_host`
-    job: str | None = None  # of SLURM
+    job: str | None = None  # the number of the SLURM job
     restart: int = 0  # how often SLURM has queued the job again
 
     def __str__(self) -> str:
@@ -59,19 +64,19 @@ def this_process() -> Holder:
 
 
 def slurm_job() -> tuple[str | None, int]:
-    """The number of the SLURM job that this process is of, and how often it was queued again."""
+    """The number of the SLURM job that this process belongs to, and how often the job was queued again."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return os.environ.get("SLURM_JOB_ID"), int(restarts) if restarts.isdigit() else 0
 
 
 @contextmanager
 def one_writer(folder: Path | None, *, wait: float = 0.0) -> Iterator[None]:
-    """Nobody else writes into `folder`, which is made where it is not there, while the block runs. None is no
-    folder.
+    """A context in which no other process writes into `folder`, which is made where it does not exist. None
+    locks nothing.
 
-    InputError that names the holder where somebody does, still after `wait` seconds. A lock whose process is
-    gone is taken over, and so is that of the same SLURM job before it was queued again. In a process that
-    holds the folder already this does nothing.
+    InputError names the process that still holds the lock after `wait` seconds. The lock of a process that is
+    gone is taken over, and so is that of the same SLURM job before it was queued again. Where this process
+    holds the lock already, the context does nothing.
     """
     if folder is None:
         yield
@@ -94,13 +99,13 @@ def one_writer(folder: Path | None, *, wait: float = 0.0) -> Iterator[None]:
 
 
 def take_lock(path: Path, deadline: float) -> Lock:
-    """The lock, or InputError where it is another's still at the `deadline`."""
+    """Takes the lock; InputError where another process still holds it at the `deadline`."""
     while True:
         with disk_in_one_line(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         is_free = try_lock(descriptor)
         holder = read_holder(path)
-        if is_free and not is_same_file(descriptor, path):  # its holder has just taken it away
+        if is_free and not is_same_file(descriptor, path):  # its holder has just deleted it
             os.close(descriptor)
             continue
         if is_free and (holder is None or not lives_elsewhere(holder, path)):
@@ -135,7 +140,7 @@ def is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Whom a lock names; None where it names nobody."""
+    """The holder that a lock names; None where it names nobody."""
     try:
         stated = json.loads(path.read_text())
         return Holder(**{key: stated[key] for key in Holder._fields})
@@ -144,8 +149,8 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def lives_elsewhere(holder: Holder, path: Path) -> bool:
-    """Whether the process that a lock names still runs, where the file system does not know. Of another
-    machine that is so if it touches the file within some heartbeats.
+    """Whether the process that a lock names still runs, where the file system cannot tell. A process of
+    another machine does if it touches the file within `PATIENCE` heartbeats.
     """
     job, restart = slurm_job()
     if job is not None and holder.job == job and holder.restart < restart:
@@ -153,7 +158,7 @@ def lives_elsewhere(holder: Holder, path: Path) -> bool:
     if holder.machine == this_host():
         return holder.pid != os.getpid() and not has_locks(path) and is_alive(str(holder.pid))
     before = touched(path)
-    log.warning("%s: named by %s; looking whether it still runs", path, holder)
+    log.warning("%s: names %s; checking whether that still runs", path, holder)
     end = time.monotonic() + PATIENCE * HEARTBEAT
     while time.monotonic() < end:
         time.sleep(min(1.0, HEARTBEAT / 4))
@@ -163,7 +168,7 @@ def lives_elsewhere(holder: Holder, path: Path) -> bool:
 
 
 def has_locks(path: Path) -> bool:
-    """Whether the file system keeps locks at all."""
+    """Whether the file system has locks."""
     with open(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -182,7 +187,7 @@ def touched(path: Path) -> int | None:
 
 
 def hold(descriptor: int, path: Path) -> Lock:
-    """Name this process in the lock and touch it from now on."""
+    """Names this process in the lock, and touches the file from now on."""
     with disk_in_one_line(path):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(this_process()._asdict()).encode(), 0)
@@ -198,7 +203,7 @@ def keep_touching(descriptor: int, ended: threading.Event) -> None:
 
 
 def let_go(path: Path, lock: Lock) -> None:
-    """Take the lock away and close it. A forked process leaves it to the one that took it."""
+    """Deletes the lock and closes it. A forked process leaves this to its parent, which took the lock."""
     if lock.pid != os.getpid():
         return
     lock.ended.set()
@@ -210,7 +215,9 @@ def let_go(path: Path, lock: Lock) -> None:
 
 
 def leave_in_child() -> None:
-    """A forked process, such as a loader's worker, does not keep a lock alive whose holder was killed."""
+    """Closes locks in a forked process, such as a loader's worker: it would keep the lock of a
+    killed parent.
+    """
     for lock in HELD.values():
         with suppress(OSError):
             os.close(lock.descriptor)

@@ -1,6 +1,6 @@
-"""What the JSON files of medldm hold, checked when they are read: anyone may have written or changed them.
+"""Schemas of the JSON files of medldm, which are checked whenever one is read: anyone may have changed it.
 
-A schema states what the program relies on; further entries are kept. Data stay as they were read.
+A schema states what the program relies on. Further entries are allowed, and the content stays as it was read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,11 @@ TABLES_OF = {"view": "view_names", "phase": "phase_names", "label": "label_value
 
 
 def one_name(name: str) -> str:
-    """A name of one file: no folder before it, and not too long for a disk."""
+    """The name of a file without a folder, and not too long for a file system. ValueError for
+    another text.
+    """
     if leads_out(name) or "/" in name or "\\" in name or len(name.encode()) > 250:
-        raise ValueError(f"{name!r:.80} is no name of one file")
+        raise ValueError(f"{name!r:.80} is not the name of a file")
     return name
 
 
@@ -39,7 +41,7 @@ Text = str | int | float | bool | None
 
 
 class Schema(BaseModel):
-    """Entries that are stated must be of their type; others may stand beside them."""
+    """A schema whose entries must be of their types. Other entries may stand beside them."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -52,7 +54,7 @@ class RawFile(Schema):
 
 
 class CaseEntry(Schema):
-    """A prepared file: all slices of a subject in 2D, a volume in 3D."""
+    """The entry of a prepared file, which holds all slices of a subject in 2D, or a volume in 3D."""
 
     id: Name
     subject: str
@@ -80,7 +82,7 @@ class CaseEntry(Schema):
     def has_equal_columns(self) -> "CaseEntry":
         wrong = [name for name, column in self.slices.items() if len(column) != self.num_slices]
         if wrong:
-            raise ValueError(f"its column {wrong[0]} has not as many entries as num_slices")
+            raise ValueError(f"its column {wrong[0]} does not have num_slices entries")
         places = [*self.slices.get("slice_index", ()), *self.slices.get("num_slices", ())]
         if not all(isinstance(place, int) for place in places):
             raise ValueError("its columns slice_index and num_slices are not whole numbers")
@@ -101,7 +103,7 @@ class AttributeEntry(Schema):
 
 
 class Index(Schema):
-    """index.json."""
+    """The content of index.json."""
 
     schema_version: Literal[1]
     dataset: str
@@ -133,7 +135,7 @@ class Index(Schema):
         seen: set[str] = set()
         for case in [*self.cases, *self.cine]:
             if case.id in seen:
-                raise ValueError(f"the case {case.id} stands there twice")
+                raise ValueError(f"the case {case.id} is listed twice")
             seen.add(case.id)
             if self.spatial_dims == 2 and case.num_slices is None:
                 raise ValueError(f"the case {case.id} states no num_slices")
@@ -142,14 +144,14 @@ class Index(Schema):
         return self
 
     def check_numbers(self, case: CaseEntry, kind: str, names: list | None) -> None:
-        """ValueError for a number of a view, phase or label that has no name."""
+        """ValueError where a case has the number of a view, phase or label that has no name."""
         count = max(len(names or ()), getattr(self, f"num_{kind}s"))
         numbers = [*case.slices.get(kind, ()), getattr(case, kind)]
         if not all(isinstance(n, int) and -1 <= n < max(count, 1) for n in numbers):
             raise ValueError(f"the case {case.id} has a {kind} beyond the {count} that are named")
 
 
-# ---- data.preprocess, of a config or as index.json keeps it ----
+# ---- data.preprocess, in a config or as index.json keeps it ----
 
 TwoNumbers = Annotated[Sequence[Finite], Field(min_length=2, max_length=2)]
 Millimetres = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
@@ -186,7 +188,7 @@ class EdgeValues(Schema):
 
 
 class Preprocess(Schema):
-    """Types alone; `preparation.recipe` knows what goes together."""
+    """The types of the settings. `preparation.recipe` checks how they go together."""
 
     resize: ResizeValues
     intensity: IntensityValues
@@ -210,7 +212,7 @@ class SubjectFile(Schema):
 
 
 class SubjectFiles(Schema):
-    """dataset_index_mapping.json of ldm-medical-image: files by subject."""
+    """The content of dataset_index_mapping.json of ldm-medical-image: files by subject."""
 
     __pydantic_extra__: dict[Name, SubjectFile]
 
@@ -224,13 +226,13 @@ class SplitEntry(Schema):
 
 
 class Splits(Schema):
-    """splits.json: splits by name."""
+    """The content of splits.json: splits by name."""
 
     __pydantic_extra__: dict[str, SplitEntry]
 
 
 class Provenance(Schema):
-    """provenance.json of `sample`, `translate` or `export`."""
+    """The content of provenance.json of `medldm sample`, `translate` or `export`."""
 
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
@@ -247,7 +249,7 @@ class Provenance(Schema):
 
 
 class Latents(Schema):
-    """latents.json."""
+    """The content of latents.json."""
 
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
@@ -264,7 +266,7 @@ class Score(Schema):
 
 
 class Metrics(Schema):
-    """metrics.json."""
+    """The content of metrics.json."""
 
     schema_version: Literal[1]
     rows: dict[str, dict[str, Score]] = {}
@@ -278,20 +280,20 @@ class Metrics(Schema):
 
 
 def read_checked(path: Path, schema: type[Schema], mend: str) -> dict[str, Any]:
-    """The content of a JSON file as it was written; InputError where it is not as the schema says."""
+    """The content of a JSON file, unchanged. InputError where it does not follow the schema."""
     content = read_json(path, mend)
     check_schema(content, schema, path, mend)
     return content
 
 
 def check_schema(content: Mapping[str, Any], schema: type[Schema], path: Path, mend: str) -> None:
-    """InputError that names the first entry which is not as the schema says."""
+    """InputError that names the first entry which does not follow the schema."""
     if found := first_mistake(content, schema):
         raise InputError(f"{path}: {found[0] or 'its content'}: {found[1]}; {mend}")
 
 
 def check_setting(content: Mapping[str, Any], schema: type[Schema], key: str) -> None:
-    """InputError that names the first setting below `key` which is not as the schema says."""
+    """InputError that names the first setting below `key` which does not follow the schema."""
     if found := first_mistake(plain(content), schema):
         raise InputError(
             f"{key}.{found[0]}={found[2]!s:.80}: {found[1]}".replace("Input should", "it should")
@@ -299,7 +301,7 @@ def check_setting(content: Mapping[str, Any], schema: type[Schema], key: str) ->
 
 
 def first_mistake(content: Mapping[str, Any], schema: type[Schema]) -> tuple[str, str, Any] | None:
-    """(dotted key, what is wrong, value) of the first entry that is not as the schema says; None of none."""
+    """(dotted key, what is wrong, value) of the first entry that does not follow the schema, or None."""
     try:
         schema.model_validate(content)
     except ValidationError as error:
@@ -310,7 +312,7 @@ def first_mistake(content: Mapping[str, Any], schema: type[Schema]) -> tuple[str
 
 
 def plain(value: Any) -> Any:
-    """Mappings and sequences of any kind as those of JSON."""
+    """Converts mappings and sequences of any kind to dicts and lists, as JSON has them."""
     if isinstance(value, Mapping):
         return {name: plain(part) for name, part in value.items()}
     return (
@@ -321,7 +323,7 @@ def plain(value: Any) -> Any:
 
 
 def is_key(part: int | str) -> bool:
-    """Whether a part of a place in the content is a key, rather than the name of a type that was tried."""
+    """Whether a part of pydantic's path to an entry is a key, and not the name of a type that was tried."""
     return isinstance(part, int) or not any(sign in part for sign in "[(") and part not in TYPES
 
 

@@ -1,4 +1,4 @@
-"""A model to be given away: its weights as safetensors, its config, and a card that says what it is."""
+"""Writes a model for others to use: its weights as safetensors, its config, and a model card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,8 @@ USE = (
 def share_checkpoint(
     checkpoint: str | Path, output: Path, *, licence: str | None = None, evaluation: str | Path | None = None
 ) -> list[Path]:
-    """Write model.safetensors, config.yaml and README.md, the model card, into `output`; returns them.
+    """Writes model.safetensors, config.yaml and README.md, the model card, into `output`, and returns their
+    paths.
 
     `evaluation` is a folder of `medldm evaluate` whose numbers the card shows.
     """
@@ -60,7 +61,9 @@ def model_card(
     licence: str | None,
     content: Mapping[str, Any],
 ) -> str:
-    """Markdown. Only what the checkpoint and the evaluation say, and a line where they say nothing."""
+    """The model card in Markdown. It says what the checkpoint and the evaluation state, and where they state
+    nothing.
+    """
     facts = description["facts"]
     count = sum(value.numel() for value in content.get("state_dict", {}).values())
     lines = [
@@ -94,7 +97,7 @@ def model_card(
 
 
 def data_lines(description: Mapping[str, Any]) -> list[str]:
-    """One line a stage: on whom it was trained."""
+    """A line for each stage, which says on whom it was trained."""
     lines = []
     for stage, record in stages_of(description):
         if record is None:
@@ -112,7 +115,7 @@ def data_lines(description: Mapping[str, Any]) -> list[str]:
 
 
 def metric_lines(results: Mapping[str, Any] | None) -> list[str]:
-    """A table of the generated images' means with their intervals."""
+    """A table of the means of the generated images with their intervals."""
     if results is None:
         return ["Not stated: export with `evaluation=DIR` to show those of `medldm evaluate`."]
     rows = []

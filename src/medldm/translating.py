@@ -1,4 +1,4 @@
-"""One volume in other modalities: the core of `medldm translate` and of `medldm.load(...).translate`."""
+"""Translates one volume to other modalities, for `medldm translate` and `medldm.load(...).translate`."""
 
 import dataclasses
 import logging
@@ -17,8 +17,10 @@ from medldm.models.protocols import Predictive, Request
 from medldm.sampling import predictor_of
 
 log = logging.getLogger(__name__)
-SPACING_TOLERANCE = 0.2  # relative: beyond it the source is resampled to the voxels of training
-SPACING_NOTED = 0.02  # beyond it the log tells the difference
+SPACING_TOLERANCE = (
+    0.2  # a relative difference beyond which the source is resampled to the voxels of training
+)
+SPACING_NOTED = 0.02  # a relative difference beyond which the log tells it
 
 
 def choose_targets(known: list[str] | None, source: str, targets: list[str] | None) -> list[str]:

@@ -1,7 +1,8 @@
-"""Whether the values of a config can be what they are for: true or false, or a number within its range.
+"""Checks the values of a config: switches must be true or false, and numbers must be within their ranges.
 
-Checked before a command does anything, so that a slip of the keyboard ends in a line and not in a folder. The
-tables go by the last part of a key. Parts that are not medldm's know their own keys.
+Commands do so first, so that a typing error ends in one line, before anything is written. The tables are by
+the last part of a key. Parts from other packages are not checked here, since they may give keys other
+meanings.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 from medldm.bounds import check_number
 from medldm.errors import InputError
 
-OURS = ("medldm.", "torch.", "monai.", "pytorch_lightning.")  # whose parts the tables speak of
+OURS = ("medldm.", "torch.", "monai.", "pytorch_lightning.")  # the packages whose parts are checked
 SWITCHES = {
     "adaptive", "allow_training_subjects", "antialias", "antithetic", "balance_views", "benchmark",
     "bias_before_norm", "body_mask", "clean_last_step", "clip", "clip_overshoot", "conv_skip",
@@ -21,7 +22,7 @@ SWITCHES = {
     "requantize", "scale_shift", "translation", "untrained_null", "use_checkpoint", "use_edges", "use_mask",
     "zero_init_last",
 }  # fmt: skip
-SWITCHES_OR_AUTO = {"channels_last", "compile"}  # by default as the device wants it
+SWITCHES_OR_AUTO = {"channels_last", "compile"}  # switches whose default, auto, depends on the device
 MAPPINGS = {
     "adversarial", "autoencoder", "bootstrap", "callbacks", "checkpoints", "conditioner", "data", "ema",
     "first_stage", "interpolate", "intensity", "kernel", "map_stage", "metrics", "model", "objective",
@@ -33,7 +34,7 @@ ONE_PATH = {
     "segmenter", "synthetic", "label_dir", "spade", "regression", "resume",
 }  # fmt: skip
 LISTS = {"channels", "crop_size", "image_size", "min_size", "num_blocks", "num_res_blocks", "spacing"}
-WORDS = ("spacing",)  # keys of numbers that are also keys of words, which whoever reads them knows
+WORDS = ("spacing",)  # keys that are numbers in one part and words in another; their readers check them
 SHARE, NATURAL = (0.0, 1.0, False), (0, 2**31, True)
 POSITIVE, DEPTH, WIDTH = (1, 2**31, True), (1, 1024, True), (1, 2**17, True)
 WEIGHT = (0.0, 1e9, False)
@@ -81,8 +82,8 @@ RANGES_OF: dict[str, tuple[float, float, bool]] = {  # lowest, highest, whether 
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """InputError that names the first key whose value cannot be meant: a number that is none or out of its
-    range, a word in the place of true or false.
+    """InputError that names the first key with an impossible value: a number that is not finite or out of its
+    range, or a word in the place of true or false.
     """
     for key, value in values_of(config):
         last = key.rpartition(".")[2]
@@ -99,8 +100,8 @@ def check_values(config: Mapping[str, Any]) -> None:
 
 
 def values_of(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of what is stated, each element of a list; without what is open or follows from
-    another key, and without parts that are not medldm's.
+    """(dotted key, value) of every value that is stated, and of every element of a list. Left out are values
+    that are not given yet or follow from another key, and parts from other packages.
     """
     if isinstance(config, Mapping):
         target = config.get("_target_")
@@ -118,7 +119,9 @@ def values_of(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_kind(key: str, name: str, value: Any) -> None:
-    """InputError for one value in the place of a mapping, and for a list in the place of one value."""
+    """InputError for a single value in the place of a mapping, and for a list in the place of a
+    single value.
+    """
     if name in MAPPINGS and not (value is None or isinstance(value, Mapping) or is_open(value)):
         raise InputError(f"{key}={value!s:.80}: has keys of its own; give those, as {key}.KEY=VALUE")
     is_several = isinstance(value, list | tuple | Mapping)

@@ -212,7 +212,9 @@ def test_all_findings_of_an_image_are_labels_at_once(tmp_path):
     known = {"label_values": ["No Finding", "Nodule", "Mass", "Effusion"], "multi_label": True}
     number_as_trained(dataset, known, ("label",), ("label",))
     assert dataset.__getitems__([0, 3])["labels"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 0]]
-    with pytest.raises(InputError, match="has several labels an image, the model was trained with one each"):
+    with pytest.raises(
+        InputError, match="has several labels for an image, but the model was trained with one for each"
+    ):
         number_as_trained(dataset, {"label_values": known["label_values"]}, ("label",), ())
     with pytest.raises(InputError, match="data.task=mass: choose findings"):
         nih_cxr14.index(tmp_path / "raw", task="mass")

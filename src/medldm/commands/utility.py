@@ -1,4 +1,4 @@
-"""medldm utility: what synthetic images are worth, as the training data of segmenters.
+"""medldm utility: how good a segmenter becomes by training on synthetic images.
 
 Segmenters are trained on real images, on synthetic ones and on both, for several shares of the training
 subjects and several seeds, and all are tested on real images of held-out subjects.
@@ -39,12 +39,18 @@ from medldm.outputs import claim
 from medldm.overrides import typed_command
 
 log = logging.getLogger(__name__)
-CLAIMED = ("experiment", "training", "split", "generated", "reference")  # one value each in an output folder
+CLAIMED = (
+    "experiment",
+    "training",
+    "split",
+    "generated",
+    "reference",
+)  # an output folder has one value of each
 TEST_FILE = "test.json"
 
 
 class Training(NamedTuple):
-    """One segmenter."""
+    """The training of one segmenter."""
 
     trial: TrainedOn
     folder: Path
@@ -95,7 +101,7 @@ def check_choices(cfg: DictConfig) -> None:
 
 
 def trainings_of(cfg: DictConfig) -> Iterator[Training]:
-    """Every combination, the smallest share first, so that a curve can be looked at early."""
+    """Every combination, the smallest fraction first, so that the beginning of the curve is known early."""
     for fraction in sorted(cfg.fractions):
         for seed in cfg.seeds:
             for train_on in cfg.train_on:

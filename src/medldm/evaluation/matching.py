@@ -1,4 +1,7 @@
-"""Which attributes a stand-in shares with the image beside it: names exactly, numbers as nearly as can be."""
+"""Chooses real images of other subjects as stand-ins, which a baseline compares with an image in its place.
+
+A stand-in shares named attributes with the image exactly, and has the nearest numbers that there are.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +16,15 @@ from medldm.evaluation.pairs import Pair
 
 
 class Wanted(NamedTuple):
-    """Attributes to match by: names, which are to be equal, and numbers with the width of their range."""
+    """The attributes to match by: names, which must be equal, and numbers with the width of their range."""
 
     names: tuple[str, ...] = ()
     scalars: Mapping[str, float] = {}
 
 
 class Match(NamedTuple):
-    """The attributes that a stand-in shares with the image beside it, those whose nearest value it has, and
-    why not more of them.
+    """The attributes that a stand-in shares with its image, those of which it has the nearest value, and why
+    there are not more of them.
     """
 
     attributes: tuple[str, ...] = ()
@@ -32,8 +35,8 @@ class Match(NamedTuple):
 def attributes_to_match(
     stated: str | Sequence[str], conditions: Conditions, facts: Mapping[str, Any], pairs: Sequence[Pair]
 ) -> Wanted:
-    """Attributes to match by. `auto`: those that were conditions of the model, since a stand-in that shares
-    what the model was never told is no fair one. InputError for a name that the data do not have.
+    """The attributes to match by. `auto` takes those that were conditions of the model: it would be unfair if
+    a stand-in shared what the model was never told. InputError for a name that the data do not have.
     """
     known = declared_attributes(facts, pairs)
     if stated == "auto":
@@ -51,8 +54,8 @@ def attributes_to_match(
 
 
 def declared_attributes(facts: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Attribute]:
-    """Attributes of the reference by name: view, phase and label, the place of a slice in its stack, and what
-    its index.json declares.
+    """The attributes of the reference by name: view, phase and label, the position of a slice in its stack,
+    and those that its index.json declares.
     """
     known = {name: Attribute(names=("any",)) for name in TABLES} | further_attributes(facts)
     if any(position_of(pair) is not None for pair in pairs):
@@ -61,13 +64,13 @@ def declared_attributes(facts: Mapping[str, Any], pairs: Sequence[Pair]) -> dict
 
 
 def position_of(pair: Pair) -> float | None:
-    """Place of a slice in its stack, 0 to 1; None where it has none."""
+    """The position of a slice in its stack, 0 to 1; None where it has none."""
     index, num = (as_number(pair.attributes.get(name)) for name in ("slice_index", "num_slices"))
     return None if index is None or num is None or num < 2 else index / (num - 1)
 
 
 def number_stated(pair: Pair, name: str) -> float:
-    """NaN where the image states none."""
+    """The number that an image states of an attribute, NaN where it states none."""
     value = position_of(pair) if name == "slice_position" else as_number(pair.attributes.get(name))
     return np.nan if value is None else value
 
@@ -75,8 +78,9 @@ def number_stated(pair: Pair, name: str) -> float:
 def choose_match(
     wanted: Wanted, has_stand_in: Callable[[tuple[str, ...]], Sequence[bool]], *, relax: bool
 ) -> Match:
-    """As many of the names as leave no image without a stand-in, so that all rows are on the same images; all
-    of them where `relax` is False. `has_stand_in(names)` says it for every image. Numbers leave none without.
+    """As many of the names as leave every image with a stand-in, so that all rows are on the same images; all
+    of them where `relax` is False. `has_stand_in(names)` tells for every image whether it has one. Numbers
+    never leave an image without.
     """
     names, dropped = list(wanted.names), []
     best = sum(has_stand_in(()))
@@ -89,8 +93,8 @@ def choose_match(
 def random_partners(
     pairs: list[Pair], seed: int, match: Sequence[str] = (), scalars: Mapping[str, float] | None = None
 ) -> list[int | None]:
-    """For each image the number of one of another subject, of the same shape and attributes: a random one of
-    those whose `scalars` are nearest, by the sum of their distances as shares of each range.
+    """For each image the index of an image of another subject with the same shape and attributes. It is drawn
+    from those whose `scalars` are nearest, by the sum of their distances as shares of each range.
     """
     rng = np.random.default_rng(seed)
     places = numbers_by_place(pairs, match)
@@ -107,8 +111,8 @@ def random_partners(
 
 
 def nearest_images(values: np.ndarray, number: int, others: Sequence[int]) -> list[int]:
-    """Those of `others` whose rows of `values` (N, scalars) are nearest to row `number`. An unknown value
-    (NaN) is as far from any as the ends of a range are apart, and at no distance from another unknown one.
+    """Those of `others` whose rows of `values` (N, scalars) are nearest to row `number`. The distance of an
+    unknown value (NaN) is 1, the whole range, to a known one and 0 to another unknown one.
     """
     own, theirs = values[number], values[list(others)]
     apart = np.abs(theirs - own)

@@ -1,4 +1,4 @@
-"""The trained segmenter that an evaluation lets judge images."""
+"""Loads the trained segmenter with which an evaluation compares class maps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,8 +22,8 @@ def load_segmenter(
 ) -> Segmenter | None:
     """The segmenter of a checkpoint for images (C, *S), None without a checkpoint.
 
-    InputError where it takes another kind of image, or numbers other classes than the reference, whose
-    index.json is `facts`.
+    InputError where it was trained for images of another shape or for other classes than those of the
+    reference, whose index.json is `facts`.
     """
     if checkpoint is None:
         return None

@@ -1,4 +1,4 @@
-"""Segmenters trained on real and on synthetic images: the test of each on real ones, and what they say."""
+"""Tests segmenters that were trained on real or synthetic images on real ones, and compares their scores."""
 
 import math
 from collections import defaultdict
@@ -25,10 +25,10 @@ MEAN = "dice_mean"
 
 
 class TrainedOn(NamedTuple):
-    """What one segmenter was trained on."""
+    """The training data of one segmenter."""
 
     train_on: str  # real, synthetic or both
-    fraction: float  # of the training subjects
+    fraction: float  # share of the training subjects
     seed: int
 
 
@@ -38,11 +38,13 @@ class HeldOutScores(NamedTuple):
     trial: TrainedOn
     ids: Sequence[str]
     subjects: Sequence[str]
-    scores: Mapping[str, np.ndarray]  # dice_mean, dice_<class> -> (N,), NaN where an image has none
+    scores: Mapping[
+        str, np.ndarray
+    ]  # dice_mean and dice_<class>, each (N,), NaN where an image lacks the class
 
 
 def held_out_subjects(root: Path, split: str) -> list[str]:
-    """InputError where the split does not exist or holds out no subject."""
+    """The test subjects of a split. InputError where the split does not exist or has none."""
     splits = read_splits(root / "splits.json")
     if split not in splits:
         raise InputError(f"split={split}: {root / 'splits.json'} has {', '.join(splits)}")
@@ -54,7 +56,7 @@ def held_out_subjects(root: Path, split: str) -> list[str]:
 def judge_segmenter(
     checkpoint: Path, root: Path, split: str, device: torch.device, precision: str
 ) -> dict[str, Any]:
-    """Dice on every real image of the test subjects: `ids`, `subjects`, and `scores` by name."""
+    """Measures Dice on every real image of the test subjects: `ids`, `subjects`, and `scores` by name."""
     facts, segmenter = load_index(root), None
     ids, subjects, rows = [], [], []
     for record in read_images(root, subjects=held_out_subjects(root, split)):
@@ -72,7 +74,9 @@ def judge_segmenter(
 
 @torch.no_grad()
 def score_image(segmenter: Segmenter, record: ImageRecord, device: torch.device) -> list[float]:
-    """The mean over the classes that either map has, then each class; NaN where neither has it."""
+    """Dice of one image: the mean over the classes that either map has, then each class; NaN where neither
+    map has it.
+    """
     image = torch.from_numpy(np.asarray(record.image, np.float32))[None].to(device)
     wanted = torch.from_numpy(record.mask.astype(np.int64)).reshape(1, 1, *image.shape[2:])
     scores = dice(segmenter.segment(image).cpu(), wanted, len(segmenter.class_names) + 1)[0].tolist()
@@ -81,7 +85,7 @@ def score_image(segmenter: Segmenter, record: ImageRecord, device: torch.device)
 
 
 def read_trial(path: Path) -> HeldOutScores:
-    """What was written of a test. InputError where the file is damaged."""
+    """The scores that a test has written. InputError where the file is damaged."""
     found = read_json(path, "delete it and run `medldm utility` again")
     trial = TrainedOn(found["train_on"], found["fraction"], found["seed"])
     scores = {
@@ -92,8 +96,8 @@ def read_trial(path: Path) -> HeldOutScores:
 
 
 def summarise_trials(tests: Sequence[HeldOutScores], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Means by what was trained on and by fraction, over all seeds, with intervals over subjects and the
-    deviation of the seeds' means; and the paired differences from `real` at the same fraction.
+    """Means over all seeds for each kind of training data and each fraction, with intervals over subjects and
+    the standard deviation of the means of seeds; and the paired differences from `real` at the same fraction.
     """
     if any(test.ids != tests[0].ids for test in tests):
         raise InputError(

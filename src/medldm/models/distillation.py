@@ -1,7 +1,7 @@
-"""Distillation: a student learns to draw in a few evaluations what its teacher draws in many.
+"""Distillation: a student learns to sample in a few evaluations what its teacher samples in many.
 
-Pairs of noise and the teacher's deterministic sample of it, as in the reflow of rectified flow (Liu et al.
-2022) and in knowledge distillation of samplers (Luhman & Luhman 2021), along the path of the teacher.
+It learns pairs of noise and the teacher's deterministic sample of it, as in the reflow of rectified flow (Liu
+et al. 2022) and in knowledge distillation of samplers (Luhman & Luhman 2021), along the path of the teacher.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from medldm.models.diffusion import DiffusionModule
 
 
 def teachers_sampler(kind: str, num_steps: int, guidance_scale: float) -> Sampler:
-    """The sampler without noise with which a teacher draws; ValueError where this kind adds some."""
+    """The sampler of a teacher, which must be deterministic. ValueError for a kind that adds noise."""
     if kind not in SAMPLERS or kind == "ancestral":
         kinds = ", ".join(name for name in SAMPLERS if name != "ancestral")
         raise ValueError(f"kind={kind} is none of {kinds}: a student learns one image for each noise")
@@ -29,11 +29,12 @@ def teachers_sampler(kind: str, num_steps: int, guidance_scale: float) -> Sample
 class DistillationModule(DiffusionModule):
     """A student with the networks of its teacher, trained on (noise, the teacher's sample of it).
 
-    It is trained at the times alone at which it will be evaluated: those of a trailing spacing of each of
-    `student_steps` evaluations, all of them for every pair, for a pair costs as many evaluations of the
-    teacher as its sampler takes. `teacher` names that sampler: kind, num_steps, guidance_scale (which the
-    student needs no second evaluation for). The teacher itself comes by `learn_from`; who only samples needs
-    none. Other arguments are those of `DiffusionModule`.
+    It is trained at those times alone at which it will be evaluated: of a trailing spacing for each of the
+    numbers of evaluations in `student_steps`. Every pair is used at all of them, since it has cost as many
+    evaluations of the teacher as its sampler takes. `teacher` names that sampler: kind, num_steps and
+    guidance_scale; the student learns guided samples, and needs no second evaluation for guidance. The
+    teacher itself is given to `learn_from` for a training, and is not needed to sample. Other arguments are
+    those of `DiffusionModule`.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class DistillationModule(DiffusionModule):
         self.teachers_sampler = teachers_sampler(
             teacher["kind"], teacher["num_steps"], teacher["guidance_scale"]
         )
-        self.teachers: tuple[DiffusionModule, ...] = ()  # one in training; a tuple keeps it out of the state
+        self.teachers: tuple[
+            DiffusionModule, ...
+        ] = ()  # one in training; a tuple keeps it out of the state dict
 
     def learn_from(self, teacher: DiffusionModule) -> None:
-        """The trained model whose samples are learnt, frozen."""
+        """Sets the trained model whose samples are learnt, and freezes it."""
         check_guidance(self.teachers_sampler, teacher.conditioner)
         self.teachers = (teacher.eval().requires_grad_(False),)
 
@@ -77,12 +80,12 @@ class DistillationModule(DiffusionModule):
 
     @torch.no_grad()
     def teachers_image(self, batch: dict, noise: Tensor, drop: Tensor | None) -> Tensor:
-        """What the teacher makes of `noise` (B, Cz, *s) under the conditions of a batch."""
+        """The samples of the teacher from `noise` (B, Cz, *s) under the conditions of a batch."""
         teacher, sampler = self.teachers[0], self.teachers_sampler
 
         def condition(dropped: Tensor | None) -> Condition:
             found = teacher.conditioner(teacher.with_map_latent(batch), teacher.first_stage, dropped)
-            return in_float32(found)  # as the sampler's last step is computed
+            return in_float32(found)  # as in the last step of a sampler
 
         null = None
         if sampler.guidance_scale != 1:
@@ -98,7 +101,7 @@ class DistillationModule(DiffusionModule):
         return sampler(denoise, teacher.schedule, noise)
 
     def pair_losses(self, batch: dict, noise: Tensor, drop: Tensor | None) -> dict[str, Tensor]:
-        """Means over the student's times of the objective's losses on the teacher's images."""
+        """The losses of the objective on the teacher's images, as means over the student's times."""
         x = self.teachers_image(batch, noise, drop)
         condition = self.conditioner(self.with_map_latent(batch), self.first_stage, drop)
         losses = [
@@ -110,7 +113,7 @@ class DistillationModule(DiffusionModule):
         return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
     def noise_like(self, batch: dict, count: int, generator: torch.Generator) -> Tensor:
-        """(count, Cz, *s) for the latents of a batch."""
+        """Standard normal noise (count, Cz, *s) of the shape of the latents of a batch."""
         shape = (
             batch["latent"].shape[2:] if "latent" in batch else self.latent_shape(batch["image"].shape[2:])
         )
@@ -127,7 +130,7 @@ class DistillationModule(DiffusionModule):
         return self.pair_losses(batch, noise, drop)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """The training loss on fixed noise, so that epochs compare."""
+        """Logs the training loss on fixed noise, so that epochs can be compared."""
         image = batch["latent" if "latent" in batch else "image"]
         generator = step_generator(self.seed, -1 - batch_idx, torch.device("cpu"))
         noise = self.noise_like(batch, len(image), generator).to(image.device)

@@ -1,4 +1,4 @@
-"""What would fit a card: the largest batch, the largest crop, activation checkpointing on or off."""
+"""Finds what fits a card: the largest batch, the largest crop, with activation checkpointing or without."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import Any
 from medldm.planning.estimate import Estimate, Planner
 from medldm.planning.step import Job
 
-SWITCH = "use_checkpoint"  # a network's argument: recompute activations in the backward pass
+SWITCH = "use_checkpoint"  # the argument of networks that switches activation checkpointing on
 SMALLER = 0.5  # edges of the crop that is traced beside the planned one, as a share of its edges
 
 
@@ -47,7 +47,9 @@ def time_advice(found: Estimate, plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def checkpointing_advice(planner: Planner, found: Estimate, limit: float) -> Iterator[str]:
-    """What the step takes with activation checkpointing switched the other way, for the same batch."""
+    """The memory and time of a step of the same batch with activation checkpointing switched the
+    other way.
+    """
     switches = dict(switches_of(planner.job.model))
     if not switches:
         return
@@ -83,7 +85,7 @@ def with_switches(part: Mapping[str, Any], on: bool) -> dict[str, Any]:
 
 def crop_advice(planner: Planner, found: Estimate, limit: float) -> Iterator[str]:
     """The largest crop of the planned proportions that fits at the planned batch."""
-    if "codec" in planner.job.model:  # its sizes follow from the whole image
+    if "codec" in planner.job.model:  # the sizes of its codec follow from the whole image
         return
     crop = largest_crop(planner, found, limit)
     if crop is None:

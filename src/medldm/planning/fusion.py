@@ -1,5 +1,6 @@
-"""What a compiler makes of the operations of a block: fewer kernels, which move fewer bytes. It is a model,
-from the operations alone; no compiler runs.
+"""Models how a compiler fuses the operations of a block into fewer kernels, which move fewer bytes.
+
+The model works from the operations alone, by these rules; no compiler runs.
 
 1. Operations on single elements and reductions are fused. Products, convolutions, attention, pooling,
    gathers and whatever is not known here run as they are, and read and write their tensors.
@@ -23,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LONGEST_ROW = 1024  # values that one program of a kernel holds while it reduces them
-MOST_SOURCES = 8  # a tensor made from more of them is written, to bound what a kernel reads
+LONGEST_ROW = 1024  # the values that one program of a kernel can hold while it reduces them
+MOST_SOURCES = 8  # a tensor made from more tensors is written, which bounds what a kernel reads
 ON_ELEMENTS = {
     "_to_copy", "clone", "copy_", "cat", "stack", "constant_pad_nd", "zeros", "ones", "full", "zeros_like",
     "ones_like", "full_like", "new_zeros", "new_full", "fill", "fill_", "zero_", "arange", "slice_backward",
@@ -39,7 +40,7 @@ FUSED = ("elements", "row", "reduction")
 
 
 class Region(NamedTuple):
-    """Where an operation runs: the number of a block's call, and which pass."""
+    """Where an operation runs: in which call of a block, and in its forward or backward pass."""
 
     call: int
     is_backward: bool
@@ -57,10 +58,10 @@ class Value:
     num_bytes: int
     numel: int
     readers: list[int] = field(default_factory=list)
-    sources: Reads = field(default_factory=dict)  # of what it is made, where it is not written itself
-    is_result: bool = False  # a block hands it out
+    sources: Reads = field(default_factory=dict)  # what it is computed from where it is not written
+    is_result: bool = False  # the block returns it
     is_written: bool = True
-    is_reduced: bool = False  # a reduction was needed: no pass computes it twice
+    is_reduced: bool = False  # it took a reduction, and so is not computed twice
 
 
 class Piece(NamedTuple):
@@ -125,7 +126,7 @@ class Graph:
         self.parents: list[int] = []  # of nodes, for the union of chains
 
     def add(self, func: Any, args: Sequence, inputs: Stored, outputs: Stored, region: Region | None) -> bool:
-        """Note an operation. Returns whether it runs as it is."""
+        """Records an operation. Returns whether it runs as it is."""
         given, made = [x for x, _ in inputs], [x for x, _ in outputs]
         kind = "as it is" if region is None else fusion_kind(func, args, given, made)
         reads = [self.piece(*pair) for pair in inputs]
@@ -147,7 +148,7 @@ class Graph:
         return kind == "as it is"
 
     def hand_out(self, storage: int) -> None:
-        """Note that a block's result is in this storage."""
+        """Records that the result of a block is in this storage."""
         if storage in self.newest:
             self.values[self.newest[storage]].is_result = True
 
@@ -192,7 +193,7 @@ class Graph:
         return node
 
     def fused(self) -> Iterator[tuple[int, int]]:
-        """(kernels, bytes) of every chain. To be called once, when the step has ended."""
+        """(kernels, bytes) of every chain. Call it once, after the step."""
         for node in self.nodes:
             node.chain = self.chain(node.chain)
         self.choose_written()
@@ -203,7 +204,7 @@ class Graph:
         return map(self.cost_of, chains.values())
 
     def sources_of(self, node: Node) -> Reads:
-        """What a kernel reads for this node: written values."""
+        """The written values that a kernel reads for this node."""
         found: Reads = {}
         for number, place, size in node.reads:
             value = self.values[number]
@@ -212,7 +213,7 @@ class Graph:
         return found
 
     def choose_written(self) -> None:
-        """Which values are written, by the rules 3 and 4."""
+        """Decides which values are written, by rules 3 and 4."""
         outside = defaultdict(set)  # what each chain reads of others
         for node in self.nodes:
             for number in {piece.value for piece in node.reads}:
@@ -235,7 +236,7 @@ class Graph:
         if value.is_result:
             return True
         if not others:
-            return not readers  # what nothing reads within the step is kept: a gradient
+            return not readers  # a value that nothing reads within the step is a gradient, which is kept
         if any(r.kind not in FUSED or r.region.call != node.region.call for r in readers):
             return True
         if value.is_reduced or len(value.sources) > MOST_SOURCES:
