@@ -1,16 +1,16 @@
-"""Speed and memory of medldm beside MONAI: the same work, in one process, in turns.
+"""Compares the speed and memory of medldm with MONAI's: the same work, in one process, in turns.
 
-    python scripts/benchmark.py                         all rows that need no checkpoint
-    python scripts/benchmark.py quantizer unet --json out.json --limit 300
-    python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
-    python scripts/benchmark.py --check                 kernels, bytes and roofline time have not grown
+python scripts/benchmark.py                         all rows that need no checkpoint
+python scripts/benchmark.py quantizer unet --json out.json --limit 300
+python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
+python scripts/benchmark.py --check                 kernels, bytes and roofline time have not grown
 
 Rows: quantizer, memory, vqvae, unet, msspade, loader, ssim, crop, vqgan3d, unet3d, latents3d, traced3d,
-sampler. Each is printed when it ends and added to the JSON file then, so a job that is cut off keeps what it
-has. A row that takes longer than --limit seconds, or lacks a package (MONAI's attention needs `pip install
-einops`), is skipped, and the output says so. A GPU is used where there is one. Peak extra memory is, on a
-CPU, the largest sum of tensors alive that a step made (scratch inside a kernel is not seen), on a GPU the
-allocator's own peak; traced3d follows shapes alone and computes nothing.
+sampler. Each is printed and added to the JSON file as soon as it ends, so that a job which is cut off keeps
+what it has measured. A row that takes longer than --limit seconds, or lacks a package (MONAI's attention
+needs `pip install einops`), is skipped, and the output says so. A GPU is used where there is one. Peak extra
+memory is, on a CPU, the largest sum of tensors alive that a step made (scratch inside a kernel is not seen),
+on a GPU the allocator's own peak; traced3d follows shapes alone and computes nothing.
 
 --check counts one training step of whole experiments from shapes alone, compares the counts with
 scripts/benchmark/counts.json, and ends with status 1 where one has grown. --check --update writes that file.
@@ -40,7 +40,7 @@ class OutOfTime(Exception):  # noqa: N818 - not an error: the row is skipped
 
 @contextmanager
 def limited(seconds: float | None) -> Iterator[None]:
-    """OutOfTime after so many seconds, as soon as the operation that runs then has ended."""
+    """A context that raises OutOfTime after so many seconds, once the operation that runs then has ended."""
 
     def stop(*_: object) -> None:
         raise OutOfTime(f"took longer than {seconds:g} s")
@@ -77,7 +77,9 @@ def line(r: Measured) -> str:
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Of these arguments, or of those of the command line; without a row, all but those on request."""
+    """The options of these arguments, or of the command line. Without a row, all rows run that need no
+    checkpoint.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,7 +104,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="with --check: write the counts")
     options = parser.parse_args(arguments)
     options.rows = options.rows or list(rows.ROWS)
-    for name in options.rows:  # argparse of Python 3.11 holds an empty list, too, against choices
+    for name in options.rows:  # argparse of Python 3.11 would refuse an empty list where there are choices
         if name not in known:
             parser.error(f"{name} is none of {', '.join(known)}")
     if "sampler" in options.rows and not (options.checkpoint and options.data):
@@ -126,7 +128,7 @@ def tell(text: str) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """All rows, each told as it ends. Returns the content of the JSON file."""
+    """Measures all rows and prints each as it ends. Returns the content of the JSON file."""
     peaks = {name: measuring.matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     with measuring.best_precision():
         used = "bfloat16" if torch.is_autocast_enabled(DEVICE.type) else "float32"

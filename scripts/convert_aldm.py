@@ -1,12 +1,13 @@
-"""ALDM's released autoencoders as medldm checkpoints (Kim and Park 2024; jongdory/ALDM).
+"""Converts the released autoencoders of ALDM (Kim and Park 2024; jongdory/ALDM) to medldm checkpoints.
 
 python scripts/convert_aldm.py RELEASED.ckpt DATA OUT.ckpt    # DATA: `medldm prepare data=brats_r3` (or r1)
 
-Sizes are read off the tensors: widths, blocks, latent channels, codes, and whether blocks have a second
+Sizes are read from the tensors: widths, blocks, latent channels, codes, and whether blocks have a second
 convolution. A release that holds MS-SPADE too becomes a translator's checkpoint, which `medldm translate
 fast=true` and aldm/brats_ldm_* take; that of November 2024 has one more convolution beside each of its
 blocks, known by its shape. Every tensor is either placed or named as left out (discriminator, perceptual
-network). The names are those of the published code; no released file was at hand to try.
+network). The names are those of the published code. No released file was at hand, so this has not been tried
+on one.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from medldm.errors import InputError
 from medldm.files import replacing
 from medldm.fingerprints import file_sha256
 
-LEFT_OUT = ("loss.",)  # what trained it: discriminator and perceptual network
+LEFT_OUT = ("loss.",)  # the discriminator and the perceptual network, which training alone needs
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "shortcut"}
 SPADE_BLOCK = {"conv_0": "conv1", "conv_1": "conv2", "conv_s": "shortcut"}
 SPADE_NORM = {"norm_0": "norm1", "norm_1": "norm2", "norm_s": "shortcut_norm"}
@@ -51,7 +52,7 @@ def read_release(path: Path) -> State:
 
 
 def count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many numbers occur in the place of `#`."""
+    """The number of different numbers that stand in the place of `#` of a pattern."""
     found = (re.match(pattern.replace(".", r"\.").replace("#", r"(\d+)") + r"\.", key) for key in state)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
@@ -115,8 +116,8 @@ def autoencoder_names(state: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> 
 def translator_state(state: State) -> tuple[State, set[str], dict[str, Any]]:
     """MS-SPADE's tensors as ours, the published names they came from, and the sizes that they decide.
 
-    Ours holds the switched convolutions of all classes in one tensor, gamma and beta of a class after each
-    other.
+    Our network holds the switched convolutions of all classes in one tensor, in which gamma and beta of a
+    class follow each other.
     """
     num_blocks, num_classes = count(state, "spade.block.#"), count(state, "spade.block.0.norm_0.spades.#")
     for name in (f"spade.block.{i}.conv_{k}.weight" for i in range(num_blocks) for k in (0, 1)):
@@ -162,9 +163,9 @@ def skip_convolutions(state: State, used: set[str], num_blocks: int) -> list[str
     """The published prefixes of the convolutions of kernel 3 beside the blocks, which the release of November
     2024 has, in the order of the blocks; [] where there are none.
 
-    Their names are not known here, so their shapes decide: what is left of MS-SPADE must be one convolution
-    for each block, from its input's width to its output's, and for no other. Anything else stays without a
-    place, and the release is refused.
+    Their names are unknown, so that their shapes decide: the tensors of MS-SPADE that have no place yet must
+    be one convolution for each block, from the width of its input to that of its output. A release with other
+    tensors is refused.
     """
     left = {key.rpartition(".")[0] for key in state if key.startswith("spade.") and key not in used}
     found = []
@@ -184,7 +185,7 @@ def skip_convolutions(state: State, used: set[str], num_blocks: int) -> list[str
 
 
 def place(module: torch.nn.Module, made: State) -> None:
-    """Load; InputError names the first tensor whose shape differs or that the release lacks."""
+    """Loads the tensors. InputError names the first one whose shape differs or that the release lacks."""
     own = module.state_dict()
     for name, x in made.items():
         if name not in own or own[name].shape != x.shape:
@@ -209,7 +210,9 @@ def model_config(experiment: str, part: str, sizes: Mapping[str, Any], *override
 
 
 def convert(release: Path, data: Path, out: Path) -> list[str]:
-    """Write `out`; returns the published names that were left out. InputError where a tensor has no place."""
+    """Writes `out`, and returns the published names that were left out. InputError where a tensor has no
+    place.
+    """
     state = read_release(release)
     sizes = sizes_of(state)
     facts = build_datamodule({"root": str(data), "batch_size": 1}, keys=("image",), seed=0).facts

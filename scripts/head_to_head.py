@@ -1,15 +1,17 @@
-"""medldm beside other libraries: the same split, minutes and machine, all judged by `medldm evaluate`.
+"""Compares medldm with other libraries: the same split, minutes and machine, all measured by `medldm
+evaluate`.
 
-  python scripts/head_to_head.py data=DATA output=DIR minutes=60 peers=medldm,monai
-  python scripts/head_to_head.py data=DATA output=DIR minutes=60 first=cardiac2d/vqvae second=cardiac2d/ldm
+python scripts/head_to_head.py data=DATA output=DIR minutes=60 peers=medldm,monai
+python scripts/head_to_head.py data=DATA output=DIR minutes=60 first=cardiac2d/vqvae second=cardiac2d/ldm
 
 DATA is a prepared 2D folder. Half of the minutes go to stage one, half to stage two, on one device; sampling
 is not counted. medldm trains the experiments `first` and `second`, which are given the map and edges of each
-image; MONAI trains as its tutorials do, without conditions. So distances between sets (FID, KID, precision,
-recall) are what can be compared; paired metrics of an unconditional peer say nothing. `options` are overrides
-of both of medldm's trainings, separated by spaces; `width`, a multiple of 64, narrows MONAI's networks (256:
-the tutorials'), and `peer_steps` are its sampling steps (1000: the tutorials'). Run it again to go on:
-stages, samples and evaluations that are there are kept. The table goes to head_to_head.json.
+image; MONAI trains as its tutorials do, without conditions. So only distances between sets (FID, KID,
+precision, recall) can be compared; paired metrics of an unconditional model say nothing. `options` are
+overrides of both of medldm's trainings, separated by spaces; `width`, a multiple of 64, narrows MONAI's
+networks (256: the tutorials'), and `peer_steps` are its sampling steps (1000: the tutorials'). Run the
+command again to continue: stages, samples and evaluations that are finished are kept. The table goes to
+head_to_head.json.
 """
 
 import json
@@ -38,7 +40,7 @@ SHOWN = ("fid", "kid", "precision", "recall", "density", "coverage", "frechet_ra
 
 
 class Task(NamedTuple):
-    """What every contestant is given."""
+    """The data, time and device that every library is given."""
 
     data: Path
     output: Path
@@ -61,7 +63,7 @@ def clock(seconds: float) -> str:
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The best one where a validation came before the time was over, else the last."""
+    """The best checkpoint where there was a validation within the time, else the last one."""
     folder = run / "checkpoints"
     return next(folder / name for name in ("best.ckpt", "last.ckpt") if (folder / name).is_file())
 
@@ -84,7 +86,9 @@ def run_medldm(task: Task, folder: Path) -> None:
 
 
 def run_monai(task: Task, folder: Path) -> None:
-    """Its images are named as the test images are, in a seeded order that has nothing to do with them."""
+    """Trains and samples MONAI's models. Their images get the names of the test images in a random order,
+    which is seeded, since they have no conditions.
+    """
     train = [np.asarray(r.image, np.float32) for r in read_images(task.data, subjects=task.subjects("train"))]
     names = [record.id for record in read_images(task.data, subjects=task.subjects("test"))]
     if all((folder / "samples" / f"{name}.png").is_file() for name in names):

@@ -1,11 +1,11 @@
-"""How often the audit for copies finds planted ones, and how often it takes new images for copies.
+"""Measures how often the audit for copies finds planted ones, and how often it takes new images for copies.
 
-  python scripts/measure_copies.py data=DATA [n=100] [size=128] [weights=true]
+python scripts/measure_copies.py data=DATA [n=100] [size=128] [weights=true]
 
 DATA is a prepared folder. Its subjects are dealt out into a training set, held-out images that set the
-thresholds, and further held-out images that nobody copied. n of the training images are planted as they are
-and changed in several ways; a line each says which share of them is nearer to a training image than every
-held-out one that sets the threshold. Seeded: the same command gives the same numbers.
+thresholds, and further held-out images that nobody copied. n of the training images are planted, as they are
+and changed in several ways. A line for each way says which share of them is nearer to a training image than
+every held-out one that sets the threshold. All is seeded: the same command gives the same numbers.
 """
 
 import sys
@@ -25,7 +25,10 @@ from medldm.metrics.memorization import audit_copies, thumbnails
 from medldm.networks.lpips import LPIPS
 
 NOISE = 0.1  # standard deviation on [-1, 1], a twentieth of the range
-MEASURES = {"nearest_train_correlation": 1, "nearest_train_perceptual": -1}  # sign: larger is nearer
+MEASURES = {
+    "nearest_train_correlation": 1,
+    "nearest_train_perceptual": -1,
+}  # the sign is 1 where larger values are nearer, else -1
 
 
 def noisy(x: Tensor) -> Tensor:
@@ -33,7 +36,7 @@ def noisy(x: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor) -> Tensor:
-    """By a thirty-second of the last two axes, what leaves coming in on the other side."""
+    """Shifts images cyclically by a thirty-second of their last two axes."""
     return x.roll((x.shape[-2] // 32 or 1, -(x.shape[-1] // 32 or 1)), (-2, -1))
 
 
@@ -48,7 +51,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def read(data: Path, size: int, limit: int) -> dict[str, Tensor]:
-    """Images by subject, brought to one size."""
+    """The images of each subject, resized to one size."""
     found: dict[str, list[Tensor]] = {}
     for record in read_images(data):
         kept = found.setdefault(record.subject, [])
@@ -59,8 +62,8 @@ def read(data: Path, size: int, limit: int) -> dict[str, Tensor]:
 
 
 def deal(images: dict[str, Tensor], num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Half of the subjects to train, a quarter to set thresholds, a quarter to be new; at most `num` images
-    of the latter two.
+    """Deals out half of the subjects to train, a quarter to set thresholds and a quarter as new ones, with at
+    most `num` images of the latter two.
     """
     subjects = sorted(images)
     order = [subjects[i] for i in np.random.default_rng(0).permutation(len(subjects))]

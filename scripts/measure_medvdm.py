@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(module, batch: dict, steps: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """(B,) values of one batch; bits per image dimension."""
+    """Values (B,) of one batch, in bits per dimension of the image."""
     x, condition = batch["image"], module.condition(batch)
     bound = module.vlb_exact(x, condition, num_timesteps=steps, generator=generator)
     floor = module.likelihood.entropy_floor(x)
@@ -49,7 +49,7 @@ def measure(module, batch: dict, steps: int, generator: torch.Generator) -> dict
 
 
 def measure_checkpoint(path: str, args: argparse.Namespace) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What was measured, and its values image by image."""
+    """Measures a checkpoint. Returns the summary, and its values image by image."""
     device = pick_device()
     module = load_module(path).to(device)
     data = {"root": args.root, "batch_size": args.batch_size}

@@ -1,4 +1,4 @@
-"""How far the samples of `medvdm/toy2d` lie from the swirl: python scripts/measure_toy2d.py RUN
+"""Measures how far the samples of `medvdm/toy2d` lie from the swirl: python scripts/measure_toy2d.py RUN
 [num_samples].
 """
 

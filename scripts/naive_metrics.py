@@ -1,4 +1,4 @@
-"""Pairs of images by scikit-image and torchmetrics called one by one: what `medldm evaluate` is timed beside.
+"""Measures pairs of images one by one with scikit-image and torchmetrics, to time `medldm evaluate` against.
 
 python scripts/naive_metrics.py make=1000 FOLDER              256x256 PNG in FOLDER/{generated,reference}
 python scripts/naive_metrics.py make=50 volumes=true FOLDER         the same of 64x128x128 NIfTI
@@ -21,7 +21,7 @@ SHAPES = {False: (256, 256), True: (64, 128, 128)}
 
 
 def make(folder: Path, num: int, volumes: bool) -> None:
-    """Smooth images and noisy copies of them."""
+    """Writes smooth images and noisy copies of them."""
     rng = np.random.default_rng(0)
     for name in ("generated", "reference"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def set_distances(pairs: list[tuple[Path, Path]]) -> dict[str, float]:
-    """By torchmetrics with the weights that medldm found, an image at a time."""
+    """FID and KID by torchmetrics, with the weights that medldm found, one image at a time."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 

@@ -1,9 +1,9 @@
-"""Faults put to every command again and again: does what comes out in the end equal an undisturbed run?
+"""Disturbs every command again and again, and checks that the result equals that of an undisturbed run.
 
-    python scripts/soak.py                           200 kills, every other fault three times per command
-    python scripts/soak.py --kills 10 train encode   some commands
-    python scripts/soak.py --json soak.json          the rows as a file too, written as they come
-    python scripts/soak.py --fuzz 2000               instead: so many changed inputs of each kind
+python scripts/soak.py                           200 kills, every other fault three times per command
+python scripts/soak.py --kills 10 train encode   some commands
+python scripts/soak.py --json soak.json          the rows as a file too, written as they come
+python scripts/soak.py --fuzz 2000               instead: so many changed inputs of each kind
 
 Each trial starts a command on tiny phantom data, disturbs it, and starts the same command again (a training
 with resume=auto). Faults: `kill` is SIGKILL at a random moment; `term`, `interrupt` and `usr1` are SIGTERM,
@@ -16,8 +16,8 @@ bytes or entries changed at random: each must work or be told in one line, never
 a hang or without memory.
 
 A trial is `equal` where the end is that of an undisturbed run, bit for bit. It is `told` where the second of
-two neighbours ended in a single clear line. All else is `wrong` and listed with its folder, and the exit
-status is 1.
+two neighbours ended in a single clear line. Everything else is `wrong`, and is listed with its folder, and
+the exit status is 1.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def fuzz_all(options: argparse.Namespace, made: world.World, console: Console, folder: Path) -> int:
-    """Print a row a kind of input; 1 where one ended badly."""
+    """Prints a row for each kind of input. Returns 1 where one ended badly."""
     rows = []
     for kind in options.kinds:
         seed = options.seed * len(fuzzing.KINDS) + fuzzing.KINDS.index(kind)

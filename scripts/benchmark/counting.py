@@ -1,5 +1,5 @@
-"""A guard of what a training step needs: kernels, bytes and roofline time of whole experiments, from shapes
-alone, against the counts that are committed beside this file. Nothing is computed and no GPU is needed.
+"""Guards what a training step needs: kernels, bytes and roofline time of whole experiments are counted from
+shapes alone, and compared with the counts that are committed beside this file. No GPU is needed.
 """
 
 import json
@@ -17,7 +17,7 @@ EXPERIMENTS = (
     "medlsdm/autopet_vqgan_spade", "medlsdm/autopet_ldm", "aldm/brats_vqgan", "aldm/brats_msspade",
     "aldm/brats_ldm",
 )  # fmt: skip
-SLACK = 1.002  # above it something has grown; a sum of floats may differ in its last digits
+SLACK = 1.002  # a larger ratio counts as growth; sums of floats may differ in their last digits
 
 
 class Count(NamedTuple):
@@ -45,7 +45,7 @@ def count(experiment: str) -> Count:
 
 
 def grown(found: Count, known: Mapping[str, float] | None) -> list[str]:
-    """What is larger than the committed counts say, in words; all of it where they say nothing."""
+    """The counts that are larger than the committed ones, in words; all of them where none are committed."""
     if known is None:
         return ["no committed counts"]
     return [
@@ -62,7 +62,7 @@ def check(
     update: bool = False,
     tell: Callable[[str], None] = print,
 ) -> bool:
-    """Whether no count has grown. Tells a line for each experiment as it is known; `update` writes the counts
+    """Whether no count has grown. A line for each experiment goes to `tell`; `update` writes the counts
     instead of comparing them.
     """
     known = json.loads(path.read_text()) if path.is_file() else {}

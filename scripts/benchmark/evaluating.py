@@ -1,4 +1,4 @@
-"""Rows of the metrics: {variant: callable} of the same number in medldm and in MONAI."""
+"""Rows of metrics: {variant: callable} that compute the same number in medldm and in MONAI."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The loader's row: prepared slices read in one process."""
+"""Rows of loading: prepared data are read in one process."""
 
 import tempfile
 from collections.abc import Callable

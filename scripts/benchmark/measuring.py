@@ -1,4 +1,4 @@
-"""Time, work and memory of callables, measured in turns so that a busy machine disturbs all of them alike."""
+"""Measures time, work and memory of callables in turns, so that a busy machine disturbs all of them alike."""
 
 import contextlib
 import statistics
@@ -28,12 +28,12 @@ class Measured(NamedTuple):
     row: str
     variant: str
     value: float  # seconds, unless unit says otherwise
-    spread: tuple[float, float]  # fastest and slowest
+    spread: tuple[float, float]  # the fastest and the slowest time
     unit: str
     gflop: float | None = None
     peak_share: float | None = None  # of the float32 matmul peak; bf16 where the work runs in bf16
     memory_mib: float | None = None
-    ratio: float | None = None  # the reference's value over this one's
+    ratio: float | None = None  # the value of the reference over this one
     memory_ratio: float | None = None
 
 
@@ -66,7 +66,7 @@ def work_and_memory(run: Run) -> tuple[float, float]:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of the best of eight square products."""
+    """The GFLOP/s of matrix products: the best of eight."""
     size = 8192 if DEVICE.type == "cuda" else 2048 if dtype == torch.float32 else 512
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     with torch.no_grad():
@@ -76,7 +76,7 @@ def matmul_peak(dtype: torch.dtype) -> float:
 def compare(
     row: str, variants: dict[str, Run], *, repeats: int, peak: float, reference: str | None = None, tick: Run
 ) -> list[Measured]:
-    """All variants, one after the other, `repeats` times; medians, and ratios to `reference`."""
+    """Runs all variants in turn, `repeats` times. Gives medians, and ratios to `reference`."""
     work = {}
     for name, run in variants.items():
         work[name] = work_and_memory(run)
@@ -103,12 +103,12 @@ def compare(
 
 
 def best_precision() -> contextlib.AbstractContextManager:
-    """What `medldm train` takes with precision=auto."""
+    """The precision of `medldm train` with precision=auto."""
     return mixed_precision(DEVICE, choose_settings().precision)
 
 
 def train_step(module: nn.Module, loss: Callable[[], Tensor], precision: Callable) -> None:
-    """Forward and backward; the optimiser's step is the same for everyone and left out."""
+    """A forward and backward pass. The step of the optimiser, which is the same for all, is left out."""
     with precision():
         value = loss()
     value.backward()

@@ -104,7 +104,7 @@ def loader(options: Namespace, settings: dict) -> Iterator[Measured]:
 
 
 ALWAYS = (quantizer, memory, vqvae, unet, msspade, loader, ssim, crop, vqgan3d, unet3d, latents3d, traced3d)
-ROWS: dict[str, Row] = {row.__name__: row for row in ALWAYS}  # those that need no checkpoint
+ROWS: dict[str, Row] = {row.__name__: row for row in ALWAYS}  # the rows that need no checkpoint
 ON_REQUEST: dict[str, Row] = {"sampler": sampler}
 
 

@@ -1,4 +1,4 @@
-"""Few steps beside 1,000 ancestral ones: same model, same starting noise, paired metrics."""
+"""Compares few steps with 1,000 ancestral ones: same model, same starting noise, paired metrics."""
 
 import time
 from argparse import Namespace
