@@ -38,6 +38,8 @@ PARTS = '''
     from medldm.models.common import stage_latents
     from medldm.models.translation import Translated
     from medldm.networks.autoencoder_plan import BlockStep, Plan
+    from medldm.networks.quantizer import Quantized
+    from medldm.networks.quantizers import FixedCodes, straight_through
     from medldm.networks.unet_plan import JOIN, KEEP, UNetStep, middle
 
 
@@ -128,6 +130,18 @@ PARTS = '''
         return Plan(down, [BlockStep("up", b, a, stride) for a, b, stride in reversed(levels)])
 
 
+    class Ternary(FixedCodes):
+        """A quantiser: every channel becomes -1, 0 or 1, whichever is nearest."""
+
+        def __init__(self, code_dim):
+            super().__init__([3] * code_dim)
+
+        def forward(self, h):
+            z = h.clamp(-1, 1).round()
+            indices = self.index_of(z.movedim(1, -1) + 1)
+            return Quantized(straight_through(h, z), indices, h.new_zeros(()), self.counted(indices))
+
+
     class Gradients(nn.Module):
         """A loss of stage one in the place of the perceptual one: differences of neighbours."""
 
@@ -190,6 +204,7 @@ KIND = '''
 '''
 MEMBERS = {
     "model/translation_loss/squared": "_target_: study.SquaredTranslation",
+    "model/quantizer/ternary": "_target_: study.Ternary\n_partial_: true",
     "model/mean": "defaults: [optimizer: adam, _self_]\nkind: mean\noptimizer: {lr: 0.1}",
     "model/network/halves": "defaults: [vqvae_f8, _self_]\nlayout: halves\nchannels: [16, 32]\n"
     "strides: [2, 2]\nattention_levels: []",
@@ -287,6 +302,15 @@ def test_an_autoencoder_s_plan_of_one_s_own(study, monkeypatch):
     assert autoencoder.downsampling == (4, 4) and len(autoencoder.encoder) == len(autoencoder.decoder) == 2
     x_hat, quantized = autoencoder(torch.zeros(1, 1, 16, 16))
     assert x_hat.shape == (1, 1, 16, 16) and quantized.z.shape[2:] == (4, 4)
+
+
+def test_a_quantiser_of_one_s_own(study):
+    module = build(VQVAE, study, "+model/quantizer=ternary")
+    (batch,) = make_batches(1, 2)
+    codes = module.autoencoder.encode(batch["image"])
+    assert set(module.autoencoder.quantize(codes).z.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    logged = fit(module, [batch]).callback_metrics
+    assert torch.isfinite(logged["train/loss"])
 
 
 def test_an_arrangement_of_the_u_net_of_one_s_own(study, monkeypatch):

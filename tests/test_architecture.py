@@ -244,7 +244,7 @@ def test_no_public_name_is_defined_twice():
 # ---- sizes ----
 
 CODE = [*sorted(SOURCE.rglob("*.py")), *sorted((SOURCE.parents[1] / "scripts").rglob("*.py"))]
-LONGEST_FILE, LONGEST_COMMAND, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 150, 49, 15
+LONGEST_FILE, LONGEST_COMMAND, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 149, 49, 15
 
 
 def definitions(kind: type) -> Iterator[tuple[Path, ast.AST]]:

@@ -252,7 +252,7 @@ def test_visits_of_an_adni_subject_stay_together(tmp_path):
     with pytest.raises(InputError, match="has the name '002_S_0295_2007_T1' like"):
         adni.index(tmp_path)
     touch(tmp_path / "stray.nii")
-    with pytest.raises(InputError, match="stray.nii: neither name nor folder"):
+    with pytest.raises(InputError, match="stray.nii: neither its name nor its folders"):
         adni.index(tmp_path)
 
 

@@ -390,7 +390,10 @@ def test_a_radiograph_is_a_picture_in_the_values_it_means(tmp_path, changes, exp
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "a.dcm: RGB pictures, no grey slices"),
+        (
+            {"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3},
+            "a.dcm: RGB pictures, which are not grey",
+        ),
         ({"NumberOfFrames": 2}, "a.dcm: several frames"),
         ({"PixelData": b"", "Rows": 999}, "a.dcm: not a readable DICOM picture"),
     ],

@@ -269,7 +269,7 @@ def test_nnunets_release_of_autopet_is_not_taken_for_med_lsdms(tmp_path):
     assert (release.id, release.subject) == (
         "fdg_a1_2003",
         "fdg_a1",
-    ) and "_0000 is taken for the CT" in notes[0]
+    ) and "_0000 is read as the CT" in notes[0]
     (lsdm,) = autopet.index(tmp_path / "lsdm")
     assert lsdm.paths["image"].endswith("_0001.nii.gz") and lsdm.paths["mask"].endswith("_0002.nii.gz")
     touch(tmp_path / "labels/fdg_a1_2003.nii.gz")
@@ -354,7 +354,7 @@ def test_dicom_folders_and_bids_names_in_images(tmp_path):
 def test_images_that_may_show_one_person_are_told(tmp_path):
     touch(*(tmp_path / f"a/images/p{i}_slice{k}.png" for i in range(2) for k in range(2)))
     touch(*(tmp_path / f"b/images/case_{i}.png" for i in range(4)))
-    assert "also p0_slice0 and p0_slice1" in inventory_of("folder", tmp_path / "a")["notes"][0]
+    assert "p0_slice0 and p0_slice1 too" in inventory_of("folder", tmp_path / "a")["notes"][0]
     assert inventory_of("folder", tmp_path / "b")["notes"] == []
 
 
@@ -403,9 +403,9 @@ def test_manifests_are_read_as_spreadsheets_and_pandas_write_them(tmp_path, cont
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("image,edges\nimages/a.png,e/a.png\n", "column 'edges' would do nothing: edges are made from"),
-        ("image,Text\nimages/a.png,a knee\n", "column 'Text' would do nothing"),
-        ("image,spacing\nimages/a.png,0.5\n", "column 'spacing' would do nothing"),
+        ("image,edges\nimages/a.png,e/a.png\n", "column 'edges' has no effect: edges are made from"),
+        ("image,Text\nimages/a.png,a knee\n", "column 'Text' has no effect"),
+        ("image,spacing\nimages/a.png,0.5\n", "column 'spacing' has no effect"),
         ("image,patient_id\nimages/a.png,7\n", "column 'patient_id' is not known.* rename it to subject"),
         ("image,Segmentation\nimages/a.png,m.png\n", "rename it to mask"),
         ("image,label,label\nimages/a.png,x,y\n", "has the column 'label' twice"),

@@ -47,7 +47,11 @@ NO_FORM = ((SFORM, "<h", 0), (QFORM, "<h", 0))
         ((EMPTY_SFORM,), AFFINE, "its sform is empty; its qform is used"),
         ((NO_SIZE,), AFFINE, ""),  # the sform has sizes of its own
         (NO_FORM, None, "does not say how it lies"),
-        (((UNITS, "<b", 3),), np.diag([1e-3, 1e-3, 1e-3, 1]) @ AFFINE, "micrometres; converted to mm"),
+        (
+            ((UNITS, "<b", 3),),
+            np.diag([1e-3, 1e-3, 1e-3, 1]) @ AFFINE,
+            "micrometres; they are converted to mm",
+        ),
     ],
 )
 def test_a_header_places_voxels_by_what_is_valid_in_it(tmp_path, caplog, changes, affine, said):
@@ -215,7 +219,7 @@ def test_a_sform_that_disagrees_with_its_qform_is_told(tmp_path, caplog):
     nibabel.save(image, tmp_path / "moved.nii.gz")
     np.testing.assert_allclose(read_image(tmp_path / "moved.nii.gz").affine, AFFINE)
     (line,) = caplog.messages
-    assert "moved.nii.gz: its sform and qform disagree by up to 12 mm; the sform is taken" in line
+    assert "moved.nii.gz: its sform and qform disagree by up to 12 mm; the sform is used" in line
     caplog.clear()
     turn = np.deg2rad(33)
     oblique = AFFINE.copy()

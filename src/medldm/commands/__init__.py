@@ -28,10 +28,8 @@ Task = Callable[[DictConfig], None]
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 # In a wheel the configs lie inside the package, in a checkout beside src/.
-CONFIG_DIR = next(
-    (path for path in (PACKAGE_DIR / "configs", PACKAGE_DIR.parents[1] / "configs") if path.is_dir()),
-    PACKAGE_DIR / "configs",
-)
+PLACES = (PACKAGE_DIR / "configs", PACKAGE_DIR.parents[1] / "configs")
+CONFIG_DIR = next(filter(Path.is_dir, PLACES), PLACES[0])
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

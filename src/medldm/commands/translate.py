@@ -8,8 +8,7 @@
 The source is prepared as the training data were (orientation, crop, percentiles); all targets are made in
 one batch, and each is written as <source file>_<source>_to_<target>.nii.gz on the source's own grid, with its
 affine. A source whose voxels differ by a fifth along an axis of the body is resampled, an axis that does not
-divide is padded, and both are undone; voxels that are not finite become the least finite value. The log says
-what was done.
+divide is padded, and both are undone; voxels that are not finite become the least finite one. All is logged.
 units: an MR contrast has no units of its own. `unit` writes [0, 1], the target's lower and upper percentile
 of preparation; `training` the median range of that modality in the training data; `source` the source's.
 Keys: targets (null: every other modality), fast, units, sampler.*, weights (ema or raw), seed, device,
