@@ -1,4 +1,4 @@
-"""Models from configs, with the stages that they stand on, and trained models from checkpoints.
+"""Builds models from configs, with the stages that they stand on, and trained models from checkpoints.
 
 A config names its parts by `_target_`; `medldm.builders.kinds` has the builder of each kind of model.
 """

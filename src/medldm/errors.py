@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's, and how a message comes to name a key."""
+"""The exception for mistakes of users, and contexts that add keys or files to the messages of others."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Prepared images and class maps as 8-bit PNG slices, in folders of their own for each part of a split."""
+"""Writes prepared images and class maps as 8-bit PNG slices, in a folder for each part of a split."""
 
 import logging
 import re
@@ -23,7 +23,7 @@ from medldm.outputs import claim
 from medldm.schemas import Provenance, read_checked
 
 log = logging.getLogger(__name__)
-MAX_CLASSES = 256  # what 8 bits hold
+MAX_CLASSES = 256  # the number of classes that 8 bits can hold
 
 
 def planes_of(record: Any, axis: int | None) -> Iterator[tuple[str, Any, Any]]:
@@ -42,7 +42,7 @@ def write_grey(path: Path, array: np.ndarray) -> None:
 
 
 def write_case(record: Any, axis: int | None, output: Path, part: str) -> None:
-    """The slices of one case that do not stand yet; a slice's image is written last, after its map."""
+    """Writes the missing slices of one case. The image of a slice is written last, after its map."""
     for name, image, mask in planes_of(record, axis):
         path = inside(output, "images", part, f"{name}.png")
         if path.is_file():

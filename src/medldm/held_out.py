@@ -1,8 +1,8 @@
-"""Which subjects a checkpoint has been trained on, whatever stage did it, and whether held-out ones are among
+"""Tells which subjects a checkpoint was trained on, in any of its stages, and whether held-out ones are among
 them.
 
-A record says what one training saw: `dataset`, `raw` (folder), `split` (name), `subjects` {train, val, test},
-`images` {training subject: identities of its raw image files}, `content` (digest of the training and
+The record of a training says what it saw: `dataset`, `raw` (folder), `split` (name), `subjects` {train, val,
+test}, `images` {training subject: identities of its raw image files}, `content` (digest of the training and
 validation arrays), `attributes` (by name, digests of what their cases state: sex, age, label), `generator`
 (subjects that the model behind its synthetic images saw). It lies under "data" in a checkpoint's description;
 first stages and the model that a fine-tuning started from bring theirs along. Checkpoints of an older medldm

@@ -1,6 +1,6 @@
-"""Settings that would change nothing beside the others: refused before training, each in one line.
+"""Refuses settings that have no effect beside the others, before training and each in one line.
 
-A part checks its own arguments; here stands what only the whole of a config tells.
+A part checks its own arguments. Here are the rules that need the whole config.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A command line that Hydra does not take, explained in one line with the words that it would take."""
+"""Explains in one line why Hydra refuses a command line, with the words that it would accept."""
 
 import difflib
 import re
@@ -20,7 +20,7 @@ PATH_KEYS = (
     "raw", "root", "run_dir", "output", "checkpoint", "resume", "init_from", "generated", "reference",
     "source", "reconstruction", "train", "segmenter", "synthetic", "weights", "output_root", "label_dir",
 )  # fmt: skip
-NO_CHOICE = "Config group override must be"  # a number, say, in the place of a member's name
+NO_CHOICE = "Config group override must be"  # of a number, for instance, in the place of a member's name
 SUFFICES = "`medldm {name} --cfg job` prints every key"
 # Group -> former and present names of its members, which compose to the same config.
 RENAMED = {

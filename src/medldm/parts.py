@@ -1,4 +1,4 @@
-"""The parts that a config in a checkpoint may name, and what such a config may hold.
+"""Lists the parts that a config in a checkpoint may name, and checks what else such a config holds.
 
 A config on the command line is its user's own and may name whatever Python can import. A checkpoint may come
 from anyone: before anything of its config is imported or built, `check_stored` goes through the whole of it.

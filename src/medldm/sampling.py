@@ -1,4 +1,4 @@
-"""Images of every case of a dataset by a trained model of any kind: what `medldm sample` runs."""
+"""Samples images for every case of a dataset with a trained model of any kind, for `medldm sample`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Checkpoints as safetensors files: named tensors, and plain data beside them as JSON.
+"""Reads and writes checkpoints as safetensors files: named tensors, and plain data beside them as JSON.
 
 The format holds no code at all, and other programs read it. Tensors are named `state_dict/NAME` and
 `ema/NAME`; under the key "medldm" of the metadata stands the description that a checkpoint holds, and under

@@ -1,0 +1,3 @@
+"""What a diffusion model is made of: schedules and paths, objectives, samplers, conditioners and the first
+stage.
+"""
