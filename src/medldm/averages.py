@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medldm.checkpoints import check_weights, fit_weights, read_checkpoint
-from medldm.errors import InputError
+from medldm.errors import InputError, unreadable
 from medldm.files import replacing
 
 TRACKED = (0.05, 0.1)  # of what is stored; the paper's
@@ -104,10 +104,8 @@ def write_average(run_dir: Path, snapshot: Snapshot, weights: Mapping[str, Tenso
 
 
 def read_average(path: Path) -> dict[str, Tensor]:
-    try:
+    with unreadable(f"{path}: not a readable average; delete it"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        raise InputError(f"{path}: not a readable average; delete it") from error
     check_weights(weights, str(path))
     return weights
 

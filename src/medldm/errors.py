@@ -31,9 +31,10 @@ def told_of(key: str, **keys: str) -> Iterator[None]:
 
 
 @contextmanager
-def unreadable(message: Callable[[str], str]) -> Iterator[None]:
-    """A context in which whatever a library raises of a file becomes an InputError: of bytes that anyone may
-    have written, anything can be raised. `message` makes its line from the first line of the reason.
+def unreadable(message: str | Callable[[str], str]) -> Iterator[None]:
+    """A context in which whatever a library raises while it reads a file becomes an InputError: bytes that
+    anyone may have written can make it raise anything. `message` is the line, or makes it from the first line
+    of the reason.
     """
     try:
         yield
@@ -41,4 +42,4 @@ def unreadable(message: Callable[[str], str]) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(message(reason)) from error
+        raise InputError(message if isinstance(message, str) else message(reason)) from error

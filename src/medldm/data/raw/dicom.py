@@ -119,8 +119,7 @@ def read_dicom_files(paths: Sequence[Path]) -> list:
         raise InputError(f"{where}: DICOM needs pydicom; run `pip install 'medldm[dicom]'`") from error
     slices = []
     for path in paths:
-        damaged = f"{path}: not a complete DICOM file; copy or download it again"
-        with unreadable(lambda _, damaged=damaged: damaged):
+        with unreadable(f"{path}: not a complete DICOM file; copy or download it again"):
             slices.append(read_dataset(path))
     return slices
 

@@ -37,14 +37,10 @@ def read_meta_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
         import SimpleITK
     except ImportError as error:
         raise InputError(f"{path}: MetaImage needs SimpleITK; run `pip install 'medldm[itk]'`") from error
-    try:
-        with no_output_of_libraries():
-            check_meta_header(path)
-            image = SimpleITK.ReadImage(str(path), imageIO="MetaImageIO")
-    except InputError:
-        raise
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        raise InputError(f"{path}: not a complete MetaImage file; copy or download it again") from error
+    damaged = f"{path}: not a complete MetaImage file; copy or download it again"
+    with unreadable(damaged), no_output_of_libraries():
+        check_meta_header(path)
+        image = SimpleITK.ReadImage(str(path), imageIO="MetaImageIO")
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise InputError(
             f"{path}: {image.GetDimension()} axes with {image.GetNumberOfComponentsPerPixel()} values a "

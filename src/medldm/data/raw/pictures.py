@@ -11,7 +11,7 @@ import numpy as np
 
 from medldm.bounds import check_claim
 from medldm.data.raw.formats import no_output_of_libraries
-from medldm.errors import InputError
+from medldm.errors import InputError, unreadable
 
 log = logging.getLogger(__name__)
 MOST_BYTES = 8  # of one decoded pixel: four channels of 16 bits
@@ -181,13 +181,11 @@ def palette_numbers(path: Path) -> np.ndarray | None:
     """
     from PIL import Image as Picture
 
-    try:
-        with quiet(), Picture.open(path) as picture:
-            if picture.mode != "P":
-                return None
-            numbers, grey = np.asarray(picture), np.asarray(picture.convert("RGB"))
-    except Exception as error:  # of bytes that anyone may have written, anything can be raised
-        raise InputError(f"{path}: its palette cannot be read; save it as 8-bit grey") from error
+    damaged = f"{path}: its palette cannot be read; save it as 8-bit grey"
+    with unreadable(damaged), quiet(), Picture.open(path) as picture:
+        if picture.mode != "P":
+            return None
+        numbers, grey = np.asarray(picture), np.asarray(picture.convert("RGB"))
     if (grey == grey[..., :1]).all() and (grey[..., 0] != numbers).any():
         raise InputError(
             f"{path}: its palette gives other grey levels than its numbers, so either could be the class; "
