@@ -1,9 +1,10 @@
-"""How blocks of networks are called on a GPU: their weights rounded to bf16 together, their kernels fused.
+"""Calls the blocks of networks as a GPU needs it: weights are rounded to bf16 together, and kernels are
+fused.
 
-A block is a part of a network that marks itself by `is_block = True`. Each block is compiled by itself: what
-does not compile costs one block and not the network. `rounds_together = True` marks a part that rounds the
-weights of all its blocks by one kernel, `rounds_weights = True` a layer of its own kind whose weights are
-among them.
+A block is a part of a network that marks itself by `is_block = True`. Each block is compiled by itself, so
+that one that does not compile costs itself alone and not the network. `rounds_together = True` marks a part
+that rounds the weights of all its blocks by one kernel, `rounds_weights = True` marks a layer of another kind
+whose weights are rounded with them.
 """
 
 import logging
@@ -20,12 +21,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger(__name__)
-Wrap = Callable[[Callable], Callable]  # makes of a block's call what is run in its place
-NUM_VERSIONS = 256  # of one class of blocks: each block has shapes of its own, which are compiled apart
+Wrap = Callable[[Callable], Callable]  # makes the function that runs in the place of a block's call
+NUM_VERSIONS = 256  # compiled versions of one class of blocks, whose blocks have different shapes
 
 
 def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The blocks within a module that lie in no other block."""
+    """The blocks of a module that are inside no other block."""
     if getattr(module, "is_block", False):
         yield module
         return
@@ -34,11 +35,11 @@ def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class Function(nn.Module):
-    """A function of tensors as a block: what it does with single elements is compiled, too.
+    """A function of tensors as a block, so that its operations on single elements are compiled, too.
 
-    function: no module, and no closure over one: copies of a module would keep calling the first one's.
-    parts: the modules whose weights it uses. They stay where they are registered.
-    exact: it wants those weights in float32 where no gradient is recorded.
+    function: it must not be a module, nor a closure over one, since copies of a module would call the
+    original. parts: the modules whose weights it uses. They stay where they are registered. exact: whether it
+    needs these weights in float32 where no gradient is recorded.
     """
 
     is_block = True
@@ -52,8 +53,8 @@ class Function(nn.Module):
 
 
 def same_weights(block: nn.Module) -> Callable:
-    """For `torch.utils.checkpoint`: what is computed again sees the weights that the block has now, which may
-    be rounded ones.
+    """Contexts for `torch.utils.checkpoint` in which what is computed again sees the present weights of the
+    block, which may be rounded.
     """
     tables = [(part._parameters, dict(part._parameters)) for part in block.modules() if part._parameters]
 
@@ -72,15 +73,15 @@ def same_weights(block: nn.Module) -> Callable:
 
 
 def checkpointed(block: nn.Module, call: Callable, *args: Any) -> Any:
-    """`call(*args)` of the block's own, computed again in the backward pass instead of kept."""
-    if torch.compiler.is_compiling():  # weights are arguments of what is compiled
+    """`call(*args)` of a block, whose activations are computed again in the backward pass instead of kept."""
+    if torch.compiler.is_compiling():  # compiled code has the weights as arguments
         return checkpoint(call, *args, use_reentrant=False)
     return checkpoint(call, *args, use_reentrant=False, context_fn=same_weights(block))
 
 
 def wrap_blocks(module: nn.Module, wrap: Wrap) -> None:
-    """Call every outermost block of `module` through `wrap` from now on, in place. Neither the state dict nor
-    copies of the module are changed.
+    """Makes every outermost block of `module` be called through `wrap`, in place. Neither the state dict nor
+    copies of the module change.
     """
     for block in outermost_blocks(module):
         block._compiled_call_impl = BlockCall(block, wrap(block._call_impl))
@@ -95,10 +96,10 @@ def is_wrapped(block: nn.Module) -> bool:
 
 
 def compile_blocks(module: nn.Module, cache: Path | None = None) -> None:
-    """Compile every outermost block of `module` at its first call, for the shapes of that call. A block that
-    cannot be compiled runs as it is, and one warning says so.
+    """Compiles every outermost block of `module` at its first call, for the shapes of that call. A block that
+    cannot be compiled runs as it is, with one warning for all.
 
-    cache: folder that keeps compiled kernels for a resumed run; where the environment names one, that one.
+    cache: the folder that keeps compiled kernels for a resumed run, unless the environment names another one.
     """
     if cache is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
@@ -112,23 +113,27 @@ def compiled(call: Callable, backend: Callable | None = None) -> Callable:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, NUM_VERSIONS)
     torch._dynamo.config.accumulated_recompile_limit = 4 * NUM_VERSIONS
-    torch._dynamo.config.suppress_errors = True  # what cannot be followed runs as it is
+    torch._dynamo.config.suppress_errors = True  # code that the compiler cannot follow runs as it is
     # the backward pass is compiled with the forward pass, where its failure can still be caught
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._functorch.config.donated_buffer = False  # gradients at the last layer keep the graph
-    torch._inductor.config.realize_reads_threshold = 8  # a norm before its activation reads five tensors
+    torch._inductor.config.realize_reads_threshold = (
+        8  # for a norm before its activation, which reads five tensors
+    )
     return torch.compile(call, backend=backend or inductor_or_eager, dynamic=False)
 
 
 def compile_loop(network: nn.Module) -> None:
-    """Compile a whole network that a sampler calls many times with the same shapes. On a GPU its kernels are
-    recorded once as a CUDA graph and played back, which takes the host out of every step.
+    """Compiles a whole network that a sampler calls many times with the same shapes. On a GPU its kernels are
+    recorded once as a CUDA graph and replayed, so that no step waits for the host.
     """
     call = compiled(network._call_impl, backend=partial(inductor_or_eager, records=True))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))  # played back, it is overwritten
+        return tree_map_only(
+            Tensor, Tensor.clone, call(*args, **kwargs)
+        )  # the next replay overwrites the result
 
     network._compiled_call_impl = run
 
@@ -136,12 +141,12 @@ def compile_loop(network: nn.Module) -> None:
 def inductor_or_eager(
     graph: torch.fx.GraphModule, inputs: list[Tensor], *, records: bool = False
 ) -> Callable:
-    """torch's compiler, or the graph as it is where that fails. `records`: as a CUDA graph, on a GPU."""
+    """Compiles a graph, or returns it as it is where that fails. `records` makes it a CUDA graph on a GPU."""
     from torch._inductor.compile_fx import compile_fx
 
     try:
         return compile_fx(graph, inputs, config_patches={"triton.cudagraphs": records})
-    except Exception as error:  # whatever a compiler, a driver or a full disk may raise
+    except Exception as error:  # a compiler, a driver or a full disk may raise anything
         warn_once(f"compile: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
         return graph.forward
 
@@ -156,7 +161,9 @@ def warn_once(reason: str) -> None:
 
 
 class Rounded(torch.autograd.Function):
-    """Several float32 weights rounded at once, with gradients in float32: autocast would do it one by one."""
+    """Rounds several float32 weights at once, with gradients in float32. Autocast would round them one by
+    one.
+    """
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -170,7 +177,7 @@ class Rounded(torch.autograd.Function):
 
 
 def copies(values: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The tensors in another type, by one call."""
+    """The tensors converted to another type by one call."""
     empty = [torch.empty_like(x, dtype=dtype) for x in values]
     if empty:
         torch._foreach_copy_(empty, list(values))
@@ -183,8 +190,8 @@ ROUNDED = (
 
 
 class BlockCall:
-    """Runs a block; under autocast the weights of its convolutions and linear layers, and of the norms that
-    compute in their input's type, are rounded by one kernel before, and their gradients widened by one.
+    """Runs a block. Under autocast, one kernel rounds the weights of its convolutions and linear layers, and
+    of norms that compute in the type of their input, before; and one widens their gradients after.
     """
 
     def __init__(self, block: nn.Module, run: Callable) -> None:

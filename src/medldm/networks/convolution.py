@@ -1,4 +1,6 @@
-"""Convolutions of any number of dimensions; those of volumes see slices as images where that is the same."""
+"""Convolutions of any number of dimensions. Those of volumes run on slices as images where this is
+the same.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,7 +40,7 @@ def on_slices(
 
 
 def is_mistrusted(layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution along depth would be computed in bf16 where that is not to be trusted."""
+    """Whether a convolution along depth would be computed in bf16 on a device whose result may be wrong."""
     if trusts_bf16_volumes(x.device) or layer.kernel_size[0] == 1:
         return False
     kind = x.device.type
@@ -53,9 +55,9 @@ def from_rounded(convolve: Callable[..., Tensor], *operands: Tensor | None) -> T
 
 
 class Conv3d(nn.Conv3d):
-    """`nn.Conv3d`. With a kernel of 1 along depth, in channels_last_3d, it is a convolution of images that
-    has the slices in its batch, for which devices have faster kernels; in the other layout that would take
-    copies.
+    """`nn.Conv3d`. With a kernel of 1 along depth and in channels_last_3d, it runs as a convolution of images
+    with the slices in the batch, for which devices have faster kernels. In the other memory layout this would
+    take copies.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,7 +69,7 @@ class Conv3d(nn.Conv3d):
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
-    """`nn.ConvTranspose3d`, on slices as `Conv3d`."""
+    """`nn.ConvTranspose3d`, which runs on slices like `Conv3d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if keeps_slices_apart(self) and is_channels_last(x):
@@ -82,7 +84,7 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
 
 def convolve_as(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `layer`, of `conv`, makes of x with other weights in the place of its own."""
+    """The output of a `layer` that `conv` made, for x, with other weights in the place of its own."""
     return layer._conv_forward(x, weight, bias)
 
 
@@ -98,8 +100,8 @@ def conv_transpose(spatial_dims: int, *args, **kwargs) -> nn.Module:
 
 
 def adopt_convolutions(network: nn.Module) -> nn.Module:
-    """A network of another library, whose convolutions of volumes become those of this module, in place: the
-    same parameters under the same names.
+    """Replaces the convolutions of volumes of another library's network by those of this module, in place.
+    The parameters and their names stay the same.
     """
     for layer in network.modules():
         for plain, own in ((nn.Conv3d, Conv3d), (nn.ConvTranspose3d, ConvTranspose3d)):

@@ -1,4 +1,4 @@
-"""Attention of a volume in two steps: within each slice, then along depth. Ho et al. 2022."""
+"""Attention over a volume in two steps: within each slice, then along depth. Ho et al. 2022."""
 
 import math
 
@@ -10,7 +10,7 @@ from medldm.devices import full_precision
 from medldm.networks.layers import attend, group_norm, zero_init
 
 NUM_PLACES = 512  # along depth, for which angles are computed once
-MAX_DISTANCE = 32  # slices; the relative bias tells no distances beyond it apart
+MAX_DISTANCE = 32  # of slices; all larger distances have the same relative bias
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -84,8 +84,8 @@ class SliceAttention(nn.Module):
 
 
 class DepthAttention(nn.Module):
-    """Attention along the first spatial axis, at every place of a slice. Positions are rotary, so any number
-    of slices will do.
+    """Attention along the first spatial axis, at every position of a slice. Positions are rotary, so that any
+    number of slices is possible.
 
     relative_bias: a learned bias for each distance as well, as Med-LSDM has it.
     """

@@ -1,6 +1,7 @@
-"""Feature networks for distribution metrics and LPIPS: built lazily, never downloaded, each under its name.
+"""Feature networks for distances between sets of images and for LPIPS. They are built when they are needed,
+and never downloaded.
 
-Only Inception with the weights everyone uses gives a number called FID; every other network gives
+Only Inception with its usual weights gives a number called FID; every other network gives
 `frechet_<name>`. A new network is one entry in `FEATURE_NETS`.
 """
 
@@ -62,7 +63,9 @@ WEIGHTS_BY_USE = {
 
 
 class WeightsStatus(NamedTuple):
-    """Whether the weights for one use are on this machine: `path` and `source`, or else `advice`, a line."""
+    """Whether the weights for one use are on this machine: their `path` and `source`, or else `advice` in a
+    line.
+    """
 
     use: str
     path: Path | None
@@ -71,7 +74,7 @@ class WeightsStatus(NamedTuple):
 
 
 def weights_status(weights_dir: Path | str | None = None) -> list[WeightsStatus]:
-    """For every network that needs weights: where they are and which source they come from, or what to do."""
+    """The status of the weights of every network that needs some."""
     table = []
     for use, weights in WEIGHTS_BY_USE.items():
         try:
@@ -97,7 +100,7 @@ def build_medicalnet(depth: int, weights_dir: Path | str | None = None) -> Medic
 
 
 def state_sha256(module: nn.Module) -> str:
-    """Hash of all parameters and buffers, in name order."""
+    """The sha256 of all parameters and buffers, in the order of their names."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -107,7 +110,7 @@ def state_sha256(module: nn.Module) -> str:
 def empty_inception(layers: Sequence[str]) -> nn.Module:
     """torch-fidelity's network of FID without weights, frozen; its forward gives a tuple of these layers.
 
-    Its own constructor unpickles a file whatever it holds, so it is given one that holds nothing.
+    The constructor of the package unpickles a file without looking at it, so that it gets an empty one.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -195,14 +198,16 @@ class FeatureNet(NamedTuple):
 
     frechet_name: str
     kernel_name: str
-    manifold_names: tuple[str, ...]  # of precision, recall, density and coverage; none where not taken
+    manifold_names: tuple[
+        str, ...
+    ]  # for precision, recall, density and coverage; empty where these are not computed
     spatial_dims: tuple[int, ...]
     description: str
     build: Callable[..., nn.Module]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all metrics that are taken of these features."""
+        """The names of all metrics that use these features."""
         return self.frechet_name, self.kernel_name, *self.manifold_names
 
 
@@ -233,7 +238,7 @@ class MedicalNetFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != 1:
-            raise InputError(f"medicalnet: {x.shape[1]} image channels; it takes one")
+            raise InputError(f"medicalnet takes one image channel, not {x.shape[1]}")
         return self.network((x.float().clamp(-1, 1) + 1) / 2).flatten(2).mean(2)
 
 

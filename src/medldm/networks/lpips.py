@@ -1,4 +1,4 @@
-"""LPIPS, the learned perceptual distance of Zhang et al. 2018, with weights that lie on this machine."""
+"""LPIPS, the learned perceptual distance of Zhang et al. 2018, with weights that are on this machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ LPIPS_WEIGHTS = {
 def to_rgb(x: Tensor) -> Tensor:
     """(B, 1 or 3, H, W) -> (B, 3, H, W): grey is repeated."""
     if x.shape[1] not in (1, 3):
-        raise InputError(f"feature network: {x.shape[1]} image channels; it takes grey or RGB")
+        raise InputError(f"LPIPS takes grey or RGB images, not {x.shape[1]} channels")
     return x.expand(-1, 3, -1, -1)
 
 
@@ -93,7 +93,7 @@ class LPIPS(nn.Module):
         self.sha256, self.num_features = found.sha256, sum(self.network.chns)
 
     def load_backbone(self, found: FoundWeights) -> None:
-        """Copy the convolutions into the slices of the backbone, which keep torchvision's index."""
+        """Copies the convolutions into the slices of the backbone, which keep torchvision's index."""
         parts = dict(self.network.net.named_children())
         if found.package is None:
             state = torchvision_backbone(found.path)
@@ -107,7 +107,7 @@ class LPIPS(nn.Module):
             part.load_state_dict(keys)
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Always in eval mode: the heads hold dropout."""
+        """Keeps the network in eval mode, because its heads have dropout."""
         return super().train(False)
 
     def embed(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Keyword arguments in groups: what belongs together is one small dataclass, which checks it."""
+"""Sorts keyword arguments into small dataclasses, each of which checks arguments that belong together."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -8,7 +8,7 @@ from typing import Any
 def grouped(owner: str, options: Mapping[str, Any], *groups: type) -> list[Any]:
     """One instance of each dataclass in `groups`, made from those of `options` that are its fields.
 
-    Configs stay flat, however a network sorts its options. Raises TypeError, as a call does, for an option
+    Configs stay flat, however a network groups its options. Raises TypeError, as a call does, for an option
     that no group has and for one that is missing; `owner` is the name of what takes the options.
     """
     names = [{field.name for field in fields(group)} for group in groups]

@@ -28,8 +28,8 @@ class Quantized(NamedTuple):
 
 @contextlib.contextmanager
 def exact_matmul() -> Iterator[None]:
-    """A context in which float32 products do not use TF32, whose ten bits of mantissa change which code is
-    the nearest.
+    """A context in which products of float32 do not use TF32, whose mantissa of ten bits would change which
+    code is the nearest.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -74,7 +74,7 @@ def nearest_in_blocks(codes: Tensor, x: Tensor, block: int) -> Tensor:
 
 
 def perplexity_of(counts: Tensor) -> Tensor:
-    """exp of the entropy of codes that occur so often."""
+    """exp of the entropy of codes that occur `counts` times."""
     frequency = counts / counts.sum()
     return torch.exp(-torch.special.xlogy(frequency, frequency).sum())
 
@@ -92,7 +92,7 @@ class VectorQuantizer(nn.Module):
     The flag "initialised" and all statistics are buffers, so that a resumed run goes on with its codebook.
     """
 
-    is_among_codes = True  # h lies where its codes are
+    is_among_codes = True  # h and its codes are in the same space
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class VectorQuantizer(nn.Module):
         self.initialise, self.finish = Function(self._initialise), Function(self._finish)
 
     def forward(self, h: Tensor) -> Quantized:
-        """h (B, C, *S) -> its codes; in training mode the statistics follow."""
+        """The codes of h (B, C, *S). In training mode the statistics are updated."""
         with full_precision(h.device):
             return self._forward(h.float())
 
@@ -160,7 +160,7 @@ class VectorQuantizer(nn.Module):
         return loss
 
     def snap(self, z: Tensor) -> Quantized:
-        """The nearest codes of what lies among codes: the same as of any h."""
+        """The nearest codes of latents that are near codes already, here the same as of any h."""
         return self(z)
 
     def code_range(self) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,7 @@ class VectorQuantizer(nn.Module):
         self.epoch_count.zero_()
         return usage
 
-    # Buffers change in place, and the host never reads their values: a step waits for no device.
+    # Buffers change in place and the host never reads their values, so that no step waits for the device.
 
     def _initialise(self, x: Tensor) -> None:
         self._replace(~self.initialised.expand(self.num_codes), x)
@@ -199,7 +199,7 @@ class VectorQuantizer(nn.Module):
             self._replace(self.code_count < self.restart_threshold, x)
 
     def _replace(self, chosen: Tensor, x: Tensor) -> None:
-        """Move the chosen codes (K,) to input vectors and restart their statistics."""
+        """Moves the chosen codes (K,) to input vectors, and restarts their statistics."""
         vectors = self._candidates(x)
         self.codebook.data.copy_(torch.where(chosen[:, None], vectors, self.codebook))
         self.code_count.copy_(torch.where(chosen, 1.0, self.code_count))

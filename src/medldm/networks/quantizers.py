@@ -1,5 +1,5 @@
-"""What may stand in the place of the vector quantiser, behind its interface: called with h (B, C, *S) they
-give `Quantized`, `snap` moves what lies among codes to the nearest ones, `lookup` turns indices into codes.
+"""Quantisers that can replace the vector quantiser, with the same interface: a call with h (B, C, *S) gives
+`Quantized`, `snap` moves latents near codes to the nearest ones, and `lookup` turns indices into codes.
 
 Finite scalar quantisation (Mentzer et al. 2023), lookup-free quantisation (Yu et al. 2024), residual vector
 quantisation (Lee et al. 2022), and the Gaussian latents of Rombach et al. 2022.
@@ -23,12 +23,14 @@ def straight_through(h: Tensor, z: Tensor) -> Tensor:
 
 
 class FixedCodes(nn.Module):
-    """A grid of codes that is not learnt: channel c takes one of `levels[c]` values.
+    """A fixed grid of codes: channel c takes one of `levels[c]` values.
 
-    The index of a code is the number whose digits, of the first channel first, are the channels' levels.
+    The index of a code is the number whose digits are the levels of the channels, the first channel first.
     """
 
-    is_among_codes = False  # h is not where its codes are, so nothing decodes it unquantised
+    is_among_codes = (
+        False  # h is not in the space of its codes, so that it cannot be decoded without quantising
+    )
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
@@ -112,7 +114,7 @@ class FiniteScalarQuantizer(FixedCodes):
 
 
 def sign_entropy(logits: Tensor) -> Tensor:
-    """In nats, of probabilities sigmoid(logits)."""
+    """The entropy in nats of probabilities sigmoid(logits)."""
     return F.softplus(logits) - logits * torch.sigmoid(logits)
 
 
