@@ -70,7 +70,7 @@ def make_case(file: Path, row: dict[str, str], task: str | None) -> Case:
         raise InputError(f"{file}: not named like 00000001_000.png; rename it, or use data=class_folders")
     patient = row.get("Patient ID")
     if patient and int(patient) != int(subject):
-        raise InputError(f"{file}: the table states another patient, {patient}; restore the published table")
+        raise InputError(f"{file}: the table states patient {patient} for it; restore the published table")
     findings = row.get("Finding Labels", "")
     several = "" if task else SEVERAL
     attributes = {
