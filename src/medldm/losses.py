@@ -95,6 +95,10 @@ def random_slices(x: Tensor, axis: int, index: Tensor) -> Tensor:
 PERCEPTUAL_NETWORKS = ("lpips_vgg", "lpips_alex", "medicalnet_10", "medicalnet_50", "random_conv")
 
 
+# The least length of an image's axes: VGG16 halves it four times, AlexNet pools three values of its seven.
+SMALLEST_IMAGES = {"lpips_vgg": 16, "lpips_alex": 31}
+
+
 class PerceptualLoss(nn.Module):
     """Distance between the features that a frozen network has of two images.
 
@@ -112,6 +116,7 @@ class PerceptualLoss(nn.Module):
         check_one_of("network", network, PERCEPTUAL_NETWORKS)
         self.network, self.weights_dir = network, weights_dir
         self.spatial_dims = 3 if network.startswith("medicalnet") else 2
+        self.smallest_size = SMALLEST_IMAGES.get(network, 1)
         self._built: list[nn.Module] = []  # a list, so that nn.Module does not register it
         self.device: torch.device | None = None  # where it is
 

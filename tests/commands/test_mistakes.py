@@ -159,6 +159,14 @@ def test_images_that_do_not_divide_by_the_model_s_factors(capfd, phantom_raw, fi
     assert last.is_file()
 
 
+def test_images_that_are_too_small_for_a_discriminator(told_by_train):
+    strides = "model.discriminators.image.strides=[2,2,2,2,2,2]"
+    channels = "model.discriminators.image.channels=[4,4,4,4,4,4]"
+    line = told_by_train(VQVAE, strides, channels)
+    assert "[64, 64] are too small" in line and "[128, 128] at least" in line
+    assert "data.image_size=[128,128]" in line and "model.discriminators.NAME.strides" in line
+
+
 @pytest.mark.parametrize("override", ["device=cuda:9", "device=tpu", "precision=16-mixed"])
 def test_sampling_on_a_device_that_there_is_not(told_by_sample, override, tmp_path):
     assert override in told_by_sample(override)

@@ -8,6 +8,7 @@ from medldm import losses
 from medldm.losses import AdversarialLoss, PerceptualLoss, adaptive_weight, feature_matching, random_slices
 from medldm.models.adversarial import AdversarialModule
 from medldm.networks import lpips
+from medldm.networks.discriminator import PatchDiscriminator
 from tests.helpers import compose_config
 
 REAL, FAKE = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.5])
@@ -96,6 +97,39 @@ class Critic(nn.Module):
 
     def forward(self, x):
         return [self.scale * k * x for k in (1, 2, 3)] + [self.scale * x]
+
+
+@pytest.mark.parametrize(("kind", "smallest"), [("lpips_vgg", 16), ("lpips_alex", 31)])
+def test_the_smallest_image_of_a_perceptual_network(monkeypatch, tmp_path, kind, smallest):
+    monkeypatch.setattr(lpips, "find_weights", lambda *_: lpips.FoundWeights(tmp_path, "0", None))
+    monkeypatch.setattr(lpips.LPIPS, "load_backbone", lambda self, found: None)
+    loss = PerceptualLoss(kind)
+    assert loss.smallest_size == smallest
+    image = torch.zeros(1, 1, smallest, smallest)
+    assert loss(image, image).item() == 0
+    with pytest.raises(RuntimeError, match="too small"):
+        loss(image[..., 1:], image[..., 1:])
+
+
+def test_the_axes_that_a_discriminator_of_slices_needs():
+    """Slices along an axis do not show its length; those along several show every axis."""
+
+    class Stage(AdversarialModule):
+        size_factors = (2, 2, 2)
+
+    flat = PatchDiscriminator(2, channels=[2], strides=[2], norm="none")  # 4 at least
+    solid = PatchDiscriminator(3, channels=[2, 2], strides=[2, 2], norm="none")  # 8 at least
+
+    def needed(*discriminators, slice_axes=(0,)):
+        adversarial = AdversarialLoss()
+        return Stage(
+            optimizer=None, discriminators=discriminators, adversarial=adversarial, slice_axes=slice_axes
+        ).smallest_size
+
+    assert (flat.smallest_size, solid.smallest_size) == (4, 8)
+    assert needed(flat) == (1, 4, 4)
+    assert needed(flat, slice_axes=(0, 1, 2)) == (4, 4, 4)
+    assert needed(flat, solid) == (8, 8, 8)
 
 
 def test_each_discriminator_has_a_weight_of_its_own_and_features_count_apart():

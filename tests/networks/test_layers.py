@@ -62,3 +62,25 @@ def test_discriminator_returns_features_and_logits(spatial_dims):
     network = PatchDiscriminator(spatial_dims, channels=[4, 8], strides=[2, 2], norm="group")
     features = network(torch.randn(2, 1, *(16,) * spatial_dims))
     assert [f.shape[1] for f in features] == [4, 8, 1]
+
+
+@pytest.mark.parametrize(
+    ("strides", "padding", "smallest"),
+    [
+        ([2, 2, 2], 1, 16),
+        ([2, 2, 2, 1], 1, 24),
+        ([2, 2, 1], 1, 12),
+        ([2, 1], 2, 1),
+        ([1], 0, 7),
+        ([2, 2], 0, 22),
+    ],
+)
+def test_the_smallest_image_of_a_discriminator_is_that_from_which_logits_come(strides, padding, smallest):
+    network = PatchDiscriminator(
+        2, channels=[2] * len(strides), strides=strides, norm="none", padding=padding
+    )
+    assert network.smallest_size == smallest
+    assert network(torch.zeros(1, 1, smallest, smallest))[-1].numel() > 0
+    if smallest > 1:
+        with pytest.raises(RuntimeError, match="size"):
+            network(torch.zeros(1, 1, smallest, smallest - 1))

@@ -92,6 +92,27 @@ class AdversarialModule(TrainedModule):
         """
         raise NotImplementedError
 
+    @property
+    def judges(self) -> list[nn.Module]:
+        """The networks that compare images in training, each with its `spatial_dims` and `smallest_size`."""
+        return list(self.discriminators)
+
+    @property
+    def judged_factors(self) -> tuple[int, ...]:
+        """How many voxels of an image stand for one of what is judged, for each axis."""
+        return (1,) * len(self.size_factors)
+
+    @property
+    def smallest_size(self) -> tuple[int, ...]:
+        axes = range(len(self.judged_factors))
+        needed = [1] * len(axes)
+        for judge in self.judges:
+            is_whole = judge.spatial_dims == len(axes)
+            for axis in axes:
+                if is_whole or any(across != axis for across in self.slice_axes):
+                    needed[axis] = max(needed[axis], judge.smallest_size)
+        return tuple(n * f for n, f in zip(needed, self.judged_factors, strict=True))
+
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, self.generator)
         schedule = self.learning_rate(optimizer)

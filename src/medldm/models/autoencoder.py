@@ -90,6 +90,11 @@ class AutoencoderModule(AdversarialModule):
         return self.autoencoder.downsampling
 
     @property
+    def judges(self) -> list[nn.Module]:
+        is_read = self.perceptual is not None and self.perceptual_weight
+        return [*super().judges, *([self.perceptual] if is_read else [])]
+
+    @property
     def score_names(self) -> tuple[str, ...]:
         return ("psnr", "ssim") if self.reconstructs == "image" else ("dice",)
 

@@ -96,6 +96,10 @@ class TrainedModule(LightningModule):
         return ()
 
     @property
+    def smallest_size(self) -> tuple[int, ...]:
+        return ()
+
+    @property
     def outputs(self) -> dict[str, Output]:
         return {}
 

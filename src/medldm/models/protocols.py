@@ -77,6 +77,10 @@ class Trainable(Protocol):
         """What images in training must divide by, for each axis; () where any size will do."""
 
     @property
+    def smallest_size(self) -> tuple[int, ...]:
+        """What images in training must measure at least, for each axis; () where any size will do."""
+
+    @property
     def validation_metrics(self) -> tuple[str, ...]:
         """Names that validation logs: checkpoints may be chosen by any of them."""
 

@@ -171,6 +171,16 @@ class TranslationModule(AdversarialModule):
         return self.first_stage.downsampling
 
     @property
+    def judges(self) -> list[nn.Module]:
+        perceptual = getattr(self.objective, "perceptual", None)
+        return [*super().judges, *([] if perceptual is None else [perceptual])]
+
+    @property
+    def judged_factors(self) -> tuple[int, ...]:
+        images_are_judged = self.objective.trains_autoencoder
+        return super().judged_factors if images_are_judged else self.first_stage.downsampling
+
+    @property
     def autoencoder(self) -> nn.Module:
         return self.first_stage.autoencoder
 

@@ -30,6 +30,7 @@ class PatchDiscriminator(nn.Module):
     Med-LSDM's discriminators have them (with norm "batch" and padding 2: 2,764,481 parameters in 2D,
     11,049,665 in 3D).
     weight: of its adversarial term in the generator's loss, where there are several discriminators.
+    `smallest_size` is the least length of an image's axes from which logits come out.
     """
 
     is_block = True
@@ -53,6 +54,7 @@ class PatchDiscriminator(nn.Module):
                 f"{len(channels)} channels but {len(strides)} strides; give one of each a convolution"
             )
         self.spatial_dims, self.weight = spatial_dims, weight
+        self.smallest_size = smallest_input([*strides, 1], padding)
         stages, width = [], in_channels
         for i, (out, stride) in enumerate(zip(channels, strides, strict=True)):
             has_norm = i > 0 and norm != "none"
@@ -77,6 +79,16 @@ class PatchDiscriminator(nn.Module):
             x = F.leaky_relu(stage(x), 0.2)
             features.append(x)
         return [*features, self.head(x)]
+
+
+def smallest_input(strides: Sequence[int], padding: int) -> int:
+    """The least length of an axis from which convolutions of kernel 4 with these strides, one after the
+    other, make one value.
+    """
+    length = 1
+    for stride in reversed(strides):
+        length = max(1, (length - 1) * stride + 4 - 2 * padding)
+    return length
 
 
 def init_weights(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -48,10 +49,13 @@ def check_knobs(
 
 
 def check_sizes(module: TrainedModule, datamodule: CaseDataModule) -> None:
-    """InputError where an image of training or validation does not divide by the model's factors."""
+    """InputError where an image of training or validation does not divide by the model's factors, or is too
+    small for what judges it.
+    """
     factors = module.size_factors
     sizes = datamodule.image_sizes() if factors else {}
     for size, path in sizes.items():
+        check_smallest(module, size, path)
         if any(n % f for n, f in zip(size, factors, strict=True)):
             larger, smaller = (
                 "[" + ",".join(str(f * (way(n / f))) for n, f in zip(size, factors, strict=True)) + "]"
@@ -62,6 +66,19 @@ def check_sizes(module: TrainedModule, datamodule: CaseDataModule) -> None:
                 f"{path}: its {list(size)} do not divide by {list(factors)}, which this model needs; prepare "
                 f"with data.image_size={larger}{crop}"
             )
+
+
+def check_smallest(module: TrainedModule, size: Sequence[int], path: Path) -> None:
+    """InputError where a discriminator or a perceptual loss would have no value left of an image."""
+    least = module.smallest_size
+    if any(n < m for n, m in zip(size, least, strict=bool(least))):
+        needed = "[" + ",".join(str(max(n, m)) for n, m in zip(size, least, strict=True)) + "]"
+        raise InputError(
+            f"{path}: its {list(size)} are too small for this model's discriminators or its perceptual loss, "
+            f"which see {list(least)} at least; prepare with data.image_size={needed} or more and train with "
+            "no smaller data.crop_size, lower model.discriminators.NAME.strides, or leave them out with "
+            "model.discriminators=null model.adversarial=null model.perceptual_weight=0"
+        )
 
 
 def check_monitor(monitor: str, module: TrainedModule) -> None:
