@@ -1,1 +1,1 @@
-"""What `medldm doctor` looks at: software, devices, kernels, room, weights and the cluster."""
+"""The checks of `medldm doctor`: software, devices, kernels, memory and disks, weights, and the cluster."""

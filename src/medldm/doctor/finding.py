@@ -6,7 +6,7 @@ OK, TO_NOTE, WRONG = "ok", "note", "wrong"
 
 
 class Finding(NamedTuple):
-    """What was looked at and how it is: `state` is "ok", "note" (works, with less) or "wrong"."""
+    """What was checked, and its state: "ok", "note" (it works, with restrictions) or "wrong"."""
 
     topic: str
     name: str

@@ -1,4 +1,4 @@
-"""A self-test of the operations that training spends its time in, each against float64 on the host."""
+"""Tests the operations that take most time in training, each against float64 on the host."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,8 +12,8 @@ from torch import Tensor
 from medldm.devices import LAYOUTS, Hardware, wait_for
 from medldm.doctor.finding import TO_NOTE, WRONG, Finding
 
-# Relative deviation (L2 norm) that rounding explains, with a margin of about five: a number is rounded by up
-# to half a unit in the last place, 2^-9 of it in bf16 and 2^-12 in TF32, in which GPUs multiply float32.
+# The relative deviation (L2 norm) that rounding explains, with a margin of about five: a number is rounded by
+# up to half a unit in the last place, 2^-9 of it in bf16 and 2^-12 in TF32, in which GPUs multiply float32.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TF32_TOLERANCE = 2e-3
 TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16"}
@@ -70,7 +70,7 @@ def kernel_findings(
 
 
 class Trial(NamedTuple):
-    """One precision and layout: how far the results deviate, or what the backend said instead."""
+    """One precision and layout: the deviation of its results, or the error of the backend."""
 
     dtype: torch.dtype
     layout: str
@@ -110,7 +110,7 @@ def judge_kernel(case: KernelTest, tried: Sequence[Trial], hardware: Hardware) -
         worst = {dtype: max(t.deviation for t in tried if t.dtype == dtype) for dtype in TOLERANCES}
         text = ", ".join(f"{TYPE_NAMES[dtype]} {value:.0e}" for dtype, value in worst.items())
         return Finding("kernels", case.name, f"relative deviation {text}")
-    # What `auto` never chooses on this hardware does no harm.
+    # A failure is harmless where `auto` never chooses this on the hardware.
     is_unused = not hardware.multiplies_bf16 and all(trial.dtype == torch.bfloat16 for trial, _ in wrong)
     mend = "train with trainer.precision=32-true channels_last=false, and try another version of torch"
     lines = "; ".join(text for _, text in wrong)

@@ -1,4 +1,4 @@
-"""Devices with their drivers and memory, room on disks, and the cluster."""
+"""Checks devices with their drivers and memory, the free space on disks, and the cluster."""
 
 import os
 import shutil
@@ -16,12 +16,12 @@ from medldm.doctor.finding import TO_NOTE, WRONG, Finding
 BYTES_PER_GIB = 2**30
 MIN_DISK = 1.0  # GiB: below it a run cannot write its checkpoints
 AMPLE_DISK = 20.0  # GiB: below it a run of several stages may fill the disk
-MIN_SHARED = 0.5  # GiB of /dev/shm, through which workers hand batches over
+MIN_SHARED = 0.5  # GiB of /dev/shm, through which workers pass batches
 SHARED_MEMORY = Path("/dev/shm")
 
 
 class Machine(NamedTuple):
-    """What is known of a machine before anything is judged, so that tests can speak of others."""
+    """The facts of a machine, apart from their assessment, so that tests can describe other machines."""
 
     hardware: Hardware
     gpus: Sequence[Gpu]
@@ -61,7 +61,7 @@ def output_of(*command: str) -> str | None:
 
 
 def available_memory() -> float | None:
-    """GiB of the host's memory that a process could still take, None where the system does not tell."""
+    """The GiB of the host's memory that a process can still allocate, None where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -71,7 +71,7 @@ def available_memory() -> float | None:
 
 
 def device_findings(machine: Machine) -> Iterator[Finding]:
-    """The host, the driver, every GPU, and what `auto` means on this machine."""
+    """Findings about the host, the driver and every GPU, and what `auto` means on this machine."""
     free = "" if machine.memory_gib is None else f", {machine.memory_gib:.1f} GiB of memory free"
     yield Finding("device", "host", f"{machine.num_cores} cores, {torch.get_num_threads()} threads{free}")
     built = f"torch {torch.__version__} was built for CUDA {machine.torch_cuda or 'none'}"
@@ -96,7 +96,7 @@ def device_findings(machine: Machine) -> Iterator[Finding]:
 
 
 def disk_findings(folders: Sequence[Path]) -> Iterator[Finding]:
-    """Free room where runs, data and temporary files go, and in shared memory."""
+    """Findings about the free space for runs, data and temporary files, and in shared memory."""
     for folder in folders:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free / BYTES_PER_GIB
@@ -114,7 +114,7 @@ def disk_findings(folders: Sequence[Path]) -> Iterator[Finding]:
 
 
 def cluster_findings(machine: Machine) -> Iterator[Finding]:
-    """SLURM, and what several processes of one training talk through."""
+    """Findings about SLURM, and about the library by which processes of one training communicate."""
     if machine.slurm is None:
         yield Finding("cluster", "SLURM", "not on this machine", TO_NOTE, "only slurm/*.sh need it")
     else:

@@ -1,4 +1,4 @@
-"""Versions of what medldm stands on, and the extras that are installed."""
+"""Checks the versions of the packages that medldm needs, and the extras that are installed."""
 
 import platform
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def installed(name: str) -> str | None:
 
 
 def requirements() -> list[Requirement]:
-    """What medldm's own metadata asks for, extras included; empty where it was not installed as a package."""
+    """The requirements in medldm's metadata, with extras; empty where it was not installed as a package."""
     try:
         return [Requirement(text) for text in requires("medldm") or ()]
     except PackageNotFoundError:
@@ -32,7 +32,7 @@ def requirements() -> list[Requirement]:
 
 
 def software_findings(needed: Sequence[Requirement] | None = None) -> Iterator[Finding]:
-    """Python and medldm, then the main packages, then each one that is missing or of another version."""
+    """Findings about Python and medldm, the main packages, and each that is missing or of another version."""
     needed = requirements() if needed is None else needed
     about = f"medldm {medldm.__version__}, Python {platform.python_version()}, {platform.system()}"
     yield Finding("software", "versions", about)

@@ -1,4 +1,4 @@
-"""Pretrained weights that losses and metrics can use."""
+"""Checks the pretrained weights that losses and metrics can use."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +8,8 @@ from medldm.networks.features import weights_status
 
 
 def weight_findings(weights_dir: str | Path | None) -> Iterator[Finding]:
-    """Where each file is, or how to get it. A file of another content is wrong, a missing one a note: what
-    needs it is left out or refused by name.
+    """Where each file is, or how to get it. A file with another content is wrong. A missing one is a note,
+    since metrics that need it are left out, and losses that need it name it.
     """
     for status in weights_status(weights_dir):
         if status.path is not None:

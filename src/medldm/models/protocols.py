@@ -1,7 +1,7 @@
-"""What the rest of medldm asks of a model: to be trained, to give images, to sample.
+"""The protocols of models: what the rest of medldm needs of one that is trained, gives images, or samples.
 
 `medldm.models.common.TrainedModule` has the defaults, so that a new kind of model states what it does
-differently. Commands, callbacks and `medldm plan` use nothing of a model but what stands here.
+differently. Commands, callbacks and `medldm plan` use nothing else of a model.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from medldm.diffusion.windows import Windows
 
 
 class Request(NamedTuple):
-    """What is asked of a model besides a batch; models that draw nothing at random ignore most of it."""
+    """What a model is asked for besides a batch. Models that draw nothing at random ignore most of it."""
 
     seed: int = 0
     drop: tuple[str, ...] = ()  # groups of conditions to withhold
@@ -74,7 +74,9 @@ class Trainable(Protocol):
 
     @property
     def size_factors(self) -> tuple[int, ...]:
-        """What images in training must divide by, for each axis; () where any size will do."""
+        """The number by which images in training must divide, for each axis; () where any size is
+        possible.
+        """
 
     @property
     def smallest_size(self) -> tuple[int, ...]:
@@ -90,7 +92,7 @@ class Trainable(Protocol):
 
     @property
     def ema_modules(self) -> nn.ModuleDict | None:
-        """What a moving average follows; None for a model without one."""
+        """The modules that a moving average follows; None for a model without one."""
 
     @property
     def needs_latent_statistics(self) -> bool:
@@ -123,11 +125,13 @@ class Predictive(Protocol):
     description: dict[str, Any]
     facts: Mapping[str, Any]
     device: torch.device
-    class_names: Sequence[str]  # what `segment` tells apart, the background left out; () where it cannot
+    class_names: Sequence[str]  # the classes of `segment` without the background; () where it has none
 
     @property
     def outputs(self) -> dict[str, Output]:
-        """What it can give, by name; the first is what it is for. Empty for a model that makes no images."""
+        """The kinds of images that it gives, by name, the main one first. Empty for a model that makes no
+        images.
+        """
 
     def use_tiles(self, size: int) -> None:
         """Decode volumes in tiles of this edge from now on. InputError for a model that cannot."""

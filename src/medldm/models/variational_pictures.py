@@ -1,4 +1,6 @@
-"""What Medical VDM shows of itself in training: samples, reconstructions, its schedule and its noising."""
+"""Pictures of Medical VDM in training: samples, reconstructions, its schedule, and images with
+growing noise.
+"""
 
 import dataclasses
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The slice browser: stacks of images that a reader moves through, all planes and layers together."""
+"""The slice browser: stacks of images through which a reader moves, in all planes and layers together."""
 
 from collections.abc import Mapping, Sequence
 

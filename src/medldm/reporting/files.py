@@ -1,4 +1,4 @@
-"""What a page reads: pictures, curves and numbers from the folders of runs and evaluations."""
+"""Reads the pictures, curves and numbers of a page from the folders of runs and evaluations."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pages about a chain of runs and its evaluation, and about two evaluations, put together from sections."""
+"""Composes pages about a chain of runs and its evaluation, and about two evaluations."""
 
 import json
 import time
@@ -36,7 +36,7 @@ def compose(runs: Sequence[RunFiles], evaluation: EvaluationFiles | None, comman
 
 
 def evaluation_blocks(evaluation: EvaluationFiles) -> Iterable[Block]:
-    """What there is to see and to read of the judged images."""
+    """The sections about the evaluated images, with their titles."""
     if evaluation.browser:
         yield "slices", "Slices", browser_section(evaluation.browser)
     if evaluation.panels:
@@ -92,7 +92,7 @@ def commands_section(
 
 
 def commands_block(commands: Iterable[tuple[str, str | None]]) -> Markup:
-    """What was typed, as a shell would read it again; what is not known is not shown."""
+    """The commands that were typed, as a shell would read them again. Unknown ones are left out."""
     rows = [[what, element("code", text, class_="text")] for what, text in commands if text]
     if not rows:
         nothing = "None of these steps was started from a command line."

@@ -1,4 +1,4 @@
-"""What provenance.json says of samples: everything that decides what is written."""
+"""Describes samples for provenance.json: everything that decides what is written."""
 
 import dataclasses
 from pathlib import Path
@@ -56,7 +56,9 @@ def describe_data(cfg: DictConfig, dataset: CaseDataset) -> dict[str, Any]:
 
 
 def describe_decoder(module: TrainedModule) -> str | None:
-    """What decodes: "spade" where it sees the map, "plain" where not, None where there is no autoencoder."""
+    """The kind of decoder: "spade" where it sees the map, else "plain"; None where there is no
+    autoencoder.
+    """
     if module.image_decoder is None:
         return None
     return "plain" if module.image_decoder.decoder_map_channels is None else "spade"

@@ -1,4 +1,6 @@
-"""What `medldm sample` is asked for: settings that have an effect, and cases that the model may see."""
+"""Checks the request of `medldm sample`: settings must have an effect, and the model must not know the
+subjects.
+"""
 
 import logging
 from typing import Any
@@ -75,7 +77,9 @@ def check_latent(predictor: Predictor, key: str) -> None:
 
 
 def windows_of(cfg: DictConfig, module: TrainedModule, predictor: Predictor) -> Windows | None:
-    """InputError where the model denoises nothing larger than its training windows."""
+    """The windows that are asked for, None where none are. InputError where the model cannot denoise in
+    windows.
+    """
     if cfg.windows.size is None:
         return None
     check_latent(predictor, "windows.size")
@@ -123,7 +127,9 @@ def check_subjects(
 
 
 def give_units(dataset: CaseDataset, facts: dict[str, Any]) -> None:
-    """Maps alone tell no intensities: their volumes get those typical of what the model was trained on."""
+    """Gives cases without an image, which state no intensities, the range that is typical of the training
+    data.
+    """
     ranges = facts.get("intensity_ranges") or {}
     for item in dataset.every_item():
         label = dataset.number("label", item) if facts.get("label_values") else 0
@@ -131,5 +137,5 @@ def give_units(dataset: CaseDataset, facts: dict[str, Any]) -> None:
         if typical is not None:
             dataset.cases[item.case]["intensity_range"] = list(typical)
         elif ranges:
-            log.warning("%s: of no known units; written in [0, 1]", dataset.item_id(item))
+            log.warning("%s: its units are unknown; it is written in [0, 1]", dataset.item_id(item))
             dataset.cases[item.case]["intensity_range"] = [0.0, 1.0]

@@ -1,4 +1,4 @@
-"""Samples, their trajectories, and volumes between two cases, written case by case as they are made."""
+"""Writes samples, their trajectories, and volumes between two cases, case by case as they are made."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,1 +1,1 @@
-"""What `medldm train` puts together: the run, its data and module, the trainer, and checks beforehand."""
+"""The parts of `medldm train`: the run, its data and module, checks beforehand, and the trainer."""

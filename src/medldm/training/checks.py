@@ -1,4 +1,6 @@
-"""What is refused before anything is written: settings without effect, sizes, subjects, metrics."""
+"""Refuses, before anything is written, settings without effect, and sizes, subjects or metrics that do not
+fit.
+"""
 
 import logging
 import math
@@ -26,7 +28,7 @@ def check_knobs(
     spatial_dims: int,
     typed: Sequence[str] = (),
 ) -> None:
-    """InputError for a setting that nothing would read. `model` is the resolved config of what is trained;
+    """InputError for a setting that has no effect. `model` is the resolved config of what is trained;
     `typed` are the overrides of the command line.
     """
     options = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("data", "callbacks")}
@@ -106,11 +108,11 @@ def check_stages(cfg: DictConfig, description: dict[str, Any], datamodule: CaseD
         for subset in ("test", "val"):
             allow = bool(cfg.allow_training_subjects) or subset == "val"
             check_held_out(seen, datamodule.subjects[subset], path, subset, allow=allow, key=key)
-            seen = seen._replace(unrecorded=[])  # they have been told of already
+            seen = seen._replace(unrecorded=[])  # they were warned of in the first round
 
 
 def path_of(cfg: DictConfig, stage: str) -> str:
-    """Where the config names what a training stands on or starts from; a student's is all of its teacher."""
+    """The checkpoint of a stage that a config names. A student takes all of them from its teacher."""
     if cfg.model.get("teacher"):
         return cfg.model.teacher.checkpoint
     return cfg.init_from if stage == "init_from" else cfg.model[stage].checkpoint

@@ -1,4 +1,4 @@
-"""Going on with a run, or starting from another one's weights: what must be the same, and what is kept."""
+"""Checks what must be the same where a run is resumed, or starts from the weights of another one."""
 
 import logging
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_optimizers(path: Path, content: dict[str, Any], module: TrainedModule) -> None:
-    """InputError where what a checkpoint keeps of its optimisers, such as Adam's moments, is not of the shape
-    of the parameters that they step: fused optimisers read and write it without looking.
+    """InputError where the state of optimisers in a checkpoint, such as Adam's moments, does not have the
+    shapes of their parameters: fused optimisers read and write it without checks.
     """
     optimizers, _ = module.configure_optimizers()
     states = content.get("optimizer_states")
@@ -108,7 +108,9 @@ def initialise(
 
 
 def warn_of_other_stages(model: dict[str, Any], description: dict[str, Any]) -> None:
-    """A resumed run keeps the stages that it was begun with, whatever lies at their paths now."""
+    """Warns where another file is at the path of an earlier stage: a resumed run keeps the one it
+    began with.
+    """
     for stage in ("first_stage", "map_stage"):
         path, kept = (model.get(stage) or {}).get("checkpoint"), description.get(stage)
         if path and kept and Path(path).is_file() and file_sha256(path) != kept.get("sha256"):

@@ -1,4 +1,6 @@
-"""A training run: its folder and model, then its data and module, checked before anything is written."""
+"""Opens a training run: its folder and model, then its data and module. All is checked before anything is
+written.
+"""
 
 import logging
 import os
@@ -32,22 +34,22 @@ log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """Where a training writes, what it trains, and what it goes on from."""
+    """Where a training writes, what it trains, and from which checkpoint it continues."""
 
     folder: Path
     model: dict[str, Any]  # the model's resolved config
-    resume: Path | None  # the checkpoint that is gone on from
+    resume: Path | None  # the checkpoint from which it continues
     content: dict[str, Any] | None  # of that checkpoint
     teacher: dict[str, Any] | None = None  # the content of the teacher's checkpoint, in a distillation
 
     @property
     def stages_from(self) -> dict[str, Any] | None:
-        """The checkpoint that brings the weights of the earlier stages along."""
+        """The checkpoint that holds the weights of the earlier stages."""
         return self.teacher if self.content is None else self.content
 
     @property
     def step(self) -> int | None:
-        """The update at which a resumed run goes on."""
+        """The update at which a resumed run continues."""
         return None if self.content is None else self.content["global_step"]
 
 

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: its checkpoint gives the student its config, first stage and weights."""
+"""Takes the config, first stage and weights of a student from the checkpoint of its teacher."""
 
 import logging
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ KEY = "model.teacher.checkpoint"
 
 
 def teacher_of(model: Mapping[str, Any]) -> str | None:
-    """The path of a config's teacher, None for what is no distillation."""
+    """The path of the teacher in a config; None where that is no distillation."""
     return model["teacher"]["checkpoint"] if model["kind"] == "distillation" else None
 
 

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as medldm sets it up, and the settings of the device that it runs on."""
+"""Makes Lightning's Trainer with medldm's callbacks, and chooses the settings of its device."""
 
 import logging
 import warnings
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def quieten() -> None:
-    """Drop Lightning's advertisements and hints that do not apply; warnings of substance stay."""
+    """Suppresses Lightning's advertisements, and hints that do not apply here. Other warnings stay."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
@@ -51,7 +51,7 @@ def quieten() -> None:
         ".*does not have many workers.*",
         ".*LeafSpec.*",
         ".*module\\(s\\) in eval mode.*",
-        ".*your dataloader is not resumable.*",  # it is, by a sampler of its own
+        ".*your dataloader is not resumable.*",  # it is resumable, by a sampler of our own
         ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose, see `TrainedModule`
     ):
         warnings.filterwarnings("ignore", text)
@@ -60,7 +60,7 @@ def quieten() -> None:
 
 def choose_for(cfg: DictConfig) -> DeviceSettings:
     """The settings of the device that this training asks for. InputError where there is no such device, or
-    where an option of the trainer cannot be.
+    where an option of the trainer is impossible.
     """
     options = cfg.trainer
     for key, lowest in (("accumulate_grad_batches", 1), ("num_nodes", 1), ("log_every_n_steps", 1)):
@@ -96,7 +96,7 @@ def build_trainer(
 ) -> Trainer:
     """Lightning's Trainer with medldm's callbacks; modules that step by hand accumulate and clip themselves.
 
-    `resumed_step` is the update at which a resumed run goes on, None for a new one.
+    `resumed_step` is the update at which a resumed run continues, None for a new one.
     """
     options = trainer_options(cfg, module, settings)
     loggers: list[Any] = [MetricsFile(run_dir / "metrics.csv", resumed_step=resumed_step)]
