@@ -1,4 +1,4 @@
-"""Moving averages of any length, chosen after training from stored snapshots. Karras et al. 2024, section 3.
+"""Makes moving averages of any length after training, from stored snapshots. Karras et al. 2024, section 3.
 
 The length is relative: the standard deviation of a profile as a share of the training, 0.05 for instance. At
 update n the weights of update k <= n count in proportion to k^c - (k - 1)^c: a power of training time.
@@ -17,8 +17,8 @@ from medldm.checkpoints import check_weights, fit_weights, read_checkpoint
 from medldm.errors import InputError, unreadable
 from medldm.files import replacing
 
-TRACKED = (0.05, 0.1)  # of what is stored; the paper's
-LONGEST_PROFILE = 12**-0.5  # all updates count alike
+TRACKED = (0.05, 0.1)  # the lengths that are stored, those of the paper
+LONGEST_PROFILE = 12**-0.5  # at this length all updates count alike
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ def profile(num_updates: int, length: float) -> Tensor:
 
 
 def decay_at(update: int, length: float) -> float:
-    """What is kept of the average at this update, counted from 1. Section 3.1."""
+    """The share of the average that an update keeps; updates are counted from 1. Section 3.1."""
     return (1 - 1 / update) ** exponent(length)
 
 
@@ -82,7 +82,7 @@ def combination(stored: Sequence[Snapshot], wanted: Snapshot) -> tuple[Tensor, f
 
 
 def snapshots_of(run_dir: Path) -> dict[Snapshot, Path]:
-    """The stored averages of a run, in order."""
+    """The stored averages of a run, in the order of their updates."""
     found = {}
     for path in sorted((run_dir / "averages").glob("*.pt")):
         match = re.fullmatch(r"update_(\d+)_length_([\d.]+)", path.stem)

@@ -1,4 +1,4 @@
-"""Updates whose gradients are not finite: left out, counted, and told with where they come from."""
+"""Leaves out updates whose gradients are not finite, counts them, and tells which layers they come from."""
 
 import logging
 from typing import Any
@@ -17,26 +17,32 @@ MOST_IN_A_ROW = 5  # updates that are left out before training stops
 class SkipNonFinite(Callback):
     """Leaves out an update one of whose gradients is not finite: weights and moments stay as they were.
 
-    The device decides, and the host asks at loggings alone: how many updates were left out is told there, and
-    after MOST_IN_A_ROW in a row training ends with an InputError that names the losses and the layers, the
-    last checkpoint being of finite weights. Fused optimisers take the device's decision (`found_inf`); others
-    get gradients of zero, so that their momentum and weight decay act once more. Logs `train/gradient_norm`,
-    the norm over all gradients of the model's first optimiser before they are clipped, or after it where the
-    module steps by hand.
+    The device decides, and the host reads its decision only when it logs: then it tells how many updates were
+    left out, and after MOST_IN_A_ROW in a row training ends with an InputError that names the losses and the
+    layers. The last checkpoint has finite weights. Fused optimisers take the device's decision (`found_inf`);
+    others get gradients of zero, so that their momentum and weight decay act once more. Logs
+    `train/gradient_norm`, the norm over all gradients of the model's first optimiser before they are clipped,
+    or after it where the module steps by hand.
     """
 
     def __init__(self, most_in_a_row: int = MOST_IN_A_ROW) -> None:
         self.most_in_a_row = most_in_a_row
-        self.counts: Tensor | None = None  # of updates left out: all, and those in a row at the end
+        self.counts: Tensor | None = (
+            None  # numbers of updates left out: of all, and of the last ones in a row
+        )
         self.told = 0
-        self.stepped: dict[int, list[nn.Parameter]] = {}  # by each optimiser in its last update
-        self.norms: dict[int, Tensor] = {}  # of their gradients
+        self.stepped: dict[
+            int, list[nn.Parameter]
+        ] = {}  # the parameters that each optimiser has updated last
+        self.norms: dict[int, Tensor] = {}  # the norms of their gradients
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.counts, self.told = torch.zeros(2, device=module.device), 0
         if module.automatic_optimization:
             return
-        for place, optimizer in enumerate(trainer.optimizers):  # these step by themselves, without the hook
+        for place, optimizer in enumerate(
+            trainer.optimizers
+        ):  # optimisers of such a module step without the hook
             optimizer.register_step_pre_hook(
                 lambda optimizer, args, kwargs, place=place: self.guard(module, optimizer, place)
             )
@@ -48,7 +54,7 @@ class SkipNonFinite(Callback):
             self.guard(module, optimizer, 0)
 
     def guard(self, module: LightningModule, optimizer: Optimizer, place: int) -> None:
-        """Have this step left out where a gradient is not finite."""
+        """Leaves out this step where a gradient is not finite."""
         groups = (group["params"] for group in optimizer.param_groups)
         self.stepped[place] = stepped = [p for group in groups for p in group if p.grad is not None]
         if not stepped:
@@ -79,7 +85,9 @@ class SkipNonFinite(Callback):
             self.tell(trainer)
 
     def tell(self, trainer: Trainer) -> int:
-        """Say how many updates were left out, where it was not said yet; those in a row at the end."""
+        """Logs how many updates were left out since it last did so. Returns the number of the last ones in a
+        row.
+        """
         total, in_a_row = (int(count) for count in self.counts.tolist())
         if total > self.told:
             log.warning(
@@ -90,7 +98,7 @@ class SkipNonFinite(Callback):
         return in_a_row
 
     def diagnosis(self, trainer: Trainer, module: LightningModule, in_a_row: int) -> str:
-        """The line that training ends with."""
+        """The message with which training ends."""
         losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
         bad = [name for name, value in losses.items() if value != value or abs(value) == float("inf")]
         bad = [name for name in bad if name != "train/gradient_norm"]

@@ -1,4 +1,4 @@
-"""Averages from which one of any length is made after training. Karras et al. 2024."""
+"""Stores averages of weights from which one of any length can be made after training. Karras et al. 2024."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from medldm.errors import InputError
 class PowerAverages(Callback):
     """Averages of `module.ema_modules` by powers of training time, stored below the run folder.
 
-    Those of the lengths TRACKED are followed, each with a copy of the weights, and written every
-    `every_n_steps` updates and at the end; of each at most `keep` files stay, the older the sparser. A
-    resumed run goes on with the averages of its checkpoint.
+    Averages of the lengths TRACKED are updated, each in a copy of the weights, and written every
+    `every_n_steps` updates and at the end. At most `keep` files of each stay, and the older they are the
+    further apart. A resumed run continues with the averages of its checkpoint.
     """
 
     def __init__(self, run_dir: Path, *, every_n_steps: int, keep: int = 16) -> None:
@@ -48,7 +48,7 @@ class PowerAverages(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self.last_step:
-            return  # an accumulating batch: no update happened
+            return  # there was no update, since batches are accumulated
         self.last_step = trainer.global_step
         self.num_updates += 1
         current, buffers = list(module.ema_modules.parameters()), list(module.ema_modules.buffers())

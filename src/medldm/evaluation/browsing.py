@@ -1,4 +1,4 @@
-"""What the report's slice browser shows: stacks of slices as small 8-bit pictures beside metrics.json.
+"""Writes and reads the stacks of slices that the report's slice browser shows, as small 8-bit pictures.
 
 A volume is a stack with three planes, a set of 2D images one with a single plane. Every array of a stack is a
 PNG of all its slices as tiles, row by row, which a page cuts into planes.
@@ -21,7 +21,7 @@ from medldm.files import replacing, write_json
 
 BROWSER_FOLDER = "browser"
 MAX_BROWSED_SIDE = {2: 256, 3: 96}  # pixels or voxels along an axis; longer ones are averaged
-NUM_IMAGES = 10  # 2D images for each volume that would be shown
+NUM_IMAGES = 10  # so many 2D images are shown in the place of each volume
 BROWSER_VERSION = 1
 
 
@@ -78,7 +78,7 @@ def upright_spacing(pair: Pair, orientation: str) -> list[float]:
 
 
 def volume_stack(pair: Pair, orientation: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """What a page must know of a volume, and its pictures by layer."""
+    """What a page must know of a volume, with its pictures by layer."""
     pair, layers, pictures = pair.loaded(), [], {}
     for name, (array, kind) in layers_of_pair(pair).items():
         if array is not None:
@@ -93,7 +93,7 @@ def volume_stack(pair: Pair, orientation: str) -> tuple[dict, dict[str, np.ndarr
 
 
 def image_stack(pairs: Sequence[Pair], captions: Sequence[str]) -> tuple[dict, dict[str, np.ndarray]]:
-    """The same of 2D images of one shape, one a slice; a layer that some of them lack is black there."""
+    """As `volume_stack`, of 2D images of one shape as slices. A layer that an image lacks is black there."""
     full = list(pairs[0].real.shape[1:])
     shape = [len(pairs), *(min(side, MAX_BROWSED_SIDE[2]) for side in full)]
     layers, pictures = [], {}

@@ -1,4 +1,4 @@
-"""The generated images that lie nearest to a training image, each beside it."""
+"""Shows the generated images that are nearest to a training image, each beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path

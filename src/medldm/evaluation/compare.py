@@ -1,4 +1,4 @@
-"""Two evaluations of the same images against each other: paired differences, with intervals and tests."""
+"""Compares two evaluations of the same images: paired differences, with intervals and tests."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,7 +108,7 @@ def side_by_side(first: Mapping, second: Mapping) -> dict:
 
 
 def warnings_of(first: Evaluated, second: Evaluated, common: Sequence[str]) -> Iterator[str]:
-    """What keeps the two from being comparable without a thought."""
+    """What must be considered when the two are compared, such as other settings."""
     for run, other in ((first, second), (second, first)):
         alone = sorted(run.subjects.keys() - set(common))
         if alone:

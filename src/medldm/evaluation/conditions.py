@@ -1,4 +1,4 @@
-"""What generated images were made from, as far as the provenance.json beside them tells."""
+"""Reads from provenance.json what generated images were made from, as far as it states that."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

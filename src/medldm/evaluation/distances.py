@@ -1,4 +1,6 @@
-"""Distances between sets of images in the features of every network, with n and what real images score."""
+"""Computes distances between sets of images in the features of every network, with n and those of real
+images.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Long lists of names in one line of text."""
+"""Shortens long lists of names to one line of text."""
 
 from collections.abc import Sequence
 

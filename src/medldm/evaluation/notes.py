@@ -1,4 +1,4 @@
-"""What must be read with the numbers of an evaluation: other images, small n, conditions, flat images."""
+"""Notes to be read with the numbers of an evaluation: other images, small n, conditions, flat images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""One evaluation from folders to numbers: what is read, what it is measured with, and what is written."""
+"""Runs one evaluation: reads images from folders, measures them, and writes numbers and pictures."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ Folders = Mapping[str, Path | None]  # by their role: generated, reference, trai
 
 
 class Inputs(NamedTuple):
-    """What an evaluation is of."""
+    """The images of an evaluation, and what is known of them."""
 
     folders: Folders
     reading: Reading  # how images of other programs are read

@@ -1,4 +1,4 @@
-"""The results as rich tables: what one reads in a terminal. The same formatting serves the HTML page."""
+"""Formats results as tables for the terminal. The HTML page uses the same formatting."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -120,7 +120,9 @@ def tested(score: Mapping) -> str:
 
 
 def by_n_lines(results: Mapping) -> Iterator[Lines]:
-    """How much of a Frechet distance is bias: its values of fewer images, beside what real images score."""
+    """The values of Frechet distances for fewer images, which show their bias, beside those of real
+    images.
+    """
     rows = []
     for row in ("generated", "generated_halves", "real_halves"):
         for name, score in results["distribution"].get(row, {}).items():

@@ -1,4 +1,4 @@
-"""What an evaluation measures with: functions of images, feature networks, LPIPS, a segmenter, edges."""
+"""The tools of an evaluation: functions of images, feature networks, LPIPS, a segmenter, edge recipes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class Segmenter(NamedTuple):
 
 @dataclass
 class Tools:
-    """What is measured and with which networks; `missing` says in one line why a metric is not there.
+    """The metrics and their networks; `missing` says in one line why a metric cannot be computed.
 
     `axial_axis` is None for 2D images.
     """

@@ -1,4 +1,4 @@
-"""Do two sets of images cover the same manifold? Precision, recall, density and coverage of feature sets.
+"""Precision, recall, density and coverage, which tell whether two sets of images cover the same manifold.
 
 Precision and recall: Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative
 Models". Density and coverage: Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative

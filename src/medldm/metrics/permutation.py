@@ -1,4 +1,5 @@
-"""Is a difference more than chance? Permutation tests that exchange subjects, which alone are independent.
+"""Permutation tests of whether a difference is more than chance. They exchange subjects, which are
+independent.
 
 p = (1 + permutations that do as well) / (1 + permutations), so it is never 0 and valid for any number of
 them (Phipson and Smyth 2010).
