@@ -1,4 +1,6 @@
-"""Raw images -> prepared cases -> batches."""
+"""Data: raw images are read (`raw`, `datasets`), prepared (`preparation`) and given to models in batches
+(`loading`).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +10,7 @@ from medldm.errors import InputError
 if TYPE_CHECKING:
     from medldm.data.loading.datamodule import CaseDataModule
 
-# Keys of configs/data/*.yaml that only `medldm prepare` reads: training finds their outcome in index.json.
+# Keys of configs/data/*.yaml that only `medldm prepare` reads; training finds their results in index.json.
 PREPARE_KEYS = {
     "dataset", "raw", "image_size", "preprocess", "splits", "select", "modalities", "label_dir", "task",
     "cine",
@@ -22,7 +24,7 @@ def build_datamodule(
     data: Mapping[str, Any], *, keys: Sequence[str], seed: int, with_cine: bool = False
 ) -> "CaseDataModule":
     """The data module of a plain `data` config; `with_cine` is for the training of an autoencoder. InputError
-    where root is absent or not as stated.
+    where the prepared folder is missing or has other dimensions than the config.
     """
     from medldm.data.loading.datamodule import CaseDataModule
 
@@ -52,7 +54,7 @@ def generated(name: str, settings: dict[str, Any], seed: int) -> Any:
     from importlib import import_module
 
     module, _, class_name = GENERATED[name].rpartition(".")
-    # null is "not wanted": debug=tiny switches crops off for every dataset.
+    # null means "not wanted": debug=tiny switches crops off for every dataset.
     settings = {key: v for key, v in settings.items() if key not in ("root", "latents") and v is not None}
     try:
         return getattr(import_module(module), class_name)(seed=seed, **settings)

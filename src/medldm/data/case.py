@@ -1,4 +1,4 @@
-"""One acquisition before preparation: where image and mask lie, whose they are, what is known."""
+"""One acquisition before preparation: the paths of image and mask, the subject, and what is known of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """One image file (a volume, or a single picture) with its mask, or a mask alone, to sample from.
+    """One image file (a volume, or a single picture) with its mask, or a mask alone, from which to sample.
 
     `paths` maps a key to `file` or, inside HDF5, `file::dataset`. Keys: `image`; `mask`, or binary masks
-    `mask:<class>[:name]` that make up a class map, the higher class on top; `foreground`, whose content
-    decides the crop; `body`, not zero where the patient is. `attributes` holds what the dataset states: view,
-    phase, label, split, vendor, and `visit` where a subject comes several times. In 2D all cases of a subject
-    share one prepared file. `relabel` sends raw labels of a release that numbers its classes otherwise to
-    the numbers that the dataset's recipe maps. `original` has `id` and `subject` where they are no safe file
-    names and were changed. `is_cine` marks a frame of a CINE: it has no map and no stated phase, and serves
-    autoencoders as one more training image.
+    `mask:<class>[:name]` that make up a class map, in which the higher class covers the lower; `foreground`,
+    whose content decides the crop; `body`, not zero where the patient is. `attributes` holds what the dataset
+    states: view, phase, label, split, vendor, and `visit` where a subject comes several times. In 2D all
+    cases of a subject share one prepared file. `relabel` sends raw labels of a release that numbers its
+    classes otherwise to the numbers that the dataset's recipe maps. `original` has `id` and `subject` where
+    they are no safe file names and were changed. `is_cine` marks a frame of a CINE: it has no map and no
+    stated phase, and serves autoencoders as one more training image.
     """
 
     id: str
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def main_path(self) -> str:
-        """The file that messages name: the image, or the mask that stands alone."""
+        """The file that messages name: the image, or the mask where there is no image."""
         return self.paths["image" if self.has_image else "mask"]
 
     @property
@@ -43,26 +43,26 @@ class Case:
 
     @property
     def numbering(self) -> str:
-        """What messages about the map add: which of its labels are read as other numbers; empty where none
-        are.
+        """The part of messages about the map that names labels which are read as other numbers; empty where
+        there are none.
         """
         changes = [f"{raw} as {number}" for raw, number in self.relabel.items() if raw != number]
         return f" (its labels {', '.join(changes)})" if changes else ""
 
 
 def split_path(path: str | Path) -> tuple[Path, str | None]:
-    """`file::dataset` -> (file, dataset); the second is None for a plain file."""
+    """(file, dataset) of `file::dataset`; the second is None for a plain file."""
     file, _, key = str(path).partition("::")
     return Path(file), key or None
 
 
 def stem_of(path: str | Path) -> str:
-    """File name without its suffix, where `.nii.gz` and `.seg.nrrd` count as one."""
+    """The name of a file without its suffix, where `.nii.gz` and `.seg.nrrd` count as one."""
     name = Path(path).name
     double = next((suffix for suffix in (".nii.gz", ".seg.nrrd") if name.lower().endswith(suffix)), None)
     return name[: -len(double)] if double else Path(name).stem
 
 
 def visit_of(entry: Mapping[str, Any]) -> str | None:
-    """Which visit of its subject an index entry is of, where the data tell."""
+    """The visit of its subject that an index entry is of, where the data state it."""
     return entry.get("attributes", {}).get("visit")

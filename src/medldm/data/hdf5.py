@@ -1,4 +1,4 @@
-"""Prepared HDF5 files, opened once in every process and read by rows."""
+"""Reads prepared HDF5 files by rows. Each file is opened once in every process."""
 
 import json
 import os
@@ -18,20 +18,20 @@ from medldm.fingerprints import array_digest
 if TYPE_CHECKING:
     import h5py
 
-# Attributes that say what a file was made from: a prepared case of raw files and recipe, latents of an image.
+# Attributes of a file that say what it was made from: of a case raw files and recipe, of latents the image.
 STAMPS = ("fingerprint", "image_digest", "latents_digest")
 BODY = "body"  # of a case that `mask_out` emptied: where it was not, (X, Y, Z) bool of the raw volume
-NUMBER_KINDS = "biuf"  # of numbers: anything else is made of pointers, which a file may choose as it likes
-MOST_LINKS = 16  # soft links that lead to another
-# Names that the 2D schema and the rest of the program use for the same thing.
+NUMBER_KINDS = "biuf"  # of numbers: other kinds hold pointers, which the file decides
+MOST_LINKS = 16  # of soft links in a row
+# Names of the 2D schema, and of the rest of the program for the same thing.
 DATASET_NAMES = {"image": ("images", "image"), "mask": ("semantic_maps", "mask"), "edges": ("edges",)}
 
 
 class HDF5Reader:
-    """Rows of an HDF5 file. Unfiltered chunks are read straight from the file at their stored offset.
+    """Reads rows of an HDF5 file. Unfiltered chunks are read directly from the file at their stored offset.
 
-    That is several times faster than h5py (no locks, no chunk cache) and holds no HDF5 state that a fork
-    could share. Filtered or oddly chunked datasets go through h5py.
+    That is several times faster than h5py (without locks and a cache of chunks), and leaves no HDF5 state
+    that processes could share after a fork. Filtered or oddly chunked datasets go through h5py.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +66,7 @@ class HDF5Reader:
 
     @property
     def names(self) -> set[str]:
-        """Of what lies at the top of the file."""
+        """The names of the datasets and groups at the top of the file."""
         with hdf5_errors(self.path, "its names are damaged"):
             return set(self.file)
 
@@ -79,7 +79,7 @@ class HDF5Reader:
             }
 
     def row_offsets(self, key: str) -> np.ndarray | None:
-        """Byte offset of every row, or None where rows are not stored whole and unfiltered."""
+        """The byte offset of every row; None where rows are not stored whole and unfiltered."""
         if key not in self.offsets:
             self.offsets[key] = find_row_offsets(self.dataset(key))
         return self.offsets[key]
@@ -99,8 +99,8 @@ class HDF5Reader:
             return dataset[selection]
 
     def check_content(self, key: str, digest: str | None) -> None:
-        """InputError where a dataset is not the one of this `array_digest`. It is read as a whole
-        once in each process, and believed after that.
+        """InputError where the content of a dataset does not have this `array_digest`. It is read
+        and compared once in each process.
         """
         if digest is None or (self.identity, key) in CHECKED:
             return
@@ -112,8 +112,8 @@ class HDF5Reader:
         CHECKED.add((self.identity, key))
 
     def mapped(self, key: str) -> np.ndarray:
-        """The whole dataset, mapped into memory where it is stored in one unfiltered piece: a crop reads only
-        itself.
+        """The whole dataset, mapped into memory where it is stored in one unfiltered piece, so that a crop
+        reads only its own part.
         """
         if key not in self.maps:
             dataset = self.dataset(key)
@@ -133,13 +133,13 @@ class HDF5Reader:
 
 
 def hdf5_errors(path: Path, what: str) -> AbstractContextManager[None]:
-    """Whatever the library raises of bytes that it cannot read, as an InputError."""
+    """A context in which whatever the library raises of a damaged file becomes an InputError."""
     return unreadable(lambda reason: f"{path}: {what} ({reason}); run `medldm prepare` again")
 
 
 def linked_dataset(file: "h5py.File", name: str, depth: int = 0) -> "h5py.Dataset | None":
-    """The dataset of a name, None where there is none. InputError where a link on the way leads out of the
-    file: nothing is opened there.
+    """The dataset of a name, None where there is none. InputError where a link leads into another file, which
+    is not opened.
     """
     import h5py
 
@@ -185,7 +185,9 @@ def check_dataset(dataset: "h5py.Dataset", path: Path) -> None:
 
 
 def check_datasets(file: "h5py.File", path: Path, *, besides: Collection[str]) -> None:
-    """`check_dataset` of all at the top of a file but those named `besides`, which are texts."""
+    """Calls `check_dataset` for all datasets at the top of a file but those named `besides`, which
+    are texts.
+    """
     for name in file:
         dataset = linked_dataset(file, name)
         if dataset is not None and name not in besides:
@@ -193,12 +195,12 @@ def check_datasets(file: "h5py.File", path: Path, *, besides: Collection[str]) -
 
 
 def check_chunks(dataset: "h5py.Dataset", size: int, place: str) -> None:
-    """InputError where a deflated chunk unpacks to more than its `size`, which the library would follow."""
+    """InputError where a deflated chunk unpacks to more than its `size`; the library would unpack it all."""
     for i in range(dataset.id.get_num_chunks()):
         offset = dataset.id.get_chunk_info(i).chunk_offset
         skipped, data = dataset.id.read_direct_chunk(offset)
         if dataset.compression == "gzip" and not skipped:
-            check_unpacked(place, [data], size + 4)  # a checksum may stand behind
+            check_unpacked(place, [data], size + 4)  # a checksum may follow
 
 
 def file_identity(path: Path) -> tuple[int, int, int] | None:
@@ -229,8 +231,8 @@ def find_row_offsets(dataset: "h5py.Dataset") -> np.ndarray | None:
 
 
 class HandleCache:
-    """Open HDF5 files of this process, the least recently used closed first. After a fork the child starts
-    afresh.
+    """The open HDF5 files of this process; the least recently used is closed first. After a fork the child
+    opens its own.
     """
 
     def __init__(self, max_open: int = 128) -> None:
@@ -241,7 +243,9 @@ class HandleCache:
 
     def get(self, path: str | Path) -> HDF5Reader:
         if self.pid != os.getpid():
-            self.inherited.append(self.readers)  # kept, not closed: the file state belongs to the parent
+            self.inherited.append(
+                self.readers
+            )  # not closed, since the state of the files belongs to the parent
             self.readers, self.pid = OrderedDict(), os.getpid()
         key = str(path)
         if key in self.readers:

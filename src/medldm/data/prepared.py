@@ -1,4 +1,4 @@
-"""The index of a prepared folder."""
+"""Reads the index of a prepared folder."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ from medldm.errors import InputError
 from medldm.files import read_json
 from medldm.schemas import Index, check_schema
 
-UNFINISHED = "unfinished"  # key of an index whose cases are being replaced: the command that does it
+UNFINISHED = (
+    "unfinished"  # the key of an index, while its cases are replaced, that holds the command which does so
+)
 
 
 def load_index(root: str | Path) -> dict:

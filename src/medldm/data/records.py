@@ -1,4 +1,4 @@
-"""Images of any folder one after another: prepared, sampled by a model, or anyone's pictures."""
+"""Reads the images of any folder one after another: prepared ones, samples of a model, or other pictures."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -39,11 +39,11 @@ def read_images(
     """Images of a prepared folder, of a folder that `medldm sample` wrote, or of any folder or file of
     pictures.
 
-    HDF5 and volumes at the top of the folder win over pictures below it, HDF5 over a volume of the same name.
-    HDF5 keeps its values; integers of a picture are scaled by the range of their type; a NIfTI already within
-    [-1, 1] as it is, any other by its own 0.5 and 99.5 percentiles (`attributes["rescaled"]` says so).
-    `subjects` and `ids` restrict what is read; `sample` picks `images_<k>` where a file holds several samples
-    a condition.
+    HDF5 and volumes at the top of the folder take precedence over pictures below it, and HDF5 over a volume
+    of the same name. HDF5 keeps its values; integers of a picture are scaled by the range of their type; a
+    NIfTI within [-1, 1] is read as it is, any other is scaled by its own 0.5 and 99.5 percentiles
+    (`attributes["rescaled"]` says so). `subjects` and `ids` restrict what is read; `sample` picks
+    `images_<k>` where a file holds several samples a condition.
     """
     path = Path(path)
     if not path.exists():
@@ -143,7 +143,7 @@ def hdf5_records(
 
 
 def known(attributes: dict) -> dict:
-    """The attributes without a view, phase or label that nobody stated."""
+    """The attributes without unknown views, phases and labels."""
     return {k: value for k, value in attributes.items() if not (k in TABLES and value == UNKNOWN)}
 
 

@@ -1,4 +1,4 @@
-"""Splits by subject: drawn from a seed, written once, checked on every reading."""
+"""Splits by subject, which are drawn from a seed, written once, and checked whenever they are read."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ SPELLINGS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "ts"),
 }
-SPLIT_NOTE = "note"  # of a split: a sentence about how it came about, beside its lists
+SPLIT_NOTE = "note"  # the key of a split for a sentence about its origin, beside its lists
 Split = dict[str, Any]  # {train, val, test: lists of subjects}, and a note where there is something to say
 
 
