@@ -10,7 +10,7 @@ import numpy as np
 from medldm.attributes import NO_CONDITIONS, TABLES, UNKNOWN
 from medldm.data.case import stem_of
 from medldm.data.datasets.mnms2 import MAPPING_INDEX
-from medldm.data.hdf5 import BODY, open_hdf5
+from medldm.data.hdf5 import BODY, HDF5Reader, open_hdf5
 from medldm.data.prepared import load_index
 from medldm.data.raw.image import HDF5_SUFFIXES, RASTER_SUFFIXES, RawImage, has_suffix
 from medldm.data.raw.readers import is_image, read_image
@@ -135,11 +135,16 @@ def hdf5_records(
         yield ImageRecord(
             record_id,
             subject,
-            np.asarray(reader.read_row(key, row), np.float32)[None],
+            slice_image(reader, key, row),
             known({**attributes, **facts, "row": row}),
             reader.read_row("edges", row)[None] if "edges" in reader else None,
             reader.read_row("mask", row)[None] if "mask" in reader else None,
         )
+
+
+def slice_image(reader: HDF5Reader, key: str, row: int) -> np.ndarray:
+    """One slice of a file of slices, (1, H, W) float32."""
+    return np.asarray(reader.read_row(key, row), np.float32)[None]
 
 
 def known(attributes: dict) -> dict:

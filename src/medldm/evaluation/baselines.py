@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ DESCRIPTIONS = {
 
 
 NOTHING = Wanted()
+KEPT_MEANS = {2: 16, 3: 1}  # by spatial dims: as many views and phases as a subject may have
 
 
 class MeanImages:
@@ -142,7 +143,7 @@ def has_mean(pairs: Sequence[Pair], training: MeanImages | None, match: Sequence
 def mean_images(
     pairs: list[Pair], training: MeanImages | None, match: Sequence[str] = ()
 ) -> list[Image | None]:
-    """The mean image of every pair's place. Those of volumes are made when they are read."""
+    """The mean image of every pair's place. Means that leave out a subject are made when they are read."""
     names = match if training is None else training.names
     keys = [MeanImages(names).key(pair.real, pair.attributes, match) for pair in pairs]
     if training is not None:
@@ -151,27 +152,22 @@ def mean_images(
         return [made[key] for key in keys]
     everyone = mean_of(((load(pair.real), pair.attributes) for pair in pairs), match)
 
+    own: dict[tuple, list[Pair]] = defaultdict(list)
+    for pair, key in zip(pairs, keys, strict=True):
+        own[pair.subject, key].append(pair)
+
+    @lru_cache(KEPT_MEANS[len(pairs[0].real.shape) - 1])
     def without(subject: str, key: tuple) -> np.ndarray | None:
-        return everyone.mean(key, without=mean_of_subject(pairs, subject, key, match))
+        same = ((load(pair.real), pair.attributes) for pair in own[subject, key])
+        return everyone.mean(key, without=mean_of(same, match))
 
-    if isinstance(pairs[0].real, StoredImage):
-        num_all = Counter(keys)
-        num_own = Counter((pair.subject, key) for pair, key in zip(pairs, keys, strict=True))
-        return [
-            StoredImage(key[0], partial(without, pair.subject, key))
-            if num_all[key] > num_own[pair.subject, key]
-            else None
-            for pair, key in zip(pairs, keys, strict=True)
-        ]
-    wanted = dict.fromkeys((pair.subject, key) for pair, key in zip(pairs, keys, strict=True))
-    made = {place: without(*place) for place in wanted}
-    return [made[pair.subject, key] for pair, key in zip(pairs, keys, strict=True)]
-
-
-def mean_of_subject(pairs: list[Pair], subject: str, key: tuple, match: Sequence[str]) -> MeanImages:
-    own = (pair for pair in pairs if pair.subject == subject)
-    same = (pair for pair in own if MeanImages(match).key(pair.real, pair.attributes) == key)
-    return mean_of(((load(pair.real), pair.attributes) for pair in same), match)
+    num_all = Counter(keys)
+    return [
+        StoredImage(key[0], partial(without, pair.subject, key))
+        if num_all[key] > len(own[pair.subject, key])
+        else None
+        for pair, key in zip(pairs, keys, strict=True)
+    ]
 
 
 class Rows(NamedTuple):

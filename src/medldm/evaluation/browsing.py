@@ -94,6 +94,7 @@ def volume_stack(pair: Pair, orientation: str) -> tuple[dict, dict[str, np.ndarr
 
 def image_stack(pairs: Sequence[Pair], captions: Sequence[str]) -> tuple[dict, dict[str, np.ndarray]]:
     """As `volume_stack`, of 2D images of one shape as slices. A layer that an image lacks is black there."""
+    pairs = [pair.loaded() for pair in pairs]
     full = list(pairs[0].real.shape[1:])
     shape = [len(pairs), *(min(side, MAX_BROWSED_SIDE[2]) for side in full)]
     layers, pictures = [], {}

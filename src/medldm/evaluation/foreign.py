@@ -20,7 +20,7 @@ from medldm.data.raw.readers import read_image
 from medldm.data.records import ImageRecord, every_image_below, list_image_files
 from medldm.errors import InputError
 from medldm.evaluation.grids import clipped, on_grid_of_reference, stored_as
-from medldm.evaluation.names import first_names
+from medldm.evaluation.names import check_broken, first_names
 from medldm.evaluation.ranges import (
     NAMED,
     Limits,
@@ -170,12 +170,15 @@ def settle(
     note_surroundings(what, folder, [reals[name] for name in images], reading)
     note_colours(what, folder, images, reading)
     note_passed_over(what, folder, reading)
-    return {
-        name: record
-        if images.get(name) is None
-        else settled(record, images[name], reals[name], found.of(reals[name].attributes), reading)
-        for name, record in records.items()
-    }
+    placed, broken = dict(records), []
+    for name, image in images.items():
+        try:
+            limits = found.of(reals[name].attributes)
+            placed[name] = settled(records[name], image, reals[name], limits, reading)
+        except InputError as error:
+            broken.append(str(error))
+    check_broken(folder, broken, len(images))
+    return placed
 
 
 def is_pictures(images: Mapping[str, ForeignImage]) -> bool:
@@ -255,16 +258,12 @@ def settled(
 ) -> ImageRecord:
     if not isinstance(record.image, ForeignImage):
         return record if limits == NAMED["symmetric"] else record._replace(image=mapped(record.image, limits))
-    array = place(image, real, limits, reading)
-    if array.ndim == 4:
-        return record._replace(image=StoredImage(array.shape, partial(place, image, real, limits, reading)))
-    return record._replace(image=array)
+    read = partial(place, image, real, limits, reading)
+    return record._replace(image=StoredImage(read().shape, read))
 
 
-def mapped(image: np.ndarray | StoredImage, limits: Limits) -> np.ndarray | StoredImage:
-    if isinstance(image, StoredImage):
-        return StoredImage(image.shape, lambda: scale_to_unit(image.read(), *limits, clip=False))
-    return scale_to_unit(image, *limits, clip=False)
+def mapped(image: StoredImage, limits: Limits) -> StoredImage:
+    return StoredImage(image.shape, lambda: scale_to_unit(image.read(), *limits, clip=False))
 
 
 def settle_reference(
@@ -304,9 +303,7 @@ def own_place(record: ImageRecord, image: ForeignImage, limits: Limits | None) -
         low, high = np.percentile(squeezed(read_image(image.file)), (0.5, 99.5))
         limits, attributes["rescaled"] = (float(low), float(high)), True
     attributes["intensity_range"] = limits
-    read = partial(as_it_lies, image.file, limits)
-    is_volume = len(image.shape) == 3
-    stored = StoredImage((1, *image.shape), read) if is_volume else read()
+    stored = StoredImage((1, *image.shape), partial(as_it_lies, image.file, limits))
     return record._replace(image=stored, attributes=attributes)
 
 

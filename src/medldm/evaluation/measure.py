@@ -163,7 +163,7 @@ def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[s
         return {}
     pictures = images[:, 0].cpu().numpy()
     found = np.stack([tools.recipe_for(pairs[i])(pictures[i]) for i in index])[:, None]
-    given = np.stack([wanted[i] for i in index])
+    given = np.stack([load(wanted[i]) for i in index])
     found, given = (torch.from_numpy(maps).float() for maps in (found, given))
     table = {}
     for tolerance in tools.tolerances:

@@ -19,6 +19,7 @@ from medldm.data.splits import read_splits
 from medldm.errors import InputError
 from medldm.evaluation.conditions import Conditions
 from medldm.evaluation.foreign import EXTREMES, Reading, look, sample_places, settle, settle_reference
+from medldm.evaluation.names import NUM_BROKEN, check_broken
 from medldm.evaluation.slices import axial_axis
 from medldm.evaluation.stacks import holds_slices, read_stacks
 from medldm.evaluation.stored import Image, hdf5_files, load, store
@@ -26,7 +27,6 @@ from medldm.evaluation.stored import Image, hdf5_files, load, store
 IDENTITY = ("view", "phase", "slice_index")
 KINDS = ("view", "phase", "label", "pair")
 THIRDS = ("first", "middle", "last")
-NUM_BROKEN = 5  # files named in a line
 CARDIAC_NAMES = {"view": ["SA", "LA"], "phase": ["ED", "ES"]}
 
 
@@ -34,7 +34,7 @@ CARDIAC_NAMES = {"view": ["SA", "LA"], "phase": ["ED", "ES"]}
 class Pair:
     """A generated image (K samples of it) and the real one of the same name; (C, *S) float32 in [-1, 1].
 
-    Volumes are `StoredImage`s: `load` reads them.
+    Those of files are `StoredImage`s: `load` reads them.
     """
 
     id: str
@@ -42,11 +42,11 @@ class Pair:
     real: Image
     generated: list[Image]
     reconstruction: Image | None
-    edges: np.ndarray | None  # (1, *S) {0, 1}: the condition; None where it had none, or none is known
+    edges: Image | None  # (1, *S) {0, 1}: the condition; None where it had none, or none is known
     mask: Image | None
     edges_from_real: bool | None  # whether the condition's edges are those of the very test image
     attributes: dict
-    real_edges: np.ndarray | None = None  # (1, *S) {0, 1}: those stored with the real image
+    real_edges: Image | None = None  # (1, *S) {0, 1}: those stored with the real image
     source: Image | None = None  # what a translation started from
     others: dict[str, Image | None] = field(default_factory=dict)  # more rows: the same image by other means
 
@@ -55,8 +55,9 @@ class Pair:
         return self.real.shape, *(self.attributes.get(name) for name in match)
 
     def loaded(self) -> "Pair":
-        """The same pair with its volumes in memory."""
-        arrays = {name: load(getattr(self, name)) for name in ("real", "reconstruction", "mask", "source")}
+        """The same pair with its arrays in memory."""
+        names = ("real", "reconstruction", "edges", "real_edges", "mask", "source")
+        arrays = {name: load(getattr(self, name)) for name in names}
         return replace(self, generated=[load(sample) for sample in self.generated], **arrays)
 
     @property
@@ -98,20 +99,18 @@ def read_folder(path: Path, *, ids: Collection[str] | None = None, sample: int =
     broken: list[str] = []
     for file, case in files:
         try:
-            found = read_file(file, case, wanted, sample)
+            for record in read_file(file, case, wanted, sample):
+                name = names.get(record.id, record.id)
+                if ids is not None and name not in ids:
+                    continue
+                if name in records:
+                    broken.append(f"{path}: two images are named {name}; put one of them elsewhere")
+                elif isinstance(record.image, np.ndarray) and not np.isfinite(record.image).all():
+                    broken.append(f"{path}: '{name}' holds values that are not finite; write it again")
+                else:
+                    records[name] = store(told_apart(record, path)._replace(id=name), file, sample)
         except InputError as error:
             broken.append(str(error))
-            continue
-        for record in found:
-            name = names.get(record.id, record.id)
-            if ids is not None and name not in ids:
-                continue
-            if name in records:
-                raise InputError(f"{path}: two images are named {name}; put one of them elsewhere")
-            if isinstance(record.image, np.ndarray) and not np.isfinite(record.image).all():
-                broken.append(f"{path}: '{name}' holds values that are not finite; write it again")
-                continue
-            records[name] = store(told_apart(record, path)._replace(id=name), file, sample)
     check_broken(path, broken, len(files))
     if not records:
         raise InputError(f"{path}: holds no images that fit; expected HDF5, NIfTI, NRRD, NumPy, PNG or JPEG")
@@ -121,7 +120,7 @@ def read_folder(path: Path, *, ids: Collection[str] | None = None, sample: int =
 def read_file(file: Path, case: dict, ids: Collection[str] | None, sample: int) -> Iterable[ImageRecord]:
     """The images of one file."""
     if has_suffix(file, HDF5_SUFFIXES):
-        return list(hdf5_records(file, case, None, ids, sample))
+        return hdf5_records(file, case, None, ids, sample)
     if ids is not None and case["id"] not in ids:
         return []
     image = look(file)
@@ -139,19 +138,6 @@ def told_apart(record: ImageRecord, path: Path) -> ImageRecord:
         return record
     ends = float(record.image.min()), float(record.image.max())
     return record._replace(attributes=record.attributes | {EXTREMES: ends})
-
-
-def check_broken(path: Path, broken: list[str], num_files: int) -> None:
-    """InputError that names every file that cannot be used, as far as they fit in a line."""
-    if len(broken) == 1:
-        raise InputError(broken[0])
-    if broken:
-        shown = "; ".join(line.partition("; ")[0] for line in broken[:NUM_BROKEN])
-        more = f"; and {len(broken) - NUM_BROKEN} more" if len(broken) > NUM_BROKEN else ""
-        raise InputError(
-            f"{path}: {len(broken)} of {num_files} files cannot be used: {shown}{more}; write them again, or "
-            "take them out"
-        )
 
 
 def listed_names(names: Sequence[str]) -> str:
@@ -249,7 +235,7 @@ def same_edges(record: ImageRecord, real: ImageRecord) -> bool | None:
     """Whether the condition's edges are those stored with the test image; None where either is unknown."""
     if record.edges is None or real.edges is None:
         return None
-    return bool(np.array_equal(record.edges, real.edges))
+    return bool(np.array_equal(load(record.edges), load(real.edges)))
 
 
 def make_pairs(

@@ -1,4 +1,4 @@
-"""Volumes that are read when they are asked for: an evaluation holds a few of them at a time, not all."""
+"""Images that are read when they are asked for: an evaluation holds a few of them at a time, not all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medldm.data.records import ImageRecord, read_images
+from medldm.data.hdf5 import open_hdf5
+from medldm.data.records import ImageRecord, read_images, slice_image
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,26 @@ def read_again(file: Path, sample: int, part: str) -> np.ndarray:
     return getattr(next(iter(read_images(file, sample=sample))), part)
 
 
-def store(record: ImageRecord, file: Path | None, sample: int = 0) -> ImageRecord:
-    """The record of a volume without its arrays; a slice keeps them, it is small."""
-    if not isinstance(record.image, np.ndarray) or record.image.ndim < 4 or file is None:
+def read_slice(file: Path, sample: int, part: str, row: int) -> np.ndarray:
+    """The `image`, `edges` or `mask` of one slice of a file of slices."""
+    reader = open_hdf5(file)
+    if part == "image":
+        return slice_image(reader, "images" if sample == 0 else f"images_{sample}", row)
+    return reader.read_row(part, row)[None]
+
+
+def store(record: ImageRecord, file: Path, sample: int = 0) -> ImageRecord:
+    """The record of an HDF5 file without its arrays: how to read them stands in their place."""
+    if not isinstance(record.image, np.ndarray):
         return record
-    stored = {
-        part: StoredImage(array.shape, partial(read_again, file, sample, part))
-        for part in ("image", "mask")
-        if (array := getattr(record, part)) is not None
-    }
+    row = record.attributes.get("row") if record.image.ndim == 3 else None
+    stored = {}
+    for part in ("image", "edges", "mask"):
+        array = getattr(record, part)
+        if array is not None:
+            again = partial(read_again, file, sample, part)
+            read = again if row is None else partial(read_slice, file, sample, part, row)
+            stored[part] = StoredImage(array.shape, read)
     return record._replace(**stored)
 
 
