@@ -10,6 +10,7 @@ every held-out one that sets the threshold. All is seeded: the same command give
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,34 +20,42 @@ from torch import Tensor
 
 from medldm.data.records import read_images
 from medldm.evaluation.measure import measure_nearest
-from medldm.evaluation.slices import axial_axis
+from medldm.evaluation.slices import SliceFeatures, axial_axis
 from medldm.evaluation.tools import Tools
 from medldm.metrics.memorization import audit_copies, thumbnails
+from medldm.networks.features import build_features
 from medldm.networks.lpips import LPIPS
 
+NUM_SLICES = 16  # of a volume that Inception sees
 NOISE = 0.1  # standard deviation on [-1, 1], a twentieth of the range
-MEASURES = {
-    "nearest_train_correlation": 1,
-    "nearest_train_perceptual": -1,
-}  # the sign is 1 where larger values are nearer, else -1
+# Sign: larger is nearer.
+MEASURES = {"nearest_train_correlation": 1, "nearest_train_perceptual": -1, "nearest_train_inception": -1}
 
 
 def noisy(x: Tensor) -> Tensor:
     return (x + NOISE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
 
 
-def shifted(x: Tensor) -> Tensor:
-    """Shifts images cyclically by a thirty-second of their last two axes."""
-    return x.roll((x.shape[-2] // 32 or 1, -(x.shape[-1] // 32 or 1)), (-2, -1))
+def windowed(x: Tensor) -> Tensor:
+    return (0.5 * x + 0.3).clamp(-1, 1)
+
+
+def shifted(x: Tensor, distance: int) -> Tensor:
+    """By so many pixels along every axis, what leaves coming in on the other side."""
+    axes = range(2, x.ndim)
+    return x.roll([distance if axis % 2 else -distance for axis in axes], tuple(axes))
 
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "exact": lambda x: x,
     "mirrored": lambda x: x.flip(-1),
-    "shifted by 1/32": shifted,
+    "shifted by 1 pixel": partial(shifted, distance=1),
+    "shifted by 2 pixels": partial(shifted, distance=2),
+    "shifted by 3 pixels": partial(shifted, distance=3),
+    "shifted by 4 pixels": partial(shifted, distance=4),
     "noisy, sd 1/20 of the range": noisy,
-    "contrast halved, brighter": lambda x: (0.5 * x + 0.3).clamp(-1, 1),
-    "all of these": lambda x: noisy(shifted((0.5 * x + 0.3).clamp(-1, 1).flip(-1))),
+    "contrast halved, brighter": windowed,
+    "all of these (shifted by 1 pixel)": lambda x: noisy(shifted(windowed(x).flip(-1), distance=1)),
 }
 
 
@@ -79,12 +88,22 @@ def main() -> None:
     train, held_out, new = deal(read(Path(given["data"]), size, limit=12), num)
     volumes = train.ndim == 5
     tools = Tools({}, recipe=None, axial_axis=axial_axis({}, {}) if volumes else None)
-    tools.lpips = LPIPS("alex") if given["weights"] == "true" else None
+    if given["weights"] == "true":
+        tools.lpips = LPIPS("alex")
+        inception = build_features("inception", spatial_dims=2)
+        depth = train.shape[tools.axial_axis + 2] if volumes else 0
+        tools.networks = (
+            {"inception_slices": SliceFeatures(inception, tools.axial_axis, min(NUM_SLICES, depth))}
+            if volumes
+            else {"inception": inception}
+        )
     shape = tuple(train.shape[1:])
     with torch.no_grad():
         tools.train_thumbnails = {shape: torch.cat([thumbnails(x) for x in train.split(16)])}
-        if tools.lpips is not None:
-            tools.train_embeddings = {shape: torch.cat([tools.embed(x) for x in train.split(4)])}
+        tools.train_embeddings = {
+            name: {shape: torch.cat([embed(x) for x in train.split(4)])}
+            for name, embed in tools.embedders().items()
+        }
 
         def nearest(images: Tensor) -> dict[str, np.ndarray]:
             found = [measure_nearest(x, tools) for x in images.split(4)]

@@ -58,8 +58,7 @@ CHANGES = {
 
 
 def correlations(images: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
-    shape = thumbnail_shape(images.shape[1:])
-    return nearest_correlation(*(thumbnails(x).view(-1, *shape) for x in (images, train)))
+    return nearest_correlation(images, thumbnails(train).view(-1, *thumbnail_shape(train.shape[1:])))
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
@@ -119,7 +118,7 @@ def test_a_mirrored_training_image_lies_at_zero_in_perceptual_space(published_we
     tools = Tools({}, recipe=None, lpips=LPIPS("alex"), axial_axis=axial_axis)
     train = scans(5, 1, 2 if axial_axis is None else 3)
     with torch.no_grad():
-        tools.train_embeddings = {tuple(train.shape[1:]): tools.embed(train)}
+        tools.train_embeddings = {"perceptual": {tuple(train.shape[1:]): tools.embed(train)}}
         tools.train_thumbnails = {tuple(train.shape[1:]): thumbnails(train)}
         found = measure_nearest(torch.cat([train[2:3].flip(-1), scans(1, 7, train.ndim - 2)]), tools)
     assert found["nearest_train_perceptual"][0] < 1e-9 < 1e-3 < found["nearest_train_perceptual"][1]

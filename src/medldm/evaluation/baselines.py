@@ -1,7 +1,7 @@
 """What a generated image is judged beside: a mean image, a random real one, one of another condition."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ DESCRIPTIONS = {
 
 
 NOTHING = Wanted()
+NO_EMBEDDERS: Mapping = {}
 KEPT_MEANS = {2: 16, 3: 1}  # by spatial dims: as many views and phases as a subject may have
 
 
@@ -96,7 +97,7 @@ class TrainingSet(NamedTuple):
     means: MeanImages
     thumbnails: dict[tuple[int, ...], Tensor]  # shape of the images (C, *S) -> (N, D)
     names: dict[tuple[int, ...], list[str]]  # of the N images
-    embeddings: dict[tuple[int, ...], Tensor]  # (N, D) where an `embed` was given
+    embeddings: dict[str, dict[tuple[int, ...], Tensor]]  # by the name of what embeds: shape -> (N, D)
 
     @property
     def num_images(self) -> int:
@@ -109,12 +110,13 @@ def read_training_set(
     evaluated: Collection[str],
     reading: Reading,
     match: Sequence[str] = (),
-    embed: Callable[[Tensor], Tensor] | None = None,
+    embedders: Mapping[str, Callable[[Tensor], Tensor]] = NO_EMBEDDERS,
 ) -> TrainingSet:
     """Means, told apart by the attributes `match`, thumbnails and embeddings of the training images; subjects
     under evaluation are left out.
     """
-    means, small, names, embedded = MeanImages(match), defaultdict(list), defaultdict(list), defaultdict(list)
+    means, small, names = MeanImages(match), defaultdict(list), defaultdict(list)
+    embedded = {name: defaultdict(list) for name in embedders}
     if known_facts(train):
         records = read_images(train, subjects=subjects)
     else:
@@ -125,11 +127,14 @@ def read_training_set(
             means.add(image, record.attributes)
             small[image.shape].append(thumbnails(torch.from_numpy(image)[None]))
             names[image.shape].append(record.id)
-            if embed is not None:
-                embedded[image.shape].append(embed(torch.from_numpy(image)[None]))
-    joined = ({shape: torch.cat(parts) for shape, parts in kept.items()} for kept in (small, embedded))
-    thumbnails_of, embeddings = joined
-    return TrainingSet(means, thumbnails_of, dict(names), embeddings)
+            for name, embed in embedders.items():
+                embedded[name][image.shape].append(embed(torch.from_numpy(image)[None]))
+    embeddings = {name: joined(kept) for name, kept in embedded.items()}
+    return TrainingSet(means, joined(small), dict(names), embeddings)
+
+
+def joined(kept: Mapping[tuple[int, ...], list[Tensor]]) -> dict[tuple[int, ...], Tensor]:
+    return {shape: torch.cat(parts) for shape, parts in kept.items()}
 
 
 def has_mean(pairs: Sequence[Pair], training: MeanImages | None, match: Sequence[str]) -> list[bool]:

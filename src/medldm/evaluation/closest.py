@@ -15,7 +15,7 @@ from medldm.evaluation.pairs import Pair, read_matching
 from medldm.evaluation.panels import upright
 from medldm.evaluation.stored import load
 from medldm.files import replacing
-from medldm.metrics.memorization import nearest_training, thumbnail_shape, thumbnails
+from medldm.metrics.memorization import nearest_training, thumbnail_shape
 
 CLOSEST_FOLDER = "closest"
 PICTURE_SIDE = 512  # pixels of a picture of one image
@@ -29,9 +29,8 @@ def name_closest(memorization: dict[str, Any], pairs: list[Pair], training: Trai
     by_id = {pair.id: pair for pair in pairs}
     for entry in memorization.get("closest", ()):
         image = np.asarray(load(by_id[entry["id"]].generated[0]), np.float32)
-        shape = thumbnail_shape(image.shape)
-        small = thumbnails(torch.from_numpy(image)[None]).view(-1, *shape)
-        _, index = nearest_training(small, training.thumbnails[image.shape].view(-1, *shape))
+        known = training.thumbnails[image.shape].view(-1, *thumbnail_shape(image.shape))
+        _, index = nearest_training(torch.from_numpy(image)[None], known)
         entry["train_id"] = training.names[image.shape][int(index)]
 
 

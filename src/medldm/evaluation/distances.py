@@ -2,7 +2,7 @@
 images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +14,10 @@ from medldm.evaluation.tools import entry_of
 from medldm.metrics.frechet import frechet_from_features, kernel_distance
 from medldm.metrics.manifold import DENSITY_NEIGHBOURS, manifold_scores
 from medldm.metrics.permutation import kernel_test
+from medldm.metrics.radiomic import complete_rows, radiomic_distance
 
 SHARES = (4, 2)  # the Frechet distance is also taken of a quarter and of half of the images
+DISTANCES = {"frd": radiomic_distance}  # of features; any other is the Frechet distance as it is
 TESTED_IMAGES = 1000  # of a side at most, in whole subjects: the test holds all pairs of images
 
 
@@ -37,28 +39,27 @@ def compare_sets(sets: FeatureSets, network: str, kernel: Mapping[str, int], see
     distance of paired sets with the `p_value` of a permutation test over subjects.
     """
     entry, num_volumes = entry_of(network), len(sets.generated)
+    if entry.frechet_name in DISTANCES:
+        sets = FeatureSets(*map(complete_rows, sets[:2]), sets.subjects, False)
     generated, real = sets.generated.flatten(0, -2), sets.real.flatten(0, -2)
     sizes = {"n": len(generated), "n_reference": len(real)}
     if len(generated) > num_volumes:
         sizes["n_volumes"] = num_volumes
     if min(sizes.values()) < 2:
         return {}
-    distance = kernel_distance(generated, real, seed=seed, **kernel)
-    scores = {
-        entry.frechet_name: {
-            "value": frechet_from_features(generated, real),
-            "by_n": frechet_by_n(generated, real, seed),
-            **sizes,
-        },
-        entry.kernel_name: {
+    frechet = DISTANCES.get(entry.frechet_name, frechet_from_features)
+    by_n = frechet_by_n(generated, real, seed, frechet)
+    scores = {entry.frechet_name: {"value": frechet(generated, real), "by_n": by_n, **sizes}}
+    if entry.kernel_name:
+        distance = kernel_distance(generated, real, seed=seed, **kernel)
+        scores[entry.kernel_name] = {
             "value": distance.mean,
             "std_over_subsets": distance.std,
             "subset_size": distance.subset_size,
             "num_subsets": distance.num_subsets,
             **(test_of_sets(sets, seed) if sets.is_paired else {}),
             **sizes,
-        },
-    }
+        }
     if entry.manifold_names and min(len(generated), len(real)) > DENSITY_NEIGHBOURS:
         values = manifold_scores(generated, real)
         names = zip(entry.manifold_names, values, strict=True)
@@ -66,14 +67,16 @@ def compare_sets(sets: FeatureSets, network: str, kernel: Mapping[str, int], see
     return scores
 
 
-def frechet_by_n(generated: Tensor, real: Tensor, seed: int) -> dict[str, float]:
+def frechet_by_n(
+    generated: Tensor, real: Tensor, seed: int, distance: Callable[[Tensor, Tensor], float]
+) -> dict[str, float]:
     """The Frechet distance of random subsets of both sets, by their number: it falls as n grows."""
     num, table = min(len(generated), len(real)), {}
     order = torch.Generator().manual_seed(seed)
     for size in (num // share for share in SHARES):
         if size >= 2:
             parts = (x[torch.randperm(len(x), generator=order)[:size]] for x in (generated, real))
-            table[str(size)] = frechet_from_features(*parts)
+            table[str(size)] = distance(*parts)
     return table
 
 

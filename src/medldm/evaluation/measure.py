@@ -132,8 +132,12 @@ def by_class(family: str, scores: np.ndarray, names: Sequence[str]) -> Iterator[
     yield from ((f"{family}_{name}", scores[:, k]) for k, name in enumerate(names))
 
 
-def measure_nearest(images: Tensor, tools: Tools) -> dict[str, np.ndarray]:
-    """How near each image is to the nearest training image of its shape; nothing where none is known."""
+def measure_nearest(
+    images: Tensor, tools: Tools, features: Mapping[str, Tensor] | None = None
+) -> dict[str, np.ndarray]:
+    """How near each image is to the nearest training image of its shape; nothing where none is known.
+    `features` are those of the images by network, where they were taken already.
+    """
     train = tools.train_thumbnails.get(tuple(images.shape[1:]))
     if train is None:
         return {}
@@ -142,15 +146,24 @@ def measure_nearest(images: Tensor, tools: Tools) -> dict[str, np.ndarray]:
     values = {"nearest_train_rmse": distance.double().numpy()}
     shape = thumbnail_shape(images.shape[1:])
     if min(shape[1:]) >= 5:
-        correlation = nearest_correlation(small.view(-1, *shape), train.view(-1, *shape))
+        correlation = nearest_correlation(images.cpu(), train.view(-1, *shape))
         values["nearest_train_correlation"] = correlation.double().numpy()
-    known = tools.train_embeddings.get(tuple(images.shape[1:]))
-    if known is not None:
+    known = {name: kept.get(tuple(images.shape[1:])) for name, kept in tools.train_embeddings.items()}
+    if known.get("perceptual") is not None:
         axes = [axis for axis in range(2, images.ndim) if axis - 2 != tools.axial_axis]
-        found = (nearest_distance(tools.embed(x).cpu(), known) for x in mirrored(images, axes))
-        nearest = torch.stack(list(found)).amin(0) ** 2 * known.shape[1]
-        values["nearest_train_perceptual"] = nearest.double().numpy()
+        embedded = [tools.embed(x).cpu() for x in mirrored(images, axes)]
+        values["nearest_train_perceptual"] = nearest_squared(embedded, known["perceptual"])
+    if known.get("inception") is not None:
+        given = (features or {}).get(tools.inception_key)
+        embedded = tools.embed_by_inception(images, given).cpu()
+        values["nearest_train_inception"] = nearest_squared([embedded], known["inception"])
     return values
+
+
+def nearest_squared(embedded: Sequence[Tensor], train: Tensor) -> np.ndarray:
+    """The least squared distance of (B, D), over several of them, to one of (N, D)."""
+    nearest = torch.stack([nearest_distance(x, train) for x in embedded]).amin(0)
+    return (nearest**2 * train.shape[1]).double().numpy()
 
 
 def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[str, np.ndarray]:
@@ -205,9 +218,12 @@ class Measuring:
         is_flat = (flat.amax(1) == flat.amin(1)).tolist()
         self.constant[row] += [pair.id for pair, yes in zip(pairs, is_flat, strict=True) if yes]
 
-    def store_features(self, row: str, images: Tensor) -> None:
-        for name, network in self.tools.networks.items():
-            self.features[name].setdefault(row, []).append(network(images).double().cpu())
+    def store_features(self, row: str, images: Tensor) -> dict[str, Tensor]:
+        """The features by network, which are kept as well."""
+        found = {name: network(images) for name, network in self.tools.networks.items()}
+        for name, features in found.items():
+            self.features[name].setdefault(row, []).append(features.double().cpu())
+        return found
 
     @torch.no_grad()
     def add(self, chunk: Chunk) -> None:
@@ -215,10 +231,10 @@ class Measuring:
         everything = np.arange(chunk.start, chunk.start + len(chunk.pairs))
         real = self.tensor([pair.real for pair in chunk.pairs])
         self.note_constant("real", real, chunk.pairs)
-        self.store_features("real", real)
+        features = self.store_features("real", real)
         self.store("real", everything, measure_edges(real, chunk.pairs, self.tools))
         self.store("real", everything, measure_dice(real, chunk.pairs, self.tools))
-        self.store("real", everything, measure_nearest(real, self.tools))
+        self.store("real", everything, measure_nearest(real, self.tools, features))
         for row, images in self.rows.items():
             index = np.array([i for i in everything if images[i] is not None], dtype=int)
             if not len(index):
@@ -226,11 +242,10 @@ class Measuring:
             batch = self.tensor([images[i] for i in index])
             pairs = [self.pairs[i] for i in index]
             self.store(row, index, measure_images(batch, real[index - chunk.start], pairs, self.tools))
+            features = self.store_features(row, batch) if row in FEATURE_ROWS else {}
             if row == "generated":
                 self.note_constant(row, batch, pairs)
-                self.store(row, index, measure_nearest(batch, self.tools))
-            if row in FEATURE_ROWS:
-                self.store_features(row, batch)
+                self.store(row, index, measure_nearest(batch, self.tools, features))
         self.add_samples(chunk, everything, real)
 
     def add_samples(self, chunk: Chunk, index: np.ndarray, real: Tensor) -> None:

@@ -31,6 +31,7 @@ from medldm.metrics.summary import Bootstrap, Table, paired_differences, select,
 
 PACKAGES = ("torch", "torchmetrics", "scikit-image", "torch-fidelity", "numpy", "opencv-python-headless")
 KERNEL = "unbiased MMD^2, polynomial kernel (x.y / D + 1)^3"
+ESTIMATORS = {"frd": f"logarithm of, of standardised features: {FRECHET}"}
 NEAR = 0.05  # of the real held-out images are as near to a training image as this share says
 
 
@@ -86,8 +87,9 @@ def describe_networks(tools: Tools) -> dict:
         for name, size in tools.feature_sizes(key).items():
             entry = entry_of(name)
             facts = {"network": entry.description, "sha256": network.sha256, "num_features": size}
-            out[entry.frechet_name] = facts | {"estimator": FRECHET}
-            out[entry.kernel_name] = facts | {"estimator": KERNEL}
+            out[entry.frechet_name] = facts | {"estimator": ESTIMATORS.get(entry.frechet_name, FRECHET)}
+            if entry.kernel_name:
+                out[entry.kernel_name] = facts | {"estimator": KERNEL}
             out |= {
                 name: facts | {"estimator": find_metric(name).definition} for name in entry.manifold_names
             }
@@ -131,11 +133,12 @@ def describe_memorization(pairs: Sequence[Pair], measured: Measured) -> dict:
     closest = np.argsort(-np.nan_to_num(rows[0], nan=-1))[:NUM_NAMED]
     listed = [{"id": pairs[i].id, "correlation": float(rows[0][i])} for i in closest]
     found |= {"audit": audit._asdict(), "closest": listed}
-    distances = [measured.values[row].get("nearest_train_perceptual") for row in ("generated", "real")]
-    if any(values is None for values in distances):
-        return found
-    near = audit_copies(*(-values[~np.isnan(values)] for values in distances))
-    return found | {"perceptual_audit": near._asdict() | {"threshold": -near.threshold}}
+    for space in ("perceptual", "inception"):
+        distances = [measured.values[row].get(f"nearest_train_{space}") for row in ("generated", "real")]
+        if all(values is not None for values in distances):
+            near = audit_copies(*(-values[~np.isnan(values)] for values in distances))
+            found[f"{space}_audit"] = near._asdict() | {"threshold": -near.threshold}
+    return found
 
 
 def spacing_of(pairs: Sequence[Pair]) -> object:

@@ -1,13 +1,14 @@
 """Runs one evaluation: reads images from folders, measures them, and writes numbers and pictures."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from medldm.errors import InputError, told_of
 from medldm.evaluation import screen
@@ -35,7 +36,7 @@ from medldm.evaluation.pairs import (
     withhold,
 )
 from medldm.evaluation.panels import choose, draw_panel
-from medldm.evaluation.results import build_results, case_columns, jsonable
+from medldm.evaluation.results import build_results, case_columns, jsonable, spacing_of
 from medldm.evaluation.slices import axial_axis, orientation_of
 from medldm.evaluation.tools import Segmenter, Tools, build_tools
 from medldm.evaluation.translation import make_translation_pairs
@@ -123,9 +124,17 @@ def make_tools(
         segmenter=segmenter,
         regions=settings["regions"],
         fid_features=settings["fid_features"],
+        spacing=common_spacing(inputs.pairs) if len(shape) == 4 else None,
     )
     tools.edges_given = any(pair.edges is not None for pair in inputs.pairs)
     return tools
+
+
+def common_spacing(pairs: Sequence[Pair]) -> list[float] | None:
+    """The voxel size in mm; None where it is not known, and empty where there are several."""
+    spacing = spacing_of(pairs)
+    is_known = any(pair.attributes.get("spacing") is not None for pair in pairs)
+    return [] if spacing is None and is_known else spacing
 
 
 def read_training(
@@ -137,13 +146,17 @@ def read_training(
         return None, "mean over every other subject of the reference set (leave one subject out), per view"
     subjects = training_subjects(train, split)
     evaluated = {pair.subject for pair in inputs.pairs}
-    embed = None if tools.lpips is None else lambda image: tools.embed(image.to(tools.device)).cpu()
+    embedders = {name: partial(embed_on, tools.device, embed) for name, embed in tools.embedders().items()}
     with torch.no_grad():
-        training = read_training_set(train, subjects, evaluated, inputs.reading, names, embed)
+        training = read_training_set(train, subjects, evaluated, inputs.reading, names, embedders)
     tools.train_thumbnails, tools.train_embeddings = training.thumbnails, training.embeddings
     whose = f"split '{split}' of {train}" if subjects is not None else f"all of {train}"
     count = training.num_images
     return training, f"mean over {count} training images, {whose}, judged subjects left out, per view"
+
+
+def embed_on(device: torch.device, embed: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    return embed(image.to(device)).cpu()
 
 
 def judge(

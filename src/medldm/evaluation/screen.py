@@ -311,6 +311,12 @@ def notes_of(results: Mapping) -> Iterator[str]:
     yield from (f"condition: {line}" for line in condition_lines(results))
 
 
+FEATURE_AUDITS = {
+    "perceptual_audit": ("LPIPS", "this finds mirrored copies, and few that are noisy or re-windowed"),
+    "inception_audit": ("Inception", "this finds copies as they are, and few that are noisy or re-windowed"),
+}
+
+
 def memorization_lines(memorization: Mapping) -> Iterator[str]:
     """Whether generated images repeat training images; nothing where no training images were given."""
     if memorization:
@@ -327,9 +333,10 @@ def memorization_lines(memorization: Mapping) -> Iterator[str]:
             f"{audit['threshold']:.3f}; by chance an image does so at a rate of "
             f"{audit['false_positive_rate']:.2g}; the closest are {names}"
         )
-    if audit := memorization.get("perceptual_audit") if memorization else None:
-        yield (
-            f"in the features of LPIPS {audit['num_copies']} of {audit['num_images']} generated images lie "
-            f"nearer to a training one than all {audit['num_real']} real ones do, below "
-            f"{audit['threshold']:.3g}; this finds mirrored copies, and few that are noisy or re-windowed"
-        )
+    for key, (network, finds) in FEATURE_AUDITS.items():
+        if audit := memorization.get(key) if memorization else None:
+            yield (
+                f"in the features of {network} {audit['num_copies']} of {audit['num_images']} generated "
+                f"images lie nearer to a training one than all {audit['num_real']} real ones do, below "
+                f"{audit['threshold']:.3g}; {finds}"
+            )

@@ -26,6 +26,7 @@ from medldm.networks.features import (
 from medldm.networks.lpips import LPIPS
 
 EMBEDDED_SIDE = 128  # pixels: enough to tell images apart, at a quarter of the work of 256
+INCEPTION_SIZE = 2048  # of pool3
 BY_SLICE = "_slices"  # a 2D network that sees the axial slices of volumes
 
 
@@ -55,7 +56,8 @@ class Tools:
     axial_axis: int | None = None
     regions: Sequence[str] = ()
     train_thumbnails: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
-    train_embeddings: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
+    # "perceptual" or "inception" -> shape of the images -> (N, D)
+    train_embeddings: Mapping[str, Mapping[tuple[int, ...], Tensor]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -72,6 +74,26 @@ class Tools:
             size = [min(side, EMBEDDED_SIDE) for side in slices.shape[2:]]
             slices = F.interpolate(slices, size, mode="area")
         return by_pieces(self.lpips.embed, slices).view(len(images), -1, self.lpips.num_features).mean(1)
+
+    @property
+    def inception_key(self) -> str | None:
+        """The network among those in use that gives Inception's pool3 features."""
+        key = "inception" if self.axial_axis is None else "inception" + BY_SLICE
+        return key if key in self.networks and INCEPTION_SIZE in self.fid_features else None
+
+    def embed_by_inception(self, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """(B, C, *S) -> (B, 2048) pool3 features of length 1, of volumes the mean over their slices before;
+        `features` are what the network gave of these images, where it was asked already.
+        """
+        found = self.networks[self.inception_key](images) if features is None else features
+        sizes = list(self.fid_features)
+        pool3 = found.float().split(sizes, -1)[sizes.index(INCEPTION_SIZE)]
+        return F.normalize(pool3.reshape(len(images), -1, INCEPTION_SIZE).mean(1))
+
+    def embedders(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """In whose features training images are kept, to find copies in."""
+        found = {} if self.lpips is None else {"perceptual": self.embed}
+        return found if self.inception_key is None else found | {"inception": self.embed_by_inception}
 
     def feature_sizes(self, key: str) -> dict[str, int]:
         """The number of features of every set that a pass of a network gives, side by side."""
@@ -107,11 +129,12 @@ def build_tools(
     segmenter: Segmenter | None = None,
     regions: Sequence[str] = (),
     fid_features: Sequence[int] = (2048,),
+    spacing: Sequence[float] | None = None,
 ) -> Tools:
     """Build the networks that can be built; what cannot is noted. An unknown name is an InputError.
 
     Volumes have an `axial_axis`: 2D networks and metrics then see axial slices, `num_slices` of each volume
-    where features are taken.
+    where features are taken. `spacing` is the size of their voxels in mm, where all have one.
     """
     bound = bind_slices(functions, axial_axis)
     tools = Tools(bound, recipe, view_names, tolerances, segmenter=segmenter)
@@ -124,11 +147,10 @@ def build_tools(
             raise InputError(f"metrics.features: no network {name!r}; choose from {', '.join(FEATURE_NETS)}")
         by_slice = axial_axis is not None and 3 not in FEATURE_NETS[name].spatial_dims
         key, dims = (name + BY_SLICE, 2) if by_slice else (name, len(image_shape) - 1)
-        options = {"fid_features": tools.fid_features} if name == "inception" else {}
+        options = {"inception": {"fid_features": tools.fid_features}, "radiomics": {"spacing": spacing}}
         try:
-            network = build_features(
-                name, spatial_dims=dims, image_channels=channels, weights_dir=weights_dir, **options
-            )
+            shape = {"spatial_dims": dims, "image_channels": channels}
+            network = build_features(name, **shape, weights_dir=weights_dir, **options.get(name, {}))
         except InputError as error:
             for entry in map(entry_of, sets_of(key, tools.fid_features)):
                 tools.missing |= dict.fromkeys(entry.names, str(error))

@@ -10,6 +10,7 @@ from medldm.metrics.image import ImageFunction, mae, nmse_energy, nmse_var, psnr
 from medldm.metrics.manifold import manifold_scores
 from medldm.metrics.memorization import nearest_correlation, nearest_distance
 from medldm.metrics.overlap import dice
+from medldm.metrics.radiomic import radiomic_distance
 from medldm.metrics.similarity import ms_ssim, ssim
 from medldm.metrics.surface import surface_distances
 from medldm.networks.lpips import LPIPS
@@ -156,7 +157,8 @@ OTHER_IMAGE_METRICS = {
     ),
     "nearest_train_correlation": MetricInfo(
         nearest_correlation,
-        "highest correlation with the thumbnail of a training image, over mirrorings and small shifts",
+        "highest correlation with the thumbnail of a training image, over mirrorings and shifts of up to one "
+        "and a half of its pixels, half pixels among them",
         "",
         "-1 to 1",
         None,
@@ -170,6 +172,15 @@ OTHER_IMAGE_METRICS = {
         AT_LEAST_ZERO,
         None,
         "training images, AlexNet or VGG16 weights",
+    ),
+    "nearest_train_inception": MetricInfo(
+        nearest_distance,
+        "least squared distance of Inception's pool3 features, each of length 1 (of volumes their mean over "
+        "axial slices), to those of a training image: 2 less twice the cosine",
+        "",
+        "0 to 2",
+        None,
+        f"training images, {INCEPTION}",
     ),
     "diversity_rmse": MetricInfo(
         rmse,
@@ -249,6 +260,16 @@ SET_METRICS = {
     ),
     "kid_3d": MetricInfo(
         kernel_distance, "unbiased squared MMD of the same features", "", "as kid", False, MEDICALNET
+    ),
+    "frd": MetricInfo(
+        radiomic_distance,
+        "Frechet radiomic distance, version 1 (Konz et al. 2026): log of the Frechet distance of "
+        "pyradiomics' features (398 in 2D, 1,014 in 3D), standardised by the real images; add it by "
+        "metrics.features=[radiomics]",
+        "",
+        "any",
+        False,
+        "pyradiomics",
     ),
     "frechet_random_conv": MetricInfo(
         frechet_from_features,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 POOLED = {2: 32, 3: 16}  # edge of the thumbnails: small shifts and noise hide no copy
 CHUNK_BYTES = 2**28
+NUM_CANDIDATES = 16  # training images that an image is compared with at half shifts
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -40,17 +41,16 @@ def thumbnail_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return shape[0], *(min(s, POOLED[len(shape) - 1]) for s in shape[1:])
 
 
-def placings(small: Tensor) -> Iterator[Tensor]:
-    """Thumbnails (B, C, *s) mirrored along every choice of axes and shifted by up to one of their pixels,
-    without a border of one pixel: (B, C, *(s - 2)).
+def shifts(small: Tensor) -> Iterator[Tensor]:
+    """Thumbnails (B, C, *s) shifted by up to one of their pixels along every axis, without a border of one
+    pixel: (B, C, *(s - 2)).
     """
     axes = range(2, small.ndim)
-    for turned in mirrored(small, axes):
-        for start in itertools.product(range(3), repeat=len(axes)):
-            part = turned
-            for axis, first in zip(axes, start, strict=True):
-                part = part.narrow(axis, first, small.shape[axis] - 2)
-            yield part
+    for start in itertools.product(range(3), repeat=len(axes)):
+        part = small
+        for axis, first in zip(axes, start, strict=True):
+            part = part.narrow(axis, first, small.shape[axis] - 2)
+        yield part
 
 
 def mirrored(images: Tensor, axes: Sequence[int]) -> Iterator[Tensor]:
@@ -67,34 +67,78 @@ def standardised_rows(x: Tensor) -> Tensor:
     return F.normalize(centred, eps=1e-6)
 
 
+def half_shifted(images: Tensor) -> Iterator[Tensor]:
+    """Thumbnails (B, C, *s) of images (B, C, *S) that are moved by half a pixel of the thumbnail along every
+    choice of axes but none; between whole pixels of the image by linear interpolation.
+    """
+    axes, shape = range(2, images.ndim), thumbnail_shape(images.shape[1:])
+    for num in range(1, len(axes) + 1):
+        for chosen in itertools.combinations(axes, num):
+            moved = images.float()
+            for axis in chosen:
+                moved = moved_along(moved, axis, images.shape[axis] / shape[axis - 1] / 2)
+            yield thumbnails(moved).view(-1, *shape)
+
+
+def moved_along(x: Tensor, axis: int, distance: float) -> Tensor:
+    """What lies `distance` pixels further along an axis, the last value beyond the end."""
+    whole, size = int(distance), x.shape[axis]
+    places = torch.arange(size, device=x.device) + whole
+    near, far = (x.index_select(axis, (places + more).clamp(max=size - 1)) for more in (0, 1))
+    return torch.lerp(near, far, distance - whole)
+
+
 def nearest_correlation(images: Tensor, train: Tensor) -> Tensor:
-    """The correlations of `nearest_training`: (B, C, *s) and (N, C, *s) thumbnails -> (B,) in [-1, 1]."""
+    """The correlations of `nearest_training`: (B, C, *S) images, thumbnails (N, C, *s) -> (B,) in [-1, 1]."""
     return nearest_training(images, train)[0]
 
 
 def nearest_training(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, C, *s) and (N, C, *s) thumbnails -> the highest correlation of each of the B with one of the N,
-    (B,) in [-1, 1], and which of them it is, (B,) int64.
+    """(B, C, *S) images and thumbnails (N, C, *s) of training images -> the highest correlation of each of
+    the B with one of the N, (B,) in [-1, 1], and which of them it is, (B,) int64.
 
-    It is taken over mirrorings and small shifts and does not see brightness or contrast: a mirrored, shifted,
-    noisy or re-windowed copy of a training image still comes near 1. ValueError for sides below 5 pixels.
+    It is taken over mirrorings and shifts of up to one pixel of the thumbnail and does not see brightness or
+    contrast: a mirrored, shifted, noisy or re-windowed copy of a training image still comes near 1. The
+    shifts are whole pixels first, against all of the N, then half ones against the `NUM_CANDIDATES` that
+    correlate most, each mirrored as it correlates most. ValueError for thumbnails of fewer than 5 pixels
+    a side.
     """
-    if min(images.shape[2:]) < 5:
-        raise ValueError(f"thumbnails of {tuple(images.shape[2:])} pixels are too small to be shifted")
+    small = thumbnails(images).view(-1, *thumbnail_shape(images.shape[1:]))
+    if min(small.shape[2:]) < 5:
+        raise ValueError(f"thumbnails of {tuple(small.shape[2:])} pixels are too small to be shifted")
     inner = train
     for axis in range(2, train.ndim):
         inner = inner.narrow(axis, 1, train.shape[axis] - 2)
-    known = standardised_rows(inner)
-    rows = max(1, CHUNK_BYTES // (4 * len(images)))
-    best = images.new_full((len(images),), -1.0, dtype=torch.float32)
-    index = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    for placed in placings(images):
-        made = standardised_rows(placed)
-        for number, part in enumerate(known.split(rows)):
-            found = (made @ part.T).max(1)
-            index = torch.where(found.values > best, found.indices + number * rows, index)
-            best = torch.maximum(best, found.values)
-    return best, index
+    best, turn = whole_shifts(small, standardised_rows(inner)).max(0)  # (B, N)
+    best, index = best.topk(min(NUM_CANDIDATES, len(train)))  # (B, M)
+    candidates = turned_alike(inner[index], turn.gather(1, index))
+    for half in half_shifted(images):
+        for part in shifts(half):
+            found = torch.einsum("bmd,bd->bm", candidates, standardised_rows(part))
+            best = torch.maximum(best, found)
+    found = best.max(1)
+    return found.values, index.gather(1, found.indices[:, None])[:, 0]
+
+
+def whole_shifts(small: Tensor, known: Tensor) -> Tensor:
+    """Thumbnails (B, C, *s) and standardised inner parts (N, D) of others -> the highest correlation over
+    shifts by whole pixels, for each mirroring (in the order of `mirrored`): (K, B, N).
+    """
+    table = []
+    for turned in mirrored(small, range(2, small.ndim)):
+        best = small.new_full((len(small), len(known)), -1.0)
+        for part in shifts(turned):
+            torch.maximum(best, standardised_rows(part) @ known.T, out=best)
+        table.append(best)
+    return torch.stack(table)
+
+
+def turned_alike(parts: Tensor, turn: Tensor) -> Tensor:
+    """(B, M, C, *s), each mirrored in the way of this number, (B, M), as standardised rows (B, M, D)."""
+    flat = parts.flatten(0, 1)
+    rows = torch.stack([standardised_rows(x) for x in mirrored(flat, range(2, flat.ndim))])  # (K, BM, D)
+    chosen = rows[turn.flatten(), torch.arange(len(flat), device=rows.device)]
+    return chosen.view(*turn.shape, -1)
 
 
 class Audit(NamedTuple):

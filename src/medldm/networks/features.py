@@ -19,6 +19,7 @@ from medldm.batch import to_uint8
 from medldm.errors import InputError
 from medldm.networks.lpips import LPIPS_WEIGHTS, to_rgb
 from medldm.networks.medicalnet import MedicalNet, load_medicalnet
+from medldm.networks.radiomics import RadiomicFeatures
 from medldm.networks.weights import (
     FoundWeights,
     WeightsFile,
@@ -197,10 +198,8 @@ class FeatureNet(NamedTuple):
     """An entry; `build(weights_dir, spatial_dims, image_channels)` gives `num_features` and `sha256` too."""
 
     frechet_name: str
-    kernel_name: str
-    manifold_names: tuple[
-        str, ...
-    ]  # for precision, recall, density and coverage; empty where these are not computed
+    kernel_name: str  # empty where it is not computed
+    manifold_names: tuple[str, ...]  # for precision, recall, density, coverage; may be empty
     spatial_dims: tuple[int, ...]
     description: str
     build: Callable[..., nn.Module]
@@ -208,7 +207,7 @@ class FeatureNet(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all metrics that use these features."""
-        return self.frechet_name, self.kernel_name, *self.manifold_names
+        return tuple(filter(None, (self.frechet_name, self.kernel_name, *self.manifold_names)))
 
 
 def build_inception(
@@ -248,6 +247,16 @@ def build_medicalnet_features(
     return MedicalNetFeatures(build_medicalnet(50, weights_dir))
 
 
+def build_radiomics(
+    weights_dir: Path | str | None,
+    spatial_dims: int,
+    image_channels: int,
+    *,
+    spacing: Sequence[float] | None = None,
+) -> nn.Module:
+    return RadiomicFeatures(spatial_dims, spacing)
+
+
 def inception_entry(size: int) -> FeatureNet:
     suffix = "" if size == 2048 else f"_{size}"
     return FeatureNet(
@@ -280,6 +289,15 @@ FEATURE_NETS: dict[str, FeatureNet] = {
         "three fixed-seed random 3x3 stride-2 conv layers, mean and standard deviation of each map, 224-d; "
         "not FID, comparable only on one data set",
         build_random_conv,
+    ),
+    "radiomics": FeatureNet(
+        "frd",
+        "",
+        (),
+        (2, 3),
+        "radiomic features by pyradiomics with the settings of FRD version 1 (frd-score): first order, GLCM, "
+        "GLRLM, GLSZM and NGTDM of the image, of 4 Laplacians of Gaussians and of its wavelets; no weights",
+        build_radiomics,
     ),
 }
 # Every set of features that has a name: one pass of Inception gives one for each of its `fid_features`.
