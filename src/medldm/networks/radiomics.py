@@ -65,9 +65,10 @@ class RadiomicFeatures(nn.Module):
     """(B, 1, *S) in [-1, 1] -> (B, D) float64: textures and statistics of the image, of its Laplacians of
     Gaussians and of its wavelets, and what pyradiomics reports of the image itself.
 
-    Images are measured on the scale 0 to 255. `spacing` is the size of a voxel along the axes of the array in
-    mm, 1 where it is None; features are taken on a grid of 2 mm. NaN in the row of an image that has none,
-    such as a constant one.
+    Images are measured on the scale 0 to 255 in steps of 16 bits, so that 8-bit pictures are what they were:
+    a voxel at the edge of a bin of intensities would move by a rounding. `spacing` is the size of a voxel
+    along the axes of the array in mm, 1 where it is None; features are taken on a grid of 2 mm. NaN in the
+    row of an image that has none, such as a constant one.
     """
 
     def __init__(self, spatial_dims: int, spacing: Sequence[float] | None = None) -> None:
@@ -108,7 +109,7 @@ class RadiomicFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != 1:
             raise InputError(f"radiomics: {x.shape[1]} image channels; it takes one")
-        images = ((x[:, 0].double().clamp(-1, 1) + 1) * 127.5).cpu().numpy()
+        images = (((x[:, 0].double().clamp(-1, 1) + 1) * 127.5 * 257).round() / 257).cpu().numpy()
         rows = []
         for image in images:
             found = {} if np.ptp(image) == 0 else self.measured(image)
