@@ -129,11 +129,11 @@ def read_training_set(
             names[image.shape].append(record.id)
             for name, embed in embedders.items():
                 embedded[name][image.shape].append(embed(torch.from_numpy(image)[None]))
-    embeddings = {name: joined(kept) for name, kept in embedded.items()}
-    return TrainingSet(means, joined(small), dict(names), embeddings)
+    embeddings = {name: stacked_parts(kept) for name, kept in embedded.items()}
+    return TrainingSet(means, stacked_parts(small), dict(names), embeddings)
 
 
-def joined(kept: Mapping[tuple[int, ...], list[Tensor]]) -> dict[tuple[int, ...], Tensor]:
+def stacked_parts(kept: Mapping[tuple[int, ...], list[Tensor]]) -> dict[tuple[int, ...], Tensor]:
     return {shape: torch.cat(parts) for shape, parts in kept.items()}
 
 

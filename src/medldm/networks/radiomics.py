@@ -23,7 +23,7 @@ ADVICE = (
     "`pip install setuptools wheel versioneer cython`, then `pip install --no-build-isolation --no-deps "
     "pyradiomics==3.0.1`, then `pip install SimpleITK PyWavelets six pykwalify docopt`"
 )
-CLASSES = {
+FEATURE_CLASSES = {
     "firstorder": None,
     "glcm": [
         "Autocorrelation", "JointAverage", "ClusterProminence", "ClusterShade", "ClusterTendency", "Contrast",
@@ -35,8 +35,8 @@ CLASSES = {
     "glszm": None,
     "ngtdm": None,
 }  # fmt: skip
-FILTERS = {"Original": {}, "LoG": {"sigma": [2.0, 3.0, 4.0, 5.0]}, "Wavelet": {}}
-SETTINGS = {
+IMAGE_TYPES = {"Original": {}, "LoG": {"sigma": [2.0, 3.0, 4.0, 5.0]}, "Wavelet": {}}
+EXTRACTION = {
     "normalize": True,
     "normalizeScale": 100,
     "interpolator": "sitkBSpline",
@@ -79,8 +79,8 @@ class RadiomicFeatures(nn.Module):
         self.sitk = import_library("SimpleITK")
         import_library("radiomics").setVerbosity(60)  # its log tells of every image
         self.spacing = [1.0] * spatial_dims if spacing is None else [float(size) for size in spacing]
-        settings = SETTINGS | OF_DIMS[spatial_dims]
-        parts = {"imageType": FILTERS, "featureClass": CLASSES, "setting": settings}
+        settings = EXTRACTION | OF_DIMS[spatial_dims]
+        parts = {"imageType": IMAGE_TYPES, "featureClass": FEATURE_CLASSES, "setting": settings}
         self.extractor = extractor.RadiomicsFeatureExtractor(parts)
         stated = json.dumps([parts, self.spacing, version("pyradiomics")], sort_keys=True)
         self.sha256 = hashlib.sha256(stated.encode()).hexdigest()
