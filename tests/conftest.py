@@ -75,6 +75,15 @@ def diffusion(prepared, first_stage, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def segmenter(prepared, tmp_path_factory):
+    """best.ckpt of a tiny segmenter of the cardiac phantom."""
+    from tests.training import run_training
+
+    run_dir = tmp_path_factory.mktemp("segmenter") / "run"
+    return run_training(prepared, run_dir, "experiment=cardiac2d/segmentation").with_name("best.ckpt")
+
+
+@pytest.fixture(scope="session")
 def prepared_3d(tmp_path_factory):
     """Six torso volumes with organ masks, 32 voxels wide, as somebody's own folder."""
     from medldm.commands import phantom, prepare

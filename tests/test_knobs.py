@@ -50,6 +50,7 @@ def put(config: dict, key: str, value) -> None:
 VQ, LDM, VDM = "experiment=cardiac2d/vqvae", "experiment=cardiac2d/ldm", "experiment=medvdm/chestxray_conv"
 VECTORS = "experiment=medvdm/colab"
 VOLUME, JOINT = "experiment=medlsdm/folder_vqgan", "experiment=aldm/brats_joint"
+CONTROL, SEGMENTED = "experiment=cardiac2d/control", "experiment=cardiac2d/ldm_seg"
 UNET, NNET = (LDM, "model/network=unet_block"), (LDM, "model/schedule=learned_nnet")
 IDLE = {  # what is typed last is refused
     "model.perceptual_weight=1": ((VQ,), "model.perceptual=null"),
@@ -86,6 +87,12 @@ IDLE = {  # what is typed last is refused
     "model.gradient_is_signed=true": ((VDM,),),
     "model.mse_weight=1": ((VDM, "model/codec=pixel"),),
     "model.gradient_weight=1": ((VDM, "model/codec=pixel"),),
+    "model.adapter.conditioner.out_channels=3": (
+        (CONTROL,),
+        "model.adapter.conditioner.encoder=area",
+    ),
+    "model.segmenter.temperature=0.2": ((SEGMENTED,),),
+    "model.segmenter.checkpoint=other.ckpt": ((SEGMENTED,), "model.kind=distillation"),
     "model.cosine_final=0.1": ((VDM,), "model.cosine_steps=null"),
 }
 

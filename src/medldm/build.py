@@ -14,8 +14,14 @@ from medldm.checkpoints import fit_weights, read_hashed
 from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.errors import InputError, told_of
 from medldm.models.common import TrainedModule
+from medldm.models.segmentation import SegmentationModule
 
-__all__ = ["MODELS", "batch_keys", "build_module", "load_first_stage", "load_module", "module_class"]
+__all__ = [
+    "MODELS", "batch_keys", "build_module", "load_first_stage", "load_module", "load_segmenter_of",
+    "module_class",
+]  # fmt: skip
+BASE_KEY = "model.adapter.checkpoint"
+BASE_PARTS = ("network", "conditioner", "schedule", "objective", "first_stage", "map_stage")
 SLACK = 2**30  # bytes that building a model may take beside its weights: discriminators, tables
 
 
@@ -95,6 +101,35 @@ def load_first_stage(path: str | Path, **options: Any) -> tuple[FirstStage, dict
             "autoencoder or a translator"
         )
     return as_first_stage(module, options), description | {"sha256": sha256}
+
+
+def load_segmenter_of(
+    path: str | Path, images: tuple[int, int], facts: Mapping[str, Any], *, key: str, whose: str
+) -> SegmentationModule:
+    """The trained segmenter of a checkpoint for images of so many (channels, dimensions). InputError, by
+    `key`, where it takes others, is none, or numbers other classes than `whose` data with these `facts`.
+    """
+    module = load_module(path)
+    if not isinstance(module, SegmentationModule):
+        raise InputError(f"{key}={path}: holds no segmenter; train one with model=segmentation")
+    expected = (module.facts["image_channels"], module.facts["spatial_dims"])
+    if expected != images:
+        raise InputError(
+            f"{key}={path}: takes {expected[0]} channels in {expected[1]}D, the images have "
+            f"{images[0]} in {images[1]}D"
+        )
+    check_class_names(module.facts, facts, f"{key}={path}: finds", whose)
+    return module
+
+
+def with_base_parts(model: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a controlled model: its own, with the parts of its base's config. InputError where it
+    states such a part itself.
+    """
+    stated = [key for key in BASE_PARTS if model.get(key) is not None]
+    if stated:
+        raise InputError(f"model.{stated[0]} has no effect: it is that of {BASE_KEY}; leave it out")
+    return {key: base[key] for key in BASE_PARTS if key in base} | dict(model)
 
 
 # ---- stages ----

@@ -5,7 +5,8 @@ The record of a training says what it saw: `dataset`, `raw` (folder), `split` (n
 test}, `images` {training subject: identities of its raw image files}, `content` (digest of the training and
 validation arrays), `attributes` (by name, digests of what their cases state: sex, age, label), `generator`
 (subjects that the model behind its synthetic images saw). It lies under "data" in a checkpoint's description;
-first stages and the model that a fine-tuning started from bring theirs along. Checkpoints of an older medldm
+first stages, the base of a control branch, a segmenter that training asked and the model that a fine-tuning
+started from bring theirs along. Checkpoints of an older medldm
 have none.
 """
 
@@ -17,7 +18,7 @@ from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
 OWN_NAMES = {"folder", "class_folders"}  # datasets whose subjects are named by whoever made the files
-EARLIER = ("first_stage", "map_stage", "init_from")
+EARLIER = ("first_stage", "map_stage", "adapter", "segmenter", "init_from")
 
 
 class Seen(NamedTuple):
@@ -40,8 +41,11 @@ def stages_of(description: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str
 
 
 def origin_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a fine-tuned checkpoint keeps of the one that it started from."""
-    return {key: description.get(key) for key in ("stage", "data", "init_from")}
+    """What a fine-tuned checkpoint keeps of the one that it started from; as much is kept of the base of a
+    control branch and of a segmenter that training asked.
+    """
+    asked = {key: description[key] for key in ("adapter", "segmenter") if description.get(key)}
+    return {key: description.get(key) for key in ("stage", "data", "init_from")} | asked
 
 
 def image_identities(entries: Iterable[Mapping[str, Any]]) -> set[str]:

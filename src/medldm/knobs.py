@@ -82,6 +82,10 @@ def of_model(model: Mapping[str, Any], spatial_dims: int, groups: Sequence[str])
         yield from of_autoencoder(model)
     if "conditioner" in model:
         yield from of_conditioner(model["conditioner"], groups)
+    if model.get("adapter"):
+        yield from of_conditioner(model["adapter"]["conditioner"], groups, "model.adapter.conditioner")
+    if model.get("segmenter"):
+        yield from of_segmenter(model)
     if {"conditioner", "network"} <= model.keys():
         yield from of_network(model)
     if str(objective.get("_target_", "")).endswith("DenoisingObjective"):
@@ -146,9 +150,19 @@ def of_adversarial(model: Mapping[str, Any], spatial_dims: int, losses: Mapping[
         yield Idle("model.adversarial.adaptive", ANY, "model.adversarial.weight is 0; set it above 0 too")
 
 
-def of_conditioner(conditioner: Mapping[str, Any], groups: Sequence[str]) -> Iterator[Idle]:
+def of_segmenter(model: Mapping[str, Any]) -> Iterator[Idle]:
+    """Rules for the losses of a segmenter."""
+    if model["kind"] != "diffusion":
+        yield Idle("model.segmenter.checkpoint", None, f"a {model['kind']} model asks none; leave it out")
+    if not model["segmenter"].get("contrast_weight"):
+        mend = "model.segmenter.contrast_weight is 0; set it above 0 too"
+        yield Idle("model.segmenter.temperature", ANY, mend)
+
+
+def of_conditioner(
+    conditioner: Mapping[str, Any], groups: Sequence[str], key: str = "model.conditioner"
+) -> Iterator[Idle]:
     """Rules for a conditioner; `groups` are the conditions that the built model has."""
-    key = "model.conditioner"
     if "encoder" in conditioner:
         if conditioner["encoder"] in (None, "area"):
             mend = f"{key}.encoder={conditioner['encoder'] or 'null'} decides the channels; choose another"

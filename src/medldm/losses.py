@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.attributes import UNKNOWN
+from medldm.batch import class_planes
+from medldm.devices import full_precision
 from medldm.networks.features import RandomConvFeatures, build_medicalnet
 from medldm.networks.lpips import LPIPS
 from medldm.networks.medicalnet import standardised
@@ -201,3 +203,66 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         for loss in (reconstruction, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+# ---- what a segmenter makes of images: one value (B,) for each ----
+
+
+def feature_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Features (B, C, *s) of several layers, of two images each -> (B,): |f / |f| - g / |g||^2 with lengths
+    over channels, averaged over space and layers. As LPIPS (Zhang et al. 2018) without learned weights.
+    """
+    terms = [
+        (F.normalize(f.float()) - F.normalize(g.float())).square().sum(1).flatten(1).mean(1)
+        for f, g in zip(a, b, strict=True)
+    ]
+    return torch.stack(terms).mean(0)
+
+
+def map_errors(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits (B, K, *S) against a class map (B, 1, *S) -> (B,): cross-entropy averaged over voxels, plus 1
+    minus soft Dice averaged over the foreground classes that the map of the sample holds.
+    """
+    logits = logits.float()
+    entropy = F.cross_entropy(logits, mask[:, 0].long(), reduction="none").flatten(1).mean(1)
+    planes = class_planes(mask, logits.shape[1], torch.float32)[:, 1:].flatten(2)
+    found = logits.softmax(1)[:, 1:].flatten(2)
+    wanted = planes.sum(2)
+    dice = 2 * (found * planes).sum(2) / (found.sum(2) + wanted).clamp(min=1e-5)
+    is_there = (wanted > 0).float()
+    missed = ((1 - dice) * is_there).sum(1) / is_there.sum(1).clamp(min=1)
+    return entropy + missed
+
+
+def region_sums(features: Tensor, mask: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Sums of features (B, C, *s) over the regions of a class map (B, 1, *S), (B, K, C), and the sizes of the
+    regions (B, K). A cell of the features counts to each class as much as the class has of it.
+    """
+    shares = F.interpolate(
+        class_planes(mask, num_classes, torch.float32), size=features.shape[2:], mode="area"
+    )
+    with full_precision(features.device):
+        sums = torch.einsum("bcv,bkv->bkc", features.float().flatten(2), shares.flatten(2))
+    return sums, shares.flatten(2).sum(2)
+
+
+def region_contrast(
+    generated: Tensor, real: Tensor, mask: Tensor, num_classes: int, temperature: float
+) -> Tensor:
+    """Features (B, C, *s) of generated and of real images under one map (B, 1, *S) -> (B,): InfoNCE over
+    regions.
+
+    Each region of a generated image is to be told by its mean feature: its own class's mean over all real
+    images of the batch is the positive, those of the other classes in the batch are the negatives; similarity
+    is the cosine over `temperature`. Averaged over the regions of a sample. With N classes in the batch and
+    features that are all alike it is log N. Of real features gradients are not taken. van den Oord et al.
+    2018; classes in the place of instances as in Khosla et al. 2020, regions as in Wang et al. 2021.
+    """
+    queries, sizes = region_sums(generated, mask, num_classes)
+    keys, areas = (x.sum(0) for x in region_sums(real.detach(), mask, num_classes))  # (K, C), (K,)
+    with full_precision(generated.device):
+        similarity = F.normalize(queries, dim=2) @ F.normalize(keys, dim=1).T / temperature  # (B, K, K)
+    similarity = similarity.masked_fill(areas == 0, -1e9)  # finite: rows of absent classes are dropped below
+    errors = -similarity.log_softmax(2).diagonal(dim1=1, dim2=2)
+    is_there = (sizes > 0).float()
+    return (errors * is_there).sum(1) / is_there.sum(1).clamp(min=1)

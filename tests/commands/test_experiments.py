@@ -59,11 +59,14 @@ def test_every_experiment_trains_two_steps_under_a_gpu_s_settings(name, request,
         overrides.append(f"model.first_stage.checkpoint={stage}")
     if cfg.model.get("map_stage"):
         overrides.append(f"model.map_stage.checkpoint={request.getfixturevalue('map_stage')}")
+    trained = "diffusion_3d" if cfg.data.get("spatial_dims") == 3 else "diffusion"
     if cfg.model.get("teacher"):
-        teacher = request.getfixturevalue(
-            "diffusion_3d" if cfg.data.get("spatial_dims") == 3 else "diffusion"
-        )
+        teacher = request.getfixturevalue(trained)
         overrides += [f"model.teacher.checkpoint={teacher}", "model.teacher.num_steps=2"]
+    if cfg.model.get("adapter"):
+        overrides.append(f"model.adapter.checkpoint={request.getfixturevalue(trained)}")
+    if cfg.model.get("segmenter"):
+        overrides.append(f"model.segmenter.checkpoint={request.getfixturevalue('segmenter')}")
     root = request.getfixturevalue(prepared_for(cfg.data))
     fast_bf16_convolutions(monkeypatch)
     assert_trained(run_training(root, tmp_path / "run", *overrides))

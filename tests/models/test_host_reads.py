@@ -5,6 +5,9 @@ import torch
 
 from medldm.build import load_module
 from medldm.callbacks import EMA, CountUpdates, ProgressBar, SkipNonFinite, StopOnSignal
+from medldm.diffusion.conditioner import SpatialConditioner
+from medldm.diffusion.control import controlled
+from medldm.models.segmenter_loss import SegmenterLoss
 from tests.host_reads import HostReads
 from tests.training import FACTS, LDM, PIXELS, VQVAE, build, fit, make_batches
 
@@ -72,6 +75,15 @@ def test_a_training_step_behind_a_first_stage_reads_nothing(fixture, request):
     if fixture == "translator":
         module.adversarial.start = 0
     assert not reads_of(module, batches)
+
+
+def test_a_segmenter_s_losses_and_a_control_branch_read_nothing(diffusion, segmenter):
+    module = load_module(diffusion).train()
+    module.segmenter_loss = SegmenterLoss(feature_weight=1.0, map_weight=1.0, contrast_weight=1.0)
+    module.segmenter_loss.ask(load_module(segmenter))
+    hint = SpatialConditioner(4, downsampling=(8, 8), encoder="strided_cnn", use_mask=True, drop_all_prob=0.3)
+    module.conditioner, module.network = controlled(module.conditioner, module.network, hint)
+    assert not reads_of(module, make_batches(3, 2, pixels=64))
 
 
 def test_the_watch_sees_what_would_wait():

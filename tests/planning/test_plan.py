@@ -32,8 +32,16 @@ def job_of(named, experiment: str, *overrides: str):
     return plan.job_of(OmegaConf.to_container(named(experiment, *overrides), resolve=True), experiment)
 
 
-def test_a_trace_counts_what_a_real_step_runs(named):
-    job = job_of(named, "cardiac2d/demo_ldm", *SMALL)
+ADDITIONS = {
+    "none": ("cardiac2d/demo_ldm",),
+    "branch": ("cardiac2d/control", "adapter_experiment=cardiac2d/demo_ldm"),
+    "segmenter": ("cardiac2d/demo_ldm", "+model/segmenter=contrast"),
+}
+
+
+@pytest.mark.parametrize("addition", ADDITIONS)
+def test_a_trace_counts_what_a_real_step_runs(named, addition):
+    job = job_of(named, *ADDITIONS[addition], *SMALL)
     cost = traced_step(job, 2, bf16=False, on_cuda=False).cost
     module = job.build()
     batch = random_batch(job, module, 2, torch.device("cpu"))
@@ -42,6 +50,19 @@ def test_a_trace_counts_what_a_real_step_runs(named):
     assert cost.flops == real.cost.flops > 0
     assert cost.num_kernels == pytest.approx(real.cost.num_kernels, rel=0.02)
     assert cost.peak_bytes == pytest.approx(real.cost.peak_bytes, rel=0.02)
+
+
+def test_the_base_of_a_branch_is_found_by_its_name(named):
+    for experiment, base in (
+        ("cardiac2d/control", "cardiac2d/ldm"),
+        ("medlsdm/control", "medlsdm/folder_ldm"),
+    ):
+        job = job_of(named, experiment)
+        theirs = plan.compose_model(base)
+        assert job.model["network"] == theirs["network"] and job.model["schedule"] == theirs["schedule"]
+        assert job.first_stage is not None and "mask" in job.keys
+    with pytest.raises(InputError, match="adapter_experiment: name the experiment of the base"):
+        job_of(named, "aldm/control", "experiment=cardiac2d/control")
 
 
 def test_a_plan_ends_with_3_where_the_card_is_too_small(named, capsys):

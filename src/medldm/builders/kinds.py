@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from medldm.attributes import known_attributes
+from medldm.builders.additions import build_segmenter_loss, with_branch
 from medldm.builders.keys import instantiate_parts
 from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.diffusion.variational import ImageTerms
@@ -124,7 +125,7 @@ def build_diffusion_module(
     model: Mapping[str, Any], facts: Mapping[str, Any], stages: EarlierStages
 ) -> DiffusionModule:
     first_stage, map_stage = stages.first_stage, stages.map_stage
-    parts = instantiate_parts(model, skip=("first_stage", "map_stage"))
+    parts = instantiate_parts(model, skip=("first_stage", "map_stage", "segmenter", "adapter"))
     make_network = parts.pop("network")
     make_conditioner = parts.pop("conditioner")
     sizes = {}
@@ -152,8 +153,12 @@ def build_diffusion_module(
         )
     with told_of("model.objective"):
         parts["objective"].check_schedule(parts["schedule"])
+    if model.get("adapter"):
+        parts["schedule"].requires_grad_(False)
+        conditioner, network = with_branch(model, facts, conditioner, network, first_stage.downsampling)
+    stages_and_losses = {"map_stage": map_stage, "segmenter_loss": build_segmenter_loss(model, facts)}
     with told_of("model"):
-        module = module_class(model)(first_stage, conditioner, network, map_stage=map_stage, **parts)
+        module = module_class(model)(first_stage, conditioner, network, **stages_and_losses, **parts)
     module.first_stage_description = stages.first_description
     module.map_stage_description = stages.map_description
     return module

@@ -10,7 +10,8 @@ Keys people use:
   gpu=rtx3090|a6000|a100|h100|h200|cpu    default: the device of this machine
   data.root=DATA              take number of classes, image size and length of an epoch from prepared data
   image_shape=[32,256,256]    voxels that training sees
-  first_stage_experiment=E    what to assume for model.first_stage.checkpoint
+  first_stage_experiment=E    what to assume for model.first_stage.checkpoint; adapter_experiment,
+                              segmenter_experiment: for those checkpoints
   alternatives=true           also which crop fits, and what activation checkpointing changes; both are shown
                               anyway where the step does not fit
   operations=10               also list the operations that move most bytes
@@ -32,7 +33,7 @@ from medldm.build import batch_keys
 from medldm.commands import CONFIG_DIR, experiment_name, run_command
 from medldm.devices import CPU, GPU, compiles_on, pick_device
 from medldm.errors import InputError
-from medldm.planning.assume import Experiments, describe_job
+from medldm.planning.assume import Experiments, describe_job, with_assumed_base
 from medldm.planning.estimate import HEADER, Estimate, Planner, operations_table, settings, this_device
 from medldm.planning.fit import advice
 from medldm.planning.measure import measured_step
@@ -112,8 +113,9 @@ def job_of(plan: Mapping[str, Any], experiment: str) -> Job:
             "model.teacher.checkpoint: a student's parts are its teacher's, which this config does not hold; "
             "ask for the teacher's experiment instead"
         )
-    keys = batch_keys(plan["model"], plan["data"].get("latents"))
-    return describe_job(plan, experiments, keys)
+    model, experiments = with_assumed_base(plan, experiments)
+    keys = batch_keys(model, plan["data"].get("latents"))
+    return describe_job({**plan, "model": model}, experiments, keys)
 
 
 def known_experiments() -> Iterator[str]:

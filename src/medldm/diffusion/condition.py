@@ -21,6 +21,7 @@ class Condition(NamedTuple):
     # (B, Cs, *any), read by SPADE norms, or what the network's `modulations` has made of it
     spade: Tensor | Modulations | None = None
     context: Tensor | None = None  # (B, L, Dc), for cross-attention
+    hint: Tensor | None = None  # (B, Ch, *s), read by a control branch
 
 
 def in_float32(condition: Condition) -> Condition:

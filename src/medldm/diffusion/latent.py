@@ -118,9 +118,21 @@ class FirstStage(nn.Module):
         """z (B, Cz, *s), normalised -> image (B, C, *S); `mask` is for decoders with SPADE."""
         h = self.denormalize(z)
         if self.requantize:
-            h = (self.autoencoder.snap if self.latent == "quant" else self.autoencoder.quantize)(h).z
+            h = self.codes_of(h)
         if self.tile is not None:
             return TiledAutoencoder(self.autoencoder, self.tile).decode(h, mask).to(z.device)
+        return self.autoencoder.decode(h, mask)
+
+    def codes_of(self, h: Tensor) -> Tensor:
+        return (self.autoencoder.snap if self.latent == "quant" else self.autoencoder.quantize)(h).z
+
+    def decode_through(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`decode` in one piece, with gradients with respect to z; quantisation passes them on."""
+        h = self.unscaled(z.float())
+        if self.requantize:
+            with torch.no_grad():
+                codes = self.codes_of(h).float()
+            h = h + (codes - h).detach()
         return self.autoencoder.decode(h, mask)
 
     def decoder_map(self, batch: dict) -> Tensor | None:
@@ -210,6 +222,9 @@ class PixelStage(nn.Module):
         return x.float()
 
     def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        return z.float()
+
+    def decode_through(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         return z.float()
 
     def decoder_map(self, batch: dict) -> None:

@@ -92,6 +92,14 @@ class Preconditioning(NamedTuple):
         return cls(alpha * data_std**2 / variance, sigma * data_std * variance.rsqrt(), variance.rsqrt())
 
 
+class Judged(NamedTuple):
+    """The losses of a batch, its levels gamma (B,), and a function that gives its x0_hat."""
+
+    losses: dict[str, Tensor]
+    gamma: Tensor
+    x0_hat: Callable[[], Tensor]
+
+
 class DenoisingObjective:
     """Weighted regression of the noise, the image or the velocity along the schedule's path: alpha noise -
     sigma x where the variance is preserved, noise - x on a straight line. "preconditioned" is the mixture of
@@ -226,6 +234,20 @@ class DenoisingObjective:
         `t` (B,) and `noise` (like x) are drawn where they are not given; fixed ones make a validation loss
         comparable.
         """
+        return self.judged(network, schedule, x, condition, t=t, noise=noise, generator=generator).losses
+
+    def judged(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        x: Tensor,
+        condition: Condition,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Judged:
+        """As a call, with what else can be said of the output."""
         x = at_least_float32(x)
         t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t
         noise = standard_normal(x, generator) if noise is None else noise
@@ -237,7 +259,8 @@ class DenoisingObjective:
         with full_precision(x.device):
             error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
             loss = levels.integral(self.weight(schedule, levels.gamma) * error)
-        return {"loss": loss, "unweighted": error.detach().mean()}
+        losses = {"loss": loss, "unweighted": error.detach().mean()}
+        return Judged(losses, levels.gamma, lambda: self.x0_hat(output, z_t, scales))
 
     def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Given) -> Denoise:
         """The function (z_t, t) -> x0_hat, with t (B,) in [0, 1], of the network under one condition, which

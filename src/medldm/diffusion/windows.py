@@ -100,7 +100,7 @@ def part_over(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
 
 def cut_condition(condition: Condition, box: Box, shape: Sequence[int]) -> Condition:
     """The part of a condition over a window. A map may be on a finer grid than the latents."""
-    maps = {"concat": condition.concat, "spade": condition.spade}
+    maps = {"concat": condition.concat, "spade": condition.spade, "hint": condition.hint}
     return condition._replace(**{key: part_over(x, box, shape) for key, x in maps.items() if x is not None})
 
 

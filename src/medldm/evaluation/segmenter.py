@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medldm.attributes import check_class_names
-from medldm.build import load_module
-from medldm.errors import InputError
+from medldm.build import load_segmenter_of
 from medldm.evaluation.tools import Segmenter
 from medldm.inference import autocast
 
@@ -27,16 +25,8 @@ def load_segmenter(
     """
     if checkpoint is None:
         return None
-    module = load_module(checkpoint)
-    if not module.class_names:
-        raise InputError(f"segmenter={checkpoint}: holds no segmenter; train one with model=segmentation")
-    expected = (module.facts["image_channels"], module.facts["spatial_dims"])
-    if expected != (image_shape[0], len(image_shape) - 1):
-        raise InputError(
-            f"segmenter={checkpoint}: takes {expected[0]} channels in {expected[1]}D, the images have "
-            f"{image_shape[0]} in {len(image_shape) - 1}D"
-        )
-    check_class_names(module.facts, facts, f"segmenter={checkpoint}: finds", "the reference")
+    images = (image_shape[0], len(image_shape) - 1)
+    module = load_segmenter_of(checkpoint, images, facts, key="segmenter", whose="the reference")
     module.to(device)
 
     def segment(x: Tensor) -> Tensor:

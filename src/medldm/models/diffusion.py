@@ -26,6 +26,7 @@ from medldm.models.common import (
     step_generator,
 )
 from medldm.models.protocols import Output, Request, translations
+from medldm.models.segmenter_loss import MAP_WEIGHTS, SegmenterLoss
 
 
 def mix(condition: Condition, share: float) -> Condition:
@@ -61,7 +62,8 @@ class DiffusionModule(TrainedModule):
 
     batch["latent"] (the cache of `medldm encode`) is used where it is there, else batch["image"] is encoded.
     `map_stage` is a frozen autoencoder of semantic maps, whose latents the conditioner finds as
-    batch["map_latent"].
+    batch["map_latent"]. `segmenter_loss` adds what a frozen segmenter says of x0_hat to the loss. Parts of
+    which training changes a part alone name it as their `trained_part`: a frozen U-Net with a control branch.
     All random numbers of a step are a function of `seed` and the step, drawn for the global batch.
     """
 
@@ -72,6 +74,7 @@ class DiffusionModule(TrainedModule):
         network: nn.Module,
         *,
         map_stage: nn.Module | None = None,
+        segmenter_loss: SegmenterLoss | None = None,
         schedule: NoiseSchedule,
         objective: DenoisingObjective,
         sampler: Sampler,
@@ -82,7 +85,7 @@ class DiffusionModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, cosine_steps=cosine_steps)
         self.first_stage, self.conditioner, self.network = first_stage, conditioner, network
-        self.map_stage = map_stage
+        self.map_stage, self.segmenter_loss = map_stage, segmenter_loss
         self.schedule, self.objective, self.sampler = schedule, objective, sampler
         self.seed = seed
         self.guides: tuple[DiffusionModule, ...] = ()  # at most one; a tuple keeps it out of the state
@@ -99,17 +102,23 @@ class DiffusionModule(TrainedModule):
     @staticmethod
     def batch_keys(model: Mapping[str, Any], *, is_cached: bool) -> tuple[str, ...]:
         conditions = model["conditioner"]
+        hint = model.get("adapter", {}).get("conditioner", {})
         keys = ["latent" if is_cached else "image"]
         if "latents" in conditions:  # of another modality
             keys.append("source_latent" if is_cached else "source")
-        return (*keys, *(key for key in ("mask", "edges") if conditions.get(f"use_{key}")))
+        used = {key for key in ("mask", "edges") for of in (conditions, hint) if of.get(f"use_{key}")}
+        segmenter = model.get("segmenter") or {}
+        if any(segmenter.get(weight) for weight in MAP_WEIGHTS):
+            used.add("mask")
+        return (*keys, *(key for key in ("mask", "edges") if key in used))
 
     @property
     def ema_modules(self) -> nn.ModuleDict:
-        """What a moving average follows: the denoiser and a learned schedule, not the frozen first stage."""
-        return nn.ModuleDict(
-            {"network": self.network, "conditioner": self.conditioner, "schedule": self.schedule}
-        )
+        """What a moving average follows: the denoiser and a learned schedule, not the frozen first stage, and
+        of a controlled denoiser the branch alone.
+        """
+        parts = {"network": self.network, "conditioner": self.conditioner, "schedule": self.schedule}
+        return nn.ModuleDict({name: getattr(part, "trained_part", part) for name, part in parts.items()})
 
     validation_metrics = ("val/loss", "val/unweighted")
 
@@ -161,8 +170,18 @@ class DiffusionModule(TrainedModule):
         noise = torch.randn(world * len(z), *z.shape[1:], device=z.device, generator=generator)
         drop = self.conditioner.sample_drop(world * len(z), generator, z.device)
         t, noise, drop = (rank_part(v, rank, world) for v in (t, noise, drop))
+        return self.compared(z, batch, drop, t=t, noise=noise)
+
+    def compared(
+        self, z: Tensor, batch: dict, drop: Tensor | None, *, t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """The objective's losses at given times under given noise, with those of a segmenter."""
         condition = self.conditioner(self.with_map_latent(batch), self.first_stage, drop)
-        return self.objective(self.network, self.schedule, z, condition, t=t, noise=noise)
+        if self.segmenter_loss is None:
+            return self.objective(self.network, self.schedule, z, condition, t=t, noise=noise)
+        judged = self.objective.judged(self.network, self.schedule, z, condition, t=t, noise=noise)
+        further = self.segmenter_loss(self.first_stage, batch, z, judged.x0_hat(), judged.gamma)
+        return judged.losses | further | {"loss": judged.losses["loss"] + further["loss"]}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The training loss on fixed noise and evenly spread times, so that epochs compare."""
@@ -172,8 +191,7 @@ class DiffusionModule(TrainedModule):
         u = (torch.arange(len(z), device=z.device) + torch.rand((), generator=generator)) / len(z)
         steps = self.schedule.num_timesteps or 1000
         t = ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
-        condition = self.conditioner(self.with_map_latent(batch), self.first_stage)
-        losses = self.objective(self.network, self.schedule, z, condition, t=t, noise=noise)
+        losses = self.compared(z, batch, None, t=t, noise=noise)
         terms = {f"val/{name}": value for name, value in losses.items()}
         self.log_dict(terms, on_epoch=True, batch_size=len(z), sync_dist=True)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
+from monai.networks.layers import SkipConnection
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -38,10 +39,15 @@ def apply_network(
         size = [window] * len(shape) if isinstance(window, int) else list(window)
         size = [divisible_by * -(-side // divisible_by) for side in size]
         return sliding_window_inference(x, size, 1, network, overlap, mode="gaussian", cval=-1.0)
-    missing = [-side % divisible_by for side in shape]
-    padding = [side for n in reversed(missing) for side in (0, n)]
-    out = network(F.pad(x, padding, value=-1.0) if any(missing) else x)
+    out = network(padded_to(x, divisible_by, value=-1.0))
     return out[(..., *(slice(side) for side in shape))]
+
+
+def padded_to(x: Tensor, factor: int, *, value: float) -> Tensor:
+    """(B, C, *S) with `value` after every axis up to a multiple of `factor`."""
+    missing = [-side % factor for side in x.shape[2:]]
+    padding = [side for n in reversed(missing) for side in (0, n)]
+    return F.pad(x, padding, value=value) if any(missing) else x
 
 
 class VoxelwiseModule(TrainedModule):
@@ -123,6 +129,27 @@ class SegmentationModule(VoxelwiseModule):
 
     def loss(self, answer: Tensor, batch: dict) -> Tensor:
         return self.criterion(answer, batch["mask"])
+
+    @property
+    def feature_layers(self) -> list[nn.Module]:
+        """Layers of the network whose outputs are features: its skip connections, the coarsest first."""
+        return [part for part in self.network.modules() if isinstance(part, SkipConnection)][::-1]
+
+    def looked_at(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features (B, C, *s) of `feature_layers`, and logits (B, K, *S), of images that divide by
+        `divisible_by`. Gradients with respect to x are recorded.
+        """
+        found: list[Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda layer, given, out: found.append(out))
+            for layer in self.feature_layers
+        ]
+        try:
+            logits = self.network(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found, logits.float()
 
     @torch.no_grad()
     def segment(self, x: Tensor) -> Tensor:

@@ -94,6 +94,9 @@ class Embeddings:
     embedding_channels: int = 512
 
 
+PlacedStep = tuple[UNetStep, nn.Module | None]  # a step of a plan with its module
+
+
 class Unit(nn.Module):
     """A residual block and, where asked, attention after it."""
 
@@ -189,7 +192,70 @@ def register(root: nn.Module, name: str, module: nn.Module) -> None:
     root.add_module(parts[-1], module)
 
 
-class UNet(nn.Module):
+def run_steps(
+    steps: Sequence[PlacedStep],
+    h: Tensor,
+    e: Tensor,
+    maps: Any,
+    context: Tensor | None,
+    kept: list[Tensor] | None = None,
+) -> Tensor:
+    """Runs steps of a plan on h (B, C, *s). `kept` is the stack of the skips, an empty one by default; what
+    the steps keep is put on it.
+    """
+    kept = [] if kept is None else kept
+    for step, module in steps:
+        if step.kind == "keep":
+            kept.append(h)
+        elif step.kind == "join":
+            h = torch.cat([h, kept.pop()], dim=1)
+        elif step.kind == "unit":
+            h = module(h, e, maps.get(step.place) if isinstance(maps, dict) else maps, context)
+        elif step.kind == "attention":
+            h = module(h, context)
+        else:
+            h = module(h)
+    return h
+
+
+def map_modulations(
+    steps: Sequence[PlacedStep], strides: Sequence[int], spade: Tensor, size: Sequence[int]
+) -> Modulations:
+    """What the units of these steps compute from a map (B, C, *any) alone, for latents of `size`."""
+    maps, size = {}, torch.Size(size)
+    for step, module in steps:
+        if step.kind == "down":
+            size = torch.Size(n // s for n, s in zip(size, strides, strict=True))
+        elif step.kind == "up":
+            size = torch.Size(n * s for n, s in zip(size, strides, strict=True))
+        elif step.kind == "unit" and step.sees_map:
+            maps[step.place] = module.res.modulations(spade, size)
+    return maps
+
+
+class Entrance(nn.Module):
+    """How a U-Net begins: the modules `time`, `stem` and `stem_attention` (or None), and the stem's block
+    `begin`.
+    """
+
+    sinusoidal_channels: int
+
+    def embedded(self, t: Tensor, condition: Any) -> Tensor:
+        """What time and condition become (B, embedding_channels), as every unit reads it."""
+        e = self.time(sinusoidal_embedding(t, self.sinusoidal_channels).to(self.time[0].weight.dtype))
+        return F.silu(e if condition.embedding is None else e + condition.embedding)
+
+    def entered(self, z_t: Tensor, condition: Any) -> Tensor:
+        """z_t and what is concatenated to it, after the stem."""
+        h = z_t if condition.concat is None else torch.cat([z_t, condition.concat.to(z_t.dtype)], dim=1)
+        h = self.begin(h)
+        return h if self.stem_attention is None else self.stem_attention(h)
+
+    def begun(self, z_t: Tensor) -> Tensor:
+        return self.stem(z_t)
+
+
+class UNet(Entrance):
     """Predicts (B, out_channels, *s) from z_t, the time and the condition.
 
     spade_channels, context_channels: of the condition's map and tokens; None where there are none.
@@ -251,30 +317,9 @@ class UNet(nn.Module):
         or, for a map that stays the same, what `modulations` has made of it.
         """
         self.check_size(z_t)
-        e = self.time(sinusoidal_embedding(t, self.sinusoidal_channels).to(self.time[0].weight.dtype))
-        if condition.embedding is not None:
-            e = e + condition.embedding
-        e = F.silu(e)
-        h = z_t if condition.concat is None else torch.cat([z_t, condition.concat.to(z_t.dtype)], dim=1)
-        h = self.begin(h)
-        if self.stem_attention is not None:
-            h = self.stem_attention(h)
-        kept, maps = [], condition.spade
-        for step, module in self.steps:
-            if step.kind == "keep":
-                kept.append(h)
-            elif step.kind == "join":
-                h = torch.cat([h, kept.pop()], dim=1)
-            elif step.kind == "unit":
-                h = module(h, e, maps.get(step.place) if isinstance(maps, dict) else maps, condition.context)
-            elif step.kind == "attention":
-                h = module(h, condition.context)
-            else:
-                h = module(h)
+        e = self.embedded(t, condition)
+        h = run_steps(self.steps, self.entered(z_t, condition), e, condition.spade, condition.context)
         return self.end(h)
-
-    def begun(self, z_t: Tensor) -> Tensor:
-        return self.stem(z_t)
 
     def ended(self, h: Tensor) -> Tensor:
         return self.head(F.silu(self.head_norm(h)))
@@ -292,12 +337,4 @@ class UNet(nn.Module):
 
         A sampler that calls the network many times under one map computes it once.
         """
-        maps, size = {}, torch.Size(size)
-        for step, module in self.steps:
-            if step.kind == "down":
-                size = torch.Size(n // s for n, s in zip(size, self.strides, strict=True))
-            elif step.kind == "up":
-                size = torch.Size(n * s for n, s in zip(size, self.strides, strict=True))
-            elif step.kind == "unit" and step.sees_map:
-                maps[step.place] = module.res.modulations(spade, size)
-        return maps
+        return map_modulations(self.steps, self.strides, spade, size)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medldm.build import with_base_parts
 from medldm.checkpoints import read_checkpoint
 from medldm.data import build_datamodule
 from medldm.data.loading.facts import FACTS
@@ -12,6 +13,11 @@ from medldm.data.prepared import load_index
 from medldm.errors import InputError
 from medldm.planning.step import Job
 
+OFFERED = {
+    "first_stage": "first_stage_experiment",
+    "map_stage": "map_stage_experiment",
+    "segmenter": "segmenter_experiment",
+}  # the key that names the experiment of a stage
 GIVEN = "assumed"  # in the place of a checkpoint's path: its description comes along
 NUM_CLASSES = 4  # where neither config nor data say how many there are
 
@@ -33,7 +39,29 @@ def describe_job(plan: Mapping[str, Any], experiments: Experiments, keys: Sequen
         if options and options["checkpoint"] is not None:
             stages[key] = stage_before(key, model, plan, experiments, facts)
             model[key] = options | {"checkpoint": GIVEN}
+    if model.get("segmenter"):
+        stages["segmenter"] = stage_before("segmenter", model, plan, experiments, facts)
     return Job(model, facts, keys, image_shape(plan, facts), **stages)
+
+
+def with_assumed_base(
+    plan: Mapping[str, Any], experiments: Experiments
+) -> tuple[dict[str, Any], Experiments]:
+    """The model's config, that of a control branch with the parts of its base, and the experiments beside the
+    one that makes its earlier stages.
+    """
+    model = plan["model"]
+    if not model.get("adapter"):
+        return model, experiments
+    path = model["adapter"]["checkpoint"]
+    if path != "???" and Path(path).is_file():
+        return with_base_parts(model, read_checkpoint(path)["medldm"]["model"]), experiments
+    system = experiments.name.partition("/")[0]
+    guesses = (f"{system}/{name}" for name in ("ldm", "folder_ldm"))
+    name = plan.get("adapter_experiment") or next((x for x in guesses if x in experiments.known), None)
+    if name is None:
+        raise InputError("adapter_experiment: name the experiment of the base, such as cardiac2d/ldm")
+    return with_base_parts(model, experiments.model(name)), experiments._replace(name=name)
 
 
 def facts_to_assume(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +118,7 @@ def stage_before(
     path = model[key]["checkpoint"]
     if path != "???" and Path(path).is_file():
         return read_checkpoint(path)["medldm"]
-    name = plan.get(f"{key}_experiment") or guess_stage(key, model, experiments)
+    name = plan.get(OFFERED[key]) or guess_stage(key, model, experiments)
     theirs = experiments.model(name)
     description = {"stage": theirs["kind"], "model": theirs, "facts": facts, "format": 1}
     if theirs.get("first_stage"):  # a translator stands on an autoencoder itself
@@ -112,11 +140,13 @@ def guess_stage(key: str, model: Mapping[str, Any], experiments: Experiments) ->
 
 def candidate_experiments(key: str, model: Mapping[str, Any], name: str) -> Iterator[str]:
     kinds: tuple[str, ...] = ("vqgan", "vqvae")
-    if key == "map_stage":
-        kinds = ("map_vqvae",)
+    if key in ("map_stage", "segmenter"):
+        kinds = ("map_vqvae",) if key == "map_stage" else ("segmentation", "folder_segmentation")
     elif "latents" in (model.get("conditioner") or {}):  # diffusion from a translation
         kinds = ("msspade",)
     system, _, own = name.rpartition("/")
     for kind in kinds:
         for ending in ("", ".*"):  # autopet_vqgan_published beside autopet_ldm_published
             yield f"{system}/" + re.sub(f"(ldm|msspade|joint){ending}", kind, own, count=1)
+    if key == "segmenter":
+        yield from (f"{system}/{kind}" for kind in kinds)

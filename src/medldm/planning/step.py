@@ -32,6 +32,7 @@ class Job:
     image_shape: tuple[int, ...]
     first_stage: Mapping[str, Any] | None = None  # descriptions, as a checkpoint holds them
     map_stage: Mapping[str, Any] | None = None
+    segmenter: Mapping[str, Any] | None = None
 
     def build(self) -> nn.Module:
         """The module with fresh weights, in training mode, its perceptual network with random ones."""
@@ -39,6 +40,8 @@ class Job:
         for part in module.modules():
             if isinstance(part, PerceptualLoss) and not part._built:
                 part._built.append(untrained_features(part.network))
+        if self.segmenter is not None:
+            module.segmenter_loss.ask(build_module(self.segmenter["model"], self.facts))
         return attach(module)
 
 
@@ -130,6 +133,13 @@ def random_batch(job: Job, module: nn.Module, batch_size: int, device: torch.dev
     return batch | {"slice_position": torch.zeros(batch_size, device=device)}
 
 
+def outside(module: nn.Module) -> list[nn.Module]:
+    """Frozen networks that a step runs and that are no part of the module's state."""
+    networks = [net for part in module.modules() if isinstance(part, PerceptualLoss) for net in part._built]
+    loss = getattr(module, "segmenter_loss", None)
+    return [*networks, *([] if loss is None else [loss.segmenter])]
+
+
 def state_bytes(module: nn.Module, *, averages: bool) -> int:
     """The bytes of weights, buffers and Adam's moments and, where `averages`, of the moving average of what
     it follows.
@@ -148,9 +158,10 @@ def num_trainable(module: nn.Module) -> int:
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     """Replace the module's tensors by their shapes, those of frozen perceptual networks too."""
     losses = [part for part in module.modules() if isinstance(part, PerceptualLoss)]
+    losses += [getattr(module, "segmenter_loss", None) or SimpleNamespace()]
     for loss in losses:
         loss.device = torch.device("cpu")  # shapes cannot be moved
-    for root in (module, *(net for loss in losses for net in loss._built)):
+    for root in (module, *outside(module)):
         for part in root.modules():
             for table in (part._parameters, part._buffers):
                 for name, value in table.items():

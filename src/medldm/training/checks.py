@@ -112,10 +112,14 @@ def check_stages(cfg: DictConfig, description: dict[str, Any], datamodule: CaseD
 
 
 def path_of(cfg: DictConfig, stage: str) -> str:
-    """The checkpoint of a stage that a config names. A student takes all of them from its teacher."""
+    """The checkpoint of a stage that a config names. A student takes all of them from its teacher, a control
+    branch from its base.
+    """
     if cfg.model.get("teacher"):
         return cfg.model.teacher.checkpoint
-    return cfg.init_from if stage == "init_from" else cfg.model[stage].checkpoint
+    if stage == "init_from":
+        return cfg.init_from
+    return (cfg.model.get(stage) or cfg.model.adapter).checkpoint
 
 
 def check_unknown(module: TrainedModule, datamodule: CaseDataModule) -> None:

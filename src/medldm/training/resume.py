@@ -1,7 +1,7 @@
 """Checks what must be the same where a run is resumed, or starts from the weights of another one."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from medldm.held_out import changed_attributes, changed_data, origin_of
 from medldm.models.common import TrainedModule
 
 log = logging.getLogger(__name__)
+FROZEN = ("first_stage.", "map_stage.", "network.base.", "conditioner.base.")  # weights of earlier stages
 # Parts of a model's config that decide its weights.
 STRUCTURE = (
     "autoencoder", "codec", "network", "translator", "conditioner", "schedule", "objective", "likelihood",
+    "adapter",
 )  # fmt: skip
 
 
@@ -30,12 +32,18 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"{path}: holds a {description['stage']} model, the experiment trains a {model['kind']} model"
         )
-    changed = [key for key in STRUCTURE if description["model"].get(key) != model.get(key)]
+    kept = description["model"]
+    changed = [key for key in STRUCTURE if without_path(kept.get(key)) != without_path(model.get(key))]
     if changed:
         raise InputError(
             f"{path}: model.{changed[0]} differs from the run's config; undo it or start a new run"
         )
     return content
+
+
+def without_path(part: Any) -> Any:
+    """A part of a config without the place of its checkpoint, which may be another for the same file."""
+    return {key: part[key] for key in part if key != "checkpoint"} if isinstance(part, Mapping) else part
 
 
 def check_optimizers(path: Path, content: dict[str, Any], module: TrainedModule) -> None:
@@ -87,12 +95,13 @@ def initialise(
     """Start from another run's weights (fine-tuning) and return what is kept of their origin; InputError
     where they do not fit.
 
-    A first stage stays the one that `model.first_stage.checkpoint` names, unless the weights are taken
-    `is_whole`, as a student takes its teacher's.
+    A first stage stays the one that `model.first_stage.checkpoint` names, and the base of a control branch
+    that of `model.adapter.checkpoint`, unless the weights are taken `is_whole`, as a student takes its
+    teacher's.
     """
 
     def is_frozen(name: str) -> bool:
-        return name.startswith(("first_stage.", "map_stage.")) and not is_whole
+        return name.startswith(FROZEN) and not is_whole
 
     own = {name: x for name, x in module.state_dict().items() if is_frozen(name)}
     source = load_module(path)

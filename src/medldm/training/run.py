@@ -17,6 +17,7 @@ from medldm.data import build_datamodule
 from medldm.models.common import TrainedModule
 from medldm.runs import RUN_DIR_VARIABLE, begin, find_run_dir
 from medldm.shrinking import shrink
+from medldm.training.base import check_same_base, has_base, on_base, start_from_base
 from medldm.training.checks import check_stages, check_unknown
 from medldm.training.latents import find_latents
 from medldm.training.resume import (
@@ -28,6 +29,7 @@ from medldm.training.resume import (
     require_stages,
     warn_of_other_stages,
 )
+from medldm.training.segmenter import ask_segmenter
 from medldm.training.teacher import as_student, attach_teacher, teacher_of
 
 log = logging.getLogger(__name__)
@@ -40,12 +42,12 @@ class Run(NamedTuple):
     model: dict[str, Any]  # the model's resolved config
     resume: Path | None  # the checkpoint from which it continues
     content: dict[str, Any] | None  # of that checkpoint
-    teacher: dict[str, Any] | None = None  # the content of the teacher's checkpoint, in a distillation
+    origin: dict[str, Any] | None = None  # content of the checkpoint of a student's teacher, a branch's base
 
     @property
     def stages_from(self) -> dict[str, Any] | None:
         """The checkpoint that holds the weights of the earlier stages."""
-        return self.teacher if self.content is None else self.content
+        return self.origin if self.content is None else self.content
 
     @property
     def step(self) -> int | None:
@@ -58,8 +60,9 @@ def open_run(cfg: DictConfig, experiment: str) -> Run:
     model = OmegaConf.to_container(cfg.model, resolve=True)
     model = shrink(model) if cfg.get("tiny") else model
     model, teacher = as_student(model)
+    model, base = on_base(model)
     folder, resume = find_run_dir(Path(cfg.paths.output_root) / experiment, cfg.run_dir, cfg.resume)
-    return Run(folder, model, resume, checked_resume(resume, model) if resume else None, teacher)
+    return Run(folder, model, resume, checked_resume(resume, model) if resume else None, teacher or base)
 
 
 def make_data(cfg: DictConfig, run: Run) -> LightningDataModule:
@@ -89,10 +92,14 @@ def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> T
         embedded = () if module.conditioner is None else module.conditioner.attributes
         check_resumed_attributes(run.resume, content, record, embedded)
     module.description = describe(run.model, facts, module, record)
+    if has_base(run.model):
+        module.description["adapter"] = base_of(run, module, facts)
     if content is not None and content["medldm"].get("init_from"):
         module.description["init_from"] = content["medldm"]["init_from"]
     elif (origin := teacher or cfg.init_from) and not run.resume:
         module.description["init_from"] = initialise(module, origin, facts, is_whole=teacher is not None)
+    if segmenter := ask_segmenter(module, run.model, facts, content):
+        module.description["segmenter"] = segmenter
     if content is not None:
         check_optimizers(run.resume, content, module)
     if teacher is not None:
@@ -101,6 +108,13 @@ def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> T
         check_stages(cfg, module.description, datamodule)
         check_unknown(module, datamodule)
     return module
+
+
+def base_of(run: Run, module: TrainedModule, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of the base of its branch, which a new run starts from."""
+    if run.content is not None:
+        return check_same_base(run.content, run.origin, run.resume)
+    return start_from_base(module, run.model["adapter"]["checkpoint"], facts)
 
 
 def open_folder(run: Run, module: TrainedModule, config: str, *, is_first_rank: bool) -> None:

@@ -35,7 +35,8 @@ def as_student(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | 
     taught = content["medldm"]["model"]
     if not issubclass(module_class(taught), DiffusionModule):
         raise InputError(f"{KEY}={path}: of the kind {taught['kind']}; give a latent diffusion model")
-    student = {key: value for key, value in taught.items() if key not in ("teacher", "student_steps")} | model
+    left = ("teacher", "student_steps", "segmenter")
+    student = {key: value for key, value in taught.items() if key not in left} | model
     student["objective"] = taught["objective"]
     if "min_snr_gamma" in taught["objective"]:
         student["objective"] = taught["objective"] | {"min_snr_gamma": None}
