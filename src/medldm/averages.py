@@ -48,6 +48,8 @@ def decay_at(update: int, length: float) -> float:
 
 
 class Snapshot(NamedTuple):
+    """A stored average: the update at which it was written, and its length."""
+
     update: int
     length: float
 

@@ -97,9 +97,8 @@ def check_unpacked(place: object, parts: Iterable[bytes], bound: int, unpacker: 
     for part in parts:
         while not unpack.eof and (part or not getattr(unpack, "needs_input", True)):
             count += len(unpack.decompress(part, PART))
-            part = getattr(
-                unpack, "unconsumed_tail", b""
-            )  # bz2 has no such attribute: it keeps unread data itself
+            # bz2 has no such attribute: it keeps unread data itself
+            part = getattr(unpack, "unconsumed_tail", b"")
             if count > bound:
                 raise InputError(
                     f"{place}: unpacks to more than the {bound} bytes that it speaks of; copy or download it "

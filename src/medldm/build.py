@@ -61,6 +61,7 @@ def rebuild(description: Mapping[str, Any], place: str, largest: int | None = No
 
 
 def restore(path: str | Path, content: Mapping[str, Any], *, weights: str) -> TrainedModule:
+    """The module of the `content` of a checkpoint, in eval mode, with "raw" weights or their "ema"."""
     description, state = content["medldm"], content.get("state_dict", {})
     held = sum(value.numel() * value.element_size() for value in state.values())
     module = rebuild(description, str(path), largest=SLACK + 4 * held)

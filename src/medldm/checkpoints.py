@@ -62,6 +62,7 @@ def existing(path: str | Path) -> Path:
 
 
 def read_content(file: BinaryIO, path: str | Path, map_location: Any) -> dict[str, Any]:
+    """The content of a checkpoint of either format. InputError where it is damaged or of another program."""
     try:
         if is_safetensors(path):
             content = read_tensors(file.read())

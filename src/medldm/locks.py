@@ -26,12 +26,8 @@ log = logging.getLogger(__name__)
 LOCK_FILE = ".medldm.lock"
 HEARTBEAT = 10.0  # seconds after which a held lock is touched again
 PATIENCE = 3.0  # number of heartbeats for which another machine's lock is watched
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-)  # errors of a file system without locks
+# errors of a file system without locks
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 HELD: dict[Path, "Lock"] = {}  # the locks of this process, by the real path of the folder
 
 
@@ -51,6 +47,8 @@ class Holder(NamedTuple):
 
 
 class Lock(NamedTuple):
+    """A lock that this process holds: its file, the process that took it, and what stops the heartbeat."""
+
     descriptor: int
     pid: int
     ended: threading.Event

@@ -168,6 +168,7 @@ class SampleFolder:
         samples: Sequence[Tensor],
         batches: Sequence[dict[str, Any]],
     ) -> None:
+        """Writes samples of slices: pictures, then the HDF5 file of the case."""
         rows = [self.dataset.items[p].row for p in positions]
         for row, image in zip(rows, samples[0] if self.png else (), strict=False):
             name = f"{self.dataset.cases[case]['id']}_{row:03d}.png"

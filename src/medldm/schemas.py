@@ -47,6 +47,8 @@ class Schema(BaseModel):
 
 
 class RawFile(Schema):
+    """A raw file that a case was made from."""
+
     key: str | None = None
     dataset: str | None = None
     path: str | None = None
@@ -90,6 +92,8 @@ class CaseEntry(Schema):
 
 
 class AttributeEntry(Schema):
+    """An attribute that index.json declares: a number with its range, or names."""
+
     kind: Literal["scalar", "categorical"]
     range: Annotated[list[Finite], Field(min_length=2, max_length=2)] = [0.0, 1.0]
     names: list[Text] = []
@@ -159,6 +163,8 @@ Voxels = Annotated[int, Field(ge=1, le=2**17)]
 
 
 class ResizeValues(Schema):
+    """The settings of data.preprocess.resize."""
+
     mode: str
     spacing: Millimetres = 1.0
     antialias: bool = True
@@ -166,6 +172,8 @@ class ResizeValues(Schema):
 
 
 class IntensityValues(Schema):
+    """The settings of data.preprocess.intensity."""
+
     mode: str
     percentiles: TwoNumbers = (0.5, 99.5)
     window: TwoNumbers | None = None
@@ -174,11 +182,15 @@ class IntensityValues(Schema):
 
 
 class LabelValues(Schema):
+    """The settings of data.preprocess.labels."""
+
     names: int | float | Sequence[Text] | None = None
     mapping: dict[int | Annotated[str, Field(pattern=r"^-?\d{1,9}$")], int] | None = None
 
 
 class EdgeValues(Schema):
+    """The settings of data.preprocess.edges."""
+
     source: str = "image"
     l2_gradient: bool = False
     body_mask: bool = False
@@ -207,6 +219,8 @@ class Preprocess(Schema):
 
 
 class SubjectFile(Schema):
+    """A file of one subject, as ldm-medical-image lists it."""
+
     file_name: Name | None = None
     num_samples: Length
 
@@ -218,6 +232,8 @@ class SubjectFiles(Schema):
 
 
 class SplitEntry(Schema):
+    """One split: lists of subjects, and a note on its origin."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
     train: list[str] = []
     val: list[str] = []
@@ -259,6 +275,8 @@ class Latents(Schema):
 
 
 class Score(Schema):
+    """A mean with its interval, and the images and subjects that it is of."""
+
     mean: float | None = None
     ci95: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     n: Count

@@ -58,6 +58,7 @@ def data_steps(cfg: DictConfig, at: Places) -> Iterator[Step]:
 
 
 def training_steps(cfg: DictConfig, at: Places) -> Iterator[Step]:
+    """The commands that train both stages."""
     root, seed = f"data.root={at.data}", f"seed={cfg.seed}"
     first = f"{at.vqvae}/checkpoints/best.ckpt"
     yield Step(

@@ -39,13 +39,8 @@ from medldm.outputs import claim
 from medldm.overrides import typed_command
 
 log = logging.getLogger(__name__)
-CLAIMED = (
-    "experiment",
-    "training",
-    "split",
-    "generated",
-    "reference",
-)  # an output folder has one value of each
+# an output folder has one value of each
+CLAIMED = ("experiment", "training", "split", "generated", "reference")
 TEST_FILE = "test.json"
 
 

@@ -212,6 +212,7 @@ def file_identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def find_row_offsets(dataset: "h5py.Dataset") -> np.ndarray | None:
+    """The byte offset of every row of a dataset; None where h5py must read it."""
     from h5py import h5d
 
     plain = dataset.dtype.isnative and dataset.ndim > 1 and dataset.id.get_create_plist().get_nfilters() == 0
@@ -242,10 +243,10 @@ class HandleCache:
         self.inherited: list = []
 
     def get(self, path: str | Path) -> HDF5Reader:
+        """The reader of a file, which is opened again where the file has been replaced."""
         if self.pid != os.getpid():
-            self.inherited.append(
-                self.readers
-            )  # not closed, since the state of the files belongs to the parent
+            # not closed, since the state of the files belongs to the parent
+            self.inherited.append(self.readers)
             self.readers, self.pid = OrderedDict(), os.getpid()
         key = str(path)
         if key in self.readers:

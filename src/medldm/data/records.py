@@ -21,6 +21,8 @@ PER_IMAGE = ("view", "phase", "slice_index", "num_slices", "spacing", "label")  
 
 
 class ImageRecord(NamedTuple):
+    """One image with all that is known of it."""
+
     id: str  # pairs the records of two folders: `<case>_<row, three digits>` in 2D, `<case>` in 3D
     subject: str
     image: np.ndarray  # (C, *S) float32 in [-1, 1]
@@ -101,6 +103,7 @@ def hdf5_records(
     ids: Collection[str] | None,
     sample: int,
 ) -> Iterator[ImageRecord]:
+    """The images of one HDF5 file: its slices in 2D, or its volume."""
     reader = open_hdf5(file)
     attributes = {**case.get("attributes", {}), **reader.attributes}
     stated = attributes.get("subject_id", attributes.get("subject", case["id"]))

@@ -15,12 +15,8 @@ from medldm.diffusion.embeddings import embed_by_name, keep, scalar_mlp, unknown
 from medldm.diffusion.encoders import build_encoder
 from medldm.diffusion.planes import ConditionPlanes, PlaneOptions
 
-OLDER_USES = (
-    "view",
-    "phase",
-    "label",
-    "slice_position",
-)  # attributes that have an argument `use_<name>` of their own
+# attributes that have an argument `use_<name>` of their own
+OLDER_USES = ("view", "phase", "label", "slice_position")
 
 
 class SpatialConditioner(nn.Module):
@@ -76,6 +72,7 @@ class SpatialConditioner(nn.Module):
     def build_planes(
         self, options: PlaneOptions, num_classes: int | None, downsampling: tuple[int, ...], map_channels: int
     ) -> None:
+        """Makes the planes of edges and map, and the encoder that brings them to the latent grid."""
         if options.use_mask and not num_classes:
             raise ValueError("use_mask=true but the dataset has no masks; set it to false")
         self.use_edges, self.use_mask = options.use_edges, options.use_mask

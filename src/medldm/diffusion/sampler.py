@@ -188,9 +188,8 @@ class DDIMSampler(Sampler):
         alpha, sigma, *_ = path.scales(gamma)
         alpha_t, sigma_t, alpha_s, sigma_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
         c = -torch.expm1(gamma[1:] - gamma[:-1])
-        kept = (
-            sigma_s * (1 - self.eta**2 * c).sqrt() / sigma_t
-        )  # share of noise_hat = (z - alpha_t x0_hat) / sigma_t
+        # share of noise_hat = (z - alpha_t x0_hat) / sigma_t
+        kept = sigma_s * (1 - self.eta**2 * c).sqrt() / sigma_t
         return Coefficients(
             z=kept,
             x0=alpha_s - alpha_t * kept,

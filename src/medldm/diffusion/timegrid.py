@@ -12,6 +12,8 @@ KARRAS_RHO = 7  # Eq. 5, Karras et al. 2022
 
 
 class TimeGrid(NamedTuple):
+    """The times of a sampler, and the levels of noise there."""
+
     times: Tensor  # (N,) float64, falling: the times at which the network is evaluated
     gamma: Tensor  # (N + 1,) float64: at these times, and where the last step arrives (-inf is clean data)
 

@@ -97,6 +97,7 @@ def trials(
 
 
 def judge_kernel(case: KernelTest, tried: Sequence[Trial], hardware: Hardware) -> Finding:
+    """The finding about one operation, from its trials in all precisions and layouts."""
     wrong = []
     for trial in tried:
         is_tf32 = trial.dtype == torch.float32 and hardware.is_gpu

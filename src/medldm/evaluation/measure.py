@@ -187,6 +187,8 @@ def measure_edges(images: Tensor, pairs: Sequence[Pair], tools: Tools) -> dict[s
 
 
 class Measured(NamedTuple):
+    """All numbers of an evaluation, before means are taken."""
+
     values: dict[str, dict[str, np.ndarray]]  # row -> metric -> (N,), NaN where there is none
     features: dict[str, dict[str, Tensor]]  # set -> row or "real" -> (M, D), (M, n, D) of slices
     present: dict[str, np.ndarray]  # row -> (N,) bool: the M images that it is on

@@ -134,6 +134,7 @@ def describe_range(what: str, folder: Path, limits: Limits | None, how: str) -> 
 def decide_reference(
     key: str, stated: str | Sequence[float], folder: Path, images: Sequence[ImageValues]
 ) -> Range:
+    """The range of the reference images, as `stated` or found from their values."""
     if stated == "raw":
         return Range(None)
     nothing: list[Limits | None] = [None] * len(images)

@@ -38,9 +38,8 @@ class HeldOutScores(NamedTuple):
     trial: TrainedOn
     ids: Sequence[str]
     subjects: Sequence[str]
-    scores: Mapping[
-        str, np.ndarray
-    ]  # dice_mean and dice_<class>, each (N,), NaN where an image lacks the class
+    # dice_mean and dice_<class>, each (N,), NaN where an image lacks the class
+    scores: Mapping[str, np.ndarray]
 
 
 def held_out_subjects(root: Path, split: str) -> list[str]:

@@ -122,6 +122,7 @@ class AdversarialModule(TrainedModule):
         return optimizers, [schedule]
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
+        """One step of the generator and of the discriminators. They update after accumulated batches."""
         factor = self.adversarial.factor(self.global_step) if self.adversarial else 0.0
         is_last = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         self.is_accumulating = not is_last

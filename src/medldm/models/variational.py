@@ -118,6 +118,7 @@ class VariationalModule(TrainedModule):
         return self.bound_losses(x, condition, t, draw)
 
     def bound_losses(self, x: Tensor, condition: Condition, t: Tensor, draw: Callable) -> dict[str, Tensor]:
+        """The bound of images x (B, C, *S) at times t, with the noise that `draw` gives."""
         u = draw(tuple(x.shape[1:]), torch.rand) if self.likelihood.is_random else None
         x_seen = self.likelihood.observe(x, u)
         f = self.encode(x_seen, condition)

@@ -131,9 +131,8 @@ def compile_loop(network: nn.Module) -> None:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        return tree_map_only(
-            Tensor, Tensor.clone, call(*args, **kwargs)
-        )  # the next replay overwrites the result
+        # the next replay overwrites the result
+        return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))
 
     network._compiled_call_impl = run
 

@@ -20,6 +20,8 @@ from medldm.ranks import all_reduce, num_ranks, rank
 
 
 class Quantized(NamedTuple):
+    """What a quantiser returns."""
+
     z: Tensor  # (B, C, *S) nearest codes; gradients pass straight through to the input
     indices: Tensor  # (B, *S) int64
     loss: Tensor  # scalar: codebook and commitment terms

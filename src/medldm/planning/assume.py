@@ -78,6 +78,7 @@ def facts_to_assume(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stated_facts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of data that are not prepared yet, as far as their config states them."""
     if data["dataset"] == "swirl":
         return build_datamodule(data, keys=("image",), seed=0).facts
     names, modalities = data["preprocess"]["labels"]["names"], data["modalities"] or ()

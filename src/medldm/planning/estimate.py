@@ -76,6 +76,7 @@ class Planner:
     compiles: bool = False  # blocks are compiled
 
     def estimate(self, batch_size: int) -> Estimate:
+        """The estimate of one training step at this batch size."""
         traced = traced_step(
             self.job, batch_size, bf16=self.bf16, on_cuda=self.on_cuda, compiles=self.compiles
         )

@@ -185,6 +185,7 @@ class StepTrace(TorchDispatchMode):
     def record(
         self, func: Any, args: tuple, kwargs: dict, out: Any, inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
+        """Adds one operation, with its bytes and FLOPs, to the cost of the step."""
         touched, name = inputs + outputs, func.overloadpacket.__name__
         is_convolution = "convolution" in name
         op = Operation(name, narrowest_dtype(touched), touched[0].ndim - 2 if is_convolution else 0, 1)

@@ -24,6 +24,8 @@ SERIES_COLOURS = ("#2f74d0", "#e0792b", "#2a9d6e", "#7a5cc4", "#98a2af")
 
 
 class Curve(NamedTuple):
+    """Logged values by the update at which they were logged."""
+
     steps: np.ndarray
     values: np.ndarray
 

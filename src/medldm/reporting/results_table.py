@@ -24,6 +24,8 @@ UNITS_NOTE = (
 
 
 class Line(NamedTuple):
+    """One line of the table of results."""
+
     cells: list[str]
     missing: dict[str, str]  # column -> why there is no number
 

@@ -72,6 +72,8 @@ class RunFiles(NamedTuple):
 
 
 class EvaluationFiles(NamedTuple):
+    """What a page shows of one evaluation."""
+
     path: str
     results: Mapping
     panels: Mapping[str, bytes]
@@ -114,6 +116,7 @@ def headline(results: Mapping) -> str:
 
 
 def scores_table(results: Mapping) -> str:
+    """The table of means of every row, as HTML."""
     rows = results["rows"]
     names = metric_names(rows)
     n = results["n"]
@@ -197,6 +200,7 @@ def group_table(group: str, tables: Mapping, results: Mapping) -> str:
 
 
 def evaluation_section(evaluation: EvaluationFiles) -> str:
+    """The section about the numbers of an evaluation, as HTML."""
     results = evaluation.results
     names = headline_names(results["rows"]["generated"])
     rows = {row: scores for row, scores in results["rows"].items() if row != "real"}
@@ -342,6 +346,7 @@ def name_of_run(run: RunFiles) -> str:
 
 
 def run_section(run: RunFiles, number_of_run: int) -> str:
+    """The section about one run: its facts, curves, pictures and config, as HTML."""
     facts = [("folder", run.path)]
     facts += [
         (name, pick(run.config, key)) for name, key in RUN_FACTS.items() if pick(run.config, key) is not None

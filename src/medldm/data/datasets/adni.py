@@ -21,9 +21,8 @@ def index(root: str | Path) -> list[Case]:
         subject = SUBJECT.search(str(path.relative_to(root)))
         if subject is None:
             raise InputError(
-                f"{path}: neither its name nor its folders hold a subject such as 002_S_0295; rename it, or "
-                "use "
-                "data=folder"
+                f"{path}: neither its name nor its folders hold a subject such as 002_S_0295; rename it, "
+                "or use data=folder"
             )
         name = "_".join((*path.relative_to(root).parts[:-1], image_name(path)))
         cases.append(Case(name, subject[0], {"image": str(path)}))

@@ -63,6 +63,7 @@ def index(root: str | Path, modalities: Sequence[str] = MODALITIES, *, note: Not
 
 
 def published(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
+    """The cases of scans whose modalities are files of their own."""
     stated, cases, files = read_split_table(root), [], files_below(root, NIFTI_SUFFIXES)
     scans = scans_of(files)
     for (folder, name), found in sorted(scans.items()):

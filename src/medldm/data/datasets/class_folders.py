@@ -34,6 +34,7 @@ def index(root: str | Path) -> list[Case]:
 
 
 def class_folder_cases(root: Path, split: str | None) -> list[Case]:
+    """The cases of all class folders below a root."""
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:
         raise InputError(
@@ -43,6 +44,7 @@ def class_folder_cases(root: Path, split: str | None) -> list[Case]:
 
 
 def class_cases(folder: Path, split: str | None) -> list[Case]:
+    """The cases of one class folder."""
     files = pictures_below(folder)
     if not files:
         raise InputError(

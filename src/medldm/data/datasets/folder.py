@@ -189,6 +189,7 @@ def of_modalities(cases: list[Case], modalities: Sequence[str] | None, manifest:
 
 
 def image_folder_cases(root: Path, note: Note) -> list[Case]:
+    """The cases of `images/` and `masks/`."""
     folder, masks = root / "images", named_images(root / "masks")
     if not folder.is_dir() and not masks:
         raise InputError(f"{root}: has neither images/ nor manifest.csv; make one of them")

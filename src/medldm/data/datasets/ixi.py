@@ -46,6 +46,7 @@ def index(
 
 
 def registered(root: Path, modalities: Sequence[str], note: Note) -> list[Case]:
+    """The cases of the co-registered folder `output/`."""
     stated, cases, unlisted = table_split(root), [], []
     for folder in sorted(p for p in (root / "output").iterdir() if p.is_dir() and not is_hidden(p.name)):
         if stated and folder.name not in stated:  # the tables name the subjects that have all contrasts

@@ -77,12 +77,12 @@ def all_frames(subjects: list[Path], information: dict[int, dict], every: int, n
 
 
 def cine_frames(folder: Path, view: str, path: Path, information: dict, every: int) -> list[Case]:
+    """A case for every `every`-th frame of one CINE file."""
     shape = nifti_shape(path)
     if len(shape) != 4:
         raise InputError(
-            f"{path}: has shape {shape}, but a CINE has four axes, of which the last counts frames; restore "
-            "it, or "
-            "set data.cine=false"
+            f"{path}: has shape {shape}, but a CINE has four axes, of which the last counts frames; "
+            "restore it, or set data.cine=false"
         )
     return [
         Case(

@@ -65,6 +65,7 @@ def check_twice(files: Sequence[Path]) -> None:
 
 
 def make_case(file: Path, row: dict[str, str], task: str | None) -> Case:
+    """The case of one picture and its row in the table."""
     subject, _, number = file.stem.partition("_")
     if not (subject.isdigit() and number):
         raise InputError(f"{file}: not named like 00000001_000.png; rename it, or use data=class_folders")

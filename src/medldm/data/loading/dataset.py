@@ -38,6 +38,8 @@ Transform = Callable[[dict, np.random.Generator], dict]
 
 
 class Item(NamedTuple):
+    """A slice or a volume of a case, with its attributes by number."""
+
     case: int  # place in the index
     row: int  # row of the case's HDF5; 0 for a volume
     view: int
@@ -233,6 +235,7 @@ class CaseDataset(Dataset):
         return self.view_names[view] if 0 <= view < len(self.view_names) else None
 
     def collate(self, arrays: Sequence[dict], items: Sequence[Item]) -> Batch:
+        """The batch of these items, whose arrays stay in their stored dtypes."""
         batch: Batch = {key: self.stack(key, [a[key] for a in arrays], items) for key in self.keys}
         for kind in TABLES:
             batch[kind] = torch.tensor([self.number(kind, item) for item in items], dtype=torch.int64)

@@ -21,6 +21,8 @@ OF_SOURCE = {"source": "image", "source_latent": "latent"}  # key of a batch -> 
 
 
 class ItemPair(NamedTuple):
+    """Two items of one subject, of which the source is translated to the target."""
+
     source: Item
     target: Item
 

@@ -74,9 +74,8 @@ def draw_ventricle(scene: Scene, tissue: dict, side: int) -> None:
     scene.paint(scene.tube(body, width), tissue["csf"])
     scene.paint(scene.tube(horns, 0.5 * width), tissue["csf"])
     scene.paint(scene.tube(ends, 0.7 * width), tissue["csf"])
-    scene.paint(
-        scene.ellipsoid((side * 15, -24, 13), (4.5, 11, 8)), tissue["nuclei"]
-    )  # head of the caudate nucleus
+    # head of the caudate nucleus
+    scene.paint(scene.ellipsoid((side * 15, -24, 13), (4.5, 11, 8)), tissue["nuclei"])
 
 
 def draw_tumour(scene: Scene, tissue: dict, whole: np.ndarray) -> None:
@@ -114,9 +113,8 @@ def brain(
     images = {}
     for name, values in zip(CONTRASTS, scene.values, strict=True):
         values = values * scene.bias(0.07) * (1 + scene.texture(0.015, 2.5))
-        values = np.abs(
-            values + generator.normal(0, 0.015, size)
-        )  # Rician noise, which is Gaussian far from zero
+        # Rician noise, which is Gaussian far from zero
+        values = np.abs(values + generator.normal(0, 0.015, size))
         values = np.where(whole < 0, values, 0) if kind == "brats" else values
         images[name] = np.rint(values * generator.uniform(500, 900)).astype(np.int16)
     return scene, images

@@ -43,9 +43,8 @@ def cine(
     images = np.empty((*shape, num_frames), np.int16)
     labels = np.zeros((*shape, num_frames), np.uint8)
     for z in range(depth):
-        place = (
-            (z - 0.5) * spacing[2] / a.length if view == "SA" else 0.4
-        )  # one slice may lie beyond base and apex
+        # one slice may lie beyond base and apex
+        place = (z - 0.5) * spacing[2] / a.length if view == "SA" else 0.4
         background = Canvas((height, width), (spacing[1], spacing[0]), a.pose)
         draw_chest(background, a, 1.6 * place - 0.7)
         for frame in range(num_frames):

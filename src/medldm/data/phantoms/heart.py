@@ -163,14 +163,12 @@ def draw_long_axis(canvas: Canvas, a: Anatomy, contraction: float) -> np.ndarray
     signal, labels = a.signal, np.zeros(canvas.shape, np.uint8)
     cavity, wall = heart_state(a, contraction)
     length = a.length * (1 - 0.14 * contraction)
-    axis = np.array(
-        [np.cos(a.apex_angle), -np.sin(a.apex_angle)]
-    )  # from base to apex: to the right and upwards
+    # from base to apex: to the right and upwards
+    axis = np.array([np.cos(a.apex_angle), -np.sin(a.apex_angle)])
     across = np.array([-axis[1], axis[0]])  # towards the lateral wall
     base = a.heart + np.array([-16.0, 22.0]) + 10 * contraction * axis * 0.5
-    along = (canvas.x - base[0]) * axis[0] + (canvas.y - base[1]) * axis[
-        1
-    ]  # mm from the valve plane to the apex
+    # mm from the valve plane to the apex
+    along = (canvas.x - base[0]) * axis[0] + (canvas.y - base[1]) * axis[1]
     aside = (canvas.x - base[0]) * across[0] + (canvas.y - base[1]) * across[1]
 
     def chamber(half_width: float, reach: float, shift: float) -> np.ndarray:

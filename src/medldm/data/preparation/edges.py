@@ -120,9 +120,8 @@ def detect_edges(image: np.ndarray, recipe: EdgeRecipe) -> np.ndarray:
     if not inside.any():
         return empty
     lower, upper = recipe.thresholds or auto_thresholds(enhanced[inside], recipe.sigma)  # (5)
-    canny = cv2.Canny(
-        enhanced, lower, upper, apertureSize=recipe.aperture, L2gradient=recipe.l2_gradient
-    )  # (6)
+    # (6)
+    canny = cv2.Canny(enhanced, lower, upper, apertureSize=recipe.aperture, L2gradient=recipe.l2_gradient)
     edges = (canny > 0).astype(np.uint8) * inside  # (7), (8)
     return drop_short(edges, recipe.min_length)
 
@@ -246,6 +245,7 @@ class EdgeDegrade:
     def redraw(
         self, edges: np.ndarray, level: float, generator: np.random.Generator
     ) -> np.ndarray:  # (c), (d)
+        """Draws every contour anew: simplified, displaced, and with a pen of another width."""
         scale = min(edges.shape) / 256
         epsilon = self.simplify_epsilon * level * generator.random() * scale
         shift = smooth_field(edges.shape, self.max_shift * level * generator.random() * scale, generator)

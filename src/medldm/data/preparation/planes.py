@@ -18,11 +18,8 @@ from medldm.data.raw.image import RawImage
 from medldm.errors import InputError
 
 log = logging.getLogger(__name__)
-BODY_PLANES = (
-    "sagittal",
-    "coronal",
-    "axial",
-)  # cut across the left-right, the front-back and the head-feet axis
+# cut across the left-right, the front-back and the head-feet axis
+BODY_PLANES = ("sagittal", "coronal", "axial")
 # How much an axis wants to run along R, A and S: as rows and columns of a slice, and from slice to slice.
 ALONG_ROWS, ALONG_COLUMNS, ALONG_STACK = np.array([(0, -0.5, -1), (-1, -0.5, 0), (-1, 1, 0.5)])
 STRAIGHT = np.cos(np.deg2rad(30))  # axes further off the body's than this make a volume oblique
@@ -30,12 +27,16 @@ THICK = 1.5  # slices this much further apart than pixels are the acquired ones
 
 
 class Cut(NamedTuple):
+    """How a volume is cut into slices."""
+
     order: tuple[int, ...]  # axes of the volume that become (slice, row, column)
     signs: tuple[int, ...]  # -1: mirrored
     plane: str  # axial, coronal, sagittal, oblique, or stored
 
 
 class Planes(NamedTuple):
+    """The slices of a volume, or one picture."""
+
     array: np.ndarray  # (N, H, W)
     spacing: tuple[float, float]  # mm per pixel (H, W)
     affine: np.ndarray | None  # (slice, row, column) -> RAS, mm; None for a picture

@@ -141,9 +141,8 @@ def slice_numbers(case: Case, tables: Tables, count: int) -> dict[str, np.ndarra
     }
 
 
-PixelBox = tuple[
-    tuple[int, int], tuple[int, int]
-]  # (start, stop) of rows and columns; may reach beyond the slice
+# (start, stop) of rows and columns; may reach beyond the slice
+PixelBox = tuple[tuple[int, int], tuple[int, int]]
 
 
 def label_box(classes: np.ndarray | None, spacing: Sequence[float], margin: float, case: Case) -> PixelBox:
@@ -200,6 +199,7 @@ def number_grids(parts: Sequence[Part]) -> list[int]:
 
 
 def write_slices(job: FileJob, file: h5py.File) -> None:
+    """Prepares the slices of a subject and writes them to its file."""
     parts = [prepare_slices(case, job.recipe, job.tables) for case in job.cases]
     arrays = {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays}
     counts = [part.shape[0] for part in parts]
@@ -248,6 +248,7 @@ def acquisitions(slice_index: np.ndarray) -> np.ndarray:
 
 
 def describe_slices(file: h5py.File, path: Path, job: FileJob) -> dict:
+    """The entry in index.json of a subject's slices. InputError where the file does not fit its cases."""
     arrays = {key: file[key][()] for key in file if key not in TEXTS}
     lengths = {key: len(array) for key, array in arrays.items()}
     needed = {*PER_SLICE, "spacing", "orig_shape", "intensity_range", "grid"}

@@ -92,6 +92,7 @@ def prepare_case(case: Case, recipe: Recipe) -> "Volume":
 
 
 def write_volume(job: FileJob, file: h5py.File) -> None:
+    """Prepares a volume and writes it to its file."""
     (case,), recipe = job.cases, job.recipe
     volume = prepare_case(case, recipe)
     layout = COMPRESSION[recipe.compression]
@@ -112,6 +113,7 @@ def write_volume(job: FileJob, file: h5py.File) -> None:
 
 
 def describe_volume(file: h5py.File, path: Path, job: FileJob) -> dict:
+    """The entry in index.json of a prepared volume. InputError where the file does not fit the case."""
     case = job.cases[0]
     image, mask = (file[key][()] if key in file else None for key in ("image", "mask"))
     if image is not None:

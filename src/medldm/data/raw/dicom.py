@@ -213,8 +213,8 @@ def slice_step(folder: Path, origins: np.ndarray, normal: np.ndarray) -> np.ndar
     usual = float(np.median(steps @ normal))
     if np.min(steps @ normal) < EVEN * usual or usual <= 0:
         raise InputError(
-            f"{folder}: two slices lie at the same position, so it holds several volumes; keep one series a "
-            "folder"
+            f"{folder}: two slices lie at the same position, so it holds several volumes; "
+            "keep one series a folder"
         )
     if np.abs(steps @ normal - usual).max() > EVEN * usual:
         raise InputError(

@@ -122,8 +122,7 @@ def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         return array, None
     if array.shape[-1] <= 4 < min(array.shape[:2]):
         raise InputError(
-            f"{path}: shape {array.shape} has colours or slices as its last axis; save grey pictures as (H, "
-            "W) "
-            "and volumes with their slices first, as (D, H, W)"
+            f"{path}: shape {array.shape} has colours or slices as its last axis; save grey "
+            "pictures as (H, W) and volumes with their slices first, as (D, H, W)"
         )
     return array.transpose(2, 1, 0), LPS_TO_RAS.copy()

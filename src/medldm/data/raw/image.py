@@ -19,6 +19,8 @@ IMAGE_SUFFIXES = (
 
 
 class RawImage(NamedTuple):
+    """An image as it was read."""
+
     array: np.ndarray  # (X, Y[, Z[, T]]) of a NIfTI file, (H, W) of a picture
     affine: np.ndarray | None  # 4x4, mm; None for pictures
     spacing: tuple[float, ...] | None  # mm per array axis
@@ -39,6 +41,5 @@ def with_spacing(array: np.ndarray, affine: np.ndarray) -> RawImage:
     return RawImage(array, affine, tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()))
 
 
-LPS_TO_RAS = np.diag(
-    [-1.0, -1.0, 1.0, 1.0]
-)  # DICOM and Slicer count towards left and posterior, NIfTI towards right and anterior
+# DICOM and Slicer count towards left and posterior, NIfTI towards right and anterior
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -46,6 +46,7 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
 
 
 def read_nifti(path: Path) -> RawImage:
+    """The voxels of a NIfTI file with their affine. InputError where the file is damaged."""
     import nibabel
 
     if has_suffix(path, (".gz",)) and not is_gzip(path):

@@ -189,7 +189,6 @@ def palette_numbers(path: Path) -> np.ndarray | None:
     if (grey == grey[..., :1]).all() and (grey[..., 0] != numbers).any():
         raise InputError(
             f"{path}: its palette gives other grey levels than its numbers, so either could be the class; "
-            "save "
-            "it as 8-bit grey without a palette"
+            "save it as 8-bit grey without a palette"
         )
     return numbers

@@ -75,6 +75,7 @@ def read_image(path: str | Path) -> RawImage:
 
 
 def read_any(file: Path, key: str | None) -> RawImage:
+    """Read a file by its kind, or a folder of DICOM; `key` names a dataset or a volume inside."""
     if file.is_dir():
         return with_spacing(*read_dicom_series(file))
     require_file(file)

@@ -24,6 +24,8 @@ EMPTY_CELLS = {"", "nan", "<na>", "n/a", "#n/a", "null"}  # cells that state no 
 
 
 class Row(NamedTuple):
+    """One row of a table."""
+
     line: int  # of the file, counted from 1
     cells: dict[str, str]  # by column; "" where nothing is stated
 
@@ -34,8 +36,8 @@ def read_text(path: Path, note: Note = log.info) -> str:
     """
     if path.stat().st_size > LARGEST_TABLE:
         raise InputError(
-            f"{path}: larger than {LARGEST_TABLE // 2**20} MiB, which is too large for a table; move it "
-            "elsewhere"
+            f"{path}: larger than {LARGEST_TABLE // 2**20} MiB, which is too large for a table; "
+            "move it elsewhere"
         )
     data = path.read_bytes()
     try:
