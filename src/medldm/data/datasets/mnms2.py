@@ -213,5 +213,5 @@ def seed42_350_10(num_val: int = 20) -> Split:
 
 
 def official_160_40_160() -> Split:
-    """The split of the M&Ms-2 challenge, by the order of subjects: 160 for training, 40, and 160."""
+    """The split of the M&Ms-2 challenge: of subjects in order, 160 to train, 40 to validate, 160 to test."""
     return {"train": SUBJECTS[:160], "val": SUBJECTS[160:200], "test": SUBJECTS[200:]}
