@@ -9,6 +9,7 @@ keys
   run=DIR              a run folder; several stages: run=[DIR1,DIR2]
   evaluation=DIR       what `medldm evaluate` wrote; by default the evaluation/ of one of the runs
   comparison=DIR       instead: what `medldm evaluate compare=[A,B] output=DIR` wrote, as a page of its own
+  utility=DIR          what `medldm utility` wrote: learning curves, beside run=... or as a page of their own
   output=report.html   where the page goes; by default beside the numbers
   table=medlsdm        writes a table of several evaluations instead of the page, as output=table.md and
                        table.html; edge_levels: scores over sample's edge_level, from one evaluation for each
@@ -32,7 +33,8 @@ from medldm.files import replacing
 from medldm.overrides import typed_command
 from medldm.reporting import edge_levels, results_table
 from medldm.reporting.files import read_chosen, read_columns, read_comparison, read_evaluation
-from medldm.reporting.run_page import compose, compose_comparison, written_now
+from medldm.reporting.learning_curves import read_utility
+from medldm.reporting.run_page import compose, compose_comparison, compose_utility, written_now
 from medldm.reporting.sections import EvaluationFiles, RunFiles
 from medldm.runs import COMMANDS_FILE
 from medldm.training.configs import read_config
@@ -47,6 +49,10 @@ def task(cfg: DictConfig) -> None:
     if cfg.comparison is not None:
         return write_comparison(Path(cfg.comparison), cfg.output)
     folders = as_paths(cfg.run)
+    utility = read_utility(Path(cfg.utility)) if cfg.utility else None
+    if utility is not None and not folders:
+        path = Path(cfg.output) if cfg.output else Path(cfg.utility) / "report.html"
+        return write_page(path, compose_utility(utility, typed_command()))
     if not folders:
         raise InputError("run: not given; name the run folder as run=DIR")
     runs = [read_run(folder) for folder in folders]
@@ -55,7 +61,7 @@ def task(cfg: DictConfig) -> None:
     if evaluation is not None:
         add_changes(evaluation, folders)
     output = Path(cfg.output) if cfg.output else (evaluation_dir or folders[-1]) / "report.html"
-    write_page(output, compose(runs, evaluation, typed_command()))
+    write_page(output, compose(runs, evaluation, typed_command(), utility))
 
 
 def write_page(path: Path, text: str) -> None:

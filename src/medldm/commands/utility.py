@@ -10,7 +10,8 @@ A synthetic image stands in for the real one under the same map: with a fraction
 images of that share of the training subjects, `synthetic` the generated ones of the same subjects, and `both`
 sees both. Every training has its folder below output/runs; one that is finished is kept, one that was
 interrupted is continued, so the command can be run again. The test's Dice by class goes to test.json of each
-run; means with intervals over subjects, and the deviation over seeds, to utility.json and onto the screen.
+run; means with intervals over subjects, and the deviation over seeds, to utility.json and onto the screen,
+and as learning curves to utility.png (`medldm report utility=DIR` makes a page of them).
 
 keys
   train_on=[real,synthetic,both] fractions=[0.1,0.3,1] seeds=[0,1,2]   what is trained
@@ -37,6 +38,7 @@ from medldm.files import write_json
 from medldm.metrics.summary import Bootstrap
 from medldm.outputs import claim
 from medldm.overrides import typed_command
+from medldm.reporting.learning_curves import write_learning_curves
 
 log = logging.getLogger(__name__)
 # an output folder has one value of each
@@ -74,6 +76,7 @@ def task(cfg: DictConfig) -> None:
     tests = [read_trial(training.folder / TEST_FILE) for training in trainings]
     results = summarise_trials(tests, bootstrap) | {"command": typed_command(), **settings}
     write_json(output / "utility.json", jsonable(results))
+    write_learning_curves(output / "utility.png", results)
     print_tables(utility_lines(results), results["warnings"])
     print(output / "utility.json")
 

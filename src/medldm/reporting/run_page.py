@@ -10,6 +10,7 @@ from markupsafe import Markup
 from medldm.evaluation.compare import comparison_lines
 from medldm.reporting import sections
 from medldm.reporting.browser import browser_section, merged
+from medldm.reporting.learning_curves import utility_section
 from medldm.reporting.page import element, folded, joined_markup, page, paragraph, section, table
 from medldm.reporting.sections import EvaluationFiles, RunFiles
 
@@ -18,9 +19,16 @@ COMPARED = (("A", "real"), ("B", "real"), ("A", "B"))
 Block = tuple[str, str, Markup]  # anchor, title, content
 
 
-def compose(runs: Sequence[RunFiles], evaluation: EvaluationFiles | None, command: str | None) -> str:
-    """The whole page of runs as HTML."""
+def compose(
+    runs: Sequence[RunFiles],
+    evaluation: EvaluationFiles | None,
+    command: str | None,
+    utility: Mapping | None = None,
+) -> str:
+    """The whole page of runs as HTML; `utility` is the content of utility.json."""
     blocks = [*(evaluation_blocks(evaluation) if evaluation else ())]
+    if utility:
+        blocks.append(("utility", "Use as training data", utility_section(utility)))
     for i, run in enumerate(runs):
         title = f"Training: {sections.name_of_run(run)}"
         blocks.append((f"run{i}", title, sections.run_section(run, i)))
@@ -67,6 +75,16 @@ def compose_comparison(
     commands += [(e.path, line) for e in evaluations for _, line in evaluation_commands(e)]
     blocks.append(("commands", "Commands", commands_block(commands)))
     return assemble("A and B compared", Markup(""), blocks)
+
+
+def compose_utility(utility: Mapping, command: str | None) -> str:
+    """The page of learning curves alone as HTML."""
+    commands = commands_block([("utility", utility.get("command")), ("report", command)])
+    blocks = [
+        ("utility", "Use as training data", utility_section(utility)),
+        ("commands", "Commands", commands),
+    ]
+    return assemble("Learning curves", Markup(""), blocks)
 
 
 def assemble(title: str, top: str, blocks: Iterable[Block]) -> str:
