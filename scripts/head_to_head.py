@@ -6,23 +6,27 @@ python scripts/head_to_head.py data=DATA output=DIR minutes=60 first=cardiac2d/v
 
 DATA is a prepared 2D folder. Half of the minutes go to stage one, half to stage two, on one device; sampling
 is not counted. medldm trains the experiments `first` and `second`, which are given the map and edges of each
-image; MONAI trains as its tutorials do, without conditions. So only distances between sets (FID, KID,
-precision, recall) can be compared; paired metrics of an unconditional model say nothing. `options` are
-overrides of both of medldm's trainings, separated by spaces; `width`, a multiple of 64, narrows MONAI's
-networks (256: the tutorials'), and `peer_steps` are its sampling steps (1000: the tutorials'). Run the
-command again to continue: stages, samples and evaluations that are finished are kept. The table goes to
-head_to_head.json.
+image; MONAI trains as its tutorials do and medtokenizers with medlatents (`peers=medtokenizers`) by their
+defaults, both without conditions. So only distances between sets (FID, KID, precision, recall) can be
+compared; paired metrics of an unconditional model say nothing. `options` are overrides of both of medldm's
+trainings, separated by spaces; `width`, a multiple of 64, narrows the others' networks (256: the tutorials'
+and defaults), and `peer_steps` are their sampling steps (1000: likewise). A library that cannot be imported
+is left out, and a line says so; `scripts/head_to_head/` says how to install. Run the command again to
+continue: stages, samples and evaluations that are finished are kept. The table goes to head_to_head.json.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent / "head_to_head"))
 
 import cv2
+import medlatents_peer
 import monai_peer
 import numpy as np
 import torch
@@ -85,9 +89,9 @@ def run_medldm(task: Task, folder: Path) -> None:
     medldm("sample", *places, f"output={folder / 'samples'}", "split=test", "png=false", steps)
 
 
-def run_monai(task: Task, folder: Path) -> None:
-    """Trains and samples MONAI's models. Their images get the names of the test images in a random order,
-    which is seeded, since they have no conditions.
+def run_peer(run: Callable[..., torch.Tensor], task: Task, folder: Path) -> None:
+    """Trains and samples another library's models. Their images get the names of the test images in a random
+    order, which is seeded, since they have no conditions.
     """
     train = [np.asarray(r.image, np.float32) for r in read_images(task.data, subjects=task.subjects("train"))]
     names = [record.id for record in read_images(task.data, subjects=task.subjects("test"))]
@@ -95,14 +99,18 @@ def run_monai(task: Task, folder: Path) -> None:
         return
     images = torch.from_numpy(np.stack(train))
     device, width, steps = pick_device("auto"), int(task.given["width"]), int(task.given["peer_steps"])
-    made = monai_peer.run(folder, images, len(names), task.seconds, device, width, steps)
+    made = run(folder, images, len(names), task.seconds, device, width, steps)
     for name, image in zip(names, made.numpy(), strict=True):
         with replacing(folder / "samples" / f"{name}.png") as aside:
             pixels = np.round((image[0] + 1) * 127.5).astype(np.uint8)
             aside.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
 
-CONTESTANTS = {"medldm": run_medldm, "monai": run_monai}
+CONTESTANTS = {
+    "medldm": run_medldm,
+    "monai": partial(run_peer, monai_peer.run),
+    "medtokenizers": partial(run_peer, medlatents_peer.run),
+}
 
 
 def evaluated(task: Task, folder: Path) -> dict:
@@ -133,7 +141,11 @@ def main() -> None:
             sys.exit(f"peers: no contestant {name!r}; choose from {', '.join(CONTESTANTS)}")
         folder = task.output / name
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        CONTESTANTS[name](task, folder)
+        try:
+            CONTESTANTS[name](task, folder)
+        except ImportError as error:
+            print(f"{name}: left out, as it cannot be imported ({error})", flush=True)
+            continue
         results = evaluated(task, folder)
         table[name] = results["distribution"]["generated"]
         table[name]["memorization"] = results["memorization"].get("audit")
