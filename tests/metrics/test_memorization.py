@@ -5,11 +5,14 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from medldm.evaluation.measure import measure_nearest
+from medldm.evaluation.tools import Tools
 from medldm.metrics.memorization import (
     audit_copies,
     memorized_share,
     nearest_correlation,
     nearest_distance,
+    nearest_training,
     thumbnail_shape,
     thumbnails,
 )
@@ -111,8 +114,6 @@ def test_squared_distances_of_embeddings_are_at_most_lpips(published_weights):
 
 @pytest.mark.parametrize("axial_axis", [None, 1])
 def test_a_mirrored_training_image_lies_at_zero_in_perceptual_space(published_weights, axial_axis):
-    from medldm.evaluation.measure import measure_nearest
-    from medldm.evaluation.tools import Tools
     from medldm.networks.lpips import LPIPS
 
     tools = Tools({}, recipe=None, lpips=LPIPS("alex"), axial_axis=axial_axis)
@@ -122,3 +123,54 @@ def test_a_mirrored_training_image_lies_at_zero_in_perceptual_space(published_we
         tools.train_thumbnails = {tuple(train.shape[1:]): thumbnails(train)}
         found = measure_nearest(torch.cat([train[2:3].flip(-1), scans(1, 7, train.ndim - 2)]), tools)
     assert found["nearest_train_perceptual"][0] < 1e-9 < 1e-3 < found["nearest_train_perceptual"][1]
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_copy_that_is_shifted_by_half_a_pixel_of_the_thumbnail_correlates_fully(spatial_dims):
+    """A voxel of 32, or one pixel of 64, along every axis; noise hides nothing that whole pixels align."""
+    generator = torch.Generator().manual_seed(0)
+    size = {2: 64, 3: 32}[spatial_dims]
+    train = torch.rand(6, 1, *(size,) * spatial_dims, generator=generator)
+    axes = tuple(range(-spatial_dims, 0))
+    distances = [1 if axis % 2 else -1 for axis in axes]
+    copies = train[2:4].roll(distances, axes).flip(-1)
+    known = thumbnails(train).view(-1, *thumbnail_shape(train.shape[1:]))
+    values, index = nearest_training(copies, known)
+    assert index.tolist() == [2, 3] and (values > 0.9999).all()
+    others = nearest_correlation(torch.rand(2, 1, *(size,) * spatial_dims, generator=generator), known)
+    assert (others < 0.5).all()
+
+
+class Pool3(torch.nn.Module):
+    """Stands in for Inception: 2,048 features that turn with the mean of the image; counts its passes."""
+
+    num_features, passes = 2048, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        angle = x.flatten(1).mean(1)
+        return torch.nn.functional.pad(torch.stack([angle.cos(), angle.sin()], 1) * 7, (0, 2046))
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_the_distance_in_inception_space_is_two_less_twice_the_cosine(is_known):
+    network = Pool3()
+    tools = Tools({}, recipe=None, networks={"inception": network})
+    train = torch.stack([torch.full((1, 16, 16), value) for value in (0.0, 1.0)])
+    assert list(tools.embedders()) == ["inception"]
+    tools.train_embeddings = {"inception": {(1, 16, 16): tools.embed_by_inception(train)}}
+    tools.train_thumbnails = {(1, 16, 16): thumbnails(train)}
+    images = train + torch.tensor([0.0, 0.25]).view(2, 1, 1, 1)
+    features = {"inception": network(images)} if is_known else None
+    found = measure_nearest(images, tools, features)["nearest_train_inception"]
+    assert found == pytest.approx([0, 2 - 2 * np.cos(0.25)], abs=1e-6)
+    assert network.passes == 2  # one of the training images, one of these
+
+
+def test_other_layers_of_inception_are_not_taken_for_pool3():
+    tools = Tools({}, recipe=None, networks={"inception": Pool3()}, fid_features=(64, 192))
+    assert tools.inception_key is None and tools.embedders() == {}
+    tools.fid_features = (64, 2048)
+    features = torch.cat([torch.full((1, 64), 9.0), torch.ones(1, 2048)], 1)
+    embedded = tools.embed_by_inception(torch.zeros(1, 1, 8, 8), features)
+    torch.testing.assert_close(embedded, torch.full((1, 2048), 2048**-0.5))
