@@ -4,7 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
+from medldm.commands import report
 from medldm.errors import InputError
+from medldm.evaluation.results import jsonable
 from medldm.evaluation.utility import HeldOutScores, TrainedOn, summarise_trials
 from medldm.files import write_json
 from medldm.metrics.summary import Bootstrap
@@ -75,3 +77,14 @@ def test_folders_without_learning_curves_are_told(tmp_path):
     write_json(tmp_path / "utility.json", {"points": []})
     with pytest.raises(InputError, match="not written by this version"):
         read_utility(tmp_path)
+
+
+def test_the_report_makes_a_page_of_the_folder_of_a_utility(call, results, tmp_path):
+    write_json(tmp_path / "utility.json", jsonable(results))
+    status, out, err = call(report, f"utility={tmp_path}")
+    assert status == 0, err
+    assert str(tmp_path / "report.html") in out
+    text = (tmp_path / "report.html").read_text()
+    assert "Use as training data" in text and "real and synthetic" in text
+    status, _, err = call(report, f"utility={tmp_path / 'nowhere'}")
+    assert status != 0 and "run `medldm utility" in err

@@ -19,11 +19,13 @@ if TYPE_CHECKING:  # matplotlib is imported where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"real": "#2f74d0", "synthetic": "#e0792b", "both": "#2a9d6e"}
-LABELS = {"real": "real only", "synthetic": "synthetic only", "both": "real and synthetic"}
-MARKS = {"real": "o", "synthetic": "s", "both": "^"}
-SPREAD = 0.02  # of the axis, between points of one fraction, so that their intervals do not cover each other
-DOTS = 150  # per inch of the PNG
+CHOICE_COLOURS = {"real": "#2f74d0", "synthetic": "#e0792b", "both": "#2a9d6e"}
+CHOICE_LABELS = {"real": "real only", "synthetic": "synthetic only", "both": "real and synthetic"}
+CHOICE_MARKS = {"real": "o", "synthetic": "s", "both": "^"}
+CHOICE_SPREAD = (
+    0.02  # of the axis, between points of one fraction, so that their intervals do not cover each other
+)
+PNG_DOTS = 150  # per inch of the PNG
 
 
 def read_utility(folder: Path) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def curves_of(results: Mapping[str, Any], name: str) -> dict[str, list[tuple[flo
         score = point["scores"][name]
         low, high = (as_float(end) for end in score.get("ci95") or (None, None))
         curves[point["train_on"]].append((point["fraction"], as_float(score["mean"]), low, high))
-    return {choice: curves[choice] for choice in LABELS if choice in curves}
+    return {choice: curves[choice] for choice in CHOICE_LABELS if choice in curves}
 
 
 def learning_figure(results: Mapping[str, Any], name: str = MEAN) -> "Figure":
@@ -53,7 +55,7 @@ def learning_figure(results: Mapping[str, Any], name: str = MEAN) -> "Figure":
     axis = figure.subplots()
     style(axis)
     for number, (choice, points) in enumerate(curves_of(results, name).items()):
-        draw_curve(axis, choice, points, shift=1 + SPREAD * (number - 1))
+        draw_curve(axis, choice, points, shift=1 + CHOICE_SPREAD * (number - 1))
     fractions = sorted({point["fraction"] for point in results["points"]})
     axis.set_xscale("log")
     axis.set_xticks(fractions, [f"{fraction:g}" for fraction in fractions])
@@ -73,18 +75,18 @@ def draw_curve(
     places = [fraction * shift for fraction, *_ in points]
     means = [mean for _, mean, *_ in points]
     axis.plot(
-        places, means, color=COLOURS[choice], marker=MARKS[choice], markersize=5, linewidth=1.7,
-        label=LABELS[choice],
+        places, means, color=CHOICE_COLOURS[choice], marker=CHOICE_MARKS[choice], markersize=5, linewidth=1.7,
+        label=CHOICE_LABELS[choice],
     )  # fmt: skip
     for place, (*_, low, high) in zip(places, points, strict=True):
         if math.isfinite(low) and math.isfinite(high):
-            axis.plot([place, place], [low, high], color=COLOURS[choice], linewidth=3, alpha=0.35)
+            axis.plot([place, place], [low, high], color=CHOICE_COLOURS[choice], linewidth=3, alpha=0.35)
 
 
 def write_learning_curves(path: Path, results: Mapping[str, Any]) -> None:
     """The chart as a PNG on white."""
     figure, buffer = learning_figure(results), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=PNG_DOTS, facecolor="white")
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
