@@ -313,7 +313,7 @@ def notes_of(results: Mapping) -> Iterator[str]:
 
 FEATURE_AUDITS = {
     "perceptual_audit": ("LPIPS", "this finds mirrored copies, and few that are noisy or re-windowed"),
-    "inception_audit": ("Inception", "this finds copies as they are, and few that are noisy or re-windowed"),
+    "inception_audit": ("Inception", "this looks for copies as they are, not for mirrored or shifted ones"),
 }
 
 

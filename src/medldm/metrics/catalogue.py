@@ -158,7 +158,7 @@ OTHER_IMAGE_METRICS = {
     "nearest_train_correlation": MetricInfo(
         nearest_correlation,
         "highest correlation with the thumbnail of a training image, over mirrorings and shifts of up to one "
-        "and a half of its pixels, half pixels among them",
+        "of its pixels, half pixels among them",
         "",
         "-1 to 1",
         None,
