@@ -92,3 +92,9 @@ def test_parts_that_are_not_medldms_know_their_own_keys():
 
 def test_what_is_open_or_follows_from_another_key_passes():
     check_values({"seed": "${other}", "lr": "???", "batch_size": None, "spacing": "trailing"})
+
+
+def test_a_segmenter_is_a_path_for_an_evaluation_and_a_part_of_a_second_stage():
+    check_values({"segmenter": "seg.ckpt", "model": {"segmenter": {"checkpoint": "seg.ckpt"}}})
+    with pytest.raises(InputError, match="segmenter={'checkpoint': 'seg.ckpt'}: give one path"):
+        check_values({"segmenter": {"checkpoint": "seg.ckpt"}})

@@ -33,6 +33,7 @@ ONE_PATH = {
     "raw", "root", "run_dir", "output", "checkpoint", "init_from", "generated", "reference", "reconstruction",
     "segmenter", "synthetic", "label_dir", "spade", "regression", "resume",
 }  # fmt: skip
+PARTS_LIKE_PATHS = {"model.segmenter"}  # parts of a model that are called as a path is elsewhere
 LISTS = {"channels", "crop_size", "image_size", "min_size", "num_blocks", "num_res_blocks", "spacing"}
 WORDS = ("spacing",)  # keys that are numbers in one part and words in another; their readers check them
 SHARE, NATURAL = (0.0, 1.0, False), (0, 2**31, True)
@@ -127,7 +128,7 @@ def check_kind(key: str, name: str, value: Any) -> None:
     is_several = isinstance(value, list | tuple | Mapping)
     if is_several and name in (RANGES_OF.keys() | SWITCHES | SWITCHES_OR_AUTO) - LISTS:
         raise InputError(f"{key}={value!s:.80}: give one value")
-    if name in ONE_PATH and not (value is None or isinstance(value, str)):
+    if name in ONE_PATH and key not in PARTS_LIKE_PATHS and not (value is None or isinstance(value, str)):
         raise InputError(f"{key}={value!s:.80}: give one path")
 
 
