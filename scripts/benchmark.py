@@ -6,11 +6,11 @@ python scripts/benchmark.py sampler --checkpoint runs/.../best.ckpt --data DATA
 python scripts/benchmark.py --check                 kernels, bytes and roofline time have not grown
 
 Rows: quantizer, memory, vqvae, unet, msspade, loader, ssim, crop, vqgan3d, unet3d, latents3d, traced3d,
-sampler. Each is printed and added to the JSON file as soon as it ends, so that a job which is cut off keeps
-what it has measured. A row that takes longer than --limit seconds, or lacks a package (MONAI's attention
-needs `pip install einops`), is skipped, and the output says so. A GPU is used where there is one. Peak extra
-memory is, on a CPU, the largest sum of tensors alive that a step made (scratch inside a kernel is not seen),
-on a GPU the allocator's own peak; traced3d follows shapes alone and computes nothing.
+sampling_time, sampler. Each is printed when it ends and added to the JSON file then, so a job that is cut
+off keeps what it has. A row that takes longer than --limit seconds, or lacks a package (MONAI's attention
+needs `pip install einops`), is skipped, and the output says so. A GPU is used where there is one. Peak
+extra memory is, on a CPU, the largest sum of tensors alive that a step made (scratch inside a kernel is not
+seen), on a GPU the allocator's own peak; traced3d follows shapes alone and computes nothing.
 
 --check counts one training step of whole experiments from shapes alone, compares the counts with
 scripts/benchmark/counts.json, and ends with status 1 where one has grown. --check --update writes that file.

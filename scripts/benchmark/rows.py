@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import evaluating
+import generating
 import loading
 import measuring
 import quantizers
@@ -89,6 +90,11 @@ def traced3d(options: Namespace, settings: dict) -> Iterator[Measured]:
     yield from volumes.traced(settings["tick"])
 
 
+def sampling_time(options: Namespace, settings: dict) -> Iterator[Measured]:
+    for title, variants in generating.rows():
+        yield from measuring.compare(title, variants, **settings, reference="MONAI, DDIM")
+
+
 def sampler(options: Namespace, settings: dict) -> Iterator[Measured]:
     yield from sampling.compare_samplers(options, settings["tick"])
 
@@ -103,8 +109,22 @@ def loader(options: Namespace, settings: dict) -> Iterator[Measured]:
     yield Measured("loader 256^2", "medldm", statistics.median(rates), spread, "slices/s")
 
 
-ALWAYS = (quantizer, memory, vqvae, unet, msspade, loader, ssim, crop, vqgan3d, unet3d, latents3d, traced3d)
-ROWS: dict[str, Row] = {row.__name__: row for row in ALWAYS}  # the rows that need no checkpoint
+ALWAYS = (
+    quantizer,
+    memory,
+    vqvae,
+    unet,
+    msspade,
+    loader,
+    ssim,
+    crop,
+    vqgan3d,
+    unet3d,
+    latents3d,
+    traced3d,
+    sampling_time,
+)
+ROWS: dict[str, Row] = {row.__name__: row for row in ALWAYS}  # those that need no checkpoint
 ON_REQUEST: dict[str, Row] = {"sampler": sampler}
 
 

@@ -25,6 +25,11 @@ CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 # The search of the nearest code finds the minimum of so many codes first, because on a CPU a minimum is
 # vectorised and the place of a minimum is not. 0: at once, for a GPU, where each step is one more kernel.
 CODES_PER_BLOCK = {"cpu": 128, "cuda": 0}
+# Whether all convolutions may be computed in bf16. Not on a CPU: for the gradient of a kernel of three slices
+# over two (AVX-512), and for the parts of a kernel that see borders alone (AMX), oneDNN of torch 2.15 gives
+# what lies in memory that nobody wrote, so that the same training gives other weights, or NaN, at the next
+# start.
+TRUSTS_BF16_CONVOLUTIONS = {"cpu": False, "cuda": True}
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,9 @@ def find_hardware(accelerator: str = "auto") -> Hardware:
     return Hardware("cpu", has_amx())
 
 
-def trusts_bf16_volumes(device: torch.device) -> bool:
-    """Whether convolutions of volumes may be computed in bf16 there. Not on a CPU: for the gradient of a
-    kernel of three slices over two, oneDNN of torch 2.15 reads memory that nobody wrote, so that the same
-    training gives other weights, or NaN, at the next start.
-    """
-    return device.type != "cpu"
+def trusts_bf16_convolutions(device: torch.device) -> bool:
+    """Whether all convolutions may be computed in bf16 there."""
+    return TRUSTS_BF16_CONVOLUTIONS.get(device.type, True)
 
 
 def has_amx() -> bool:

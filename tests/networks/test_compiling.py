@@ -9,11 +9,13 @@ from torch import nn
 
 from medldm.commands import train
 from medldm.devices import CPU, GPU, choose_settings
-from medldm.diffusion.encoders import MaxPool
+from medldm.diffusion.encoders import BlockMaximum, MaxPool, SegConv
 from medldm.networks import compiling
 from medldm.networks.autoencoder import Stack
+from medldm.networks.factorised import FactorisedAttention
 from medldm.networks.layers import AttentionBlock, ResBlock, group_norm
 from medldm.networks.spade import SPADE
+from medldm.planning.trace import StepTrace
 from medldm.training.run import Run
 
 
@@ -105,11 +107,14 @@ def test_maxima_of_blocks_and_their_gradients_are_those_of_a_volume_also_where_v
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (2, 3, 4, 8, 8), generator=generator).float()
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out = MaxPool(3, strides)(ours).relu()  # the order of SegConv, against the published one
     wanted = nn.functional.max_pool3d(theirs.relu(), strides)
     weights = torch.randn(wanted.shape, generator=generator)
-    (out * weights).sum().backward(), (wanted * weights).sum().backward()
-    assert torch.equal(out, wanted) and torch.equal(ours.grad, theirs.grad)
+    (wanted * weights).sum().backward()
+    for pool in (MaxPool(3, strides), lambda x: BlockMaximum.apply(x, strides)):
+        ours.grad = None
+        out = pool(ours).relu()  # the order of SegConv, against the published one
+        (out * weights).sum().backward()
+        assert torch.equal(out, wanted) and torch.equal(ours.grad, theirs.grad)
 
 
 def test_a_training_compiles_as_its_settings_say_and_keeps_kernels_in_its_folder(monkeypatch, tmp_path):
@@ -130,3 +135,36 @@ def test_gamma_and_beta_of_a_norm_are_one_convolution_where_weights_are_rounded(
     hidden = norm.shared(spade).relu()
     torch.testing.assert_close(found.gamma, norm.gamma(hidden))
     torch.testing.assert_close(found.beta, norm.beta(hidden))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"relative_bias": True}, {"spatial": "full"}, {"spatial": "none", "head_channels": 30}]
+)
+def test_attention_with_its_products_in_a_compilers_order_gives_the_same(options):
+    torch.manual_seed(0)
+    attention = FactorisedAttention(8, zero_init_last=False, **options).double()
+    assert_same_when_compiling(attention, torch.randn(2, 8, 5, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("strides", [(2, 4, 4), (4, 4)])
+def test_an_encoder_of_maps_as_a_compiler_sees_it_gives_the_same(strides):
+    torch.manual_seed(0)
+    encoder = SegConv(3, 4, strides).double()
+    assert_same_when_compiling(encoder, torch.randn(2, 3, *(8,) * len(strides), dtype=torch.float64))
+
+
+def assert_same_when_compiling(block: nn.Module, x: torch.Tensor) -> None:
+    """To the rounding of float64, and in its operations not the same."""
+    found = []
+    for yes in (False, True):
+        given = x.clone().requires_grad_()
+        block.zero_grad()
+        with compiling.as_if_compiling(yes), StepTrace() as trace:
+            out = block(given)
+        (out * torch.linspace(0, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        found.append([out.detach(), given.grad, *(p.grad.clone() for p in block.parameters())])
+        found[-1].append(sorted(op.name for op in trace.cost.operations.values()))
+    (*wanted, before), (*values, after) = found
+    assert before != after
+    for value, other in zip(values, wanted, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)

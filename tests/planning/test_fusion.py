@@ -38,7 +38,28 @@ def test_a_convolution_parts_chains():
 
 def test_a_norm_is_its_statistics_and_a_chain_that_reads_the_image_again():
     kernels, moved = compiled(lambda x: F.silu(F.group_norm(x, 1)))
-    assert kernels == 2 and moved == pytest.approx(3, rel=1e-2)  # statistics: two numbers
+    assert kernels == 4 and moved == pytest.approx(
+        3, rel=1e-2
+    )  # statistics: two numbers, put together by two
+
+
+def test_a_bias_is_added_by_the_chain_that_follows_unless_the_backward_pass_needs_the_sum():
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, torch.empty(4, 4, 1, 1), torch.empty(4)).square()
+
+    small = (16 + 8) / N
+    assert compiled(run)[0] == 2 and compiled(run)[1] == pytest.approx(2 + 2 + small)
+    # then: convolution 2, sum read and written and square written 3; square's gradient 3, convolution's 3
+    kernels, moved = compiled(run, backward=True)
+    assert kernels == 4 and moved == pytest.approx(5 + 3 + 3 + 2 * small, rel=1e-2)
+
+
+def test_a_softmax_along_a_strided_axis_reads_its_rows_twice():
+    """Its rows of 128 values do not lie side by side."""
+    kernels, moved = compiled(lambda x: x.view(32, 128).softmax(1))
+    assert (kernels, moved) == (1, 2)
+    kernels, moved = compiled(lambda x: x.view(128, 32).softmax(0))
+    assert kernels == 3 and moved == pytest.approx(3, rel=1e-2)
 
 
 def test_a_softmax_over_few_values_stays_in_its_chain():

@@ -80,11 +80,10 @@ def test_a_plan_says_what_fits(named, capsys):
     assert re.search(r"^blocks compiled; without: \d+ kernels, [\d.]+ GB$", printed, re.MULTILINE)
 
 
-def test_a_compiled_step_does_the_same_work_with_fewer_kernels_and_bytes(named):
+def test_a_compiled_step_does_the_same_work_with_fewer_bytes(named):
     job = job_of(named, "cardiac2d/demo_ldm", *SMALL)
     traced = traced_step(job, 2, bf16=True, on_cuda=True, compiles=True)
     assert traced.cost.flops == traced.compiled.flops
-    assert traced.compiled.num_kernels < traced.cost.num_kernels
     assert traced.compiled.num_bytes < traced.cost.num_bytes
 
 

@@ -5,14 +5,16 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from medldm.networks.convolution import conv
 from medldm.planning.roofline import Card, Habits, expected_seconds, largest_batch, roofline_seconds
-from medldm.planning.trace import AutocastAsOnCUDA, StepTrace
+from medldm.planning.step import as_on_cuda
+from medldm.planning.trace import AttentionAsOnCUDA, AutocastAsOnCUDA, StepTrace
 
 CARD = Card(memory_gib=1.0, bandwidth=1.0, bf16=4e-6, fp32=1e-6)  # 1 GB/s, 4 and 1 MFLOP/s
 
 
 def traced(run) -> StepTrace:
-    with FakeTensorMode(), StepTrace() as trace:
+    with FakeTensorMode(allow_non_fake_inputs=True), StepTrace() as trace:
         run()
     return trace
 
@@ -85,3 +87,19 @@ def test_the_roofline_is_the_slower_of_work_and_traffic():
 @pytest.mark.parametrize(("limit", "batch"), [(10.0, 4), (9.9, 3), (2.0, 0), (4.0, 1)])
 def test_the_largest_batch_is_read_off_a_line(limit, batch):
     assert largest_batch([(1, 4.0), (3, 8.0)], limit) == batch
+
+
+def test_a_convolution_of_volumes_is_counted_in_bf16_as_a_gpu_computes_it():
+    """A CPU computes it in float32, from rounded operands."""
+    layer = conv(3, 2, 4, 3, padding=1)
+    with as_on_cuda(), torch.autocast("cpu", torch.bfloat16):
+        cost = traced(lambda: layer(torch.empty(1, 2, 4, 4, 4))).cost
+    assert {op.dtype for op in cost.operations.values() if op.flops} == {torch.bfloat16}
+    assert cost.num_kernels == 4  # input, weight and bias are rounded
+
+
+def test_attention_is_laid_out_as_its_queries_as_on_cuda():
+    slices_first = torch.empty(4, 6, 2, 8).permute(1, 2, 0, 3)  # (B, heads, L, c)
+    with FakeTensorMode(allow_non_fake_inputs=True), AttentionAsOnCUDA():
+        out = nn.functional.scaled_dot_product_attention(*(slices_first.clone() for _ in range(3)))
+    assert out.permute(2, 0, 1, 3).is_contiguous()

@@ -5,14 +5,19 @@ Each is built from (in_channels, out_channels, downsampling) and states its `out
 cell depends on the whole planes.
 """
 
+import itertools
 import math
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.batch import spatial_shape
+from medldm.batch import expand_as, spatial_shape
 from medldm.diffusion.latent import latent_shape
-from medldm.networks.layers import conv, group_norm
+from medldm.networks.compiling import is_compiling
+from medldm.networks.convolution import conv, convolve_as
+from medldm.networks.layers import group_norm
 
 
 class NearestEncoder(nn.Module):
@@ -99,7 +104,19 @@ class SegConv(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, planes: Tensor) -> Tensor:
-        return self.layers(planes)
+        return self.fused(planes) if is_compiling() else self.layers(planes)
+
+    def fused(self, planes: Tensor) -> Tensor:
+        """The same, for a compiler: a bias commutes with the maximum, too."""
+        x, bias = planes, None
+        for layer in self.layers:
+            if isinstance(layer, nn.ReLU):
+                x = (x + expand_as(bias[None], x)).relu()
+            elif isinstance(layer, MaxPool):
+                x = BlockMaximum.apply(x, layer.strides)
+            else:
+                x, bias = convolve_as(layer, x, layer.weight, None), layer.bias
+        return x
 
 
 def halo_of_convolutions(strides: list[tuple[int, ...]]) -> int:
@@ -134,6 +151,41 @@ class MaxPool(nn.Module):
             return x
         rows = x.flatten(3)  # (B, C, D, H W)
         return F.max_pool2d(rows, (depth, 1)).unflatten(3, x.shape[3:])
+
+
+class BlockMaximum(torch.autograd.Function):
+    """`MaxPool` as operations on single elements, which a compiler makes one kernel of each pass. The place
+    of each maximum in its block, the first of equal ones, is kept in a byte.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...]) -> Tensor:
+        rows = x.movedim(1, -1)  # (B, *S, C)
+        offsets = itertools.product(*map(range, strides))
+        parts = [rows[:, *(slice(o, None, s) for o, s in zip(at, strides, strict=True))] for at in offsets]
+        best, place = parts[0], torch.zeros_like(parts[0], dtype=torch.uint8)
+        for number, part in enumerate(parts[1:], start=1):
+            is_larger = (part > best) | part.isnan()
+            best, place = torch.where(is_larger, part, best), torch.where(is_larger, number, place)
+        ctx.save_for_backward(place)
+        ctx.strides = strides
+        return best.movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        dims = len(ctx.strides)
+        within = (1, *(n for s in ctx.strides for n in (1, s)), 1)  # (B, s1, f1, s2, f2 .., C)
+        numbers = torch.arange(math.prod(ctx.strides), device=place.device, dtype=torch.uint8).view(within)
+        for axis in range(2, 2 * dims + 1, 2):
+            place = place.unsqueeze(axis)
+        rows = gradient.movedim(1, -1)
+        for axis in range(2, 2 * dims + 1, 2):
+            rows = rows.unsqueeze(axis)
+        spread = torch.where(place == numbers, rows, 0)
+        for axis in range(1, dims + 1):
+            spread = spread.flatten(axis, axis + 1)
+        return spread.movedim(-1, 1), None
 
 
 class AreaEncoder(nn.Module):

@@ -52,10 +52,32 @@ class Function(nn.Module):
         return self.function(*args)
 
 
-def same_weights(block: nn.Module) -> Callable:
-    """Contexts for `torch.utils.checkpoint` in which what is computed again sees the present weights of the
-    block, which may be rounded.
+_as_if = False
+
+
+def is_compiling() -> bool:
+    """Whether what runs now is followed by a compiler, or by a trace in its place: operations on elements are
+    fused then, and products in another order may leave fewer tensors to write.
     """
+    return torch.compiler.is_compiling() or _as_if
+
+
+@contextmanager
+def as_if_compiling(yes: bool = True) -> Iterator[None]:
+    """A context in which `is_compiling()` says so."""
+    global _as_if
+    before, _as_if = _as_if, yes
+    try:
+        yield
+    finally:
+        _as_if = before
+
+
+def same_weights(block: nn.Module) -> Callable:
+    """For `torch.utils.checkpoint`: what is computed again sees the weights that the block has now, which may
+    be rounded ones, and takes the same way through it.
+    """
+    as_if = _as_if
     tables = [(part._parameters, dict(part._parameters)) for part in block.modules() if part._parameters]
 
     @contextmanager
@@ -64,7 +86,8 @@ def same_weights(block: nn.Module) -> Callable:
         try:
             for table, now in tables:
                 table.update(now)
-            yield
+            with as_if_compiling(as_if):
+                yield
         finally:
             for (table, _), old in zip(tables, before, strict=True):
                 table.update(old)

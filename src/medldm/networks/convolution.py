@@ -1,5 +1,5 @@
-"""Convolutions of any number of dimensions. Those of volumes run on slices as images where this is
-the same.
+"""Convolutions of any number of dimensions; those of volumes see slices as images where that is the same, and
+what a CPU's bf16 kernels get wrong is computed in float32.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.devices import full_precision, trusts_bf16_volumes
+from medldm.devices import full_precision, trusts_bf16_convolutions
 
 
 def keeps_slices_apart(layer: nn.Conv3d | nn.ConvTranspose3d) -> bool:
@@ -39,9 +39,13 @@ def on_slices(
     return out.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
-def is_mistrusted(layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution along depth would be computed in bf16 on a device whose result may be wrong."""
-    if trusts_bf16_volumes(x.device) or layer.kernel_size[0] == 1:
+def is_mistrusted(layer: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    """Whether this convolution would be computed in bf16 where that is not to be trusted: along depth, and of
+    planes that are one pixel high or wide, where some rows of a kernel see borders alone.
+    """
+    if trusts_bf16_convolutions(x.device):
+        return False
+    if layer.kernel_size[:-2] in ((), (1,)) and min(x.shape[-2:]) > 1:
         return False
     kind = x.device.type
     used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -54,6 +58,24 @@ def from_rounded(convolve: Callable[..., Tensor], *operands: Tensor | None) -> T
         return convolve(*(v if v is None else v.bfloat16().float() for v in operands)).bfloat16()
 
 
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d`, in float32 where bf16 is not to be trusted."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if is_mistrusted(self, x, weight):
+            return from_rounded(super()._conv_forward, x, weight, bias)
+        return super()._conv_forward(x, weight, bias)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d`, in float32 where bf16 is not to be trusted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_mistrusted(self, x, self.weight):
+            return from_rounded(transposed(self, F.conv_transpose2d), x, self.weight, self.bias)
+        return super().forward(x)
+
+
 class Conv3d(nn.Conv3d):
     """`nn.Conv3d`. With a kernel of 1 along depth and in channels_last_3d, it runs as a convolution of images
     with the slices in the batch, for which devices have faster kernels. In the other memory layout this would
@@ -61,10 +83,10 @@ class Conv3d(nn.Conv3d):
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if keeps_slices_apart(self) and is_channels_last(x):
-            return on_slices(partial(F.conv2d, groups=self.groups), self, x, weight, bias)
         if is_mistrusted(self, x, weight):
             return from_rounded(super()._conv_forward, x, weight, bias)
+        if keeps_slices_apart(self) and is_channels_last(x):
+            return on_slices(partial(F.conv2d, groups=self.groups), self, x, weight, bias)
         return super()._conv_forward(x, weight, bias)
 
 
@@ -72,15 +94,19 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     """`nn.ConvTranspose3d`, which runs on slices like `Conv3d`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_mistrusted(self, x, self.weight):
+            return from_rounded(transposed(self, F.conv_transpose3d), x, self.weight, self.bias)
         if keeps_slices_apart(self) and is_channels_last(x):
             return on_slices(F.conv_transpose2d, self, x, self.weight, self.bias)
-        if is_mistrusted(self, x, self.weight):
-            sizes = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-            convolve = partial(
-                F.conv_transpose3d, output_padding=self.output_padding, groups=self.groups, **sizes
-            )
-            return from_rounded(convolve, x, self.weight, self.bias)
         return super().forward(x)
+
+
+def transposed(
+    layer: nn.ConvTranspose2d | nn.ConvTranspose3d, convolve: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """`convolve`, a transposed convolution, with the sizes of `layer`."""
+    sizes = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    return partial(convolve, output_padding=layer.output_padding, groups=layer.groups, **sizes)
 
 
 def convolve_as(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,22 +115,25 @@ def convolve_as(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:
-    """`nn.Conv{spatial_dims}d`."""
-    return (Conv3d if spatial_dims == 3 else getattr(nn, f"Conv{spatial_dims}d"))(*args, **kwargs)
+    """`nn.Conv{spatial_dims}d`, as above."""
+    return {2: Conv2d, 3: Conv3d}[spatial_dims](*args, **kwargs)
 
 
 def conv_transpose(spatial_dims: int, *args, **kwargs) -> nn.Module:
-    """`nn.ConvTranspose{spatial_dims}d`."""
-    kind = ConvTranspose3d if spatial_dims == 3 else getattr(nn, f"ConvTranspose{spatial_dims}d")
-    return kind(*args, **kwargs)
+    """`nn.ConvTranspose{spatial_dims}d`, as above."""
+    return {2: ConvTranspose2d, 3: ConvTranspose3d}[spatial_dims](*args, **kwargs)
+
+
+OF_TORCH = {
+    nn.Conv2d: Conv2d, nn.ConvTranspose2d: ConvTranspose2d,
+    nn.Conv3d: Conv3d, nn.ConvTranspose3d: ConvTranspose3d,
+}  # fmt: skip
 
 
 def adopt_convolutions(network: nn.Module) -> nn.Module:
-    """Replaces the convolutions of volumes of another library's network by those of this module, in place.
-    The parameters and their names stay the same.
+    """A network of another library, whose convolutions become those of this module, in place: the same
+    parameters under the same names.
     """
     for layer in network.modules():
-        for plain, own in ((nn.Conv3d, Conv3d), (nn.ConvTranspose3d, ConvTranspose3d)):
-            if type(layer) is plain:
-                layer.__class__ = own
+        layer.__class__ = OF_TORCH.get(type(layer), type(layer))
     return network

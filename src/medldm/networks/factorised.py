@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
+from medldm.networks.compiling import is_compiling
 from medldm.networks.layers import attend, group_norm, zero_init
 
 NUM_PLACES = 512  # along depth, for which angles are computed once
-MAX_DISTANCE = 32  # of slices; all larger distances have the same relative bias
+PAYS = 4  # so many times more tokens (or columns) than channels are needed for products in another order
+MAX_DISTANCE = 32  # slices; the relative bias tells no distances beyond it apart
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -22,6 +24,22 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
         q, k = q.softmax(-1) * q.shape[-1] ** -0.5, k.softmax(1)
     summary = torch.einsum("blhc,blhd->bhcd", k, v)
     return torch.einsum("blhc,bhcd->blhd", q, summary).flatten(2)
+
+
+def folded_linear_attention(tokens: Tensor, qkv: nn.Linear, out: nn.Linear, num_heads: int) -> Tensor:
+    """`out(linear_attention(*qkv(tokens).chunk(3, -1), num_heads))` of tokens (B, L, C), where neither the
+    values nor what attention gives is ever written: both are linear in what the products around them make, so
+    that (k^T v) = (k^T tokens) Wv and q (k^T v) Wo = q ((k^T v) Wo). It pays where L is much larger than C.
+    """
+    to_q, to_k, to_v = qkv.weight.chunk(3)  # (heads c, C) each
+    q = F.linear(tokens, to_q).unflatten(-1, (num_heads, -1))  # (B, L, heads, c)
+    k = F.linear(tokens, to_k)
+    with full_precision(q.device):
+        scale, q, k = q.shape[-1] ** -0.5, q.softmax(-1).flatten(2), k.softmax(1)
+    summary = (k.transpose(1, 2) @ tokens).unflatten(1, (num_heads, -1))  # (B, heads, c of k, C)
+    summary = torch.einsum("bhkc,hvc->bhkv", summary, to_v.unflatten(0, (num_heads, -1)))
+    summary = torch.einsum("bhkv,ohv->bhko", scale * summary, out.weight.unflatten(1, (num_heads, -1)))
+    return torch.baddbmm(out.bias, q, summary.flatten(1, 2))
 
 
 class Rotary(nn.Module):
@@ -43,13 +61,23 @@ class Rotary(nn.Module):
         return angles.cos()[:, None], angles.sin()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        length, half = x.shape[1], self.half
-        tables = (self.cos[:length], self.sin[:length])
-        if length > NUM_PLACES:
-            tables = self.table(length, x.device)
-        cos, sin = (table.to(x.dtype) for table in tables)
-        a, b, *rest = x.split(half, dim=-1)
+        cos, sin = (table.to(x.dtype) for table in self.angles(x.shape[1], x.device))
+        a, b, *rest = x.split(self.half, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos, *rest], dim=-1)
+
+    def angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if length > NUM_PLACES:
+            return self.table(length, device)
+        return self.cos[:length], self.sin[:length]
+
+    def turned(self, weight: Tensor, num_heads: int, length: int) -> Tensor:
+        """(L, C, heads c): for each place the weight (heads c, C) whose product is turned for that place."""
+        cos, sin = (table[..., None] for table in self.angles(length, weight.device))  # (L, 1, c // 2, 1)
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(0, (num_heads, -1))
+        a, b, *rest = exact.split(self.half, dim=1)
+        rest = [x.expand(length, *x.shape) for x in rest]
+        turned = torch.cat([a * cos - b * sin, a * sin + b * cos, *rest], dim=2)  # (L, heads, c, C)
+        return turned.flatten(1, 2).transpose(1, 2).to(weight.dtype)
 
 
 def distance_buckets(distance: Tensor, num_buckets: int) -> Tensor:
@@ -78,9 +106,14 @@ class SliceAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).movedim(1, -1)  # (B, D, H, W, C)
-        q, k, v = self.qkv(tokens.flatten(0, 1).flatten(1, 2)).chunk(3, dim=-1)  # (B D, H W, heads c)
-        out = self.out(self.attend(q, k, v, self.num_heads))
+        out = self.attended(tokens.flatten(0, 1).flatten(1, 2))  # of (B D, H W, C)
         return x + out.reshape(tokens.shape).movedim(-1, 1)
+
+    def attended(self, tokens: Tensor) -> Tensor:
+        pays = tokens.shape[1] > PAYS * tokens.shape[2]
+        if self.attend is linear_attention and pays and is_compiling():
+            return folded_linear_attention(tokens, self.qkv, self.out, self.num_heads)
+        return self.out(self.attend(*self.qkv(tokens).chunk(3, dim=-1), self.num_heads))
 
 
 class DepthAttention(nn.Module):
@@ -104,18 +137,38 @@ class DepthAttention(nn.Module):
         self.rotary = Rotary(head_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_compiling() and x[:, 0, 0].numel() > PAYS * x.shape[1]:
+            return x + self.turned_by_weights(self.norm(x))
         tokens = self.norm(x).permute(0, 3, 4, 2, 1)  # (B, H, W, D, C)
         qkv = self.qkv(tokens.flatten(0, 2)).unflatten(-1, (3 * self.num_heads, -1))  # (B H W, D, 3 heads, c)
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
         q, k = self.rotary(qk).transpose(1, 2).chunk(2, dim=1)  # (B H W, heads, D, c) each
-        v = v.transpose(1, 2)
-        bias = None
-        if self.bias is not None:
-            places = torch.arange(x.shape[2], device=x.device)
-            buckets = distance_buckets(places - places[:, None], self.num_buckets)
-            bias = self.bias(buckets).permute(2, 0, 1).to(q.dtype)  # (heads, D, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-        return x + self.out(out).reshape(tokens.shape).permute(0, 4, 3, 1, 2)
+        bias = self.relative(x.shape[2], q)
+        out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=bias)
+        return x + self.out(out.transpose(1, 2).flatten(2)).reshape(tokens.shape).permute(0, 4, 3, 1, 2)
+
+    def relative(self, length: int, q: Tensor) -> Tensor | None:
+        """The learned bias of each distance, (heads, D, D)."""
+        if self.bias is None:
+            return None
+        places = torch.arange(length, device=q.device)
+        buckets = distance_buckets(places - places[:, None], self.num_buckets)
+        return self.bias(buckets).permute(2, 0, 1).to(q.dtype)
+
+    def turned_by_weights(self, x: Tensor) -> Tensor:
+        """The attention of a normed x, where the angles turn a weight for each slice instead of all queries
+        and keys. Slices come first in memory, (D, B H W, heads c), and nothing is copied.
+        """
+        tokens = x.permute(2, 0, 3, 4, 1)  # (D, B, H, W, C)
+        rows = tokens.flatten(1, 3)
+        to_qk, to_v = self.qkv.weight.tensor_split([2 * self.qkv.weight.shape[0] // 3])
+        turned = self.rotary.turned(to_qk, 2 * self.num_heads, len(rows))
+        q, k = (rows @ weight for weight in turned.chunk(2, dim=-1))
+        v = F.linear(rows, to_v)
+        heads = (y.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3) for y in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=self.relative(len(rows), q))
+        out = self.out(out.permute(2, 0, 1, 3).flatten(2))  # (D, B H W, C)
+        return out.reshape(tokens.shape).permute(1, 4, 0, 2, 3)
 
 
 class FactorisedAttention(nn.Module):

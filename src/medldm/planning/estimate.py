@@ -76,11 +76,11 @@ class Planner:
     compiles: bool = False  # blocks are compiled
 
     def estimate(self, batch_size: int) -> Estimate:
-        """The estimate of one training step at this batch size."""
-        traced = traced_step(
-            self.job, batch_size, bf16=self.bf16, on_cuda=self.on_cuda, compiles=self.compiles
-        )
-        cost, module = traced.compiled if self.compiles else traced.cost, traced.module
+        options = {"bf16": self.bf16, "on_cuda": self.on_cuda}
+        traced = traced_step(self.job, batch_size, **options, compiles=self.compiles)
+        cost, module, eager = traced.cost, traced.module, traced.cost
+        if self.compiles:
+            cost, eager = traced.compiled, traced_step(self.job, batch_size, **options).cost
         state = state_bytes(module, averages=self.averages) + traced.batch_bytes
         scratch = cost.peak_bytes_with_workspace - cost.peak_bytes if self.on_cuda else 0
         optimiser = optimiser_seconds(num_trainable(module), self.card)
@@ -90,7 +90,7 @@ class Planner:
             cost,
             roofline_seconds(cost, self.card) + optimiser,
             expected_seconds(cost, self.card, self.habits) + optimiser,
-            traced.cost,
+            eager,
         )
 
     def largest(self, found: Estimate, limit_gib: float) -> int:

@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medldm.build import build_module
-from medldm.devices import CHUNK_ELEMENTS, CODES_PER_BLOCK, in_channels_last, to_channels_last
+from medldm.devices import (
+    CHUNK_ELEMENTS,
+    CODES_PER_BLOCK,
+    TRUSTS_BF16_CONVOLUTIONS,
+    in_channels_last,
+    to_channels_last,
+)
 from medldm.errors import InputError
 from medldm.losses import PerceptualLoss
 from medldm.networks.compiling import wrap_blocks
 from medldm.networks.medicalnet import MedicalNet
-from medldm.planning.trace import AutocastAsOnCUDA, Cost, StepTrace
+from medldm.planning.trace import AttentionAsOnCUDA, AutocastAsOnCUDA, Cost, StepTrace
 
 ADAM_STATE = 8  # bytes a parameter: two moments in float32
 LATE = 10**9  # an update at which every loss that starts late has started
@@ -174,7 +180,7 @@ def as_on_cuda() -> Iterator[None]:
     """A context in which choices by the kind of device are those of a GPU, for tensors on the host that stand
     in for its own.
     """
-    tables = (CHUNK_ELEMENTS, CODES_PER_BLOCK)
+    tables = (TRUSTS_BF16_CONVOLUTIONS, CHUNK_ELEMENTS, CODES_PER_BLOCK)
     before = [table["cpu"] for table in tables]
     for table in tables:
         table["cpu"] = table["cuda"]
@@ -210,6 +216,7 @@ def traced_step(job: Job, batch_size: int, *, bf16: bool, on_cuda: bool, compile
             stack.enter_context(as_on_cuda())
             batch = in_channels_last(batch)
             stack.enter_context(AutocastAsOnCUDA())
+            stack.enter_context(AttentionAsOnCUDA())
         trace = stack.enter_context(StepTrace())
         if compiles:
             wrap_blocks(module, trace.block)

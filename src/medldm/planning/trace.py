@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from medldm.networks.compiling import as_if_compiling
 from medldm.planning.fusion import Graph, Region, touched_bytes
 
 # Where CUDA's autocast and a CPU's, which traces run under, treat an operation differently (torch.amp's
@@ -59,6 +60,26 @@ class AutocastAsOnCUDA(TorchFunctionMode):
         if name in FLOAT32_ON_CUDA:
             args = tuple(widened(x) for x in args)
         return func(*args, **kwargs)
+
+
+class AttentionAsOnCUDA(TorchDispatchMode):
+    """Lays out what attention and its backward pass give as CUDA's kernel does: in the order of the axes in
+    the memory of queries, keys and values. A CPU's kernel has an order of its own.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "_scaled_dot_product_flash_attention_for_cpu":
+            return laid_out_as(args[0]), *out[1:]
+        if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+            return tuple(map(laid_out_as, args[1:4]))
+        return out
+
+
+def laid_out_as(x: Tensor) -> Tensor:
+    """A new tensor (B, heads, L, c) with its axes in the memory in the order of those of x."""
+    return torch.empty_like(x.transpose(1, 2)).transpose(1, 2)
 
 
 def widened(x: object) -> object:
@@ -149,7 +170,8 @@ class StepTrace(TorchDispatchMode):
             self.calls.append(range(0))
             self.entered.append(number)
             try:
-                out = call(*args, **kwargs)
+                with as_if_compiling():
+                    out = call(*args, **kwargs)
                 for x in tensors(out):
                     self.graph.hand_out(self.number(x))
                 return out
@@ -177,7 +199,7 @@ class StepTrace(TorchDispatchMode):
         outputs = list(tensors(out)) or written_in_place(func, args)
         for x in outputs:
             if storage_of(x) not in known:
-                self.follow(x.untyped_storage(), share=1 / 8 if self.is_place(func, x) else 1)
+                self.follow(x.untyped_storage())
         if launches(func, outputs, known):
             self.record(func, args, kwargs, out, inputs, outputs)
         return out
@@ -192,6 +214,8 @@ class StepTrace(TorchDispatchMode):
         op.num_bytes = sum(map(touched_bytes, touched))
         if name in GATHERS:
             op.num_bytes -= max(0, touched_bytes(inputs[0]) - sum(map(touched_bytes, outputs)))
+        if name == "convolution_backward" and args[-1][2]:
+            op.num_bytes += touched_bytes(inputs[0])  # the gradient of a bias is a sum of its own
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             op.flops = count(*args, **kwargs, out_val=out)
@@ -202,12 +226,8 @@ class StepTrace(TorchDispatchMode):
             workspace -= sum(map(touched_bytes, tensors(out)))
         self.note_peak(workspace)
 
-    def is_place(self, func: Any, x: Tensor) -> bool:
-        """Whether these are places of maxima in a block: compiled, each takes a byte and not eight."""
-        return "max_pool2d" in func.overloadpacket.__name__ and x.dtype == torch.int64 and bool(self.entered)
-
-    def follow(self, storage: torch.UntypedStorage, share: float = 1) -> None:
-        key, size = storage._cdata, int(storage.nbytes() * share)
+    def follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
         if key in self.seen:
             return
         self.seen[key] = weakref.finalize(storage, self.release, key, size)
