@@ -6,6 +6,7 @@
 #   GPU     rtx3090 (24 GB, default), a6000 (48 GB) or cpu: sbatch options, and batches that make 36 an update
 #   STAGES  the stages to submit, e.g. "ldm sample evaluate report"; those left out count as done
 #   DATA    dataset, e.g. folder (default mnms2)  SBATCH_OPTIONS  added to every sbatch, e.g. --partition=gpu
+#   NODES GPUS  of a training (default 1 1)    SHARDS  of encode, sample and evaluate (default 1): see below
 #   GRES    default gpu:1                         DRY_RUN=1       prints the sbatch lines and submits nothing
 
 # shellcheck source-path=SCRIPTDIR disable=SC2034,SC2154

@@ -3,6 +3,10 @@
 # calls `read_arguments "$@"` and `choose_preset`, then `submit` once for each stage, then `show_jobs`, which also warns
 # where a training does not fit the card. PLAN=no leaves that out.
 #
+# NODES=2 GPUS=4 trains in 8 processes, 4 a node; batches are those of one process, so that an update sees 8 times as many
+# images: the training prints how many, and scale_lr=linear (or sqrt) scales the learning rate. SHARDS=8 divides encode,
+# sample and evaluate over the 8 elements of a job array. GRES is what a training takes of a node, e.g. gpu:a100:4.
+#
 # Overrides after the script's name, in the order of the command line, after the chain's own and so winning over them:
 #   STAGE:key=value   that stage alone               vqvae:trainer.max_steps=10   sample:sampler.num_steps=20
 #   data.key=value    every stage that has data      data.image_size=128   data.split also the evaluation (train_split)
@@ -76,16 +80,27 @@ overrides_of() {  # overrides_of STAGE: fills `own` with the user's overrides of
 
 choose_preset() {  # GPU=rtx3090|a6000|cpu: sbatch options per kind of stage; the chain reads $GPU for its batch sizes
   GPU=${GPU:-rtx3090}
-  local gres=${GRES:-gpu:1}
-  local machine
+  NODES=${NODES:-1} GPUS=${GPUS:-1} SHARDS=${SHARDS:-1}
+  local name cpus gib gres=()
+  for name in NODES GPUS SHARDS; do [[ ${!name} =~ ^[1-9][0-9]{0,3}$ ]] || fail "$name=${!name}: give a number from 1"; done
   case $GPU in
-    rtx3090) workers=8 machine=(--gres="$gres" --cpus-per-task=10 --mem=48G) ;;
-    a6000) workers=12 machine=(--gres="$gres" --cpus-per-task=14 --mem=96G) ;;
-    cpu) workers=0 machine=(--cpus-per-task=2 --mem=8G) ;;
+    rtx3090) workers=8 cpus=10 gib=48 ;;
+    a6000) workers=12 cpus=14 gib=96 ;;
+    cpu) workers=0 cpus=2 gib=8 ;;
     *) fail "GPU=$GPU: choose from rtx3090, a6000, cpu" ;;
   esac
-  train_options=("${machine[@]}" --time=24:00:00)  # what is not finished by then is saved and queued again
-  gpu_options=("${machine[@]}" --time=08:00:00)
+  [ "$GPU" = cpu ] || gres=(--gres="${GRES:-gpu:$GPUS}")
+  train_options=(${gres[@]+"${gres[@]}"} --cpus-per-task="$cpus" --mem="$((gib * GPUS))G"
+    --time=24:00:00)  # what is not finished by then is saved and queued again
+  processes=()  # of a training: SLURM starts them, and Lightning finds the others by SLURM's variables
+  if [ $((NODES * GPUS)) -gt 1 ]; then
+    train_options+=(--nodes="$NODES" --ntasks-per-node="$GPUS")
+    processes=(trainer.num_nodes="$NODES" trainer.devices="$GPUS")
+    [ "$GPU" != cpu ] || processes+=(trainer.accelerator=cpu)
+    local default=${GRES:-gpu:1}
+    [ "$GPU" = cpu ] || gres=(--gres="${default%:*}:1")
+  fi
+  gpu_options=(${gres[@]+"${gres[@]}"} --cpus-per-task="$cpus" --mem="${gib}G" --time=08:00:00)
   cpu_options=(--cpus-per-task=8 --mem=32G --time=08:00:00)
   [ "$GPU" != cpu ] || cpu_options=("${gpu_options[@]}")
 }
@@ -104,15 +119,20 @@ find_python() {  # the interpreter that the jobs use, checked before anything is
 # submit STAGE KIND AFTER COMMAND [key=value ...]: KIND is train, gpu or cpu; AFTER names the stages, separated by spaces,
 # that must have succeeded. A stage left out by STAGES="..." is taken as done. SBATCH_OPTIONS="--partition=..." is added.
 submit() {
-  local stage=$1 kind=$2 after=$3 command=$4 dependency='' before id
+  local stage=$1 kind=$2 after=$3 command=$4 dependency='' before id log=%x-%j divided=() array=()
   shift 4
   is_in "$stage" "${stages[@]}" && is_in "$stage" ${STAGES:-${stages[*]}} || return 0
   for before in $after; do dependency+=${job_ids[$before]:+:${job_ids[$before]}}; done
   local -n options=${kind}_options
   overrides_of "$stage"
-  local line=(sbatch --parsable --job-name="$chain-$stage" --output="${RUNS//%/%%}/slurm/%x-%j.out" "${options[@]}"
-    ${dependency:+"--dependency=afterok$dependency" --kill-on-invalid-dep=yes} ${SBATCH_OPTIONS:-}
-    "$slurm_dir/job.sbatch" "$command" "$@" ${own[@]+"${own[@]}"})
+  [ "$kind" != train ] || divided=(${processes[@]+"${processes[@]}"})
+  case $command in
+    encode | sample | evaluate)  # cases are independent: each element of an array takes its share
+      [ "$SHARDS" = 1 ] || { array=(--array="1-$SHARDS") divided=(shard=array) log=%x-%A_%a; } ;;
+  esac
+  local line=(sbatch --parsable --job-name="$chain-$stage" --output="${RUNS//%/%%}/slurm/$log.out" "${options[@]}"
+    ${array[@]+"${array[@]}"} ${dependency:+"--dependency=afterok$dependency" --kill-on-invalid-dep=yes} ${SBATCH_OPTIONS:-}
+    "$slurm_dir/job.sbatch" "$command" "$@" ${divided[@]+"${divided[@]}"} ${own[@]+"${own[@]}"})
   if [ "${DRY_RUN:-0}" != 0 ]; then
     id=ID_$stage
     printf '%q ' "${line[@]}" && echo
@@ -123,7 +143,8 @@ submit() {
   fi
   job_ids[$stage]=$id
   [ "$kind" != train ] || trainings+=("$(printf '%q ' "$stage" "$@" ${own[@]+"${own[@]}"})")
-  table+=("$(printf '%-16s %-18s %-24s %s' "$stage" "$id" "${after:--}" "$RUNS/slurm/$chain-$stage-$id.out")")
+  [ ${#array[@]} = 0 ] || log=${id}_\*
+  table+=("$(printf '%-16s %-18s %-24s %s' "$stage" "$id" "${after:--}" "$RUNS/slurm/$chain-$stage-${log/#%x-%j/$id}.out")")
 }
 
 show_jobs() {
@@ -150,6 +171,7 @@ plan_training() {  # plan_training STAGE [key=value ...]
   for argument in "$@"; do
     case $argument in
       run_dir=* | resume=*) ;;  # of this run, not of the step
+      trainer.devices=* | trainer.num_nodes=*) ;;  # each process holds what one would
       data.root=*) [ ! -e "$ROOT/index.json" ] || asked+=("$argument") ;;  # else it is not prepared yet
       *) asked+=("$argument") ;;
     esac

@@ -8,7 +8,8 @@
 #   SEGMENTER  yes: also a segmenter of the real volumes, and its Dice on the samples (stages segmenter, dice)
 #   GPU      rtx3090 (24 GB, default), a6000 (48 GB) or cpu: sbatch options
 #   STAGES   the stages to submit, e.g. "ldm sample evaluate report"; those left out count as done
-#   GRES     default gpu:1                 SBATCH_OPTIONS  added to every sbatch      DRY_RUN=1  prints and submits nothing
+#   NODES GPUS  of a training (default 1 1)    SHARDS  of encode, sample and evaluate (default 1): see below
+#   GRES     default gpu:$GPUS                 SBATCH_OPTIONS  added to every sbatch      DRY_RUN=1  prints and submits nothing
 # Other runs of the paper: ldm:model.conditioner.spade_out_channels=37 (or 128) on AutoPET; pre-training on TotalSegmentator
 # MRI, then vqgan:init_from=CKPT ldm:init_from=CKPT on SynthRAD.
 

@@ -7,7 +7,8 @@
 #   DATA        chestxray (default), kermany_normal, nih_cxr14, class_folders or folder
 #   GPU         rtx3090 (24 GB, default), a6000 (48 GB) or cpu: sbatch options
 #   STAGES      the stages to submit, e.g. "vdm sample"; those left out count as done
-#   GRES        default gpu:1                 SBATCH_OPTIONS  added to every sbatch      DRY_RUN=1  prints and submits nothing
+#   NODES GPUS  of a training (default 1 1)    SHARDS  of encode, sample and evaluate (default 1): see below
+#   GRES        default gpu:$GPUS                 SBATCH_OPTIONS  added to every sbatch      DRY_RUN=1  prints and submits nothing
 
 # shellcheck source-path=SCRIPTDIR disable=SC2034,SC2154
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

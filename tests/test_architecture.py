@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "medldm"
 LEAVES = {
     "attributes", "batch", "bounds", "devices", "errors", "files", "fingerprints", "held_out", "locks",
-    "ranks",    "schemas", "values",
+    "ranks",    "schemas", "shards", "values",
 }  # fmt: skip
 # package or module -> what of medldm it may import, beside itself and the leaves
 MAY_IMPORT = {
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "files": set(),
     "bounds": set(),
     "locks": set(),
+    "shards": set(),
     "values": set(),
     "schemas": set(),
     "fingerprints": set(),
@@ -76,6 +77,7 @@ MAY_IMPORT = {
         "diffusion",
         "knobs",
         "models",
+        "networks",
         "runs",
         "shrinking",
     },

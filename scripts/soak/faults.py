@@ -102,7 +102,10 @@ def disturbed(
     time.sleep(moment)
     was_late = os.waitpid(child, os.WNOHANG) != (0, 0)
     if not was_late:
-        os.killpg(child, number)
+        try:
+            os.killpg(child, number)
+        except ProcessLookupError:  # it has no session of its own yet
+            os.kill(child, number)
         wait_for(child)
     if between is not None:
         folder = between(folder)

@@ -1,5 +1,6 @@
 """Tiny phantom data and models, made once, and the commands that are run on them."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -26,11 +27,12 @@ from medldm.commands import (
     prepare,
     sample,
     train,
+    translate,
 )
 
 TASKS = {
     "phantom": phantom.task, "prepare": prepare.task, "train": train.task, "encode": encode.task,
-    "sample": sample.task, "evaluate": evaluate.task,
+    "sample": sample.task, "evaluate": evaluate.task, "translate": translate.task,
 }  # fmt: skip
 TIMES = (
     "_ns",
@@ -60,6 +62,7 @@ class Command:
 
 STAGE = ("experiment=cardiac2d/vqvae", "debug=tiny", "trainer.max_steps=6", "data.batch_size=4")
 LDM = ("experiment=cardiac2d/ldm", "debug=tiny", "trainer.max_steps=6", "data.batch_size=4")
+VOLUMES = ("debug=tiny", "trainer.max_steps=2", "data.batch_size=2")
 QUIET = ("trainer.enable_progress_bar=false", "trainer.limit_train_batches=1.0")
 
 COMMANDS = {
@@ -122,19 +125,40 @@ COMMANDS = {
         ],
         "metrics",
     ),
+    "translate": Command(
+        "translate",
+        lambda w, t: [
+            f"checkpoint={w.translator}",
+            f"source={w.source}",
+            "source_modality=t1",
+            f"output={t / 'volumes'}",
+            "sampler.num_steps=4",
+        ],
+        "volumes",
+    ),
 }
 
 
 class World:
-    """Raw and prepared data, a first stage, a model on it and its samples; no trial changes them."""
+    """Raw and prepared data, a first stage, a model on it and its samples; a translator of volumes. No trial
+    changes them.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.raw, self.data, self.samples = root / "raw", root / "data", root / "samples"
         self.stage, self.model = (root / n / "checkpoints" / "last.ckpt" for n in ("stage", "model"))
+        self.translator = root / "volumes_ldm" / "checkpoints" / "last.ckpt"
         if not self.samples.is_dir():
             root.mkdir(parents=True, exist_ok=True)
             self.make()
+        if not self.translator.is_file():
+            self.make_volumes()
+
+    @property
+    def source(self) -> Path:
+        """The raw T1 of one subject."""
+        return sorted((self.root / "volumes_raw").rglob("*_t1.nii.gz"))[0]
 
     def make(self) -> None:
         sizes = ("num_subjects=4", "image_size=64", "num_slices=[4,5]")
@@ -144,6 +168,19 @@ class World:
         stage = f"model.first_stage.checkpoint={self.stage}"
         self.run("train", *LDM, *QUIET, f"data.root={self.data}", f"run_dir={self.root / 'model'}", stage)
         self.run("sample", *COMMANDS["sample"].overrides(self, self.root))
+
+    def make_volumes(self) -> None:
+        """A translator of volumes: autoencoder, MS-SPADE and diffusion on the BraTS phantom."""
+        raw, data = self.root / "volumes_raw", self.root / "volumes"
+        self.run("phantom", "dataset=brats", "num_subjects=6", "size=[40,44,36]", f"root={raw}")
+        options = ("data=brats", "data.image_size=[32,32,32]", "data.num_workers=0")
+        self.run("prepare", *options, f"data.raw={raw}", f"data.root={data}")
+        stage = ()
+        for name in ("vqgan", "msspade", "ldm"):
+            folder = self.root / f"volumes_{name}"
+            place = (f"data.root={data}", f"run_dir={folder}")
+            self.run("train", f"experiment=aldm/brats_{name}", *VOLUMES, *QUIET, *place, *stage)
+            stage = (f"model.first_stage.checkpoint={folder / 'checkpoints' / 'last.ckpt'}",)
 
     def run(self, task: str, *overrides: str) -> None:
         log = self.root / f"{task}.txt"
@@ -204,7 +241,9 @@ def contents(folder: Path) -> dict[str, str]:
             found[name] = digest_of(trained(torch.load(path, map_location="cpu", weights_only=True)))
         elif path.suffix == ".json":
             found[name] = digest_of(without_times(json.loads(path.read_text())))
-        elif path.suffix in (".csv", ".png", ".gif") or path.name.endswith(".nii.gz"):
+        elif path.name.endswith(".nii.gz"):  # gzip notes the time
+            found[name] = digest_of(gzip.decompress(path.read_bytes()))
+        elif path.suffix in (".csv", ".png", ".gif"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found
 

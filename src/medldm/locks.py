@@ -4,6 +4,9 @@ The lock is the file `.medldm.lock` in the folder, locked by `flock`. The operat
 when the process ends, however it ends, and NFS keeps it between machines, too. Some file systems keep such
 locks within one machine, or have none. There the holder changes the time of the file every few seconds, and a
 file whose time no longer changes was left behind by a process that is gone.
+
+Several processes that share the work of one folder (`medldm.shards`) each hold a lock of their share,
+`.medldm.2of4.lock`, and take the folder's own lock only while they begin.
 """
 
 import errno
@@ -24,6 +27,8 @@ from medldm.files import disk_in_one_line, is_alive, this_host
 
 log = logging.getLogger(__name__)
 LOCK_FILE = ".medldm.lock"
+BEGINNING = 60.0  # seconds for which a share waits for other shares that begin in the same folder
+FINISHING = 3600.0  # seconds for which a share waits for another one that puts all shares together
 HEARTBEAT = 10.0  # seconds after which a held lock is touched again
 PATIENCE = 3.0  # number of heartbeats for which another machine's lock is watched
 # errors of a file system without locks
@@ -49,6 +54,7 @@ class Holder(NamedTuple):
 class Lock(NamedTuple):
     """A lock that this process holds: its file, the process that took it, and what stops the heartbeat."""
 
+    path: Path
     descriptor: int
     pid: int
     ended: threading.Event
@@ -68,9 +74,12 @@ def slurm_job() -> tuple[str | None, int]:
 
 
 @contextmanager
-def one_writer(folder: Path | None, *, wait: float = 0.0) -> Iterator[None]:
+def one_writer(
+    folder: Path | None, *, wait: float = 0.0, share: tuple[int, int] | None = None
+) -> Iterator[None]:
     """A context in which no other process writes into `folder`, which is made where it does not exist. None
-    locks nothing.
+    locks nothing. With a `share`, such as (2, 4) for the second of four, the other shares of as many may
+    write at the same time.
 
     InputError names the process that still holds the lock after `wait` seconds. The lock of a process that is
     gone is taken over, and so is that of the same SLURM job before it was queued again. Where this process
@@ -88,12 +97,56 @@ def one_writer(folder: Path | None, *, wait: float = 0.0) -> Iterator[None]:
     if place in HELD and HELD[place].pid == os.getpid():
         yield
         return
-    HELD[place] = lock = take_lock(place / LOCK_FILE, time.monotonic() + wait)
+    lock = take_folder(place, wait) if share is None else take_share(place, share)
+    HELD[place] = lock
     try:
         yield
     finally:
         HELD.pop(place, None)
-        let_go(place / LOCK_FILE, lock)
+        let_go(lock)
+
+
+@contextmanager
+def while_beginning(folder: Path, *, wait: float = BEGINNING) -> Iterator[None]:
+    """Of the processes that share a folder one at a time runs the block, and no other begins meanwhile.
+    Whoever holds the whole folder, or nothing of it, just runs it.
+    """
+    held = HELD.get(folder.resolve())
+    if held is None or held.pid != os.getpid() or held.path.name == LOCK_FILE:
+        yield
+        return
+    lock = take_lock(held.path.with_name(LOCK_FILE), time.monotonic() + wait)
+    try:
+        yield
+    finally:
+        let_go(lock)
+
+
+def take_folder(place: Path, wait: float) -> Lock:
+    """The lock of a whole folder; InputError where somebody writes a share of it."""
+    lock = take_lock(place / LOCK_FILE, time.monotonic() + wait)
+    try:
+        for path in place.glob(".medldm.*of*.lock"):
+            let_go(take_lock(path, time.monotonic()))
+    except BaseException:
+        let_go(lock)
+        raise
+    return lock
+
+
+def take_share(place: Path, share: tuple[int, int]) -> Lock:
+    """The lock of a share; InputError where another process writes it, the whole folder, or a share of
+    another number.
+    """
+    number, count = share
+    whole = take_lock(place / LOCK_FILE, time.monotonic() + BEGINNING)
+    try:
+        for path in place.glob(".medldm.*of*.lock"):
+            if not path.name.endswith(f"of{count}.lock"):
+                let_go(take_lock(path, time.monotonic()))
+        return take_lock(place / f".medldm.{number}of{count}.lock", time.monotonic())
+    finally:
+        let_go(whole)
 
 
 def take_lock(path: Path, deadline: float) -> Lock:
@@ -191,7 +244,7 @@ def hold(descriptor: int, path: Path) -> Lock:
         os.pwrite(descriptor, json.dumps(this_process()._asdict()).encode(), 0)
     ended = threading.Event()
     threading.Thread(target=keep_touching, args=(descriptor, ended), daemon=True, name="lock").start()
-    return Lock(descriptor, os.getpid(), ended)
+    return Lock(path, descriptor, os.getpid(), ended)
 
 
 def keep_touching(descriptor: int, ended: threading.Event) -> None:
@@ -200,14 +253,14 @@ def keep_touching(descriptor: int, ended: threading.Event) -> None:
             os.utime(descriptor)
 
 
-def let_go(path: Path, lock: Lock) -> None:
+def let_go(lock: Lock) -> None:
     """Deletes the lock and closes it. A forked process leaves this to its parent, which took the lock."""
     if lock.pid != os.getpid():
         return
     lock.ended.set()
     with suppress(OSError):
-        if is_same_file(lock.descriptor, path):
-            path.unlink()
+        if is_same_file(lock.descriptor, lock.path):
+            lock.path.unlink()
     with suppress(OSError):
         os.close(lock.descriptor)
 

@@ -21,6 +21,7 @@ from medldm.data.preparation.labels import as_classes
 from medldm.errors import InputError
 from medldm.files import inside, replacing, write_json, write_nifti, writing_hdf5
 from medldm.fingerprints import digest
+from medldm.locks import while_beginning
 from medldm.plots import SAVE_VIDEO, middle_slice, save_png
 from medldm.schemas import Provenance, read_checked
 
@@ -73,7 +74,8 @@ class SampleFolder:
     ) -> None:
         self.root, self.dataset, self.png, self.video_format = root, dataset, png, video_format
         self.settings = digest(settings_of(provenance))
-        claim(root, provenance)
+        with while_beginning(root):
+            claim(root, provenance)
 
     def path(self, case: int) -> Path:
         return inside(self.root, f"{self.dataset.cases[case]['id']}.h5")

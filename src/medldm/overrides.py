@@ -169,12 +169,22 @@ def explain(error: BaseException, name: str, arguments: Sequence[str], config_di
     return None
 
 
+def line_of_job(error: BaseException, name: str) -> str | None:
+    """What a job of a sweep, which submitit ran elsewhere, has told in one line; None where it has not."""
+    if not type(error).__module__.startswith("submitit"):
+        return None
+    told = re.findall(rf"^medldm {name}: (.*)$", str(error), re.MULTILINE)
+    return told[-1] if told else None
+
+
 def tell_no_choice(path: str, arguments: Sequence[str], config_dir: Path) -> str | None:
     """What a group offers in the place of `path`, a file that it does not have; None where `path` lies in no
     group.
     """
     words = (word.lstrip("+") for word in arguments if "=" in word)
     group = next((word.partition("=")[0] for word in words if word.replace("=", "/", 1) == path), None)
+    if group == "hydra/launcher" and (choice := path.removeprefix(f"{group}/")).startswith("submitit"):
+        return f"{group}={choice}: needs hydra-submitit-launcher; run `pip install 'medldm[sweep]'`"
     folder = config_dir / (group or path.rpartition("/")[0])
     known = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.rglob("*.yaml"))]
     if group is None or not known:

@@ -1,8 +1,14 @@
-"""What the processes of one training share. A process that runs alone is the only rank."""
+"""What the processes of one training share. A process that runs alone is the only rank.
+
+Under FSDP2 weights, gradients and moments are `DTensor`s, of which each rank holds a part.
+"""
+
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def num_ranks() -> int:
@@ -44,3 +50,28 @@ def host_group() -> dist.ProcessGroup | None:
     if num_ranks() == 1 or dist.get_backend() == "gloo":
         return None
     return dist.new_group(backend="gloo")
+
+
+def is_divided(x: Tensor) -> bool:
+    """Whether this rank holds a part of the tensor alone."""
+    return isinstance(x, DTensor)
+
+
+def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor, as a view of its values; all of those that are not divided."""
+    return [x._local_tensor if isinstance(x, DTensor) else x for x in tensors]
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor put together from all ranks' parts; itself where it is not divided. Every rank has to call
+    this.
+    """
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """This rank's part of `x`, which is whole on every rank, divided as `other` is."""
+    if not isinstance(other, DTensor):
+        return x
+    x = x.to(other.device, other.dtype)
+    return distribute_tensor(x, other.device_mesh, other.placements, src_data_rank=None)

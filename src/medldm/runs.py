@@ -13,9 +13,11 @@ RUN_DIR_VARIABLE = "MEDLDM_RUN_DIR"
 COMMANDS_FILE = "commands.txt"  # of a run: one line a start
 
 
-def new_run_dir(parent: Path) -> Path:
-    """A folder name that does not exist yet: the time, and a number where two runs start in one second."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+def new_run_dir(parent: Path, job: int | None = None) -> Path:
+    """A folder name that does not exist yet: the time, the number of the job in a sweep, whose jobs may run
+    side by side, and another number where two runs start in one second.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S") + ("" if job is None else f"-job{job}")
     candidates = (parent / (stamp if i == 0 else f"{stamp}-{i}") for i in range(1000))
     return next(path for path in candidates if not path.exists())
 
@@ -26,11 +28,14 @@ def newest_run(parent: Path) -> Path | None:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1] if checkpoints else None
 
 
-def find_run_dir(parent: Path, run_dir: str | None, resume: str | None) -> tuple[Path, Path | None]:
+def find_run_dir(
+    parent: Path, run_dir: str | None, resume: str | None, job: int | None = None
+) -> tuple[Path, Path | None]:
     """(run folder, checkpoint to resume from or None) for the keys `run_dir` and `resume`; `parent` holds the
     runs of the experiment. Ranks that another one started use its folder.
 
-    InputError where the checkpoint is not there, or where a new run would meet an earlier one.
+    InputError where the checkpoint is not there, or where a new run would meet an earlier one, as the jobs
+    of a sweep would (`job` is their number).
     """
     of_first_rank = os.environ.get(RUN_DIR_VARIABLE) if "LOCAL_RANK" in os.environ else None
     given = run_dir or of_first_rank
@@ -39,7 +44,12 @@ def find_run_dir(parent: Path, run_dir: str | None, resume: str | None) -> tuple
         if not checkpoint.is_file():
             raise InputError(f"resume={checkpoint}: no such checkpoint; give a path or resume=auto")
         return Path(given) if given else checkpoint.resolve().parents[1], checkpoint
-    folder = Path(given) if given else (newest_run(parent) if resume else None) or new_run_dir(parent)
+    if resume and given is None and job is not None:
+        raise InputError(
+            "resume=auto: the jobs of a sweep would all go on with one run; name each one's folder, as in "
+            "run_dir='runs/sweep/${hydra:job.num}'"
+        )
+    folder = Path(given) if given else (newest_run(parent) if resume else None) or new_run_dir(parent, job)
     last = folder / "checkpoints" / "last.ckpt"
     if resume:
         return folder, last if last.is_file() else None

@@ -1,6 +1,6 @@
 """Samples images for every case of a dataset with a trained model of any kind, for `medldm sample`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,22 +124,29 @@ def sample_cases(
     requests: Sequence[Request],
     batch_size: int,
     advance: Callable[[int], None],
+    wanted: Collection[int] | None = None,
 ) -> Iterator[CaseSamples]:
     """Every case as soon as its last image is there, once for each of `requests`.
 
-    What a sample is does not depend on its batch, so batches need not end where a case does.
+    What a sample is does not depend on its batch, so batches need not end where a case does. With the cases
+    that are `wanted`, batches are those of all `jobs` nevertheless, so that their images are the same to the
+    bit; batches without any of them are left out.
     """
     positions_of = dict(jobs)
+    wanted = set(positions_of if wanted is None else wanted)
     images: dict[int, list[list[Tensor]]] = {}
     batches: dict[int, list[dict]] = {}
     for items in batches_of_items(jobs, size_of, batch_size):
+        kept = [(i, case) for i, (case, _) in enumerate(items) if case in wanted]
+        if not kept:
+            continue
         batch = dataset.__getitems__([(0, position) for _, position in items])
         for k, request in enumerate(requests):
             made = predictor(batch, size_of(items[0][0]), request)
-            advance(len(items))
-            for i, (case, _) in enumerate(items):
+            advance(len(kept))
+            for i, case in kept:
                 images.setdefault(case, [[] for _ in requests])[k].append(made[i : i + 1])
-        for i, (case, _) in enumerate(items):
+        for i, case in kept:
             batches.setdefault(case, []).append(take(batch, i))
             if len(batches[case]) == len(positions_of[case]):
                 samples = [torch.cat(parts) for parts in images.pop(case)]

@@ -4,13 +4,15 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from medldm.errors import InputError
+from medldm.models.adversarial import AdversarialModule
 from medldm.networks.discriminator import PatchDiscriminator
-from medldm.training.trainer import syncs_batchnorm
+from medldm.training.trainer import check_tasks, scale_rates, syncs_batchnorm
 from tests.training import (
     LDM,
     LONGER,
@@ -34,6 +36,8 @@ def train_in_two_processes(root, run_dir, *overrides, program=("-m", "medldm.com
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
+    text = finished.stdout + finished.stderr
+    assert text.count("batch: 2 a process x 2 processes on 1 nodes x 1 accumulated = 4 an update") == 1
     assert lines[-1] == str(run_dir) and lines.count(lines[-1]) == 1  # printed by the first rank alone
 
 
@@ -65,6 +69,46 @@ def test_batch_norms_of_several_processes_are_synchronised(
         assert syncs_batchnorm(options, module) is expected
     is_left_alone = (norm, choice, devices, has_gpu) == ("batch", "auto", 2, False)
     assert ("own part of a batch" in caplog.text) == is_left_alone
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [(None, 1e-3), ("linear", 4e-3), ("sqrt", 2e-3), ("cubic", "none of null, linear")],
+)
+def test_learning_rates_are_scaled_by_the_number_of_processes_where_that_is_asked(choice, expected):
+    optimizer, other = (partial(torch.optim.AdamW, lr=lr) for lr in (1e-3, 1e-2))
+    module = AdversarialModule(discriminators=(), optimizer=optimizer, discriminator_optimizer=other)
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=f"scale_lr=cubic is {expected}"):
+            scale_rates(choice, module, 4)
+        return
+    scale_rates(choice, module, 4)
+    weight = [torch.nn.Parameter(torch.ones(1))]
+    makers = (module.make_optimizer, module.make_discriminator_optimizer)
+    rates = [make(weight).defaults["lr"] for make in makers]
+    assert rates == [expected, 10 * expected]
+
+
+def test_an_optimiser_without_a_rate_is_not_scaled():
+    module = AdversarialModule(discriminators=(), optimizer=torch.optim.AdamW)
+    with pytest.raises(InputError, match="scale_lr: the optimiser states no learning rate"):
+        scale_rates("linear", module, 2)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "fits"), [(8, 2, True), (8, 1, False), (1, 1, False), (None, None, True)]
+)
+def test_a_slurm_step_must_have_the_trainer_s_tasks_and_nodes(monkeypatch, tasks, nodes, fits):
+    for name, value in (("TASKS", tasks), ("NODES", nodes)):
+        monkeypatch.delenv(f"SLURM_STEP_NUM_{name}", raising=False)
+        if value is not None:
+            monkeypatch.setenv(f"SLURM_STEP_NUM_{name}", str(value))
+    options = {"accelerator": "cpu", "devices": 4, "num_nodes": 2}
+    if fits:
+        check_tasks(options)
+        return
+    with pytest.raises(InputError, match=f"8 processes, but this .* has {tasks} tasks on {nodes} nodes"):
+        check_tasks(options)
 
 
 @pytest.mark.parametrize("model", ["autoencoder", "diffusion"])

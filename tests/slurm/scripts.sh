@@ -48,6 +48,19 @@ GPU=cpu dry
 check "cpu asks for no GPU" reaches " --gres" ""
 GPU=v100 check "an unknown GPU is refused" is_refused "GPU=v100"
 
+NODES=2 GPUS=4 GPU=a6000 PLAN=no dry
+check "NODES and GPUS: tasks and cards of the trainings" reaches " --gres=gpu:4 --cpus-per-task=14 --mem=384G --time=24:00:00 --nodes=2 --ntasks-per-node=4 " vqvae ldm
+check "and their processes" reaches " trainer.num_nodes=2 trainer.devices=4 " vqvae ldm
+check "the other stages take one card" reaches " --gres=gpu:1 " encode reconstruction sample evaluate
+GPUS=2 GRES=gpu:a100:2 PLAN=no dry
+check "a kind of card is kept" eval 'line_of ldm | grep -q -- "--gres=gpu:a100:2 " && line_of encode | grep -q -- "--gres=gpu:a100:1 "'
+NODES=two check "a number of nodes that is none is refused" is_refused "NODES=two: give a number"
+SHARDS=3 PLAN=no dry
+check "SHARDS: arrays of the stages that divide" reaches " --array=1-3 " encode reconstruction sample evaluate
+check "which take their share" reaches " shard=array " encode reconstruction sample evaluate
+PLAN=no dry
+check "one process asks for neither" eval '! grep -qE -- "--array|--ntasks|shard=|trainer.devices" "$work/dry"'
+
 FAKE_FAIL=plan FAKE_LINE="30.0 GiB of 23.6: DOES NOT FIT" dry vqvae:data.batch_size=99
 check "a training that does not fit its card is warned of" eval '[ "$(grep -c "warning: stage .* does not fit rtx3090" "$work/err")" = 2 ] && grep -q "^  30.0 GiB .*DOES NOT FIT" "$work/err"'
 check "and is submitted nevertheless" eval 'line_of vqvae | grep -q "data.batch_size=99 " && line_of report >/dev/null'
@@ -100,6 +113,11 @@ echo "        $(job_states "$work/broken.txt")"
 check "its dependents are cancelled" test "$(job_states "$work/broken.txt")" = "prepare:COMPLETED vqvae:COMPLETED \
 encode:FAILED ldm:CANCELLED reconstruction:COMPLETED sample:CANCELLED evaluate:CANCELLED report:CANCELLED "
 
+SBATCH_OPTIONS=--cpus-per-task=1 SHARDS=2 FAKE_FAIL=sample STAGES="encode sample evaluate report" chain arrays
+check "a chain of arrays ends" wait_until 60 queue_empty
+check "each element ran, and of the failing stage the other one" test "$(sort "$work/elements" | grep -E "^(encode|sample) ." | tr '\n' ' ')" = "encode 1 encode 2 sample 1 "
+check "a failing element cancels what waits for its array" eval 'for stage in evaluate report; do has_state "$(job_of $stage "$work/arrays.txt")" CANCELLED || exit 1; done'
+
 submit() { sbatch --parsable --output="$work/%j.out" "$@"; }
 reached() { [ "$(cat "$1/now" 2>/dev/null || echo 0)" -ge "$2" ]; }
 touch stubborn
@@ -121,4 +139,16 @@ job=$(MEDLDM_MAX_REQUEUES=0 FAKE_STEPS=600 submit "$slurm/job.sbatch" train run_
 wait_until 20 reached "$work/bounded" 3
 scancel --signal=USR1 --batch "$job"
 check "requeues are bounded" wait_until 30 has_state "$job" FAILED
+two_tasks() { submit --ntasks-per-node=2 --cpus-per-task=1 "$slurm/job.sbatch" train run_dir="$1"; }
+starts() { [ "$(grep -c "^task 1 of 2 at 127.0.0.1" "$work/tasks")" = "$1" ]; }
+touch stubborn
+job=$(FAKE_STEPS=60 two_tasks "$work/pair")
+wait_until 20 eval '[ ! -e stubborn ] && reached "$work/pair" 3'
+scancel --signal=USR1 --batch "$job"
+check "USR1 that ends the second of two tasks, which does not listen yet, queues both again" wait_until 40 starts 2
+sleep 1
+scancel --signal=USR1 --batch "$job"
+check "two tasks on a node are told to stop, requeued, and COMPLETED" wait_until 60 has_state "$job" COMPLETED
+check "the second task started with the first each time" starts 3
+check "and they do all steps once" eval '[ "$(cat "$work/pair/last")" = 60 ] && [ "$(grep -c "from step [1-9]" "$work/pair/starts")" = 2 ]'
 finish

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from medldm.errors import InputError
+from medldm.ranks import all_reduce, is_divided, parts
 
 log = logging.getLogger(__name__)
 MOST_IN_A_ROW = 5  # updates that are left out before training stops
@@ -20,9 +21,10 @@ class SkipNonFinite(Callback):
     The device decides, and the host reads its decision only when it logs: then it tells how many updates were
     left out, and after MOST_IN_A_ROW in a row training ends with an InputError that names the losses and the
     layers. The last checkpoint has finite weights. Fused optimisers take the device's decision (`found_inf`);
-    others get gradients of zero, so that their momentum and weight decay act once more. Logs
-    `train/gradient_norm`, the norm over all gradients of the model's first optimiser before they are clipped,
-    or after it where the module steps by hand.
+    others get gradients of zero, so that their momentum and weight decay act once more. So do
+    those of a model whose weights are divided over processes. Logs `train/gradient_norm`, the norm over all
+    gradients of the model's first optimiser before they are clipped, or after it where the module steps by
+    hand.
     """
 
     def __init__(self, most_in_a_row: int = MOST_IN_A_ROW) -> None:
@@ -59,12 +61,14 @@ class SkipNonFinite(Callback):
         self.stepped[place] = stepped = [p for group in groups for p in group if p.grad is not None]
         if not stepped:
             return
-        gradients = [parameter.grad for parameter in stepped]
+        gradients = parts(parameter.grad for parameter in stepped)
         norms = torch.stack(torch._foreach_norm(gradients)).float()
+        if is_shared := any(is_divided(parameter.grad) for parameter in stepped):
+            norms = all_reduce(norms**2).sqrt()
         norm = norms.norm()
         is_bad = norm.isfinite().logical_not().float()
         self.norms[place] = norms
-        if optimizer.defaults.get("fused"):
+        if optimizer.defaults.get("fused") and not is_shared:
             optimizer.found_inf = is_bad
         else:
             for gradient in gradients:

@@ -1,5 +1,6 @@
 """The moving average of what a model samples with."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,40 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medldm.errors import InputError
+from medldm.ranks import is_divided, like, parts, whole
+
+
+class DividedAverage:
+    """As `AveragedModel`, of modules whose weights are divided over ranks: each follows its own parts."""
+
+    def __init__(self, modules: nn.Module) -> None:
+        self.n_averaged = torch.tensor(0)
+        self.followed = [x.detach().clone() for x in modules.parameters()]
+        self.kept = [x.detach().clone() for x in modules.buffers()]
+        pairs = zip((*modules.parameters(), *modules.buffers()), (*self.followed, *self.kept), strict=True)
+        copies = {id(x): copy for x, copy in pairs}
+        state = modules.state_dict(keep_vars=True)
+        self.values = {f"module.{name}": copies[id(x)] for name, x in state.items()}
+
+    @property
+    def module(self) -> "DividedAverage":
+        return self
+
+    def parameters(self) -> list[Tensor]:
+        return self.followed
+
+    def buffers(self) -> list[Tensor]:
+        return self.kept
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole tensors on the host, by the names of an `AveragedModel`. Every rank has to call this."""
+        values = {name: whole(x).cpu() for name, x in self.values.items()}
+        return {"n_averaged": self.n_averaged.clone(), **values}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.n_averaged.copy_(state["n_averaged"])
+        for name, x in self.values.items():
+            parts([x])[0].copy_(parts([like(state[name], x)])[0])
 
 
 class EMA(Callback):
@@ -32,7 +67,7 @@ class EMA(Callback):
         wait for it, and go through the parameters one by one.
         """
         n = int(self.average.n_averaged)  # lives on the host
-        averaged, current = (list(m.parameters()) for m in (self.average.module, modules))
+        averaged, current = (parts(m.parameters()) for m in (self.average.module, modules))
         if n == 0:
             torch._foreach_copy_(averaged, current)
         else:
@@ -45,8 +80,11 @@ class EMA(Callback):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if module.ema_modules is None:
             return
-        self.average = AveragedModel(module.ema_modules)
-        self.average.requires_grad_(False)
+        if any(is_divided(parameter) for parameter in module.ema_modules.parameters()):
+            self.average = DividedAverage(module.ema_modules)
+        else:
+            self.average = AveragedModel(module.ema_modules)
+            self.average.requires_grad_(False)
         if self._state is not None:
             self.average.load_state_dict(self._state)
             self._state = None
@@ -75,7 +113,7 @@ class EMA(Callback):
     @staticmethod
     @torch.no_grad()
     def _copy(source: list[Tensor], module: LightningModule) -> None:
-        torch._foreach_copy_(list(module.ema_modules.parameters()), source)
+        torch._foreach_copy_(parts(module.ema_modules.parameters()), parts(source))
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._swap_in(module)

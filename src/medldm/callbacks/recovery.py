@@ -16,7 +16,7 @@ from torch import Tensor
 from medldm.devices import random_state, restore_random_state
 from medldm.errors import InputError
 from medldm.files import replacing
-from medldm.ranks import any_rank, host_group
+from medldm.ranks import all_reduce, any_rank, host_group, is_divided, parts
 
 log = logging.getLogger(__name__)
 EXIT_REQUEUE = 85  # slurm/job.sbatch requeues a job that ends with this status
@@ -201,8 +201,11 @@ def is_between_batches(trainer: Trainer, module: LightningModule) -> bool:
 
 def check_finite(module: LightningModule, step: int) -> None:
     """InputError where a weight or a codebook entry is not finite."""
-    norms = torch._foreach_norm([v for v in module.state_dict().values() if v.is_floating_point()])
-    if not torch.stack([norm.float() for norm in norms]).sum().isfinite():
+    values = [v for v in module.state_dict().values() if v.is_floating_point()]
+    total = torch.stack([norm.float() for norm in torch._foreach_norm(parts(values))]).sum()
+    if any(map(is_divided, values)):
+        total = all_reduce(total)
+    if not total.isfinite():
         raise InputError(
             f"training diverged before step {step}: weights are not finite; earlier checkpoints are kept; "
             "lower model.optimizer.lr or set trainer.precision=32-true, then resume=auto"

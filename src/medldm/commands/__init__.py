@@ -20,8 +20,9 @@ from medldm.cli import asks_for_help, explanation
 from medldm.errors import InputError
 from medldm.files import disk_fault, nothing_empty
 from medldm.locks import one_writer
-from medldm.overrides import NO_CHOICE, check_dashes, check_paths, explain, renamed
+from medldm.overrides import NO_CHOICE, check_dashes, check_paths, explain, line_of_job, renamed
 from medldm.runs import RUN_DIR_VARIABLE
+from medldm.shards import read_shard
 from medldm.values import check_values
 
 Task = Callable[[DictConfig], None]
@@ -44,6 +45,8 @@ def one_line(text: object) -> str:
 
 def user_message(error: BaseException, name: str) -> str | None:
     """The line for a user's mistake, or None where the error is a defect of ours."""
+    if line := line_of_job(error, name):
+        return line
     chain = list(causes(error))
     for link in chain:
         if isinstance(link, InputError):
@@ -69,9 +72,7 @@ def user_message(error: BaseException, name: str) -> str | None:
 
 @contextmanager
 def mistakes_in_one_line(name: str) -> Iterator[None]:
-    """Bad input ends the process with one line on stderr and status 2; MEDLDM_TRACEBACK=1 shows where it
-    came from.
-    """
+    """Bad input ends the process with one line and status 2; MEDLDM_TRACEBACK=1 shows where it came from."""
     try:
         yield
     except Exception as error:
@@ -84,15 +85,14 @@ def mistakes_in_one_line(name: str) -> Iterator[None]:
 
 def clean_after_failure(key: str, *, alone: bool = True) -> Callable[[Task], Task]:
     """Decorates `task(cfg)`, which writes into the folder that the config gives under `key`: a failure leaves
-    no empty folder behind, and where the task is `alone`, nobody else writes there meanwhile.
-    """
+    no empty folder, and where the task is `alone`, no other work is written there meanwhile."""
 
     def decorate(task: Task) -> Task:
         @wraps(task)
         def guarded(cfg: DictConfig) -> None:
             folder = OmegaConf.select(cfg, key, throw_on_missing=False)
             path = folder and Path(str(folder))
-            with nothing_empty(path), one_writer(path if alone else None):
+            with nothing_empty(path), one_writer(path if alone else None, share=read_shard(cfg.get("shard"))):
                 task(cfg)
 
         return guarded

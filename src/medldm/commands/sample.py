@@ -22,6 +22,8 @@ trajectory=20 also writes that many steps of each case as a GIF; interpolate.cou
 each two neighbouring cases instead. video_format=mp4 makes the films MPEG-4.
 Writes per case HDF5 with the conditions (3D also NIfTI on the source's grid and in its units), 8-bit PNGs
 and provenance.json. Run it again to continue.
+shard=2/4 takes the second quarter of the cases; array takes the element of a SLURM array, tasks the task
+of srun -n. The shares write into one output, and all of them together write what one process does.
 
 Maps of your own need no images: put them into RAW/masks, run `medldm prepare data=folder data.raw=RAW ...`
 with the size, spacing and orientation of the model's data, and sample with split=all.

@@ -8,6 +8,7 @@ Keys people use:
   data.batch_size, data.num_workers, data.latents=auto (the cache of `medldm encode`)
   model.optimizer.lr, model.first_stage.checkpoint
   trainer.max_steps (updates), trainer.max_epochs, trainer.devices, trainer.precision
+  trainer.num_nodes           under srun, which starts the processes; scale_lr=linear | sqrt
   run_dir=DIR                 default: runs/<experiment>/<time>
   init_from=CKPT              start from the weights of another run of the same model (fine-tuning)
   resume=auto | CKPT          continue run_dir, or the newest run of the experiment, or start a new one
@@ -29,7 +30,7 @@ from pytorch_lightning import LightningDataModule, Trainer, seed_everything
 from medldm.asked import refuse_other_recipe
 from medldm.callbacks import EXIT_REQUEUE, Interrupted
 from medldm.commands import experiment_name, run_command
-from medldm.devices import DeviceSettings
+from medldm.devices import DeviceSettings, num_processes
 from medldm.locks import one_writer
 from medldm.models.common import TrainedModule
 from medldm.networks.compiling import compile_blocks
@@ -37,7 +38,7 @@ from medldm.overrides import typed_command, typed_overrides
 from medldm.runs import note_command
 from medldm.training.checks import check_knobs, check_monitor, check_sizes
 from medldm.training.run import Run, make_data, make_module, open_folder, open_run
-from medldm.training.trainer import build_trainer, choose_for, quieten
+from medldm.training.trainer import build_trainer, choose_for, quieten, scale_rates, tell_batch
 
 
 def task(cfg: DictConfig) -> None:
@@ -48,6 +49,7 @@ def task(cfg: DictConfig) -> None:
     datamodule = make_data(cfg, run)
     module = make_module(cfg, run, datamodule)
     lay_out(module, settings, run)
+    scale_rates(cfg.scale_lr, module, num_processes(cfg.trainer))
     check(cfg, run, module, datamodule)
     trainer = build_trainer(cfg, module, datamodule, run.folder, run.step, settings)
     config = OmegaConf.to_yaml(cfg, resolve=True)
@@ -55,6 +57,7 @@ def task(cfg: DictConfig) -> None:
         open_folder(run, module, config, is_first_rank=trainer.is_global_zero)
         if trainer.is_global_zero:
             note_command(run.folder, typed_command())
+            tell_batch(trainer, module, cfg.data.get("batch_size"))
         torch.manual_seed(cfg.seed)
         fit(trainer, module, datamodule, run)
 

@@ -37,12 +37,15 @@ from medldm.evaluation.pairs import (
 )
 from medldm.evaluation.panels import choose, draw_panel
 from medldm.evaluation.results import build_results, case_columns, jsonable, spacing_of
+from medldm.evaluation.shares import key_of, measure_share
 from medldm.evaluation.slices import axial_axis, orientation_of
 from medldm.evaluation.tools import Segmenter, Tools, build_tools
 from medldm.evaluation.translation import make_translation_pairs
 from medldm.files import inside, replacing, write_json
+from medldm.locks import FINISHING, while_beginning
 from medldm.metrics.catalogue import find_metric, select_metrics
 from medldm.metrics.summary import Bootstrap
+from medldm.shards import Shard
 
 PANEL_ORDER = ("nmse_var", "dice_mean", "psnr")  # by which best, median and worst are chosen
 KNOWN_BASELINES = ("mean_image", "random_real", "shuffled")
@@ -166,9 +169,11 @@ def judge(
     bootstrap: Bootstrap,
     *,
     train_split: str | None = None,
-) -> Outcome:
+    shard: Shard | None = None,
+) -> Outcome | None:
     """Measures the generated images and the rows beside them. `tools` are on their device; `train_split`
-    names the split whose training images make the mean image, by default the one of the samples.
+    names the split whose training images make the mean image, by default the one of the samples. With a
+    `shard` this process measures that share alone, and all but the last to end have no outcome: None.
     """
     pairs, conditions, seed = inputs.pairs, inputs.conditions, bootstrap.seed
     wanted = attributes_to_match(settings["match"], conditions, inputs.facts, pairs)
@@ -182,7 +187,14 @@ def judge(
         relax=settings["match"] == "auto",
     )
     groups = group_members(pairs, inputs.facts)
-    measured = measure_with_progress(pairs, rows.images, tools)
+    how = measure
+    if shard is not None:
+        chosen = {"settings": settings, "seed": seed, "train_split": train_split, "split": inputs.split}
+        key = key_of(inputs.folders, inputs.facts, pairs, **chosen)
+        how = partial(measure_share, inputs.folders["output"], shard, key)
+    measured = measure_with_progress(how, pairs, rows.images, tools)
+    if measured is None:
+        return None
     alike = {"generated": rows.images["generated"], "real": [pair.real for pair in pairs]}
     told = attributes_to_match("auto", conditions, inputs.facts, pairs)
     shared = choose_match(told, partial(has_partner, pairs), relax=True).attributes
@@ -200,11 +212,22 @@ def judge(
     return Outcome(results, case_columns(pairs, measured, groups), generated)
 
 
-def measure_with_progress(pairs: Sequence[Pair], rows: Mapping[str, Sequence], tools: Tools) -> Measured:
+def measure_with_progress(
+    how: Callable, pairs: Sequence[Pair], rows: Mapping[str, Sequence], tools: Tools
+) -> Measured | None:
     text = TextColumn("{task.description}")
     with Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("evaluate", total=len(pairs))
-        return measure(pairs, rows, tools, lambda count: progress.advance(task, count))
+        return how(pairs, rows, tools, lambda count: progress.advance(task, count))
+
+
+def write_outcome(
+    output: Path, inputs: Inputs, outcome: Outcome, *, panel_rows: int, num_browsed: int
+) -> None:
+    """Everything that an evaluation leaves in `output`; where several share it, one of them at a time."""
+    with while_beginning(output, wait=FINISHING):
+        write_results(output, outcome)
+        write_pictures(output, inputs, outcome, panel_rows=panel_rows, num_browsed=num_browsed)
 
 
 def write_results(output: Path, outcome: Outcome) -> None:

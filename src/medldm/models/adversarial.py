@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from medldm.losses import AdversarialLoss, adaptive_weight, feature_matching, random_slices
-from medldm.models.common import TrainedModule, build_optimizer, clip_gradients, rank_part, step_generator
+from medldm.models.common import (
+    TrainedModule,
+    build_optimizer,
+    clip_gradients,
+    rank_part,
+    scaled_rate,
+    step_generator,
+)
 from medldm.networks.compiling import Function, is_wrapped
 
 
@@ -79,6 +86,10 @@ class AdversarialModule(TrainedModule):
         if adversarial is not None:
             self.generator_loss = Function(adversarial.generator_loss)
             self.judgement = Function(adversarial.discriminator_loss)
+
+    def scale_learning_rates(self, factor: float) -> None:
+        super().scale_learning_rates(factor)
+        self.make_discriminator_optimizer = scaled_rate(self.make_discriminator_optimizer, factor)
 
     @property
     def generator(self) -> list[nn.Module]:

@@ -53,6 +53,14 @@ def build_optimizer(factory: Callable, modules: Sequence[nn.Module]) -> torch.op
     return factory(parameter_groups(modules, decay))
 
 
+def scaled_rate(factory: Callable, factor: float) -> Callable:
+    """The factory of an optimiser with its learning rate times `factor`. ValueError where it states none."""
+    options = factory.keywords if isinstance(factory, partial) else {}
+    if "lr" not in options:
+        raise ValueError("the optimiser states no learning rate `lr` that could be scaled")
+    return partial(factory.func, *factory.args, **options | {"lr": factor * options["lr"]})
+
+
 class TrainedModule(LightningModule):
     """What every model shares: the defaults of `protocols.Trainable` and `protocols.Predictive`, the training
     step of models with one optimiser, the learning rate, clipping and memory layout.
@@ -90,6 +98,10 @@ class TrainedModule(LightningModule):
         self.first_stage_description: dict[str, Any] | None = None
         self.map_stage_description: dict[str, Any] | None = None
         self.facts: Mapping[str, Any] = {}
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """Multiply the learning rate of every optimiser that is made from now on."""
+        self.make_optimizer = scaled_rate(self.make_optimizer, factor)
 
     @property
     def size_factors(self) -> tuple[int, ...]:

@@ -35,6 +35,8 @@ def check_request(cfg: DictConfig, predictor: Predictor) -> None:
     if not predictor.is_generative and [*options, *sampler]:
         key = [*options, *sampler][0]
         raise InputError(f"{key}: this checkpoint (or stage) draws no samples; leave it out")
+    if cfg.interpolate.count and cfg.shard is not None:
+        raise InputError(f"shard={cfg.shard}: interpolations are not divided; set it to null")
     if cfg.interpolate.count and (options or cfg.max_slices is not None):
         key = [*options, "max_slices"][0]
         raise InputError(f"{key}: has no effect on interpolations; leave it out, or interpolate.count=0")

@@ -13,6 +13,7 @@ from medldm.files import safe_name
 from medldm.models.common import TrainedModule
 from medldm.outputs import SampleFolder
 from medldm.sampling import CaseSamples, Predictor, Recorder, Request, interpolate, sample_cases, spread
+from medldm.shards import read_shard
 
 SEED_STRIDE = 1_000_003  # between the samples of a condition
 
@@ -46,7 +47,9 @@ def write_samples(
     cases: Mapping[int, list[int]],
     image_size: Sequence[int],
 ) -> None:
-    """The images of all items of `cases` (case -> positions) that the folder lacks, case by case."""
+    """The images of all items of `cases` (case -> positions) that the folder lacks, case by case; with
+    `cfg.shard` those of this process's share of the cases.
+    """
     dataset, precision = folder.dataset, inference_precision(cfg.precision, module.device)
 
     def size_of(case: int) -> tuple[int, ...]:
@@ -57,18 +60,21 @@ def write_samples(
     requests = [Request(seed, tuple(cfg.drop), windows, precision=precision) for seed in seeds]
     requests[0] = requests[0]._replace(callback=recorder)
     jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases.items()]
+    shard = read_shard(cfg.shard)
+    own = jobs if shard is None else shard.part(jobs)
     with Progress() as progress:
-        total = len(seeds) * sum(len(positions) for _, positions in jobs)
+        total = len(seeds) * sum(len(positions) for _, positions in own)
         bar = progress.add_task("sampling" if predictor.is_generative else "predicting", total=total)
-        missing = set(folder.pending([case for case, _ in jobs]))
-        pending = [job for job in jobs if job[0] in missing]
+        missing = set(folder.pending([case for case, _ in own]))
+        pending = [job for job in own if job[0] in missing]
         progress.advance(bar, total - len(seeds) * sum(len(positions) for _, positions in pending))
-        # A recorder looks at one case at a time.
-        for part in [[job] for job in pending] if recorder else [pending]:
+        # A recorder looks at one case at a time. Else batches are those of all cases, whatever is missing.
+        for part in [[job] for job in pending] if recorder else [jobs]:
             for done in sample_cases(
                 predictor,
                 dataset,
                 part,
+                wanted=missing,
                 size_of=size_of,
                 requests=requests,
                 batch_size=cfg.data.batch_size,

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule
 
@@ -55,13 +57,21 @@ class Run(NamedTuple):
         return None if self.content is None else self.content["global_step"]
 
 
+def job_of_sweep() -> int | None:
+    """The number of this job in a sweep (-m), None outside of one."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return HydraConfig.get().job.num
+
+
 def open_run(cfg: DictConfig, experiment: str) -> Run:
     """The run that a config asks for: a new one, or one that is resumed. Nothing is written yet."""
     model = OmegaConf.to_container(cfg.model, resolve=True)
     model = shrink(model) if cfg.get("tiny") else model
     model, teacher = as_student(model)
     model, base = on_base(model)
-    folder, resume = find_run_dir(Path(cfg.paths.output_root) / experiment, cfg.run_dir, cfg.resume)
+    parent = Path(cfg.paths.output_root) / experiment
+    folder, resume = find_run_dir(parent, cfg.run_dir, cfg.resume, job_of_sweep())
     return Run(folder, model, resume, checked_resume(resume, model) if resume else None, teacher or base)
 
 

@@ -1,8 +1,10 @@
 """Makes Lightning's Trainer with medldm's callbacks, and chooses the settings of its device."""
 
 import logging
+import math
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,9 @@ from medldm.devices import (
     num_processes,
     uses_gpu,
 )
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
 from medldm.models.common import TrainedModule
+from medldm.training.sharding import FSDP, ShardedStrategy, check_layout, check_sharded
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +79,17 @@ def choose_for(cfg: DictConfig) -> DeviceSettings:
             "their norm; leave it out"
         )
     check_accelerator(options.accelerator, options.devices, find_hardware())
+    if SLURMEnvironment.detect():
+        check_tasks(options)
     hardware = find_hardware(options.accelerator)
+    channels_last, compiles = cfg.channels_last, cfg.compile
+    if options.strategy == FSDP:
+        check_layout(channels_last, compiles)
+        channels_last = compiles = False
     return choose_settings(
         options.precision,
-        cfg.channels_last,
-        compiles=cfg.compile,
+        channels_last,
+        compiles=compiles,
         hardware=hardware,
         key="trainer.precision",
     )
@@ -99,6 +108,10 @@ def build_trainer(
     `resumed_step` is the update at which a resumed run continues, None for a new one.
     """
     options = trainer_options(cfg, module, settings)
+    callbacks = list(make_callbacks(cfg, module, datamodule, run_dir))
+    if options["strategy"] == FSDP:
+        check_sharded(module, callbacks, num_processes(options))
+        options["strategy"] = ShardedStrategy()
     loggers: list[Any] = [MetricsFile(run_dir / "metrics.csv", resumed_step=resumed_step)]
     if cfg.logger.wandb:
         loggers.append(instantiate(cfg.logger.wandb, save_dir=str(run_dir)))
@@ -108,7 +121,7 @@ def build_trainer(
     torch.set_float32_matmul_precision(settings.matmul_precision)
     return instantiate(
         options,
-        callbacks=list(make_callbacks(cfg, module, datamodule, run_dir)),
+        callbacks=callbacks,
         logger=loggers,
         plugins=plugins,
         default_root_dir=str(run_dir),
@@ -152,6 +165,44 @@ def make_callbacks(
     yield StopOnSignal(checkpoints)
     if cfg.trainer.enable_progress_bar:
         yield ProgressBar(refresh_rate=10, leave=False)
+
+
+def scale_rates(choice: str | None, module: TrainedModule, num_ranks: int) -> None:
+    """Learning rates for a batch that several processes share, where `scale_lr` asks for them. InputError for
+    an unknown choice.
+    """
+    if choice not in (None, "linear", "sqrt"):
+        raise InputError(f"scale_lr={choice} is none of null, linear, sqrt")
+    if choice is not None:
+        factor = num_ranks if choice == "linear" else math.sqrt(num_ranks)
+        with told_of("scale_lr"):
+            module.scale_learning_rates(factor)
+        log.info("learning rates times %.4g, for %d processes", factor, num_ranks)
+
+
+def tell_batch(trainer: Trainer, module: TrainedModule, batch_size: int | None) -> None:
+    """Say how many items an update sees; of data without batches of their own nothing is said."""
+    if batch_size is None:
+        return
+    accumulated = max(trainer.accumulate_grad_batches, module.accumulate_grad_batches)
+    log.info(
+        "batch: %d a process x %d processes on %d nodes x %d accumulated = %d an update",
+        batch_size, trainer.world_size, trainer.num_nodes, accumulated,
+        batch_size * trainer.world_size * accumulated,
+    )  # fmt: skip
+
+
+def check_tasks(options: Mapping[str, Any]) -> None:
+    """InputError where a SLURM step has other numbers of nodes and tasks than the trainer is told."""
+    tasks, nodes = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "STEP_NUM_NODES"))
+    if not (tasks.isdigit() and nodes.isdigit()):
+        return
+    if (int(tasks), int(nodes)) != (num_processes(options), options["num_nodes"]):
+        raise InputError(
+            f"trainer.num_nodes={options['num_nodes']} trainer.devices={options['devices']}: "
+            f"{num_processes(options)} processes, but this SLURM step has {tasks} tasks on {nodes} nodes; "
+            "give sbatch --nodes and --ntasks-per-node the same numbers"
+        )
 
 
 def check_volumes(pictures: DictConfig | None, module: TrainedModule) -> None:

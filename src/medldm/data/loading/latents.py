@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
@@ -9,7 +10,7 @@ import numpy as np
 
 from medldm.data.loading.dataset import array_digests
 from medldm.errors import InputError
-from medldm.files import replacing, writing_hdf5
+from medldm.files import inside, replacing, writing_hdf5
 from medldm.fingerprints import array_digest
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ def reason_to_encode(path: Path, image: str | None) -> str | None:
     if image is None or stated == image:
         return None
     return "of images as prepared before" if stated else "of unknown images (an older medldm made them)"
+
+
+def num_left(folder: Path, images: Mapping[str, str | None]) -> int:
+    """How many of the cases, by their names and the digests of their images, lack latents."""
+    return sum(reason_to_encode(inside(folder, f"{n}.h5"), image) is not None for n, image in images.items())
 
 
 def write_latents(path: Path, latents: np.ndarray, encoder: str, image: str | None) -> None:
