@@ -74,8 +74,8 @@ def as_if_compiling(yes: bool = True) -> Iterator[None]:
 
 
 def same_weights(block: nn.Module) -> Callable:
-    """For `torch.utils.checkpoint`: what is computed again sees the weights that the block has now, which may
-    be rounded ones, and takes the same way through it.
+    """Contexts for `torch.utils.checkpoint` in which what is computed again sees the present weights of the
+    block, which may be rounded, and takes the same way through it.
     """
     as_if = _as_if
     tables = [(part._parameters, dict(part._parameters)) for part in block.modules() if part._parameters]

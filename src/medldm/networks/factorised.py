@@ -12,7 +12,7 @@ from medldm.networks.layers import attend, group_norm, zero_init
 
 NUM_PLACES = 512  # along depth, for which angles are computed once
 PAYS = 4  # so many times more tokens (or columns) than channels are needed for products in another order
-MAX_DISTANCE = 32  # slices; the relative bias tells no distances beyond it apart
+MAX_DISTANCE = 32  # of slices; all larger distances have the same relative bias
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:

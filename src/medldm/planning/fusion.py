@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LONGEST_ROW = 1024  # values that one program of a kernel holds while it reduces them
+LONGEST_ROW = 1024  # values that one program of a kernel can hold while it reduces them
 LONGEST_STRIDED_ROW = 64  # where they do not lie side by side in memory
 MOST_SPLIT = 8192  # reductions to no more values than these are split over the card
 SMALL_KERNELS = {"norm": 2, "norm_backward": 5}  # that put together parts of sums, and gradients of weights
-MOST_SOURCES = 8  # a tensor made from more of them is written, to bound what a kernel reads
+MOST_SOURCES = 8  # a tensor made from more tensors is written, which bounds what a kernel reads
 ON_ELEMENTS = {
     "_to_copy", "clone", "copy_", "cat", "stack", "constant_pad_nd", "zeros", "ones", "full", "zeros_like",
     "ones_like", "full_like", "new_zeros", "new_full", "fill", "fill_", "zero_", "arange", "slice_backward",
@@ -69,7 +69,7 @@ class Value:
     sources: Reads = field(default_factory=dict)  # what it is computed from where it is not written
     is_result: bool = False  # the block returns it
     is_written: bool = True
-    is_reduced: bool = False  # a reduction was needed: no pass computes it twice
+    is_reduced: bool = False  # it took a reduction, and so is not computed twice
     is_kept: bool = False  # what a backward pass reads of it is not computed again
 
 
