@@ -7,6 +7,7 @@ from scipy.ndimage import gaussian_filter
 
 from medldm.evaluation.measure import measure_nearest
 from medldm.evaluation.tools import Tools
+from medldm.metrics import memorization
 from medldm.metrics.memorization import (
     audit_copies,
     memorized_share,
@@ -139,6 +140,24 @@ def test_a_copy_that_is_shifted_by_half_a_pixel_of_the_thumbnail_correlates_full
     assert index.tolist() == [2, 3] and (values > 0.9999).all()
     others = nearest_correlation(torch.rand(2, 1, *(size,) * spatial_dims, generator=generator), known)
     assert (others < 0.5).all()
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_many_images_are_compared_a_few_at_a_time(spatial_dims, monkeypatch):
+    """Four of them where the candidates of four, in every mirroring, fill the bytes; the same is found."""
+    images, train = scans(9, seed=1, spatial_dims=spatial_dims), scans(20, seed=2, spatial_dims=spatial_dims)
+    known = thumbnails(train).view(-1, *thumbnail_shape(train.shape[1:]))
+    expected, table_of, numbers = nearest_training(images, known), memorization.whole_shifts, []
+    values = 16 * {2: 30**2, 3: 14**3}[spatial_dims]  # of the candidates of an image
+    monkeypatch.setattr(memorization, "CHUNK_BYTES", 4 * 4 * 2**spatial_dims * values)
+
+    def counted(small, others):
+        numbers.append(len(small))
+        return table_of(small, others)
+
+    monkeypatch.setattr(memorization, "whole_shifts", counted)
+    torch.testing.assert_close(nearest_training(images, known), expected)
+    assert numbers == [4, 4, 1]
 
 
 class Pool3(torch.nn.Module):

@@ -103,14 +103,26 @@ def nearest_training(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     correlate most, each mirrored as it correlates most. ValueError for thumbnails of fewer than 5 pixels
     a side.
     """
-    small = thumbnails(images).view(-1, *thumbnail_shape(images.shape[1:]))
-    if min(small.shape[2:]) < 5:
-        raise ValueError(f"thumbnails of {tuple(small.shape[2:])} pixels are too small to be shifted")
+    shape = thumbnail_shape(images.shape[1:])
+    if min(shape[1:]) < 5:
+        raise ValueError(f"thumbnails of {tuple(shape[1:])} pixels are too small to be shifted")
     inner = train
     for axis in range(2, train.ndim):
         inner = inner.narrow(axis, 1, train.shape[axis] - 2)
-    best, turn = whole_shifts(small, standardised_rows(inner)).max(0)  # (B, N)
-    best, index = best.topk(min(NUM_CANDIDATES, len(train)))  # (B, M)
+    known = standardised_rows(inner)
+    widest = max(len(known), NUM_CANDIDATES * known.shape[1])  # values for an image and a mirroring
+    parts = images.split(max(1, CHUNK_BYTES // (4 * widest * 2 ** (images.ndim - 2))))
+    found = [nearest_of_some(part, inner, known) for part in parts]
+    return tuple(torch.cat(values) for values in zip(*found, strict=True))
+
+
+def nearest_of_some(images: Tensor, inner: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """`nearest_training` of as many images as a table of all training images has place for; `inner` are the
+    thumbnails (N, C, *(s - 2)) of these without a border, `known` the same as standardised rows (N, D).
+    """
+    small = thumbnails(images).view(-1, *thumbnail_shape(images.shape[1:]))
+    best, turn = whole_shifts(small, known).max(0)  # (B, N)
+    best, index = best.topk(min(NUM_CANDIDATES, len(known)))  # (B, M)
     candidates = turned_alike(inner[index], turn.gather(1, index))
     for half in half_shifted(images):
         for part in shifts(half):
