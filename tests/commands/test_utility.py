@@ -5,12 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from medldm.commands import utility
 from medldm.errors import InputError
 from medldm.evaluation.utility import HeldOutScores, TrainedOn, summarise_trials, utility_lines
 from medldm.metrics.summary import Bootstrap
-from tests.helpers import compose_config
+from tests.helpers import CONFIG_DIR, compose_config
 
 TRAINING = "training=['debug=tiny','data.spatial_dims=2','trainer.enable_progress_bar=false']"
 
@@ -66,6 +67,23 @@ def test_what_cannot_be_trained_is_told_before_anything_is(options, said, tmp_pa
     with pytest.raises(InputError, match=said):
         utility.task(compose_config("utility", *given))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_experiment_of_every_training_can_be_chosen(tmp_path):
+    """And no key of a command has the name of a group, which Hydra would take it for on a command line."""
+    given = ("reference=r", f"output={tmp_path}", "segmenter_experiment=cardiac2d/segmentation")
+    first = next(utility.trainings_of(compose_config("utility", *given)))
+    assert first.overrides[0] == "experiment=cardiac2d/segmentation"
+    for path in CONFIG_DIR.glob("*.yaml"):
+        values = {k: v for k, v in yaml.safe_load(path.read_text()).items() if not isinstance(v, dict)}
+        assert not [key for key in values if key != "defaults" and (CONFIG_DIR / key).is_dir()], path
+
+
+def test_a_mistake_in_a_training_names_the_training(prepared, tmp_path):
+    given = (f"reference={prepared}", f"output={tmp_path / 'out'}", "train_on=[real]", "fractions=[1]")
+    said = r"real_1_0, with the overrides of training=\[...\]: data.spatial_dims=3: .* in 2D; set it to 2"
+    with pytest.raises(InputError, match=said):
+        utility.task(compose_config("utility", *given, "training=['debug=tiny']"))
 
 
 def test_points_are_means_over_seeds_and_differences_are_paired():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from medldm.build import load_module
+from medldm.builders.additions import build_segmenter_loss
 from medldm.diffusion.latent import PixelStage
 from medldm.errors import InputError
 from medldm.fingerprints import file_sha256
@@ -221,6 +222,13 @@ def test_a_resumed_training_is_bit_equal_and_asks_the_same_segmenter(prepared, o
     with pytest.raises(InputError, match="not the file that the resumed run was begun with"):
         more = ("trainer.max_steps=6", "resume=auto", f"model.segmenter.checkpoint={other}")
         run_training(prepared, tmp_path / "run", *longer, *more)
+    with pytest.raises(InputError, match=r"model\.segmenter: none, but resume=.*last\.ckpt was begun with one"):
+        plain = (longer[0], longer[2], *longer[4:6])  # what the segmenter saw would be forgotten
+        run_training(prepared, tmp_path / "run", *plain, "trainer.max_steps=6", "resume=auto")
+    with pytest.raises(InputError, match=r"resume=.*last\.ckpt was begun without a segmenter"):
+        options = (*plain, "trainer.max_steps=1")
+        begun = run_training(prepared, tmp_path / "plain", *options)
+        run_training(prepared, tmp_path / "plain", *longer, "trainer.max_steps=2", f"resume={begun}")
 
 
 def test_a_segmenter_that_saw_test_subjects_is_refused(prepared, options, segmenter, tmp_path):
@@ -255,6 +263,12 @@ def test_weights_that_are_all_0_and_a_temperature_that_nothing_reads_are_refused
     none = [f"model.segmenter.{name}_weight=0" for name in ("feature", "map", "contrast")]
     with pytest.raises(InputError, match="model.segmenter.feature_weight=0, and map_weight"):
         run_training(prepared, tmp_path / "run", *options, *none)
+
+
+def test_data_without_maps_name_the_weights_that_need_one():
+    options = {"checkpoint": "x", "feature_weight": 1.0, "map_weight": 0.0, "contrast_weight": 0.5}
+    with pytest.raises(InputError, match="model.segmenter.contrast_weight=0.5: the dataset has no masks"):
+        build_segmenter_loss({"segmenter": options}, {"num_classes": 0})
 
 
 def test_presets_ask_no_segmenter(diffusion):

@@ -10,7 +10,7 @@ from medldm.attributes import known_attributes
 from medldm.diffusion.condition import Conditioner
 from medldm.diffusion.control import controlled
 from medldm.errors import InputError, told_of
-from medldm.models.segmenter_loss import SegmenterLoss
+from medldm.models.segmenter_loss import MAP_WEIGHTS, SegmenterLoss
 from medldm.parts import in_place
 
 
@@ -46,5 +46,6 @@ def build_segmenter_loss(model: Mapping[str, Any], facts: Mapping[str, Any]) -> 
         except TypeError as error:
             raise ValueError(str(error).partition(" ")[2]) from None
     if loss.needs_map and not facts["num_classes"]:
-        raise InputError("model.segmenter.map_weight: the dataset has no masks; prepare it with masks")
+        weights = " and ".join(f"{name}={options[name]}" for name in MAP_WEIGHTS if options.get(name))
+        raise InputError(f"model.segmenter.{weights}: the dataset has no masks; prepare it with masks")
     return loss

@@ -15,7 +15,7 @@ and as learning curves to utility.png (`medldm report utility=DIR` makes a page 
 
 keys
   train_on=[real,synthetic,both] fractions=[0.1,0.3,1] seeds=[0,1,2]   what is trained
-  experiment=medlsdm/folder_segmentation   of every training
+  segmenter_experiment=medlsdm/folder_segmentation           of every training
   training=['trainer.max_steps=400','data.spatial_dims=2']   its overrides, each in quotes
   split, device, precision, allow_training_subjects          as elsewhere
 """
@@ -42,7 +42,7 @@ from medldm.reporting.learning_curves import write_learning_curves
 
 log = logging.getLogger(__name__)
 # an output folder has one value of each
-CLAIMED = ("experiment", "training", "split", "generated", "reference")
+CLAIMED = ("training", "split", "generated", "reference")
 TEST_FILE = "test.json"
 
 
@@ -61,14 +61,14 @@ def task(cfg: DictConfig) -> None:
     device = pick_device(cfg.device)
     precision = inference_precision(cfg.precision, device)
     settings = OmegaConf.to_container(cfg)
-    claim(output, {key: settings[key] for key in CLAIMED})
+    claim(output, {"experiment": cfg.segmenter_experiment} | {key: settings[key] for key in CLAIMED})
     trainings = list(trainings_of(cfg))
     for number, training in enumerate(trainings, 1):
         path = training.folder / TEST_FILE
         if path.is_file():
             continue
         log.info("%d of %d: %s", number, len(trainings), training.folder.name)
-        run_here("train", training.overrides)
+        train_segmenter(training)
         checkpoint = training.folder / "checkpoints" / "best.ckpt"
         found = judge_segmenter(checkpoint, Path(cfg.reference), cfg.split, device, precision)
         write_json(path, jsonable(training.trial._asdict() | found))
@@ -98,6 +98,14 @@ def check_choices(cfg: DictConfig) -> None:
         raise InputError(f"fractions={list(cfg.fractions)}: shares of the subjects lie in (0, 1]")
 
 
+def train_segmenter(training: Training) -> None:
+    """InputError that says which training it was, and where its overrides are written."""
+    try:
+        run_here("train", training.overrides)
+    except InputError as error:
+        raise InputError(f"{training.folder.name}, with the overrides of training=[...]: {error}") from error
+
+
 def trainings_of(cfg: DictConfig) -> Iterator[Training]:
     """Every combination, the smallest fraction first, so that the beginning of the curve is known early."""
     for fraction in sorted(cfg.fractions):
@@ -105,7 +113,7 @@ def trainings_of(cfg: DictConfig) -> Iterator[Training]:
             for train_on in cfg.train_on:
                 folder = Path(cfg.output) / "runs" / f"{train_on}_{fraction:g}_{seed}"
                 overrides = [
-                    f"experiment={cfg.experiment}", f"data.root={cfg.reference}", f"run_dir={folder}",
+                    f"experiment={cfg.segmenter_experiment}", f"data.root={cfg.reference}", f"run_dir={folder}",
                     "resume=auto", f"seed={seed}", f"data.train_fraction={fraction}",
                     f"data.train_on={train_on}", f"data.split={cfg.split}",
                     f"allow_training_subjects={cfg.allow_training_subjects}", *cfg.training,

@@ -108,7 +108,7 @@ def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> T
         module.description["init_from"] = content["medldm"]["init_from"]
     elif (origin := teacher or cfg.init_from) and not run.resume:
         module.description["init_from"] = initialise(module, origin, facts, is_whole=teacher is not None)
-    if segmenter := ask_segmenter(module, run.model, facts, content):
+    if segmenter := ask_segmenter(module, run.model, facts, resume=run.resume, content=content):
         module.description["segmenter"] = segmenter
     if content is not None:
         check_optimizers(run.resume, content, module)
