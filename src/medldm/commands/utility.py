@@ -113,8 +113,8 @@ def trainings_of(cfg: DictConfig) -> Iterator[Training]:
             for train_on in cfg.train_on:
                 folder = Path(cfg.output) / "runs" / f"{train_on}_{fraction:g}_{seed}"
                 overrides = [
-                    f"experiment={cfg.segmenter_experiment}", f"data.root={cfg.reference}", f"run_dir={folder}",
-                    "resume=auto", f"seed={seed}", f"data.train_fraction={fraction}",
+                    f"experiment={cfg.segmenter_experiment}", f"data.root={cfg.reference}",
+                    f"run_dir={folder}", "resume=auto", f"seed={seed}", f"data.train_fraction={fraction}",
                     f"data.train_on={train_on}", f"data.split={cfg.split}",
                     f"allow_training_subjects={cfg.allow_training_subjects}", *cfg.training,
                 ]  # fmt: skip
