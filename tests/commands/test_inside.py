@@ -69,7 +69,7 @@ ID, FILE = {"id": "../../evil"}, {"file": "../../evil.h5"}
 def test_a_hostile_index_is_refused_by_every_command(command, changes, prepared, first_stage, tmp_path):
     root = hostile(prepared, tmp_path / "data", **changes)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=r"index\.json: cases\.0\.(id|file): .*(name of one file|leads out)"):
+    with pytest.raises(InputError, match=r"index\.json: cases\.0\.(id|file): .*(name of a file|leads out)"):
         tasks(root, tmp_path / "out", first_stage)[command]()
     assert sorted(tmp_path.rglob("*")) == before
 

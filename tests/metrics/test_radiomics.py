@@ -14,6 +14,9 @@ from radiomics_reference import SETS, images_of
 
 from medldm.errors import InputError
 from medldm.evaluation.distances import FeatureSets, compare_sets
+from medldm.evaluation.measure import Measured
+from medldm.evaluation.notes import warn_incomplete, warn_small
+from medldm.evaluation.results import ESTIMATORS
 from medldm.evaluation.run import common_spacing
 from medldm.metrics.radiomic import radiomic_distance
 from medldm.networks.features import build_features
@@ -82,6 +85,30 @@ def test_an_image_without_features_takes_no_part_and_n_says_so():
     assert (scores["frd"]["n"], scores["frd"]["n_reference"]) == (11, 12) and math.isfinite(
         scores["frd"]["value"]
     )
+
+
+def test_real_images_that_are_all_equal_leave_no_feature_to_compare():
+    x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert math.isnan(radiomic_distance(x, x[:1].expand(4, -1)))
+
+
+def test_images_whose_features_cannot_be_taken_are_counted_in_a_line():
+    """Where there are none left, the distance is missing, and only this line says why."""
+    x = torch.zeros(12, 5, dtype=torch.float64)
+    y = x.clone()
+    y[3:, 2] = math.nan
+    lines = warn_incomplete(Measured({}, {"random_conv": {"real": x}, "radiomics": {"real": x}}, {}, {}))
+    assert lines == []
+    features = {"radiomics": {"generated": torch.full_like(x, math.nan), "real": y}}
+    (line,) = warn_incomplete(Measured({}, features, {}, {}))
+    assert line.startswith("frd: 12 of 12 generated images and 9 of 12 real images take no part: ")
+
+
+def test_fewer_images_than_radiomic_features_are_said_to_be_singular():
+    """There is no kernel distance beside this one that could be read."""
+    networks = {"frd": {"num_features": 464, "estimator": ESTIMATORS["frd"]}}
+    (line,) = warn_small({"generated": {"frd": {"n": 42, "n_reference": 42}}}, networks)
+    assert line.startswith("frd: n = 42 is below the 464 features") and line.endswith("only at equal n")
 
 
 def test_volumes_of_several_voxel_sizes_are_not_taken_for_one():

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from medldm.evaluation.conditions import Conditions
+from medldm.evaluation.distances import DISTANCES
 from medldm.evaluation.measure import Measured
 from medldm.evaluation.names import NUM_NAMED, first_names
 from medldm.evaluation.pairs import Pair
+from medldm.evaluation.tools import entry_of
 
 FRECHET = "Frechet distance, float64, unbiased covariance"
 DIFFERENT = "the edges differ from those of the test images (degraded or drawn)"
@@ -102,11 +104,27 @@ def warn_small(distribution: Mapping[str, dict], networks: Mapping[str, dict]) -
     for row, scores in distribution.items():
         for name, score in scores.items():
             size, n = networks[name]["num_features"], min(score["n"], score["n_reference"])
-            if networks[name]["estimator"] == FRECHET and n <= size and name not in lines:
+            if networks[name]["estimator"].endswith(FRECHET) and n <= size and name not in lines:
+                kernel = "" if name in DISTANCES else ", and read the kernel distance beside it"
                 lines[name] = (
                     f"{name}{'' if row == 'generated' else f' of {row}'}: n = {n} is "
                     f"{'below' if n < size else 'no more than'} the {size} features, so the covariance is "
-                    "singular and the number biased upward; compare only at equal n, and read the kernel "
-                    "distance beside it"
+                    f"singular and the number biased upward; compare only at equal n{kernel}"
                 )
     return list(lines.values())
+
+
+def warn_incomplete(measured: Measured) -> list[str]:
+    """One line for every distance in which images take no part, since features of theirs could not be
+    taken.
+    """
+    lines = []
+    for network, rows in measured.features.items():
+        counts = {row: int(features.isnan().flatten(1).any(1).sum()) for row, features in rows.items()}
+        lacking = [f"{num} of {len(rows[row])} {row} images" for row, num in counts.items() if num]
+        if lacking:
+            lines.append(
+                f"{entry_of(network).frechet_name}: {' and '.join(lacking)} take no part: some of their "
+                "features could not be taken, as of constant images and of very small ones"
+            )
+    return lines

@@ -19,6 +19,7 @@ from medldm.evaluation.notes import (
     describe_condition,
     warn_cases,
     warn_constant,
+    warn_incomplete,
     warn_map,
     warn_rescaled,
     warn_small,
@@ -191,6 +192,7 @@ def build_results(
         *warn_map(measured, conditions),
         *warn_rescaled(pairs),
         *warn_small(distribution, networks),
+        *warn_incomplete(measured),
     ]
     return {
         "schema_version": 1,
