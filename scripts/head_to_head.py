@@ -16,6 +16,7 @@ continue: stages, samples and evaluations that are finished are kept. The table 
 """
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,7 +57,9 @@ class Task(NamedTuple):
 
 
 def medldm(command: str, *overrides: str) -> None:
-    subprocess.run([sys.executable, "-m", f"medldm.commands.{command}", *overrides], check=True)
+    words = [sys.executable, "-m", f"medldm.commands.{command}", *overrides]
+    if status := subprocess.run(words, check=False).returncode:
+        sys.exit(f"head_to_head: `medldm {shlex.join([command, *overrides])}` ended with status {status}")
 
 
 def clock(seconds: float) -> str:
@@ -75,6 +78,7 @@ def checkpoint_of(run: Path) -> Path:
 def run_medldm(task: Task, folder: Path) -> None:
     limit = f"+trainer.max_time='{clock(task.seconds / 2)}'"
     common = [f"data.root={task.data}", f"data.split={task.given['split']}", "resume=auto", limit]
+    common += ["trainer.max_epochs=-1"]  # the time alone ends a stage, as it ends those of the others
     common += task.given["options"].split()
     stages = {"first": [], "second": []}
     for stage, more in stages.items():

@@ -3,6 +3,7 @@ images where pyradiomics is installed.
 """
 
 import importlib.util
+import logging
 import math
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from medldm.evaluation.results import ESTIMATORS
 from medldm.evaluation.run import common_spacing
 from medldm.metrics.radiomic import radiomic_distance
 from medldm.networks.features import build_features
+from medldm.networks.radiomics import import_library, mute_library
 
 KERNEL = {"num_subsets": 2, "subset_size": 4}
 
@@ -64,8 +66,32 @@ def test_features_and_distance_of_images_are_the_packages_or_the_way_to_install_
 def test_a_missing_library_is_told_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "radiomics.featureextractor", None)
     monkeypatch.setitem(sys.modules, "radiomics", None)
-    with pytest.raises(InputError, match="pyradiomics, which is not installed"):
+    said = r"pyradiomics, which cannot be imported \(.*radiomics.*\); its build .* `pip install setuptools"
+    with pytest.raises(InputError, match=said):
         build_features("radiomics", spatial_dims=2)
+
+
+def test_a_library_below_pyradiomics_that_is_missing_is_named(monkeypatch):
+    def broken(name):
+        raise ModuleNotFoundError("No module named 'six'")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(InputError, match=r"cannot be imported \(No module named 'six'\)"):
+        import_library("radiomics.featureextractor")
+
+
+def test_what_pyradiomics_logs_of_every_image_reaches_no_handler(caplog):
+    names = ("radiomics", "radiomics.featureextractor", "radiomics.imageoperations")
+    before = logging.getLogger("radiomics").level
+    try:
+        mute_library()
+        with caplog.at_level(logging.INFO):
+            for name in names:
+                logging.getLogger(name).info("Computing glcm")
+                logging.getLogger(name).warning("Image too small")
+    finally:
+        logging.getLogger("radiomics").setLevel(before)
+    assert not caplog.records
 
 
 def test_equal_sets_are_at_minus_infinity_and_a_shift_of_all_features_adds_its_square():

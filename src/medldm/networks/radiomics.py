@@ -7,6 +7,7 @@ its version 1, which the package frd-score 1.0.1 runs.
 import hashlib
 import importlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from medldm.errors import InputError
 
 ADVICE = (
-    "frd takes the features of pyradiomics, which is not installed; its build needs to be prepared: "
+    "frd takes the features of pyradiomics, which cannot be imported ({error}); its build needs to be "
+    "prepared: "
     "`pip install setuptools wheel versioneer cython`, then `pip install --no-build-isolation --no-deps "
     "pyradiomics==3.0.1`, then `pip install SimpleITK PyWavelets six pykwalify docopt`"
 )
@@ -58,7 +60,14 @@ def import_library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(ADVICE) from error
+        raise InputError(ADVICE.format(error=error)) from error
+
+
+def mute_library() -> None:
+    """Keeps the lines that pyradiomics logs of every image and feature class off the screen: it gives them to
+    whatever handlers a program has, which its own `setVerbosity` does not prevent.
+    """
+    logging.getLogger("radiomics").setLevel(logging.CRITICAL + 1)
 
 
 class RadiomicFeatures(nn.Module):
@@ -77,7 +86,7 @@ class RadiomicFeatures(nn.Module):
             raise InputError("frd takes volumes of one voxel size, these have several; resample them alike")
         extractor = import_library("radiomics.featureextractor")
         self.sitk = import_library("SimpleITK")
-        import_library("radiomics").setVerbosity(60)  # its log tells of every image
+        mute_library()
         self.spacing = [1.0] * spatial_dims if spacing is None else [float(size) for size in spacing]
         settings = EXTRACTION | OF_DIMS[spatial_dims]
         parts = {"imageType": IMAGE_TYPES, "featureClass": FEATURE_CLASSES, "setting": settings}
