@@ -1,18 +1,20 @@
 """A control branch is trained on a frozen base, is saved with it, and samples as any model does."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from medldm.build import load_module
+from medldm.build import load_module, rebuild
 from medldm.commands import sample
 from medldm.data.records import read_images
 from medldm.errors import InputError
 from medldm.fingerprints import file_sha256
 from medldm.held_out import stages_of
 from medldm.networks.control import ControlledUNet
+from medldm.training.base import check_conditions
 from tests.helpers import compose_config
 from tests.training import LDM, first_difference, load, make_batches, run_training
 
@@ -151,6 +153,58 @@ def test_a_branch_in_3d_on_a_map_in_spade_norms(prepared_3d, tmp_path):
     module = load_module(last)
     assert isinstance(module.network, ControlledUNet) and module.network.spatial_dims == 3
     assert module.conditioner.groups == ("mask",)
+
+
+def other_facts(path, place, **changes):
+    """A checkpoint whose data stated other facts; what these make larger has new weights."""
+    content = load(path)
+    content["medldm"]["facts"] |= changes
+    if "num_classes" in changes:
+        content["state_dict"] = rebuild(content["medldm"], "", largest=2**30).state_dict()
+        content.pop("ema")
+    torch.save(content, place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"label_names": ["background", "liver", "spleen", "kidney"]}, "reads the classes background, liver"),
+        (
+            {"view_names": ["axial", "coronal"]},
+            r"reads view in \[axial, coronal\], the dataset has \[SA, LA\]",
+        ),
+        (
+            {"label_names": None, "num_classes": 6},
+            "with the facts of this dataset, it does not fit the model",
+        ),
+    ],
+)
+def test_a_frozen_base_that_would_take_conditions_for_others_is_refused(
+    prepared, diffusion, tmp_path, changes, text
+):
+    if "view_names" in changes:
+        entry = {"kind": "categorical", "names": changes["view_names"]}
+        changes = changes | {"attributes": load(diffusion)["medldm"]["facts"]["attributes"] | {"view": entry}}
+    base = other_facts(diffusion, tmp_path / "base.ckpt", **changes)
+    with pytest.raises(InputError, match=rf"model.adapter.checkpoint=.*base.ckpt: {text}"):
+        run_training(prepared, tmp_path / "run", CONTROL, f"model.adapter.checkpoint={base}")
+
+
+def test_a_number_that_the_base_scaled_by_another_range_is_refused(diffusion):
+    ranges = [{"kind": "scalar", "range": limits, "unit": "T"} for limits in ([1.5, 3.0], [0.5, 7.0])]
+    facts = load(diffusion)["medldm"]["facts"]
+    trained, others = ({**facts, "attributes": {"field_T": entry}} for entry in ranges)
+    conditioner = SimpleNamespace(attributes=("field_T",))
+    base = SimpleNamespace(condition_keys=("mask",), facts=trained, conditioner=conditioner)
+    check_conditions(base, trained, "base")
+    with pytest.raises(
+        InputError, match=r"base: reads field_T in \[1.5, 3.0\], the dataset has \[0.5, 7.0\]"
+    ):
+        check_conditions(base, others, "base")
+    check_conditions(
+        SimpleNamespace(**vars(base) | {"conditioner": SimpleNamespace(attributes=())}), others, ""
+    )
 
 
 @pytest.mark.parametrize(
