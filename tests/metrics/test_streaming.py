@@ -60,8 +60,9 @@ def peak_of(root) -> int:
 
 @pytest.mark.parametrize("write", [write_pictures, write_stacks])
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch, write):
-    """Three times the images cost less than a sixth of one image for each that was added: its names, numbers
-    and features. Held, each would cost two and a quarter of them or more.
+    """Three times the images cost less than half an image for each that was added: its names, numbers and
+    features, a sixth to a fifth of these small images, which varies with what ran before. Held, each would
+    cost two and a quarter of them or more.
     """
     monkeypatch.setattr(measuring, "VALUES_AT_ONCE", 4 * SIDE**2)
     monkeypatch.setattr("medldm.evaluation.baselines.KEPT_MEANS", {2: 2, 3: 1})
@@ -69,7 +70,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch, w
         write(tmp_path / str(num), num)
     peak_of(tmp_path / "16")  # what libraries keep of their first use
     few, many = (peak_of(tmp_path / str(num)) for num in (16, 48))
-    assert many - few < 32 * IMAGE_BYTES / 6
+    assert many - few < 32 * IMAGE_BYTES / 2
 
 
 @pytest.mark.parametrize("write", [write_pictures, write_stacks])
