@@ -8,7 +8,6 @@ from tests.helpers import stated
 
 from medldm.diffusion.condition import Condition
 from medldm.diffusion.objective import guided
-from medldm.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*missing `_self_`")
 GROUPS = Path(__file__).parents[2] / "configs" / "model"
@@ -42,7 +41,9 @@ def test_every_objective_trains_and_samples_on_every_schedule(schedule, objectiv
     schedule = make(schedule, **({"num_features": 8} if has_network else {}))
     objective = make(objective)
     if is_refused:
-        with pytest.raises(InputError, match="preserves the variance"):
+        with pytest.raises(ValueError, match="preserves the variance"):
+            objective.check_schedule(schedule)  # a builder asks, and names the key
+        with pytest.raises(ValueError, match="preserves the variance"):
             objective(predict, schedule, torch.randn(2, 3, 4, 4), Condition())
         return
     losses = objective(predict, schedule, torch.randn(2, 3, 4, 4), Condition())

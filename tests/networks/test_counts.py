@@ -88,7 +88,9 @@ def test_unet_takes_every_kind_of_condition(spatial_dims, skips):
     )
     out = network(z, t, full)
     assert out.shape == z.shape
-    for field in Condition._fields:
+    hint = torch.randn(2, 1, *grid)
+    assert torch.equal(network(z, t, full._replace(hint=hint)), out)  # a control branch alone reads it
+    for field in ("concat", "embedding", "spade", "context"):
         other = full._replace(**{field: torch.randn_like(getattr(full, field))})
         assert not torch.allclose(network(z, t, other), out), field
 
