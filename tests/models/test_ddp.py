@@ -115,7 +115,8 @@ def test_a_slurm_step_must_have_the_trainer_s_tasks_and_nodes(monkeypatch, tasks
 def test_two_processes_equal_one_with_twice_the_batch(prepared, first_stage, tmp_path, model):
     """The optimiser is SGD, because where a gradient is all rounding, Adam's first steps are as large as
     elsewhere, and the discriminator has no norms, because those of its first, nearly constant features make
-    a difference of 1e-6 between images one of 6e-4 between gradients. Diffusion is stopped after three updates, in the middle of an epoch, and resumed.
+    a difference of 1e-6 between images one of 6e-4 between gradients. Diffusion is stopped after three
+    updates, in the middle of an epoch, and resumed.
     """
     options = {
         "autoencoder": (
