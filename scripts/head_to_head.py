@@ -1,13 +1,13 @@
 """Compares medldm with other libraries: the same split, minutes and machine, all measured by `medldm
 evaluate`.
 
-python scripts/head_to_head.py data=DATA output=DIR minutes=60 peers=medldm,monai
+python scripts/head_to_head.py data=DATA output=DIR minutes=60 peers=medldm,monai,medtokenizers,medlat
 python scripts/head_to_head.py data=DATA output=DIR minutes=60 first=cardiac2d/vqvae second=cardiac2d/ldm
 
 DATA is a prepared 2D folder. Half of the minutes go to stage one, half to stage two, on one device; sampling
 is not counted. medldm trains the experiments `first` and `second`, which are given the map and edges of each
-image; MONAI trains as its tutorials do and medtokenizers with medlatents (`peers=medtokenizers`) by their
-defaults, both without conditions. So only distances between sets (FID, KID, precision, recall) can be
+image; MONAI trains as its tutorials do, medtokenizers with medlatents (`peers=medtokenizers`) and medlat by
+their defaults, all without conditions. So only distances between sets (FID, KID, precision, recall) can be
 compared; paired metrics of an unconditional model say nothing. `options` are overrides of both of medldm's
 trainings, separated by spaces; `width`, a multiple of 64, narrows the others' networks (256: the tutorials'
 and defaults), and `peer_steps` are their sampling steps (1000: likewise). A library that cannot be imported
@@ -27,10 +27,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent / "head_to_head"))
 
 import cv2
-import medlatents_peer
-import monai_peer
 import numpy as np
+import peer
 import torch
+from medlat_peer import Medlat
+from medlatents_peer import Medlatents
+from monai_peer import Monai
 
 from medldm.data.records import read_images
 from medldm.data.splits import read_splits
@@ -93,7 +95,7 @@ def run_medldm(task: Task, folder: Path) -> None:
     medldm("sample", *places, f"output={folder / 'samples'}", "split=test", "png=false", steps)
 
 
-def run_peer(run: Callable[..., torch.Tensor], task: Task, folder: Path) -> None:
+def run_peer(build: Callable[[int, int], peer.Peer], task: Task, folder: Path) -> None:
     """Trains and samples another library's models. Their images get the names of the test images in a random
     order, which is seeded, since they have no conditions.
     """
@@ -103,7 +105,7 @@ def run_peer(run: Callable[..., torch.Tensor], task: Task, folder: Path) -> None
         return
     images = torch.from_numpy(np.stack(train))
     device, width, steps = pick_device("auto"), int(task.given["width"]), int(task.given["peer_steps"])
-    made = run(folder, images, len(names), task.seconds, device, width, steps)
+    made = peer.run(build, folder, images, len(names), task.seconds, device, width, steps)
     for name, image in zip(names, made.numpy(), strict=True):
         with replacing(folder / "samples" / f"{name}.png") as aside:
             pixels = np.round((image[0] + 1) * 127.5).astype(np.uint8)
@@ -112,8 +114,9 @@ def run_peer(run: Callable[..., torch.Tensor], task: Task, folder: Path) -> None
 
 CONTESTANTS = {
     "medldm": run_medldm,
-    "monai": partial(run_peer, monai_peer.run),
-    "medtokenizers": partial(run_peer, medlatents_peer.run),
+    "monai": partial(run_peer, Monai),
+    "medtokenizers": partial(run_peer, Medlatents),
+    "medlat": partial(run_peer, Medlat),
 }
 
 

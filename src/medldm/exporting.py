@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from medldm.data.loading.dataset import array_digests
 from medldm.data.preparation.casts import exact
@@ -20,6 +19,7 @@ from medldm.errors import InputError
 from medldm.files import inside, replacing, write_json
 from medldm.fingerprints import digest
 from medldm.outputs import claim
+from medldm.progress import tracked
 from medldm.schemas import Provenance, read_checked
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def export_slices(root: Path, output: Path, split: str) -> None:
         raise InputError(f"{root}: {index['num_classes']} classes do not fit 8-bit pictures")
     axis = body_axis(index["orientation"]) if index["spatial_dims"] == 3 else None
     claim_folder(root, output, split, index, part_of)
-    for case in track(index["cases"], description="Writing slices"):
+    for case in tracked(index["cases"], "writing slices"):
         if (part := part_of.get(case["subject"])) is not None:
             for record in read_images(root / case["file"]):
                 write_case(record, axis, output, part)

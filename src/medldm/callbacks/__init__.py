@@ -6,7 +6,7 @@ from medldm.callbacks.latents import LatentStatistics
 from medldm.callbacks.metrics_file import MetricsFile
 from medldm.callbacks.pictures import Pictures
 from medldm.callbacks.power_averages import PowerAverages
-from medldm.callbacks.progress import ProgressBar
+from medldm.callbacks.progress import ProgressBar, ProgressLines
 from medldm.callbacks.recovery import (
     EXIT_REQUEUE,
     Checkpoints,
@@ -27,6 +27,7 @@ __all__ = [
     "Pictures",
     "PowerAverages",
     "ProgressBar",
+    "ProgressLines",
     "RandomState",
     "SkipNonFinite",
     "StopOnSignal",

@@ -4,7 +4,8 @@ import logging
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from rich.progress import track
+
+from medldm.progress import tracked
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,8 @@ class LatentStatistics(Callback):
         dataset = self.datamodule.dataset("train", augment=self.datamodule.has_windows)
         batches = self.datamodule.loader(dataset, equal_shares=False)
         is_shown = trainer.is_global_zero
-        module.fit_first_stage(
-            track(batches, "latent statistics", transient=True, disable=not is_shown, total=len(batches))
-        )
+        shown = tracked(batches, "latent statistics", transient=True) if is_shown else batches
+        module.fit_first_stage(shown)
         if is_shown:
             stage = module.first_stage
             log.info("latent mean %s, deviation %s", stage.shift.tolist(), stage.scale.tolist())

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import track
 
 from medldm.asked import refuse_other_recipe
 from medldm.auditing import audit_latents, earlier_audit
@@ -39,6 +38,7 @@ from medldm.locks import one_writer
 from medldm.models.common import TrainedModule
 from medldm.networks.tiling import TiledAutoencoder
 from medldm.overrides import typed_overrides
+from medldm.progress import tracked
 from medldm.shards import read_shard
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def encode_pending(
     shard = read_shard(cfg.shard)
     own = cases if shard is None else dict(shard.part(list(cases.items())))
     pending = pending_cases(dataset, own, folder)
-    for case, positions in track(pending.items(), "encoding", total=len(pending)):
+    for case, positions in tracked(pending.items(), "encoding"):
         latents = encode_case(module, dataset, positions, batch_size, module.device, cfg.tile, precision)
         write_latents(inside(folder, f"{dataset.cases[case]['id']}.h5"), latents, encoder, images[case])
     names = {dataset.cases[case]["id"]: image for case, image in images.items()}

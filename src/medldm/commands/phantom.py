@@ -21,7 +21,6 @@ Then: medldm prepare data=mnms2 data.raw=DIR data.root=OUT
 import inspect
 
 from omegaconf import DictConfig
-from rich.progress import Progress
 
 from medldm.commands import clean_after_failure, run_command
 from medldm.data.phantoms.brain import BRAIN_PHANTOMS
@@ -29,6 +28,7 @@ from medldm.data.phantoms.cardiac import PHANTOMS
 from medldm.data.phantoms.chest import CHEST_PHANTOMS
 from medldm.data.phantoms.torso import TORSO_PHANTOMS
 from medldm.errors import InputError
+from medldm.progress import progress
 
 ALL_PHANTOMS = PHANTOMS | CHEST_PHANTOMS | TORSO_PHANTOMS | BRAIN_PHANTOMS
 
@@ -43,13 +43,12 @@ def task(cfg: DictConfig) -> None:
     unknown = sizes.keys() - inspect.signature(write).parameters.keys()
     if unknown:
         raise InputError(f"{min(unknown)}: the phantom {cfg.dataset} has no such option; leave it out")
-    with Progress() as progress:
-        bar = progress.add_task("Drawing subjects", total=cfg.num_subjects)
+    with progress("drawing subjects", cfg.num_subjects) as advance:
         write(
             cfg.root,
             num_subjects=cfg.num_subjects,
             seed=cfg.seed,
-            progress=lambda: progress.advance(bar),
+            progress=lambda: advance(1),
             **sizes,
         )
     print(cfg.root)

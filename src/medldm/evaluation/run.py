@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from medldm.errors import InputError, told_of
@@ -45,6 +44,7 @@ from medldm.files import inside, replacing, write_json
 from medldm.locks import FINISHING, while_beginning
 from medldm.metrics.catalogue import find_metric, select_metrics
 from medldm.metrics.summary import Bootstrap
+from medldm.progress import progress
 from medldm.shards import Shard
 
 PANEL_ORDER = ("nmse_var", "dice_mean", "psnr")  # by which best, median and worst are chosen
@@ -215,10 +215,8 @@ def judge(
 def measure_with_progress(
     how: Callable, pairs: Sequence[Pair], rows: Mapping[str, Sequence], tools: Tools
 ) -> Measured | None:
-    text = TextColumn("{task.description}")
-    with Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("evaluate", total=len(pairs))
-        return how(pairs, rows, tools, lambda count: progress.advance(task, count))
+    with progress("evaluating", len(pairs)) as advance:
+        return how(pairs, rows, tools, advance)
 
 
 def write_outcome(

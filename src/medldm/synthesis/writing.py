@@ -1,9 +1,9 @@
 """Writes samples, their trajectories, and volumes between two cases, case by case as they are made."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from omegaconf import DictConfig
-from rich.progress import Progress, track
 
 from medldm.data.loading.dataset import CaseDataset
 from medldm.devices import inference_precision
@@ -12,6 +12,7 @@ from medldm.errors import InputError
 from medldm.files import safe_name
 from medldm.models.common import TrainedModule
 from medldm.outputs import SampleFolder
+from medldm.progress import progress, tracked
 from medldm.sampling import CaseSamples, Predictor, Recorder, Request, interpolate, sample_cases, spread
 from medldm.shards import read_shard
 
@@ -32,7 +33,7 @@ def write_interpolations(
         raise InputError(f"interpolate.count={count}: give 2 or more, and a split of two cases or more")
     shares = [k / (count - 1) for k in range(count)]
     request = Request(cfg.seed, windows=windows, precision=cfg.precision)
-    for pair in track(list(zip(positions, positions[1:], strict=False)), "interpolating", transient=True):
+    for pair in tracked(list(pairwise(positions)), "interpolating", transient=True):
         batch = dataset.__getitems__([(0, p) for p in pair])
         images = interpolate(module, batch, shares, time=cfg.interpolate.time, request=request)
         folder.write_series(f"interpolation/{safe_name('_to_'.join(batch['case_id']))}", images, shares)
@@ -62,12 +63,10 @@ def write_samples(
     jobs = [(case, spread(positions, cfg.max_slices)) for case, positions in cases.items()]
     shard = read_shard(cfg.shard)
     own = jobs if shard is None else shard.part(jobs)
-    with Progress() as progress:
-        total = len(seeds) * sum(len(positions) for _, positions in own)
-        bar = progress.add_task("sampling" if predictor.is_generative else "predicting", total=total)
-        missing = set(folder.pending([case for case, _ in own]))
-        pending = [job for job in own if job[0] in missing]
-        progress.advance(bar, total - len(seeds) * sum(len(positions) for _, positions in pending))
+    missing = set(folder.pending([case for case, _ in own]))
+    pending = [job for job in own if job[0] in missing]
+    total = len(seeds) * sum(len(positions) for _, positions in pending)
+    with progress("sampling" if predictor.is_generative else "predicting", total) as advance:
         # A recorder looks at one case at a time. Else batches are those of all cases, whatever is missing.
         for part in [[job] for job in pending] if recorder else [jobs]:
             for done in sample_cases(
@@ -78,7 +77,7 @@ def write_samples(
                 size_of=size_of,
                 requests=requests,
                 batch_size=cfg.data.batch_size,
-                advance=lambda count: progress.advance(bar, count),
+                advance=advance,
             ):
                 if recorder is not None:
                     write_trajectory(module, recorder, folder, done, dataset.cases[done.case]["id"])

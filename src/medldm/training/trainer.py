@@ -25,6 +25,7 @@ from medldm.callbacks import (
     Pictures,
     PowerAverages,
     ProgressBar,
+    ProgressLines,
     RandomState,
     SkipNonFinite,
     StopOnSignal,
@@ -40,6 +41,7 @@ from medldm.devices import (
 )
 from medldm.errors import InputError, told_of
 from medldm.models.common import TrainedModule
+from medldm.progress import has_bars
 from medldm.training.sharding import FSDP, ShardedStrategy, check_layout, check_sharded
 
 log = logging.getLogger(__name__)
@@ -164,7 +166,7 @@ def make_callbacks(
     yield checkpoints
     yield StopOnSignal(checkpoints)
     if cfg.trainer.enable_progress_bar:
-        yield ProgressBar(refresh_rate=10, leave=False)
+        yield ProgressBar(refresh_rate=10, leave=False) if has_bars() else ProgressLines()
 
 
 def scale_rates(choice: str | None, module: TrainedModule, num_ranks: int) -> None:

@@ -20,6 +20,7 @@ from medldm.data.loading.sampler import ItemRequest
 from medldm.data.loading.synthetic import SyntheticImages
 from medldm.errors import InputError
 from medldm.fingerprints import digest
+from medldm.progress import tracked
 
 ARRAY_DTYPES = {
     "image": torch.float32,
@@ -299,9 +300,7 @@ class CaseDataset(Dataset):
 
     def preload(self, share: bool) -> None:
         """Hold every array in memory in its stored dtype; `share` puts it where spawned workers find it."""
-        from rich.progress import track
-
-        for key, case in track(self.stored(), description="Reading into memory", transient=True):
+        for key, case in tracked(self.stored(), "reading into memory", transient=True):
             reader = self.reader(key, case)
             rows = torch.from_numpy(np.ascontiguousarray(reader.read("latents" if key == "latent" else key)))
             self.cached[key, case] = rows.share_memory_() if share else rows

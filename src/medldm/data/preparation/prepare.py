@@ -38,6 +38,7 @@ from medldm.errors import InputError
 from medldm.files import nothing_empty, read_json, replacing, write_json, writing_hdf5
 from medldm.fingerprints import recall
 from medldm.locks import one_writer
+from medldm.progress import tracked
 from medldm.schemas import Index, read_checked
 
 log = logging.getLogger(__name__)
@@ -203,10 +204,8 @@ def run_jobs(jobs: Sequence[FileJob], num_workers: int) -> Iterator[Prepared]:
     """The results in the order of the jobs, which run under a progress bar. The first failure cancels the
     rest.
     """
-    from rich.progress import track
-
     if num_workers < 1:
-        yield from map(run_job, track(jobs, description="Preparing cases"))
+        yield from map(run_job, tracked(jobs, "preparing cases"))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
@@ -214,7 +213,7 @@ def run_jobs(jobs: Sequence[FileJob], num_workers: int) -> Iterator[Prepared]:
     ) as pool:
         futures: list[Future] = [pool.submit(run_job, job) for job in jobs]
         try:
-            for future in track(futures, description="Preparing cases"):
+            for future in tracked(futures, "preparing cases"):
                 yield future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
