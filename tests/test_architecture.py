@@ -9,8 +9,8 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "medldm"
 LEAVES = {
-    "attributes", "batch", "bounds", "devices", "errors", "files", "fingerprints", "held_out", "locks", "progress",
-    "ranks",    "schemas", "shards", "values",
+    "attributes", "batch", "bounds", "devices", "errors", "files", "fingerprints", "held_out", "locks",
+    "progress", "ranks", "schemas", "shards", "values",
 }  # fmt: skip
 # package or module -> what of medldm it may import, beside itself and the leaves
 MAY_IMPORT = {
