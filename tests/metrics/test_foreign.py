@@ -17,6 +17,7 @@ from medldm.data.preparation.volume_transforms import prepare_volume
 from medldm.errors import InputError
 from medldm.evaluation.foreign import Reading
 from medldm.evaluation.pairs import make_pairs
+from medldm.evaluation.run import read_inputs
 from medldm.evaluation.stored import load
 
 SHAPE = (14, 18, 12)
@@ -380,6 +381,48 @@ def test_a_file_that_was_cut_off_is_named_among_many(tmp_path):
         make_pairs(tmp_path / "made", tmp_path / "data", None, Reading())
     said = str(error.value)
     assert "2 of 12 files cannot be used" in said and "p3.png" in said and "p7.png" in said
+
+
+def test_faults_of_both_folders_are_told_at_once(tmp_path):
+    write_pictures(tmp_path / "data", {f"p{i}.png": grey(i) for i in range(5)})
+    write_pictures(tmp_path / "made", {f"p{i}.png": grey(i) for i in (0, 1, 2, 3, 9)})
+    for name in ("made/p1.png", "data/p2.png", "data/p4.png"):  # p4 is not asked for
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
+    for fault in ("generated", "reference"):
+        with pytest.raises(InputError) as error:
+            make_pairs(tmp_path / "made", tmp_path / "data", None, Reading())
+        said = str(error.value)
+        assert "\n" not in said and "p4.png" not in said
+        assert ("made/p1.png: " in said) == (fault == "generated")
+        assert "data/p2.png: " in said and "'p9' has no image of that name" in said
+        cv2.imwrite(str(tmp_path / "made/p1.png"), grey(1))
+
+
+def test_a_damaged_index_of_the_reference_does_not_hide_damaged_images(tmp_path):
+    write_pictures(tmp_path / "made", {f"p{i}.png": grey(i) for i in range(3)})
+    (tmp_path / "made" / "p1.png").write_bytes(b"no picture")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "index.json").write_text("{}")
+    folders = dict.fromkeys(("reconstruction", "spade", "regression", "train", "output"))
+    folders |= {"generated": tmp_path / "made", "reference": tmp_path / "data"}
+    with pytest.raises(InputError) as error:
+        read_inputs(folders, {"translation": False}, Reading())
+    assert "index.json: " in str(error.value) and "made/p1.png: " in str(error.value)
+
+
+def test_every_damaged_file_of_samples_is_named(tmp_path):
+    for name in ("made", "data"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            with h5py.File(tmp_path / name / f"p{i}.h5", "w") as file:
+                file["images"] = np.zeros((2, 24, 24), np.float32)
+    for name in ("made/p1.h5", "made/p2.h5", "data/p3.h5"):
+        (tmp_path / name).write_bytes(b"cut off")
+    with pytest.raises(InputError) as error:
+        make_pairs(tmp_path / "made", tmp_path / "data", None, Reading())
+    said = str(error.value)
+    assert "2 of 4 files cannot be used" in said
+    assert all(name in said for name in ("made/p1.h5", "made/p2.h5", "data/p3.h5"))
 
 
 def coloured(i: int, dtype=np.uint8) -> np.ndarray:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from medldm.data.records import read_images
+from medldm.evaluation.folders import read_folder
 from medldm.evaluation.foreign import Reading, settle_reference
 from medldm.evaluation.matching import Match, Wanted, choose_match, has_partner, random_partners
-from medldm.evaluation.pairs import Pair, known_facts, read_folder
+from medldm.evaluation.pairs import Pair, known_facts
 from medldm.evaluation.stored import Image, StoredImage, load
 from medldm.metrics.memorization import thumbnails
 

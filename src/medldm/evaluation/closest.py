@@ -10,8 +10,9 @@ import torch
 
 from medldm.evaluation.baselines import TrainingSet
 from medldm.evaluation.browsing import to_bytes
+from medldm.evaluation.folders import read_matching
 from medldm.evaluation.foreign import Reading
-from medldm.evaluation.pairs import Pair, read_matching
+from medldm.evaluation.pairs import Pair
 from medldm.evaluation.panels import upright
 from medldm.evaluation.stored import load
 from medldm.files import replacing

@@ -1,6 +1,7 @@
-"""Shortens long lists of names to one line of text."""
+"""Shortens long lists of names to one line of text, and tells the faults of several folders in one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from medldm.errors import InputError
@@ -25,3 +26,26 @@ def check_broken(path: Path, broken: Sequence[str], num_files: int) -> None:
             f"{path}: {len(broken)} of {num_files} files cannot be used: {shown}{more}; write them again, or "
             "take them out"
         )
+
+
+def faults_of(read: Callable[[], object]) -> list[str]:
+    """The line of the InputError that `read()` raises; none where it raises nothing."""
+    try:
+        read()
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+@contextmanager
+def besides(look: Callable[[], Iterable[str]]) -> Iterator[None]:
+    """A context whose InputError also tells what `look` finds wrong in another folder: whoever mends the one
+    learns of the other at once.
+    """
+    try:
+        yield
+    except InputError as error:
+        others = [line for line in look() if line not in str(error)]
+        if not others:
+            raise
+        raise InputError("; also: ".join([str(error), *others])) from error

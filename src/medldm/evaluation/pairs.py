@@ -1,28 +1,23 @@
 """Two folders of images, matched one to one by name, with all that is known of each image."""
 
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from medldm.data.datasets.mnms2 import MAPPING_INDEX
-from medldm.data.hdf5 import open_hdf5
 from medldm.data.preparation.edges import EdgeRecipe
 from medldm.data.preparation.recipe import Recipe, recipe_of
 from medldm.data.prepared import load_index
-from medldm.data.raw.image import HDF5_SUFFIXES, has_suffix
-from medldm.data.records import ImageRecord, hdf5_records, list_image_files
+from medldm.data.records import ImageRecord, list_image_files
 from medldm.data.splits import read_splits
 from medldm.errors import InputError
 from medldm.evaluation.conditions import Conditions
-from medldm.evaluation.foreign import EXTREMES, Reading, look, sample_places, settle, settle_reference
-from medldm.evaluation.names import NUM_BROKEN, check_broken
-from medldm.evaluation.slices import axial_axis
-from medldm.evaluation.stacks import holds_slices, read_stacks
-from medldm.evaluation.stored import Image, hdf5_files, load, store
+from medldm.evaluation.folders import faults_of_reference, file_names, read_generated, read_matching
+from medldm.evaluation.foreign import Reading, settle
+from medldm.evaluation.names import besides, check_broken
+from medldm.evaluation.stored import Image, load
 
 IDENTITY = ("view", "phase", "slice_index")
 KINDS = ("view", "phase", "label", "pair")
@@ -67,138 +62,6 @@ class Pair:
         if index is None or num is None or num < 3:
             return None
         return THIRDS[min(2, 3 * int(index) // int(num))]
-
-
-def stored_names(path: Path) -> dict[str, str]:
-    """The name of each image by its position in a file that holds some of a case's slices: the name of the
-    slice's row in the prepared case.
-    """
-    names: dict[str, str] = {}
-    for file in hdf5_files(path):
-        try:
-            reader = open_hdf5(file)
-        except InputError:  # named with all others, when the images are read
-            continue
-        if "row" in reader:
-            rows = reader.read("row").tolist()
-            names |= {f"{file.stem}_{i:03d}": f"{file.stem}_{row:03d}" for i, row in enumerate(rows)}
-    return names
-
-
-def read_folder(path: Path, *, ids: Collection[str] | None = None, sample: int = 0) -> dict[str, ImageRecord]:
-    """Every image of a folder by name, those of other programs not placed yet (`ForeignImage`).
-
-    InputError where two files would have the same name, or some cannot be used: all of them are named.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-    names = stored_names(path)
-    wanted = ids if ids is None or not names else {old for old, new in names.items() if new in ids} | set(ids)
-    files = list_image_files(path)
-    records: dict[str, ImageRecord] = {}
-    broken: list[str] = []
-    for file, case in files:
-        try:
-            for record in read_file(file, case, wanted, sample):
-                name = names.get(record.id, record.id)
-                if ids is not None and name not in ids:
-                    continue
-                if name in records:
-                    broken.append(f"{path}: two images are named {name}; put one of them elsewhere")
-                elif isinstance(record.image, np.ndarray) and not np.isfinite(record.image).all():
-                    broken.append(f"{path}: '{name}' holds values that are not finite; write it again")
-                else:
-                    records[name] = store(told_apart(record, path)._replace(id=name), file, sample)
-        except InputError as error:
-            broken.append(str(error))
-    check_broken(path, broken, len(files))
-    if not records:
-        raise InputError(f"{path}: holds no images that fit; expected HDF5, NIfTI, NRRD, NumPy, PNG or JPEG")
-    return records
-
-
-def read_file(file: Path, case: dict, ids: Collection[str] | None, sample: int) -> Iterable[ImageRecord]:
-    """The images of one file."""
-    if has_suffix(file, HDF5_SUFFIXES):
-        return hdf5_records(file, case, None, ids, sample)
-    if ids is not None and case["id"] not in ids:
-        return []
-    image = look(file)
-    is_slice = len(image.shape) == 2 and image.affine is None
-    subject = re.sub(r"_\d+$", "", case["id"]) if is_slice else case["id"]
-    return [ImageRecord(case["id"], subject, image, {}, None, None)]
-
-
-def told_apart(record: ImageRecord, path: Path) -> ImageRecord:
-    """The record with the extremes of its values, where neither an index nor a provenance.json says that
-    medldm wrote it.
-    """
-    known = any((path / name).is_file() for name in ("index.json", "provenance.json", MAPPING_INDEX))
-    if known or not isinstance(record.image, np.ndarray):
-        return record
-    ends = float(record.image.min()), float(record.image.max())
-    return record._replace(attributes=record.attributes | {EXTREMES: ends})
-
-
-def listed_names(names: Sequence[str]) -> str:
-    """': a, b, ...' of several names, as far as they fit in a line; nothing for one, which was named."""
-    if len(names) < 2:
-        return ""
-    return ": " + ", ".join(names[:NUM_BROKEN]) + (", ..." if len(names) > NUM_BROKEN else "")
-
-
-def read_matching(
-    path: Path, ids: Collection[str], against: Path, reading: Reading | None = None
-) -> dict[str, ImageRecord]:
-    """The images of `path` with these names; every name must be there. With `reading` they are the real ones,
-    each in its own place.
-    """
-    try:
-        records = read_folder(path, ids=ids)
-    except InputError as error:
-        if path.exists() and "holds no images that fit" in str(error):
-            first = next(iter(read_folder(path)))
-            raise InputError(
-                f"{against}: no image has a name in common with {path} "
-                f"('{sorted(ids)[0]}' here, '{first}' there); give folders whose files are named alike"
-            ) from error
-        raise
-    missing = sorted(set(ids) - records.keys())
-    if missing:
-        raise InputError(
-            f"{against}: '{missing[0]}' has no image of that name in {path} "
-            f"({len(missing)} of {len(ids)} missing{listed_names(missing)}); take it out or add its reference"
-        )
-    return records if reading is None else settle_reference(path, records, reading)
-
-
-def count_samples(file: Path) -> int:
-    reader, num = open_hdf5(file), 1
-    while f"images_{num}" in reader:
-        num += 1
-    return num
-
-
-def read_samples(path: Path) -> list[dict[str, ImageRecord]]:
-    """The K samples of every condition: `images_1`, ... in the HDF5 files, or folders `sample_1/`, ..."""
-    folders = [place for place in sample_places(path) if place != path]
-    files = hdf5_files(path)
-    num_samples = int(path in sample_places(path))
-    counts = {file: count_samples(file) for file in files}
-    if counts:
-        num_samples = counts[files[0]]
-        odd = next((file for file, count in counts.items() if count != num_samples), None)
-        if odd is not None:
-            raise InputError(
-                f"{odd}: holds {counts[odd]} samples and {files[0].name} {num_samples}; sample again"
-            )
-    samples = [read_folder(path, sample=k) for k in range(num_samples)]
-    samples += [read_folder(folder) for folder in folders]
-    for extra in samples[1:]:
-        if extra.keys() != samples[0].keys():
-            name = sorted(extra.keys() ^ samples[0].keys())[0]
-            raise InputError(f"{path}: '{name}' does not have as many samples as the others; sample again")
-    return samples
 
 
 def check_pair(record: ImageRecord, real: ImageRecord, folder: Path) -> None:
@@ -249,10 +112,8 @@ def make_pairs(
     """
     facts, reading = known_facts(reference), Reading() if reading is None else reading
     reading.recipe = volume_recipe(facts)
-    if facts.get("spatial_dims") == 3 and holds_slices(generated):
-        samples = [read_stacks(generated, axial_axis(facts, {}))]
-    else:
-        samples = read_samples(generated)
+    with besides(lambda: faults_of_reference(reference, file_names(generated), facts, generated)):
+        samples = read_generated(generated, facts)
     ids = samples[0].keys()
     reals = read_matching(reference, ids, generated, reading)
     samples = [settle(generated, sample, reals, reading) for sample in samples]

@@ -20,9 +20,11 @@ from medldm.evaluation.browsing import write_browser
 from medldm.evaluation.closest import name_closest, write_closest
 from medldm.evaluation.conditions import Conditions, read_conditions
 from medldm.evaluation.diversity import measure_diversity
+from medldm.evaluation.folders import read_samples
 from medldm.evaluation.foreign import Reading
 from medldm.evaluation.matching import attributes_to_match, choose_match, has_partner
 from medldm.evaluation.measure import Measured, measure
+from medldm.evaluation.names import besides, faults_of
 from medldm.evaluation.origins import describe_inputs, for_report, read_provenance
 from medldm.evaluation.pairs import (
     Pair,
@@ -94,7 +96,8 @@ def read_inputs(folders: Folders, settings: Mapping[str, Any], reading: Reading)
     """The images that are judged with their real partners: by name, or a translation with its source and
     target. Images stay in their files until they are measured.
     """
-    facts, provenance = known_facts(folders["reference"]), read_provenance(folders)
+    with besides(lambda: faults_of(partial(read_samples, folders["generated"]))):
+        facts, provenance = known_facts(folders["reference"]), read_provenance(folders)
     three = (folders["generated"], folders["reference"], folders["reconstruction"])
     if settings["translation"]:
         others = {name: folders[name] for name in ("spade", "regression") if folders[name]}

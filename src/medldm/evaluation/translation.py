@@ -5,16 +5,16 @@ from pathlib import Path
 
 from medldm.data.records import ImageRecord
 from medldm.errors import InputError
-from medldm.evaluation.foreign import Reading, settle
-from medldm.evaluation.pairs import (
-    Pair,
-    check_pair,
-    known_facts,
+from medldm.evaluation.folders import (
+    faults_of_reference,
+    file_names,
     read_folder,
     read_matching,
     read_samples,
-    volume_recipe,
 )
+from medldm.evaluation.foreign import Reading, settle
+from medldm.evaluation.names import besides
+from medldm.evaluation.pairs import Pair, check_pair, known_facts, volume_recipe
 
 SEPARATOR = "_to_"
 Records = Mapping[str, ImageRecord]  # by the name of their image
@@ -36,6 +36,16 @@ def split_name(name: str, reference: Path, cases: dict[str, dict]) -> tuple[str,
     return subject, source_id.removeprefix(f"{subject}_"), target, f"{subject}_{target}"
 
 
+def ends_of(generated: Path, cases: Mapping[str, dict]) -> set[str]:
+    """The cases between which the translations go, by the names of their files."""
+    ends = set()
+    for name in file_names(generated):
+        source = name.rpartition(SEPARATOR)[0]
+        if source in cases:
+            ends |= {source, split_name(name, generated, cases)[3]}
+    return ends
+
+
 def make_translation_pairs(
     generated: Path,
     reference: Path,
@@ -48,15 +58,17 @@ def make_translation_pairs(
     translations of the same name; these need not be complete. Raises InputError naming the file where
     something has no partner, or the folder of which nothing is used.
     """
-    samples = read_samples(generated)
-    cases = {case["id"]: case for case in known_facts(reference).get("cases", ())}
+    facts = known_facts(reference)
+    cases = {case["id"]: case for case in facts.get("cases", ())}
+    with besides(lambda: faults_of_reference(reference, ends_of(generated, cases), facts, generated)):
+        samples = read_samples(generated)
     if not cases:
         raise InputError(f"{reference}: not a prepared folder; metrics=translation needs reference=data.root")
     names = {name: split_name(name, reference, cases) for name in samples[0]}
     wanted = {parts[3] for parts in names.values()} | {name.rpartition(SEPARATOR)[0] for name in names}
     reals = read_matching(reference, wanted, generated)
     reading = Reading() if reading is None else reading
-    reading.recipe = volume_recipe(known_facts(reference))
+    reading.recipe = volume_recipe(facts)
     targets = {name: reals[parts[3]] for name, parts in names.items()}
     samples = [settle(generated, sample, targets, reading) for sample in samples]
     rows: dict[str, Records] = {}
