@@ -23,6 +23,7 @@ from medldm.parts import TRUSTED, check_plain, check_stored, find_part, known_pa
 from medldm.tensors import is_safetensors, read_tensors
 
 FORMAT = 1
+NUM_TOLD = 20  # weights that do not fit, in a line
 EARLIER_STAGES = ("first_stage", "map_stage")  # what a second stage stands on
 
 log = logging.getLogger(__name__)
@@ -135,17 +136,33 @@ def check_weights(weights: Any, place: str) -> None:
 
 def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
     """Load the weights into the module. InputError that names every key which is missing, unknown to the
-    module, or of another shape.
+    module, of another shape or kind of number, or not finite.
     """
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = [f"{name} is missing" for name in own if name not in given]
-    wrong += [f"{name} is not the model's" for name in given if name not in own]
-    both = [name for name in own if name in given]
-    wrong += [f"{name} is {given[name]}, not {own[name]}" for name in both if given[name] != own[name]]
-    if wrong:
-        raise InputError(f"{place} does not fit the model of its config: {'; '.join(wrong)}")
+    if wrong := misfits(module, weights):
+        raise InputError(f"{place} does not fit the model of its config: {wrong}")
     module.load_state_dict(weights)
+
+
+def misfits(module: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """What is wrong with weights for a module, key by key; an empty text where they fit."""
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is not the model's" for name in weights if name not in own]
+    both = [(name, wrong_value(own[name], weights[name])) for name in own if name in weights]
+    wrong += [f"{name} {what}" for name, what in both if what]
+    more = [f"and {len(wrong) - NUM_TOLD} more"] if len(wrong) > NUM_TOLD else []
+    return "; ".join([*wrong[:NUM_TOLD], *more])
+
+
+def wrong_value(own: Tensor, given: Tensor) -> str | None:
+    """What is wrong with a weight in the place of a module's own one, None if nothing."""
+    if given.shape != own.shape:
+        return f"is {tuple(given.shape)}, not {tuple(own.shape)}"
+    if given.is_complex() or given.is_floating_point() != own.is_floating_point():
+        return f"is {given.dtype}, not {own.dtype}"
+    if given.is_floating_point() and not given.isfinite().all():
+        return "holds values that are not finite"
+    return None
 
 
 def encoder_sha256(description: Mapping[str, Any], sha256: str) -> str:

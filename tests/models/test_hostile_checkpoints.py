@@ -13,7 +13,7 @@ from medldm.build import build_module, load_first_stage, load_module
 from medldm.checkpoints import read_checkpoint
 from medldm.commands import encode, evaluate, sample, train, translate
 from medldm.errors import InputError
-from medldm.training.resume import check_optimizers
+from medldm.training.restoring import check_averages, check_optimizers
 from tests.helpers import compose_config
 from tests.training import LDM, VQVAE, load, train_config
 
@@ -110,8 +110,8 @@ def test_it_is_refused_inside_a_list_and_in_the_first_stage(diffusion, refused, 
         ("autoencoder.quantizer.num_codes", 2**20, "does not fit the model of its config"),
         ("autoencoder.num_res_blocks", [10**9, 1], "beyond any model's size"),
         ("autoencoder.channels", b"16", "a bytes, which is no plain data"),
-        ("autoencoder.channels", "wide", "model.autoencoder: 4 channels but 3 strides"),
-        ("autoencoder", None, "its config builds no model"),
+        ("autoencoder.channels", "wide", "model.autoencoder.channels=wide: give a list of whole numbers"),
+        ("autoencoder", None, "model.autoencoder=None: give a part with a _target_"),
         ("kind", "gan", "unlike its config"),
     ],
 )
@@ -195,13 +195,18 @@ def test_a_part_that_moved_is_found_under_its_old_name(first_stage, monkeypatch)
 def test_each_key_that_does_not_fit_is_named(first_stage, tmp_path):
     content = load(first_stage)
     state = dict(content["state_dict"])
-    names = [name for name, value in state.items() if value.ndim > 1][:2]
+    names = [name for name, value in state.items() if value.ndim > 1][:5]
     del state[names[0]]
     state[names[1]] = torch.zeros(3, 5)
+    state[names[2]] = torch.full_like(state[names[2]], float("nan"))
+    state[names[3]] = state[names[3]].to(torch.complex64)
+    state[names[4]] = state[names[4]].to(torch.int64)
     path = save(content | {"state_dict": state | {"more": torch.zeros(1)}}, tmp_path / "other.ckpt")
     with pytest.raises(InputError) as caught:
         load_module(path)
-    for text in (f"{names[0]} is missing", "more is not the model's", f"{names[1]} is (3, 5), not"):
+    told = ("is missing", "is (3, 5), not", "holds values that are not finite")
+    told += ("is torch.complex64, not torch.float32", "is torch.int64, not torch.float32")
+    for text in (*map(" ".join, zip(names, told, strict=True)), "more is not the model's"):
         assert text in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -277,7 +282,11 @@ def test_a_pickle_that_calls_is_refused(tmp_path):
         (lambda s: s[0]["state"][0].update(exp_avg=torch.zeros(1)), "does not fit the parameters"),
         (lambda s: s[0]["state"][0].update(step=torch.zeros(7)), "does not fit the parameters"),
         (lambda s: s[0]["state"].update({999: s[0]["state"][0]}), "the state of its optimiser is damaged"),
-        (lambda s: s[0]["param_groups"].pop(), "the state of its optimiser is damaged"),
+        (lambda s: s[0]["param_groups"].pop(), "param_groups: is no list of 2 entries"),
+        (lambda s: s[0]["param_groups"][0].update(lr="fast"), "param_groups.0.lr: is fast in the place of"),
+        (lambda s: s[0]["param_groups"][0].update(eps=float("nan")), "param_groups.0.eps: is nan"),
+        (lambda s: s[0]["state"][0].pop("exp_avg_sq"), "does not fit the parameters"),
+        (lambda s: s[0]["state"][0].update(step="x"), "does not fit the parameters"),
         (lambda s: s.append(s[0]), "does not hold the state of"),
         (lambda s: s.clear(), "does not hold the state of"),
     ],
@@ -290,3 +299,67 @@ def test_a_state_of_an_optimiser_that_does_not_fit_is_refused(change, line, firs
     change(states)
     with pytest.raises(InputError, match=line):
         check_optimizers(first_stage, content | {"optimizer_states": states}, module)
+
+
+def changed(content: dict, key: str, value) -> dict:
+    """The content with another value under a dotted key; without it where the value is `...`."""
+    content = copy.copy(content)
+    first, _, rest = key.partition(".")
+    if rest:
+        content[first] = changed(content[first], rest, value)
+    elif value is ...:
+        del content[first]
+    else:
+        content[first] = value
+    return content
+
+
+STATES = [
+    ("global_step", ..., "global_step: Field required"),
+    ("global_step", -1, "global_step: Input should be greater"),
+    ("epoch", "two", "epoch: Input should be a valid integer"),
+    ("pytorch-lightning_version", None, "pytorch-lightning_version: Input should be a valid string"),
+    ("loops", [], "loops: Input should be a valid dictionary"),
+    ("loops.fit_loop", {}, "loops.fit_loop: has no "),
+    (
+        "loops.fit_loop.epoch_progress.current.ready",
+        "x",
+        "progress.current.ready: is x in the place of 0",
+    ),
+    ("callbacks.Checkpoints.best", "x", "best: Input should be a valid number"),
+    ("callbacks.Checkpoints", {"kept": []}, "best: Field required"),
+    ("CaseDataModule.batch", float("nan"), "CaseDataModule.batch: is nan in the place of 0"),
+    ("lr_schedulers", [{}], "lr_schedulers.0: has no "),
+    ("lr_schedulers", [], "lr_schedulers: is no list of 1 entries"),
+    ("random_state", {}, "its random_state is damaged"),
+    ("random_state", {"cpu": torch.zeros(3)}, "its random_state is damaged"),
+    ("epoch_count", torch.zeros(2, 3, 5), "what this model keeps beside its weights is damaged"),
+    ("state_dict", {}, "its state_dict does not fit the model: "),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "line"), STATES, ids=[f"{key}-{line}" for key, _, line in STATES])
+def test_a_training_does_not_go_on_from_another_state(key, value, line, first_stage, prepared, tmp_path):
+    path = save(changed(load(first_stage), key, value), tmp_path / "a.ckpt")
+    words = (VQVAE, f"resume={path}", "trainer.max_steps=4")
+    with pytest.raises(InputError) as told:
+        train.task(train_config(prepared, tmp_path / "run", *words))
+    assert str(path) in str(told.value) and line in str(told.value) and "\n" not in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("ema.n_averaged", ..., "ema: has no n_averaged"),
+        ("ema.n_averaged", 3, "ema.n_averaged: is 3 in the place of"),
+        ("ema.more", torch.zeros(1), "its ema does not fit the model: more is not the model's"),
+        ("averages.num_updates", "x", "averages.num_updates: is x in the place of 0"),
+        ("averages.weights", {}, "averages.weights: has no "),
+    ],
+)
+def test_averages_of_another_form_are_refused(key, value, line, diffusion):
+    content, module = load(diffusion), load_module(diffusion)
+    check_averages(content, module.ema_modules, diffusion)
+    with pytest.raises(InputError, match=line):
+        check_averages(changed(content, key, value), module.ema_modules, diffusion)

@@ -37,6 +37,7 @@ from medldm.networks.compiling import compile_blocks
 from medldm.overrides import typed_command, typed_overrides
 from medldm.runs import note_command
 from medldm.training.checks import check_knobs, check_monitor, check_sizes
+from medldm.training.restoring import check_state
 from medldm.training.run import Run, make_data, make_module, open_folder, open_run
 from medldm.training.trainer import build_trainer, choose_for, quieten, scale_rates, tell_batch
 
@@ -52,6 +53,7 @@ def task(cfg: DictConfig) -> None:
     scale_rates(cfg.scale_lr, module, num_processes(cfg.trainer))
     check(cfg, run, module, datamodule)
     trainer = build_trainer(cfg, module, datamodule, run.folder, run.step, settings)
+    check_state(run.resume, run.content, module, datamodule, trainer)
     config = OmegaConf.to_yaml(cfg, resolve=True)
     with one_writer(run.folder if trainer.is_global_zero else None):
         open_folder(run, module, config, is_first_rank=trainer.is_global_zero)

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from medldm.attributes import check_order
 from medldm.build import load_module
 from medldm.checkpoints import read_checkpoint
@@ -14,6 +12,8 @@ from medldm.errors import InputError
 from medldm.fingerprints import file_sha256
 from medldm.held_out import changed_attributes, changed_data, origin_of
 from medldm.models.common import TrainedModule
+from medldm.schemas import check_schema
+from medldm.training.restoring import MEND, State
 
 log = logging.getLogger(__name__)
 FROZEN = ("first_stage.", "map_stage.", "network.base.", "conditioner.base.")  # weights of earlier stages
@@ -27,6 +27,7 @@ STRUCTURE = (
 def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's content; InputError where it is of another model than the config's."""
     content = read_checkpoint(path)
+    check_schema(content, State, path, MEND)
     description = content["medldm"]
     if description["stage"] != model["kind"]:
         raise InputError(
@@ -44,34 +45,6 @@ def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
 def without_path(part: Any) -> Any:
     """A part of a config without the place of its checkpoint, which may be another for the same file."""
     return {key: part[key] for key in part if key != "checkpoint"} if isinstance(part, Mapping) else part
-
-
-def check_optimizers(path: Path, content: dict[str, Any], module: TrainedModule) -> None:
-    """InputError where the state of optimisers in a checkpoint, such as Adam's moments, does not have the
-    shapes of their parameters: fused optimisers read and write it without checks.
-    """
-    optimizers, _ = module.configure_optimizers()
-    states = content.get("optimizer_states")
-    if not isinstance(states, list) or len(states) != len(optimizers):
-        raise InputError(f"{path}: does not hold the state of {len(optimizers)} optimisers; take another one")
-    for optimizer, state in zip(optimizers, states, strict=True):
-        try:
-            groups = [group["params"] for group in state["param_groups"]]
-            own = [group["params"] for group in optimizer.param_groups]
-            pairs = [pair for a, b in zip(groups, own, strict=True) for pair in zip(a, b, strict=True)]
-            shapes = {number: parameter.shape for number, parameter in pairs}
-            fits = all(
-                value.numel() == 1 and not value.is_meta if name == "step" else value.shape == shapes[number]
-                for number, entries in state["state"].items()
-                for name, value in entries.items()
-                if isinstance(value, Tensor)
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: the state of its optimiser is damaged; take another one") from error
-        if not fits:
-            raise InputError(
-                f"{path}: the state of its optimiser does not fit the parameters; take another one"
-            )
 
 
 def require_stages(model: dict[str, Any], content: dict[str, Any] | None) -> list[dict[str, Any] | None]:

@@ -23,7 +23,6 @@ from medldm.training.base import check_same_base, has_base, on_base, start_from_
 from medldm.training.checks import check_stages, check_unknown
 from medldm.training.latents import find_latents
 from medldm.training.resume import (
-    check_optimizers,
     check_resumed_attributes,
     check_resumed_data,
     checked_resume,
@@ -110,8 +109,6 @@ def make_module(cfg: DictConfig, run: Run, datamodule: LightningDataModule) -> T
         module.description["init_from"] = initialise(module, origin, facts, is_whole=teacher is not None)
     if segmenter := ask_segmenter(module, run.model, facts, resume=run.resume, content=content):
         module.description["segmenter"] = segmenter
-    if content is not None:
-        check_optimizers(run.resume, content, module)
     if teacher is not None:
         attach_teacher(module, teacher)
     if record is not None:
