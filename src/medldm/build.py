@@ -9,12 +9,14 @@ from typing import Any
 
 from medldm.attributes import check_class_names
 from medldm.builders.allowance import Allowance, memory_of_machine
+from medldm.builders.keys import check_parts
 from medldm.builders.kinds import MODELS, EarlierStages, batch_keys, kind_of, module_class
 from medldm.checkpoints import fit_weights, read_hashed
 from medldm.diffusion.latent import FirstStage, PixelStage
 from medldm.errors import InputError, told_of
 from medldm.models.common import TrainedModule
 from medldm.models.segmentation import SegmentationModule
+from medldm.signatures import check_arguments
 
 __all__ = [
     "MODELS", "batch_keys", "build_module", "load_first_stage", "load_module", "load_segmenter_of",
@@ -38,6 +40,9 @@ def build_module(
     instead, with fresh weights: those of the checkpoint that is about to be loaded replace them.
     """
     kind = kind_of(model)
+    check_parts(model, "model")
+    with told_of("model"):
+        check_arguments(kind.module, {key: model[key] for key in model if key != "discriminators"})
     maps = build_map_stage(model, facts, map_stage)
     images = build_first_stage(model, facts, first_stage)
     return kind.build(model, facts, EarlierStages(*images, *maps))

@@ -283,14 +283,51 @@ class Score(Schema):
     num_subjects: Count
 
 
+class RowSize(Schema):
+    """How many images a row of an evaluation is of, and whether they are those of `generated`."""
+
+    n: Count
+    num_subjects: Count
+    same_as_generated: bool
+
+
+class Cases(Schema):
+    """The images of an evaluation: their digest, and the sizes of its rows."""
+
+    fingerprint: str | None = None
+    rows: dict[str, RowSize] = {}
+
+
+Scores = dict[str, Score]  # by metric
+ScoreTable = dict[str, dict[str, dict[str, Any]]]  # by row and metric
+
+
 class Metrics(Schema):
     """The content of metrics.json."""
 
     schema_version: Literal[1]
-    rows: dict[str, dict[str, Score]] = {}
+    n: dict[str, Count | None] | None = None
+    cases: Cases = Cases()
+    rows: dict[str, Scores] = {}
     metrics: dict[str, Any]
     definitions: dict[str, str | dict[str, Any]]
-    distribution: dict[str, Any]
+    distribution: ScoreTable
+    groups: dict[str, dict[str, dict[str, Scores]]] = {}
+    group_distribution: dict[str, dict[str, ScoreTable]] = {}
+    differences: ScoreTable = {}
+    generated_beside: dict[str, dict[str, Any]] = {}
+    matched_on: dict[str, list[str]] = {}
+    nearest_in: dict[str, list[str]] = {}
+    row_definitions: dict[str, str] = {}
+    higher_is_better: list[str] = []
+    networks: dict[str, dict[str, Any] | None] = {}
+    condition: dict[str, Any] = {}
+    memorization: dict[str, Any] = {}
+    diversity: dict[str, Any] = {}
+    dice_ratio: dict[str, Any] = {}
+    software: dict[str, Any] = {}
+    image_shape: list[Length] | None = None
+    axial_axis: int | None = None
     warnings: list[str] = []
     folders: dict[str, str | None] = {}
     provenance: dict[str, dict[str, Any]] = {}

@@ -24,8 +24,9 @@ SWITCHES = {
 }  # fmt: skip
 SWITCHES_OR_AUTO = {"channels_last", "compile"}  # switches whose default, auto, depends on the device
 MAPPINGS = {
-    "adversarial", "autoencoder", "bootstrap", "callbacks", "checkpoints", "conditioner", "data", "ema",
-    "first_stage", "interpolate", "intensity", "kernel", "map_stage", "metrics", "model", "objective",
+    "adversarial", "autoencoder", "bootstrap", "callbacks", "checkpoints", "conditioner", "data",
+    "discriminators", "ema", "first_stage", "interpolate", "intensity", "kernel", "map_stage", "metrics",
+    "model", "objective",
     "optimizer", "paths", "perceptual", "pictures", "preprocess", "quantizer", "resize", "sampler",
     "schedule", "select", "splits", "trainer", "windows",
 }  # fmt: skip

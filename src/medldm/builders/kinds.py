@@ -4,6 +4,7 @@ is passed to its parts here and nowhere else.
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -68,6 +69,10 @@ def build_discriminators(parts: dict[str, Any], facts: Mapping[str, Any], **size
     """
     discriminators = []
     for name, build in (parts.pop("discriminators", None) or {}).items():
+        if build is not None and not isinstance(build, partial):
+            raise InputError(
+                f"model.discriminators.{name}={build!s:.80}: give a part with a _target_ and _partial_=true"
+            )
         if build is not None:
             dims = () if "spatial_dims" in build.keywords else (facts["spatial_dims"],)
             with told_of(f"model.discriminators.{name}"):
@@ -254,9 +259,10 @@ MODELS = {  # by `model.kind`
 
 
 def kind_of(model: Mapping[str, Any]) -> Kind:
-    if model.get("kind") not in MODELS:
-        raise InputError(f"model.kind={model.get('kind')} is none of {', '.join(MODELS)}")
-    return MODELS[model["kind"]]
+    kind = model.get("kind")
+    if not isinstance(kind, str) or kind not in MODELS:
+        raise InputError(f"model.kind={kind!s:.80} is none of {', '.join(MODELS)}")
+    return MODELS[kind]
 
 
 def batch_keys(model: Mapping[str, Any], latents: str | None) -> tuple[str, ...]:

@@ -5,7 +5,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from medldm.errors import InputError
+from medldm.errors import InputError, told_of
+from medldm.signatures import check_arguments
 
 if TYPE_CHECKING:
     from medldm.data.loading.datamodule import CaseDataModule
@@ -27,10 +28,16 @@ def build_datamodule(
     where the prepared folder is missing or has other dimensions than the config.
     """
     from medldm.data.loading.datamodule import CaseDataModule
+    from medldm.data.loading.settings import LoaderSettings
 
     settings = {key: value for key, value in data.items() if key not in PREPARE_KEYS}
-    if data.get("dataset") in GENERATED:
-        return generated(data["dataset"], settings, seed)
+    dataset = data.get("dataset")
+    if not isinstance(dataset, str | None):
+        raise InputError(f"data.dataset={dataset!s:.80}: give the name of a dataset")
+    if dataset in GENERATED:
+        return generated(dataset, settings, seed)
+    with told_of("data"):
+        check_arguments(LoaderSettings, settings)
     root, spatial_dims = settings.pop("root", None), settings.pop("spatial_dims", None)
     if root in UNSET:
         raise InputError("data.root: not given; name the folder that `medldm prepare` wrote as data.root=DIR")

@@ -42,6 +42,7 @@ from medldm.devices import (
 from medldm.errors import InputError, told_of
 from medldm.models.common import TrainedModule
 from medldm.progress import has_bars
+from medldm.signatures import check_arguments
 from medldm.training.sharding import FSDP, ShardedStrategy, check_layout, check_sharded
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,8 @@ def trainer_options(cfg: DictConfig, module: TrainedModule, settings: DeviceSett
     if options["strategy"] == "auto" and num_processes(options) > 1:
         options["strategy"] = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
     options["sync_batchnorm"] = syncs_batchnorm(options, module)
+    with told_of("trainer"):
+        check_arguments(Trainer, options)
     return options
 
 
@@ -150,6 +153,11 @@ def make_callbacks(
     cfg: DictConfig, module: TrainedModule, datamodule: LightningDataModule, run_dir: Path
 ) -> Iterator[Callback]:
     """The callbacks of a training, in the order in which they must act."""
+    options = OmegaConf.to_container(cfg.callbacks, resolve=True)
+    kinds = {"checkpoints": Checkpoints, "ema": EMA, "post_hoc_ema": PowerAverages, "pictures": Pictures}
+    for key, kind in kinds.items():
+        with told_of(f"callbacks.{key}"):
+            check_arguments(kind, options.get(key) or {})
     checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.callbacks.checkpoints)
     yield LatentStatistics(datamodule)
     yield CountUpdates()

@@ -115,6 +115,7 @@ class CaseDataModule(pl.LightningDataModule):
         """
         self.setup()
         facts = {name: self.index.get(name) for name in FACTS} | typical_volume(self.index)
+        facts["image_channels"] = self.index.get("image_channels", 1)
         return facts | {"unknown_attributes": self.unstated("train")}
 
     def unstated(self, subset: str) -> list[str]:
