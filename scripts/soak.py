@@ -11,9 +11,11 @@ Ctrl-C and SLURM's warning; `disk` is a file system that fills up and `read_only
 (both need the right to mount a tmpfs); `neighbour` is a second process with the same output; `clock` gives
 files tomorrow's times between kill and restart; `moved` moves the run folder in between.
 
-Changed inputs (`soak/mutations.py`) are raw files, manifests, indexes, splits, recipes and checkpoints with
-bytes or entries changed at random: each must work or be told in one line, never end in a traceback, a crash,
-a hang or without memory.
+Changed inputs are raw files, manifests, indexes, splits and recipes with bytes or entries changed at random
+(`soak/mutations.py`); checkpoints that are loaded, used or resumed (`soak/strangers.py`); JSON files that
+commands wrote, and command lines with bad values, every key with every kind of value in random order
+(`soak/commandlines.py`). Each must work or be told in one line, never end in a traceback, a crash, a hang,
+without memory, or with something left behind.
 
 A trial is `equal` where the end is that of an undisturbed run, bit for bit. It is `told` where the second of
 two neighbours ended in a single clear line. Everything else is `wrong`, and is listed with its folder, and
@@ -22,6 +24,7 @@ the exit status is 1.
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -50,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which faults come")
     parser.add_argument("--folder", type=Path, help="where trials are made; those that fail stay there")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="N changed inputs of each kind")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for the inputs of each kind")
     parser.add_argument("--kinds", nargs="+", choices=fuzzing.KINDS, default=list(fuzzing.KINDS))
     parser.add_argument("--json", type=Path, help="rows as a file, written as they come")
     options = parser.parse_args()
@@ -93,7 +97,8 @@ def fuzz_all(options: argparse.Namespace, made: world.World, console: Console, f
     rows = []
     for kind in options.kinds:
         seed = options.seed * len(fuzzing.KINDS) + fuzzing.KINDS.index(kind)
-        rows.append(fuzzing.fuzz(kind, options.fuzz, seed, folder / "fuzz", made.data, made.model, made.raw))
+        inputs = fuzzing.Inputs(kind, folder / "fuzz" / kind, made.places(), options.seed)
+        rows.append(fuzzing.fuzz(inputs, options.fuzz, seed, options.seconds))
         counts = ", ".join(f"{rows[-1][name]} {name}" for name in fuzzing.OUTCOMES)
         console.print(f"{kind}: n = {rows[-1]['n']}: {counts}")
         for words, place in rows[-1]["bad"].items():

@@ -10,15 +10,19 @@ import random
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import commandlines
 import cv2
 import h5py
 import nibabel
 import nrrd
 import numpy as np
+import strangers
 
+from medldm.build import load_module
 from medldm.data.datasets import folder as own_folder
 from medldm.data.loading.datamodule import CaseDataModule
 from medldm.data.preparation.recipe import make_recipe
@@ -29,6 +33,8 @@ from medldm.data.splits import read_splits
 from medldm.errors import InputError
 from medldm.schemas import Latents, Metrics, Provenance, read_checked
 from medldm.values import check_values
+
+USED = 0.3  # of the changed checkpoints, by a command
 
 ODD_NUMBERS = (0, 1, -1, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 ODD_VALUES: tuple[Any, ...] = (
@@ -140,11 +146,14 @@ class Fuzzer:
         folder: Path,
         seed: int,
         prepared: Path,
-        checkpoint: Path | None = None,
-        raw: Path | None = None,
+        places: commandlines.Places | None = None,
+        first: int = 0,
+        order: int = 0,
     ) -> None:
+        """`first`: the number of the first command line, in the order that belongs to `order`."""
         self.folder, self.rng, self.prepared = folder, random.Random(seed), prepared
-        self.checkpoint, self.raw = checkpoint, raw
+        self.places, self.number, self.order = places, first - 1, order
+        self.changed_checkpoints: strangers.Strangers | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self.files = {path.name: path.read_bytes() for path in write_samples(folder / "valid")}
         self.root = folder / "data"
@@ -225,78 +234,47 @@ class Fuzzer:
         return use
 
     def try_overrides(self) -> Callable[[], object]:
-        """A command line with one or two keys of odd values; a training is left before its first step."""
-        from hydra import compose, initialize_config_dir
-        from omegaconf import OmegaConf
-
-        from medldm.commands import CONFIG_DIR, encode, evaluate, prepare, sample, train
-        from medldm.overrides import check_paths, known_keys
-
-        train.fit = lambda *_: None
+        """A command line with a bad value, all of them in turn; a training ends after its first step."""
         out = self.folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        name, module, words = self.rng.choice(
-            [
-                ("prepare", prepare, [f"data.raw={self.raw}", f"data.root={out}", "data.image_size=32"]),
-                ("train", train, ["experiment=cardiac2d/vqvae", "debug=tiny", f"run_dir={out}"]),
-                ("train", train, [
-                    "experiment=cardiac2d/ldm", "debug=tiny", f"run_dir={out}", "model/first_stage=pixel",
-                ]),
-                ("sample", sample, [
-                    f"checkpoint={self.checkpoint}", f"output={out}", "limit=1", "max_slices=1",
-                ]),
-                ("encode", encode, [f"checkpoint={self.checkpoint}"]),
-                ("evaluate", evaluate, [
-                    f"generated={self.prepared}", f"reference={self.prepared}", f"output={out}",
-                    "metrics.image=[rmse]", "metrics.features=[]", "metrics.lpips=null", "panel_rows=0",
-                ]),
-            ]
-        )  # fmt: skip
-        if name in ("train", "sample", "encode"):
-            words = [*words, f"data.root={self.prepared}"]
-        words += ["data.num_workers=0"] if name != "evaluate" else []
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            keys = [key for key in known_keys(compose(name, overrides=words)) if "_target_" not in key]
-        odd = [f"{self.rng.choice(keys)}={self.rng.choice(ODD_WORDS)}" for _ in range(self.rng.randint(1, 2))]
-        odd = [word for word in odd if not word.startswith(("run_dir", "output", "data.root", "paths"))]
+        self.number += 1
+        every = commandlines.cells(self.places, out, self.order)
+        name, odd = every[self.number % len(every)]
+        command, words = self.places.lines(out)[name]
+        return lambda: commandlines.run_line(command, words, [odd], out)
 
-        def use() -> object:
-            with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-                cfg = compose(name, overrides=[*words, *odd])
-                check_paths(OmegaConf.to_container(cfg), odd)
-                check_values(OmegaConf.to_container(cfg))
-            module.task(cfg)
-
-        return lambda: told_as_a_command(use, name, f"{name} {' '.join(odd)}")
+    def try_records(self) -> Callable[[], object]:
+        """JSON files that commands wrote, read by other commands."""
+        changed = partial(mutate_tree, rng=self.rng)
+        return commandlines.try_records(self.places, self.folder, self.rng, changed)
 
     def try_checkpoints(self) -> Callable[[], object]:
-        from medldm.build import load_module
+        """A changed checkpoint is loaded and, for some, used by a command."""
+        path, source = self.strangers().for_loading()
+        out = self.folder / "out"
+        names = {
+            self.places.stage: "encode",
+            self.places.model: "sample",
+            self.places.translator: "translate",
+        }
+        command, words = self.places.lines(out)[names[source]]
+        is_used = self.rng.random() < USED
+        words = [word.replace(f"checkpoint={source}", f"checkpoint={path}") for word in words]
+        return lambda: commandlines.run_line(command, words, [], out) if is_used else load_module(path)
 
-        path = self.folder / "a.ckpt"
-        if self.rng.random() < 0.5:
-            path.write_bytes(mutate(self.checkpoint.read_bytes(), self.rng))
-        else:
-            import torch
+    def try_resumes(self) -> Callable[[], object]:
+        """A training goes on from a checkpoint with another state, for a step."""
+        path, source = self.strangers(resumed=True).for_resuming()
+        out = self.folder / "out"
+        name = "train vqvae" if source == self.places.stage else "train ldm"
+        command, words = self.places.lines(out)[name]
+        return lambda: commandlines.run_line(command, words, [f"resume={path}"], out)
 
-            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            content = {key: content[key] for key in ("medldm", "state_dict", "ema") if key in content}
-            description = mutate_tree(content["medldm"], self.rng)
-            torch.save(content | {"medldm": description}, path)
-        return lambda: load_module(path)
-
-
-def told_as_a_command(use: Callable[[], object], name: str, words: str) -> None:
-    """InputError where the command would end in one line, whoever raised it; else the words are told too."""
-    from medldm.commands import user_message
-
-    try:
-        use()
-    except Exception as error:
-        line = user_message(error, name)
-        if line is None:
-            error.args = (f"{words}: {error}",)
-            raise
-        raise InputError(line) from error
+    def strangers(self, resumed: bool = False) -> strangers.Strangers:
+        if self.changed_checkpoints is None:
+            sources = [self.places.stage, self.places.model]
+            sources += [self.places.translator] if self.places.translator and not resumed else []
+            self.changed_checkpoints = strangers.Strangers(self.folder, self.rng, sources, mutate)
+        return self.changed_checkpoints
 
 
 def from_word(word: str) -> Any:

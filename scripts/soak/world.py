@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from commandlines import Places
 from hydra import compose, initialize_config_dir
 
 from medldm.commands import (
@@ -159,6 +160,17 @@ class World:
     def source(self) -> Path:
         """The raw T1 of one subject."""
         return sorted((self.root / "volumes_raw").rglob("*_t1.nii.gz"))[0]
+
+    def places(self) -> Places:
+        """Valid inputs of every command, an evaluation and latents among them, for fuzzing."""
+        data, metrics = self.root / "fuzzed" / "data", self.root / "metrics"
+        if not metrics.is_dir():
+            self.run("evaluate", *COMMANDS["evaluate"].overrides(self, self.root))
+        if not data.is_dir():
+            copy_world(self.data, data)
+            self.run("encode", f"checkpoint={self.stage}", f"data.root={data}", "data.num_workers=0")
+        others = (self.samples, metrics, self.root / "volumes", self.translator, self.source)
+        return Places(self.raw, data, self.stage, self.model, *others)
 
     def make(self) -> None:
         sizes = ("num_subjects=4", "image_size=64", "num_slices=[4,5]")
