@@ -8,25 +8,68 @@ and, for a second stage, the first stage's own description. It may come from any
 import hashlib
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from pydantic import Field
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from medldm.errors import InputError
 from medldm.files import replacing
 from medldm.parts import TRUSTED, check_plain, check_stored, find_part, known_parts, targets_in
+from medldm.schemas import AttributeEntry, Count, Schema, Text, check_schema
 from medldm.tensors import is_safetensors, read_tensors
 
 FORMAT = 1
 NUM_TOLD = 20  # weights that do not fit, in a line
 EARLIER_STAGES = ("first_stage", "map_stage")  # what a second stage stands on
+ORIGINS = ("adapter", "segmenter", "init_from")  # what else a model was made with, or from
+MEND = "give one that `medldm train` wrote"
+Names = Sequence[Text] | None
 
 log = logging.getLogger(__name__)
+
+
+class Subjects(Schema):
+    """The subjects of a split, by part."""
+
+    train: Sequence[str]
+    val: Sequence[str]
+    test: Sequence[str] = ()
+
+
+class TrainingRecord(Schema):
+    """What a checkpoint keeps of the data that it was trained on."""
+
+    dataset: str
+    raw: str | None = None
+    split: str | None = None
+    subjects: Subjects
+    images: dict[str, list[str]] | None = None
+    content: str | None = None
+    attributes: dict[str, str] | None = None
+    generator: Sequence[str] = ()
+
+
+class Facts(Schema):
+    """What a model was told of its data."""
+
+    spatial_dims: Literal[0, 2, 3]  # 0: points
+    image_channels: Annotated[int, Field(ge=1, le=2**17)]
+    num_classes: Count | None = None
+    num_views: Count | None = None
+    num_phases: Count | None = None
+    num_labels: Count | None = None
+    label_names: Names = None
+    view_names: Names = None
+    phase_names: Names = None
+    label_values: Names = None
+    attributes: dict[str, AttributeEntry] | None = None
+    unknown_attributes: Sequence[str] | None = None
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -115,11 +158,29 @@ def check_description(description: Any, place: str) -> None:
         raise InputError(f"{place}: says that it is a {description['stage']} model, unlike its config")
     check_stored(description["model"], f"{place}: its config")
     check_plain(description["facts"], f"{place}: the facts of its data")
+    check_schema(description["facts"], Facts, f"{place}: the facts of its data", MEND)
+    check_records(description, place)
     for key in EARLIER_STAGES:
         if description.get(key) is not None:
             check_description(description[key], f"{place}: its {key}")
+            if not isinstance(description[key].get("sha256"), str):
+                raise InputError(f"{place}: its {key} does not state its sha256; {MEND}")
         elif (description["model"].get(key) or {}).get("checkpoint") is not None:
             raise InputError(f"{place}: lacks the description of its {key}, which its config names")
+
+
+def check_records(description: Mapping[str, Any], place: str) -> None:
+    """InputError where the records of what a model, and those that it came from, were trained on are not of
+    the form that `medldm.held_out` reads.
+    """
+    if description.get("data") is not None:
+        check_schema(description["data"], TrainingRecord, f"{place}: the record of its data", MEND)
+    for key in ORIGINS:
+        origin = description.get(key)
+        if origin and not (isinstance(origin, Mapping) and isinstance(origin.get("stage"), str)):
+            raise InputError(f"{place}: its {key} does not describe a model; {MEND}")
+        if origin:
+            check_records(origin, f"{place}: its {key}")
 
 
 def check_weights(weights: Any, place: str) -> None:
@@ -156,6 +217,8 @@ def misfits(module: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 def wrong_value(own: Tensor, given: Tensor) -> str | None:
     """What is wrong with a weight in the place of a module's own one, None if nothing."""
+    if not isinstance(given, Tensor):
+        return "is no tensor"
     if given.shape != own.shape:
         return f"is {tuple(given.shape)}, not {tuple(own.shape)}"
     if given.is_complex() or given.is_floating_point() != own.is_floating_point():

@@ -341,7 +341,7 @@ def read_checked(path: Path, schema: type[Schema], mend: str) -> dict[str, Any]:
     return content
 
 
-def check_schema(content: Mapping[str, Any], schema: type[Schema], path: Path, mend: str) -> None:
+def check_schema(content: Mapping[str, Any], schema: type[Schema], path: object, mend: str) -> None:
     """InputError that names the first entry which does not follow the schema."""
     if found := first_mistake(content, schema):
         raise InputError(f"{path}: {found[0] or 'its content'}: {found[1]}; {mend}")

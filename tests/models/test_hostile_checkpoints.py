@@ -314,6 +314,27 @@ def changed(content: dict, key: str, value) -> dict:
     return content
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("data.subjects.train", [["a"]], "the record of its data: subjects.train.0: Input should be a valid"),
+        ("data.dataset", ..., "the record of its data: dataset: Field required"),
+        ("data.images", {"a": [1]}, "the record of its data: images.a.0: Input should be a valid string"),
+        ("init_from", {"stage": "diffusion", "data": 3}, "its init_from: the record of its data: "),
+        ("init_from", "x", "its init_from does not describe a model"),
+        ("facts.num_classes", "4", "the facts of its data: num_classes: Input should be a valid integer"),
+        ("facts.view_names", 3, "the facts of its data: view_names: "),
+        ("first_stage.sha256", None, "its first_stage does not state its sha256"),
+        ("first_stage.facts.spatial_dims", 4, "its first_stage: the facts of its data: spatial_dims: "),
+    ],
+)
+def test_what_a_checkpoint_records_has_a_form(key, value, line, diffusion, tmp_path):
+    path = save(changed(load(diffusion), f"medldm.{key}", value), tmp_path / "a.ckpt")
+    with pytest.raises(InputError) as told:
+        load_module(path)
+    assert str(path) in str(told.value) and line in str(told.value) and "\n" not in str(told.value)
+
+
 STATES = [
     ("global_step", ..., "global_step: Field required"),
     ("global_step", -1, "global_step: Input should be greater"),

@@ -21,7 +21,7 @@ from medldm.errors import InputError, unreadable
 from medldm.models.common import TrainedModule
 from medldm.schemas import Count, Finite, Name, Schema, check_schema
 
-MEND = "take another checkpoint of the run"
+ANOTHER = "take another checkpoint of the run"
 
 
 class State(Schema):
@@ -66,10 +66,10 @@ def check_state(
         check_like(datamodule.state_dict(), content[name], f"{path}: {name}")
     for callback in trainer.callbacks:
         check_callback(callback, content["callbacks"].get(callback.state_key), path)
-    with unreadable(f"{path}: its random_state is damaged; {MEND}"):
+    with unreadable(f"{path}: its random_state is damaged; {ANOTHER}"):
         if content.get("random_state") is not None:
             torch.Generator().set_state(content["random_state"]["cpu"].cpu())
-    with unreadable(f"{path}: what this model keeps beside its weights is damaged; {MEND}"):
+    with unreadable(f"{path}: what this model keeps beside its weights is damaged; {ANOTHER}"):
         module.on_load_checkpoint(dict(content))
 
 
@@ -80,18 +80,18 @@ def check_optimizers(path: Path, content: Mapping[str, Any], module: TrainedModu
     optimizers, schedules = module.configure_optimizers()
     states = content.get("optimizer_states")
     if not isinstance(states, list) or len(states) != len(optimizers):
-        raise InputError(f"{path}: does not hold the state of {len(optimizers)} optimisers; {MEND}")
+        raise InputError(f"{path}: does not hold the state of {len(optimizers)} optimisers; {ANOTHER}")
     if wrong := misfits(module, content["state_dict"]):
-        raise InputError(f"{path}: its state_dict does not fit the model: {wrong}; {MEND}")
+        raise InputError(f"{path}: its state_dict does not fit the model: {wrong}; {ANOTHER}")
     schedules = [entry["scheduler"] if isinstance(entry, dict) else entry for entry in schedules]
     rates = [numbers_in(schedule.state_dict()) for schedule in schedules]
     check_like(rates, content.get("lr_schedulers"), f"{path}: lr_schedulers")
     for optimizer, state in zip(optimizers, states, strict=True):
         groups = [numbers_in(own) | {"params": [...] * len(own["params"])} for own in optimizer.param_groups]
         check_like({"param_groups": groups, "state": {}}, state, f"{path}: optimizer_states")
-        with unreadable(f"{path}: the state of its optimiser is damaged; {MEND}"):
+        with unreadable(f"{path}: the state of its optimiser is damaged; {ANOTHER}"):
             if not fits_parameters(optimizer, state):
-                raise InputError(f"{path}: the state of its optimiser does not fit the parameters; {MEND}")
+                raise InputError(f"{path}: the state of its optimiser does not fit the parameters; {ANOTHER}")
 
 
 def numbers_in(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,14 +137,14 @@ def check_averages(content: Mapping[str, Any], averaged: nn.Module | None, path:
         }
     for key, weights in averages.items():
         if wrong := misfits(averaged, weights):
-            raise InputError(f"{path}: its {key} does not fit the model: {wrong}; {MEND}")
+            raise InputError(f"{path}: its {key} does not fit the model: {wrong}; {ANOTHER}")
 
 
 def check_callback(callback: Callback, state: Mapping[str, Any] | None, path: Path) -> None:
     """InputError where the state of a callback is not of the form of its own."""
     own = callback.state_dict()
     if state and "best" in own:
-        check_schema(state, KeptCheckpoints, path, MEND)
+        check_schema(state, KeptCheckpoints, path, ANOTHER)
     elif state and own:
         check_like(own, state, f"{path}: callbacks.{type(callback).__name__}")
 
@@ -156,16 +156,16 @@ def check_like(own: Any, given: Any, place: str) -> None:
     if isinstance(own, Mapping):
         lacks = [key for key in own if not isinstance(given, Mapping) or key not in given]
         if lacks:
-            raise InputError(f"{place}: has no {lacks[0]}; {MEND}")
+            raise InputError(f"{place}: has no {lacks[0]}; {ANOTHER}")
         for key, value in own.items():
             check_like(value, given[key], f"{place}.{key}")
     elif isinstance(own, list | tuple):
         if not isinstance(given, list | tuple) or len(given) != len(own):
-            raise InputError(f"{place}: is no list of {len(own)} entries; {MEND}")
+            raise InputError(f"{place}: is no list of {len(own)} entries; {ANOTHER}")
         for number, (value, entry) in enumerate(zip(own, given, strict=True)):
             check_like(value, entry, f"{place}.{number}")
     elif own is not ... and not is_like(own, given):
-        raise InputError(f"{place}: is {given!s:.80} in the place of {own!s:.80}; {MEND}")
+        raise InputError(f"{place}: is {given!s:.80} in the place of {own!s:.80}; {ANOTHER}")
 
 
 def is_like(own: Any, given: Any) -> bool:

@@ -13,7 +13,7 @@ from medldm.fingerprints import file_sha256
 from medldm.held_out import changed_attributes, changed_data, origin_of
 from medldm.models.common import TrainedModule
 from medldm.schemas import check_schema
-from medldm.training.restoring import MEND, State
+from medldm.training.restoring import ANOTHER, State
 
 log = logging.getLogger(__name__)
 FROZEN = ("first_stage.", "map_stage.", "network.base.", "conditioner.base.")  # weights of earlier stages
@@ -27,7 +27,7 @@ STRUCTURE = (
 def checked_resume(path: Path, model: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's content; InputError where it is of another model than the config's."""
     content = read_checkpoint(path)
-    check_schema(content, State, path, MEND)
+    check_schema(content, State, path, ANOTHER)
     description = content["medldm"]
     if description["stage"] != model["kind"]:
         raise InputError(
