@@ -1,15 +1,20 @@
 """Mean MS-SSIM over random pairs of the images of one set: high where a generator repeats itself."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medldm.evaluation.matching import numbers_by_place
 from medldm.evaluation.pairs import Pair
 from medldm.evaluation.stored import Image, load
 from medldm.metrics.image import to_unit
 from medldm.metrics.similarity import ms_ssim, num_scales
+
+VALUES_KEPT = 2**26  # 256 MiB: 32 volumes of 128^3
 
 
 def draw_pairs(
@@ -50,13 +55,22 @@ def measure_diversity(
     subjects = {pairs[i].subject for both in chosen for i in both}
     table = {}
     for row, images in rows.items():
-        values = np.array([similarity(images[i], images[j], scales) for i, j in chosen])
+        read = reader(images, chosen)
+        values = np.array([float(ms_ssim(read(i), read(j), scales=scales)) for i, j in chosen])
         std = float(values.std(ddof=1)) if len(values) > 1 else None
         table[row] = {"mean": float(values.mean()), "std": std, "n_pairs": len(values)}
         table[row]["num_subjects"] = len(subjects)
     return {"ms_ssim": table, "num_scales": scales, "seed": seed, "matched_on": list(match)}
 
 
-def similarity(first: Image, second: Image, scales: int) -> float:
-    x, y = (to_unit(torch.from_numpy(load(image))[None]) for image in (first, second))
-    return float(ms_ssim(x, y, scales=scales))
+def reader(images: Sequence[Image | None], chosen: Sequence[tuple[int, int]]) -> Callable[[int], Tensor]:
+    """Index -> image on [0, 1], (1, C, *S). The last `VALUES_KEPT` values are not read again: most images are
+    in several pairs, and a compressed volume takes longer to read than to compare.
+    """
+    largest = max(math.prod(images[i].shape) for both in chosen for i in both)
+
+    @lru_cache(maxsize=max(2, VALUES_KEPT // largest))
+    def read(i: int) -> Tensor:
+        return to_unit(torch.from_numpy(load(images[i]))[None])
+
+    return read

@@ -29,7 +29,7 @@ from medldm.metrics.summary import combine_samples
 from medldm.metrics.surface import surface_distances
 
 Images = Sequence[Image | None]
-VALUES_AT_ONCE = 2**21  # 32 slices of 256 x 256, one volume of 128^3
+VALUES_AT_ONCE = 2**20  # 16 slices of 256 x 256, one volume
 ROW_ORDER = (
     "generated",
     "generated_mean_of_k",
