@@ -109,9 +109,14 @@ class Tools:
         return self.recipe.for_view(self.view_names[int(view)] if named else None)
 
     def to(self, device: torch.device) -> "Tools":
+        """Move the networks; those of 2D images run channels_last, where Inception takes two thirds of the time
+        on a CPU (features equal to 2e-6 of the largest).
+        """
         self.device = device
         for network in (*self.networks.values(), *([self.lpips] if self.lpips else [])):
             network.to(device)
+            if all(x.ndim < 5 for x in network.parameters()):
+                to_channels_last(network)
         return self
 
 
@@ -157,12 +162,9 @@ def build_tools(
                 tools.missing |= dict.fromkeys(entry.names, str(error))
             continue
         tools.networks[key] = SliceFeatures(network, axial_axis, num_slices) if by_slice else network
-        if dims == 2:  # inference: 1.5 times as fast on a CPU, features equal to 2e-6 of the largest
-            to_channels_last(network)
     if lpips is not None:
         try:
             tools.lpips = LPIPS(lpips, weights_dir=weights_dir)
-            to_channels_last(tools.lpips)
         except InputError as error:
             tools.missing[tools.lpips_name] = str(error)
     return tools
