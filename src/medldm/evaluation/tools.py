@@ -109,8 +109,8 @@ class Tools:
         return self.recipe.for_view(self.view_names[int(view)] if named else None)
 
     def to(self, device: torch.device) -> "Tools":
-        """Move the networks; those of 2D images run channels_last, where Inception takes two thirds of the time
-        on a CPU (features equal to 2e-6 of the largest).
+        """Move the networks; those of 2D images run channels_last, where Inception takes two thirds of the
+        time on a CPU (features equal to 2e-6 of the largest).
         """
         self.device = device
         for network in (*self.networks.values(), *([self.lpips] if self.lpips else [])):
