@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from medldm.evaluation import diversity
 from medldm.evaluation.stored import StoredImage
+from medldm.metrics.image import to_unit
 
 
 class Counting:
@@ -30,6 +32,6 @@ def test_an_image_is_kept_while_there_is_room(monkeypatch, kept, most_reads):
     read = diversity.reader(images, chosen)
     for i, j in chosen:
         for k in (i, j):
-            assert np.array_equal(read(k).numpy()[0], (counting.arrays[k] + 1) / 2)
+            assert torch.equal(read(k)[0], to_unit(torch.from_numpy(counting.arrays[k])))
     assert counting.count.max() <= most_reads
     assert (counting.count.sum() > 4) == (kept < 2**26)
