@@ -180,10 +180,6 @@ KIND = '''
         def outputs(self):
             return {"mean": Output(("image",), lambda batch, size, request: self.means[batch["view"]])}
 
-        @property
-        def compiled_parts(self):
-            return []
-
         def configure_optimizers(self):
             optimizer = build_optimizer(self.make_optimizer, [self])
             return [optimizer], [{"scheduler": self.learning_rate(optimizer), "interval": "step"}]

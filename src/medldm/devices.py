@@ -6,7 +6,7 @@ Every choice takes the `Hardware` that it is for, so that a test without a GPU c
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -153,6 +153,22 @@ def compiles_on(hardware: Hardware, choice: bool | str) -> bool:
     if choice not in (True, False, "auto"):
         raise InputError(f"compile={choice} is none of true, false, auto")
     return hardware.is_gpu if choice == "auto" else bool(choice)
+
+
+class LoopSettings(NamedTuple):
+    """How a network runs that a sampler calls many times with the same shapes: `compiles` whether it is
+    compiled, `records` whether its kernels are recorded once as a CUDA graph and replayed, so that no step
+    waits for the host.
+    """
+
+    compiles: bool
+    records: bool
+
+
+def choose_loop(compiles: bool | str = False, *, hardware: Hardware) -> LoopSettings:
+    """What the config's `compile` means for a sampler's loop on `hardware`. InputError for other values."""
+    is_compiled = compiles_on(hardware, compiles)
+    return LoopSettings(is_compiled, records=is_compiled and hardware.is_gpu)
 
 
 def pick_device(name: str = "auto", hardware: Hardware | None = None) -> torch.device:

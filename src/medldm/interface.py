@@ -22,29 +22,41 @@ from medldm.build import load_module
 from medldm.conditions import check_facts, embedded, number_as_trained
 from medldm.data.case import stem_of
 from medldm.data.loading.datamodule import CaseDataModule
-from medldm.devices import inference_precision, pick_device
+from medldm.devices import choose_loop, find_hardware, inference_precision, pick_device
 from medldm.diffusion.condition import check_drop
 from medldm.diffusion.sampler import check_guidance, override_sampler
 from medldm.errors import InputError
 from medldm.files import safe_name
 from medldm.inference import autocast
 from medldm.models.protocols import Request
-from medldm.sampling import predictor_of
+from medldm.sampling import compile_networks, predictor_of
 from medldm.translating import choose_targets, prepare_source, translate
 
 
 def load(
-    checkpoint: str | Path, *, weights: str = "ema", device: str = "auto", precision: str = "auto"
+    checkpoint: str | Path,
+    *,
+    weights: str = "ema",
+    device: str = "auto",
+    precision: str = "auto",
+    compile: bool | str = False,
 ) -> "Model":
     """The trained model in a checkpoint of `medldm train`, on a device.
 
     `weights` are the moving average's ("ema", where there is one) or those of the last update ("raw").
     `device` is "auto", "cpu", "cuda" or "cuda:N"; `precision` is "auto" (bf16 on a GPU that multiplies it),
-    "bf16-mixed" or "32-true". InputError for a file that is no checkpoint. Nothing in the file is executed.
+    "bf16-mixed" or "32-true". `compile` True compiles the network that a sampler calls at every step, on a
+    GPU as a CUDA graph, for each new shape at its first step, which takes minutes; "auto" does so on GPUs.
+    InputError for a file that is no checkpoint, and where `compile` is True and nothing is sampled. Nothing
+    in the file is executed.
     """
     place = pick_device(device)
-    inference_precision(precision, place)  # names an unknown one before anything is read
-    return Model(load_module(checkpoint, weights=weights).to(place), str(checkpoint), precision)
+    hardware = find_hardware(place.type)
+    inference_precision(precision, place)  # these name what is unknown before anything is read
+    choose_loop(compile, hardware=hardware)
+    module = load_module(checkpoint, weights=weights).to(place)
+    compile_networks(module, next(iter(module.outputs.values()), None), compile, hardware=hardware)
+    return Model(module, str(checkpoint), precision)
 
 
 class Model:

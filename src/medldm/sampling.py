@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from medldm.data.loading.dataset import CaseDataset
+from medldm.devices import Hardware, choose_loop
 from medldm.errors import InputError
 from medldm.inference import autocast, to_device
 from medldm.models.diffusion import DiffusionModule
 from medldm.models.protocols import Output, Predictive, Request, Sampleable
+from medldm.networks.compiling import compile_loop
 
 __all__ = ["Predictor", "Recorder", "Request", "interpolate", "predictor_of", "sample_cases", "spread"]
 
@@ -69,6 +71,21 @@ def predictor_of(module: Predictive, *, stage: str | None = None, tile: int | No
     if tile is not None:
         module.use_tiles(tile)
     return Predictor(module.device, name, outputs[name])
+
+
+def compile_networks(
+    module: Sampleable, output: Output | None, compiles: bool | str, *, hardware: Hardware
+) -> None:
+    """Compiles what a sampler calls at every step for this output of the model, as `compiles` (True, False,
+    "auto") says for `hardware`; "auto" leaves models alone of which nothing is sampled. InputError where one
+    of them is to be compiled.
+    """
+    settings = choose_loop(compiles, hardware=hardware)
+    is_sampled = output is not None and output.is_generative
+    if settings.compiles and not is_sampled and compiles != "auto":
+        raise InputError("compile: this output takes one pass and no loop; set it to false")
+    for part in module.compiled_parts if settings.compiles and is_sampled else ():
+        compile_loop(part, records=settings.records)
 
 
 # ---- all cases ----

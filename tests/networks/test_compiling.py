@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from medldm.commands import train
-from medldm.devices import CPU, GPU, choose_settings
+from medldm.devices import CPU, GPU, choose_loop, choose_settings
 from medldm.diffusion.encoders import BlockMaximum, MaxPool, SegConv
 from medldm.networks import compiling
 from medldm.networks.autoencoder import Stack
@@ -97,9 +97,26 @@ def test_a_loop_hands_out_results_that_the_next_call_does_not_change(monkeypatch
     buffer = torch.zeros(2)
     monkeypatch.setattr(compiling, "compiled", lambda call, backend: lambda x: buffer.copy_(call(x)))
     network = nn.Identity()
-    compiling.compile_loop(network)
+    compiling.compile_loop(network, records=True)
     first = network(torch.ones(2))
     assert network(torch.full((2,), 5.0)).tolist() == [5, 5] and first.tolist() == [1, 1]
+
+
+def test_a_loop_becomes_a_cuda_graph_on_a_gpu_alone(monkeypatch):
+    """Compiled here as if on each; the compiler's second half tells what it was asked for."""
+    asked = []
+
+    def told(graph, inputs, config_patches):
+        asked.append(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", told)
+    for hardware in (GPU, CPU):
+        network = nn.Linear(2, 2)
+        compiling.compile_loop(network, records=choose_loop(True, hardware=hardware).records)
+        x = torch.ones(1, 2)
+        torch.testing.assert_close(network(x), network.forward(x), atol=0, rtol=0)
+    assert asked == [{"triton.cudagraphs": True}, {"triton.cudagraphs": False}]
 
 
 @pytest.mark.parametrize("strides", [(2, 2, 2), (1, 2, 2), (2, 1, 2)])

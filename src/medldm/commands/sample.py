@@ -36,14 +36,12 @@ from omegaconf import DictConfig
 from medldm.asked import refuse_other_recipe
 from medldm.build import load_module
 from medldm.commands import clean_after_failure, run_command
-from medldm.devices import compiles_on, find_hardware, inference_precision, pick_device
+from medldm.devices import find_hardware, inference_precision, pick_device
 from medldm.errors import InputError, told_of
 from medldm.inference import items_by_case
-from medldm.models.protocols import Predictive
-from medldm.networks.compiling import compile_loop
 from medldm.outputs import SampleFolder
 from medldm.overrides import typed_command, typed_overrides
-from medldm.sampling import Predictor, predictor_of
+from medldm.sampling import compile_networks, predictor_of
 from medldm.synthesis.provenance import describe_data, describe_run
 from medldm.synthesis.request import (
     average_as_asked,
@@ -73,8 +71,7 @@ def task(cfg: DictConfig) -> None:
         check_latent(predictor, "sampler.guide")
         with told_of("sampler.guide"):
             module.guide_by(load_module(cfg.sampler.guide).to(device))
-    if compiles_on(find_hardware(device.type), cfg.compile):
-        compile_network(module, predictor)
+    compile_networks(module, predictor.output, cfg.compile, hardware=find_hardware(device.type))
     windows, keys = windows_of(cfg, module, predictor), predictor.keys
     for key, is_set in (("trajectory", cfg.trajectory), ("interpolate.count", cfg.interpolate.count)):
         if is_set:
@@ -100,14 +97,6 @@ def task(cfg: DictConfig) -> None:
         give_units(dataset, module.facts)
     write_samples(cfg, predictor, module, windows, folder, dict(cases), datamodule.facts["image_size"])
     print(cfg.output)
-
-
-def compile_network(module: Predictive, predictor: Predictor) -> None:
-    """Compile what a sampler calls at every step. InputError where none does."""
-    if not predictor.is_generative:
-        raise InputError("compile: this output takes one pass and no loop; set it to false")
-    for part in module.compiled_parts:
-        compile_loop(part)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ divide is padded, and both are undone; voxels that are not finite become the lea
 units: an MR contrast has no units of its own. `unit` writes [0, 1], the target's lower and upper percentile
 of preparation; `training` the median range of that modality in the training data; `source` the source's.
 Keys: targets (null: every other modality), fast, units, sampler.*, weights (ema or raw), seed, device,
-precision (auto, bf16-mixed, 32-true).
+precision (auto, bf16-mixed, 32-true), compile.
 Also writes provenance.json, with an entry for every image of the folder. Prints the files.
 """
 
@@ -28,7 +28,7 @@ from medldm.commands import clean_after_failure, run_command
 from medldm.data.case import stem_of
 from medldm.data.preparation.volume_transforms import restore_volume
 from medldm.data.raw.readers import files_of
-from medldm.devices import inference_precision, pick_device
+from medldm.devices import find_hardware, inference_precision, pick_device
 from medldm.diffusion.sampler import check_guidance, override_sampler
 from medldm.errors import InputError, told_of
 from medldm.files import inside, safe_name, write_json
@@ -37,6 +37,7 @@ from medldm.held_out import stages_of
 from medldm.locks import one_writer
 from medldm.models.protocols import Request
 from medldm.outputs import write_nifti
+from medldm.sampling import compile_networks, predictor_of
 from medldm.schemas import Provenance, read_checked
 from medldm.translating import choose_targets, prepare_source, translate
 
@@ -73,7 +74,10 @@ def load_translator(cfg: Any) -> Any:
             check_guidance(module.sampler, module.conditioner)
     elif is_given:
         raise InputError("sampler: the checkpoint has no diffusion; give one of an ldm experiment")
-    return module.to(device)
+    module = module.to(device)
+    output = predictor_of(module, stage="spade" if cfg.fast else None).output
+    compile_networks(module, output, cfg.compile, hardware=find_hardware(device.type))
+    return module
 
 
 @clean_after_failure("output", alone=False)

@@ -102,10 +102,6 @@ class AutoencoderModule(AdversarialModule):
     def validation_metrics(self) -> tuple[str, ...]:
         return tuple(f"val/{name}" for name in ("loss", "mse", "perplexity", *self.score_names))
 
-    @property
-    def compiled_parts(self) -> list[nn.Module]:
-        return [self.autoencoder, *self.discriminators]
-
     def setup(self, stage: str) -> None:
         """Builds the perceptual network; InputError where its weights are not on this machine."""
         if self.perceptual is not None and self.perceptual_weight:

@@ -153,7 +153,7 @@ class DiffusionModule(TrainedModule):
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
-        return [self.network]
+        return [self.network, *(part for guide in self.guides for part in guide.compiled_parts)]
 
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, [self.network, self.conditioner, self.schedule])

@@ -87,10 +87,6 @@ class Trainable(Protocol):
         """Names that validation logs: checkpoints may be chosen by any of them."""
 
     @property
-    def compiled_parts(self) -> list[nn.Module]:
-        """Networks that sampling calls many times: what `compile=true` of `medldm sample` compiles."""
-
-    @property
     def ema_modules(self) -> nn.ModuleDict | None:
         """The modules that a moving average follows; None for a model without one."""
 
@@ -165,6 +161,10 @@ class Sampleable(Predictive, Protocol):
 
     conditioner: Conditioner
     sampler: Sampler
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The networks that a sampler calls at every step: what `compile=true` of `medldm sample` compiles."""
 
     @property
     def condition_keys(self) -> tuple[str, ...]:

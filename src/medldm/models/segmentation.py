@@ -74,10 +74,6 @@ class VoxelwiseModule(TrainedModule):
         self.inference = {"window": window, "overlap": overlap, "divisible_by": divisible_by}
 
     @property
-    def compiled_parts(self) -> list[nn.Module]:
-        return [self.network]
-
-    @property
     def size_factors(self) -> tuple[int, ...]:
         return (self.inference["divisible_by"],) * getattr(self.network, "dimensions", 0)
 

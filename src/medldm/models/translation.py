@@ -193,10 +193,6 @@ class TranslationModule(AdversarialModule):
         """The translator; None where the autoencoder, whose codebook has no average, trains along."""
         return None if self.objective.trains_autoencoder else nn.ModuleDict({"translator": self.translator})
 
-    @property
-    def compiled_parts(self) -> list[nn.Module]:
-        return [self.translator, *self.discriminators]
-
     def as_first_stage(self, **options: Any) -> FirstStage:
         """The frozen stage of a diffusion model: autoencoder, translator and latent statistics, as they were
         trained. ValueError for any of the `options`.

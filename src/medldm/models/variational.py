@@ -96,7 +96,7 @@ class VariationalModule(TrainedModule):
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
-        return [self.codec, self.network]
+        return [self.network]
 
     def configure_optimizers(self):
         optimizer = build_optimizer(self.make_optimizer, list(self.trained_parts.values()))

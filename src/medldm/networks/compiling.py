@@ -146,24 +146,24 @@ def compiled(call: Callable, backend: Callable | None = None) -> Callable:
     return torch.compile(call, backend=backend or inductor_or_eager, dynamic=False)
 
 
-def compile_loop(network: nn.Module) -> None:
-    """Compiles a whole network that a sampler calls many times with the same shapes. On a GPU its kernels are
-    recorded once as a CUDA graph and replayed, so that no step waits for the host.
+def compile_loop(network: nn.Module, *, records: bool) -> None:
+    """Compiles a whole network that a sampler calls many times with the same shapes. With `records` its
+    kernels are recorded once as a CUDA graph and replayed, so that no step waits for the host.
     """
-    call = compiled(network._call_impl, backend=partial(inductor_or_eager, records=True))
+    call = compiled(network._call_impl, backend=partial(inductor_or_eager, records=records))
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def replayed(*args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
         # the next replay overwrites the result
         return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))
 
-    network._compiled_call_impl = run
+    network._compiled_call_impl = replayed if records else call
 
 
 def inductor_or_eager(
     graph: torch.fx.GraphModule, inputs: list[Tensor], *, records: bool = False
 ) -> Callable:
-    """Compiles a graph, or returns it as it is where that fails. `records` makes it a CUDA graph on a GPU."""
+    """Compiles a graph, or returns it as it is where that fails. `records` makes it a CUDA graph."""
     from torch._inductor.compile_fx import compile_fx
 
     try:
