@@ -8,6 +8,8 @@ from torch import Tensor
 from medldm.devices import is_on_host
 from medldm.errors import InputError
 
+NO_CLASS = torch.iinfo(torch.int64).min  # a number that no class map holds
+
 
 class Batch(TypedDict, total=False):
     """One collated batch; `*S` is (H, W) or (D, H, W). Which keys exist depends on the dataset and
@@ -69,15 +71,20 @@ def one_hot(mask: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) 
     return class_planes(mask, num_classes, dtype)
 
 
-def class_planes(mask: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """As `one_hot`; where the map holds a number that is no class, all planes are 0."""
-    classes = torch.arange(num_classes, device=mask.device)
+def class_planes(mask: Tensor, num_classes: int, dtype: torch.dtype, dropped: Tensor | None = None) -> Tensor:
+    """As `one_hot`; all planes are 0 where the map holds a number that is no class, and everywhere in samples
+    that `dropped` (B,) marks.
+    """
+    classes = torch.arange(num_classes, device=mask.device)[None]  # (1, K), or (B, K) for each sample
+    if dropped is not None:
+        classes = torch.where(dropped[:, None], NO_CLASS, classes)
     shape = (len(mask), num_classes, *spatial_shape(mask))
     if mask.stride(1) == 1:  # channels_last, as far as one channel can tell
         planes = torch.empty((shape[0], *shape[2:], num_classes), dtype=dtype, device=mask.device)
-        return torch.eq(mask.movedim(1, -1), classes, out=planes).movedim(-1, 1)
+        among = classes.reshape(len(classes), *(1,) * len(shape[2:]), num_classes)
+        return torch.eq(mask.movedim(1, -1), among, out=planes).movedim(-1, 1)
     planes = torch.empty(shape, dtype=dtype, device=mask.device)
-    return torch.eq(mask, expand_as(classes, mask[0]), out=planes)
+    return torch.eq(mask, expand_as(classes, mask), out=planes)
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ CODES_PER_BLOCK = {"cpu": 128, "cuda": 0}
 # what lies in memory that nobody wrote, so that the same training gives other weights, or NaN, at the next
 # start.
 TRUSTS_BF16_CONVOLUTIONS = {"cpu": False, "cuda": True}
+# Whether float32 convolutions of a single small volume are handed to oneDNN, to which torch 2.15 gives larger
+# ones and batches alone: its own kernel takes two to four times as long there (docs/performance.md).
+ASKS_ONEDNN = {"cpu": True, "cuda": False}
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,12 @@ def find_hardware(accelerator: str = "auto") -> Hardware:
 def trusts_bf16_convolutions(device: torch.device) -> bool:
     """Whether all convolutions may be computed in bf16 there."""
     return TRUSTS_BF16_CONVOLUTIONS.get(device.type, True)
+
+
+def asks_onednn(x: torch.Tensor) -> bool:
+    """Whether convolutions of volumes like `x` are handed to oneDNN, and not left to torch's choice."""
+    is_there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return is_there and x.dtype == torch.float32 and ASKS_ONEDNN.get(x.device.type, False)
 
 
 def has_amx() -> bool:

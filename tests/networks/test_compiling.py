@@ -127,7 +127,7 @@ def test_maxima_of_blocks_and_their_gradients_are_those_of_a_volume_also_where_v
     wanted = nn.functional.max_pool3d(theirs.relu(), strides)
     weights = torch.randn(wanted.shape, generator=generator)
     (wanted * weights).sum().backward()
-    for pool in (MaxPool(3, strides), lambda x: BlockMaximum.apply(x, strides)):
+    for pool in (MaxPool(3, strides), lambda x: BlockMaximum.apply(x, torch.zeros(3), strides)):
         ours.grad = None
         out = pool(ours).relu()  # the order of SegConv, against the published one
         (out * weights).sum().backward()
@@ -161,6 +161,15 @@ def test_attention_with_its_products_in_a_compilers_order_gives_the_same(options
     torch.manual_seed(0)
     attention = FactorisedAttention(8, zero_init_last=False, **options).double()
     assert_same_when_compiling(attention, torch.randn(2, 8, 5, 8, 8, dtype=torch.float64))
+
+
+def test_the_gradient_of_a_bias_beside_a_maximum():
+    x, bias = torch.randn(2, 3, 4, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    weights = torch.randn(2, 3, 2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x, bias: BlockMaximum.apply(x, bias, (2, 2)) * weights,
+        (x.requires_grad_(), bias.requires_grad_()),
+    )
 
 
 @pytest.mark.parametrize("strides", [(2, 4, 4), (4, 4)])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.batch import expand_as, spatial_shape
+from medldm.batch import spatial_shape
 from medldm.diffusion.latent import latent_shape
 from medldm.networks.compiling import is_compiling
 from medldm.networks.convolution import conv, convolve_as
@@ -108,15 +108,10 @@ class SegConv(nn.Module):
 
     def fused(self, planes: Tensor) -> Tensor:
         """The same, for a compiler: a bias commutes with the maximum, too."""
-        x, bias = planes, None
-        for layer in self.layers:
-            if isinstance(layer, nn.ReLU):
-                x = (x + expand_as(bias[None], x)).relu()
-            elif isinstance(layer, MaxPool):
-                x = BlockMaximum.apply(x, layer.strides)
-            else:
-                x, bias = convolve_as(layer, x, layer.weight, None), layer.bias
-        return x
+        x, *layers, last, _ = planes, *self.layers
+        for layer, pool in zip(layers[::3], layers[1::3], strict=True):
+            x = BlockMaximum.apply(convolve_as(layer, x, layer.weight, None), layer.bias, pool.strides)
+        return last(x).relu()
 
 
 def halo_of_convolutions(strides: list[tuple[int, ...]]) -> int:
@@ -153,13 +148,17 @@ class MaxPool(nn.Module):
         return F.max_pool2d(rows, (depth, 1)).unflatten(3, x.shape[3:])
 
 
+NOWHERE = 255
+
+
 class BlockMaximum(torch.autograd.Function):
-    """`MaxPool` as operations on single elements, which a compiler makes one kernel of each pass. The place
-    of each maximum in its block, the first of equal ones, is kept in a byte.
+    """ReLU of `MaxPool` of x (B, C, *S) plus a bias (C,), as operations on single elements, which a compiler
+    makes one kernel of each pass. The place of each maximum in its block, the first of equal ones, is kept in
+    a byte, and `NOWHERE` where ReLU lets nothing through.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor, strides: tuple[int, ...]) -> Tensor:
         rows = x.movedim(1, -1)  # (B, *S, C)
         offsets = itertools.product(*map(range, strides))
         parts = [rows[:, *(slice(o, None, s) for o, s in zip(at, strides, strict=True))] for at in offsets]
@@ -167,25 +166,27 @@ class BlockMaximum(torch.autograd.Function):
         for number, part in enumerate(parts[1:], start=1):
             is_larger = (part > best) | part.isnan()
             best, place = torch.where(is_larger, part, best), torch.where(is_larger, number, place)
-        ctx.save_for_backward(place)
+        best = best + bias
+        ctx.save_for_backward(torch.where(best <= 0, NOWHERE, place))
         ctx.strides = strides
-        return best.movedim(-1, 1)
+        return best.relu().movedim(-1, 1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (place,) = ctx.saved_tensors
+        rows = gradient.movedim(1, -1)
+        of_bias = torch.where(place == NOWHERE, 0, rows).flatten(0, -2).sum(0)
         dims = len(ctx.strides)
         within = (1, *(n for s in ctx.strides for n in (1, s)), 1)  # (B, s1, f1, s2, f2 .., C)
         numbers = torch.arange(math.prod(ctx.strides), device=place.device, dtype=torch.uint8).view(within)
         for axis in range(2, 2 * dims + 1, 2):
             place = place.unsqueeze(axis)
-        rows = gradient.movedim(1, -1)
         for axis in range(2, 2 * dims + 1, 2):
             rows = rows.unsqueeze(axis)
         spread = torch.where(place == numbers, rows, 0)
         for axis in range(1, dims + 1):
             spread = spread.flatten(axis, axis + 1)
-        return spread.movedim(-1, 1), None
+        return spread.movedim(-1, 1), of_bias, None
 
 
 class AreaEncoder(nn.Module):

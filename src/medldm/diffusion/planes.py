@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medldm.batch import Batch, check_labels, class_planes, expand_as, spatial_shape
+from medldm.batch import Batch, check_labels, class_planes, spatial_shape
 from medldm.diffusion.condition import require
 from medldm.diffusion.embeddings import keep
 from medldm.diffusion.latent import latent_shape
@@ -78,7 +78,5 @@ class ConditionPlanes:
         if self.num_classes:
             mask = require(batch, "mask").long()
             check_labels(mask, self.num_classes)
-            drop = dropped.get("mask")
-            mask = mask if drop is None else mask.masked_fill(expand_as(drop, mask), -1)
-            planes.append(class_planes(mask, self.num_classes, dtype))
+            planes.append(class_planes(mask, self.num_classes, dtype, dropped.get("mask")))
         return planes[0] if len(planes) == 1 else torch.cat(planes, dim=1)

@@ -164,7 +164,7 @@ class Sampleable(Predictive, Protocol):
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
-        """The networks that a sampler calls at every step: what `compile=true` of `medldm sample` compiles."""
+        """The networks that a sampler calls at every step: what `compile=true` compiles."""
 
     @property
     def condition_keys(self) -> tuple[str, ...]:

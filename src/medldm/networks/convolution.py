@@ -2,6 +2,7 @@
 what a CPU's bf16 kernels get wrong is computed in float32.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.devices import full_precision, trusts_bf16_convolutions
+from medldm.devices import asks_onednn, full_precision, trusts_bf16_convolutions
+
+FEW_PLACES = 64  # of the result, below which oneDNN's copy of the weights costs more than its kernel saves
 
 
 def keeps_slices_apart(layer: nn.Conv3d | nn.ConvTranspose3d) -> bool:
@@ -58,6 +61,17 @@ def from_rounded(convolve: Callable[..., Tensor], *operands: Tensor | None) -> T
         return convolve(*(v if v is None else v.bfloat16().float() for v in operands)).bfloat16()
 
 
+def is_left_to_slow_kernel(layer: nn.Conv3d, x: Tensor) -> bool:
+    """Whether a CPU would convolve this single volume by torch's own kernel. Where gradients are recorded it
+    may: losses of seeded trainings stay as they were.
+    """
+    if len(x) > 1 or layer.groups > 1 or max(layer.kernel_size) == 1 or layer.padding_mode != "zeros":
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return asks_onednn(x) and x[0, 0].numel() > FEW_PLACES * math.prod(layer.stride)
+
+
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d`, in float32 where bf16 is not to be trusted."""
 
@@ -79,7 +93,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 class Conv3d(nn.Conv3d):
     """`nn.Conv3d`. With a kernel of 1 along depth and in channels_last_3d, it runs as a convolution of images
     with the slices in the batch, for which devices have faster kernels. In the other memory layout this would
-    take copies.
+    take copies. A single small volume is convolved by oneDNN where gradients are not recorded.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,6 +101,9 @@ class Conv3d(nn.Conv3d):
             return from_rounded(super()._conv_forward, x, weight, bias)
         if keeps_slices_apart(self) and is_channels_last(x):
             return on_slices(partial(F.conv2d, groups=self.groups), self, x, weight, bias)
+        if is_left_to_slow_kernel(self, x):
+            sizes = (self.padding, self.stride, self.dilation)
+            return torch.mkldnn_convolution(x, weight, bias, *sizes, self.groups)
         return super()._conv_forward(x, weight, bias)
 
 

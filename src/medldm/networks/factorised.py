@@ -27,16 +27,19 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def folded_linear_attention(tokens: Tensor, qkv: nn.Linear, out: nn.Linear, num_heads: int) -> Tensor:
-    """`out(linear_attention(*qkv(tokens).chunk(3, -1), num_heads))` of tokens (B, L, C), where neither the
-    values nor what attention gives is ever written: both are linear in what the products around them make, so
-    that (k^T v) = (k^T tokens) Wv and q (k^T v) Wo = q ((k^T v) Wo). It pays where L is much larger than C.
+    """`out(linear_attention(*qkv(tokens).chunk(3, -1), num_heads))` of tokens (B, L, C), where of queries,
+    keys, values and the result of attention only the queries are ever written. Values and result are linear
+    in what the products around them make: (k^T v) = (k^T tokens) Wv and q (k^T v) Wo = q ((k^T v) Wo). And
+    k^T tokens with a softmax over the tokens is attention: each row of Wk is a query, and the tokens are both
+    keys and values. It pays where L is much larger than C.
     """
     to_q, to_k, to_v = qkv.weight.chunk(3)  # (heads c, C) each
     q = F.linear(tokens, to_q).unflatten(-1, (num_heads, -1))  # (B, L, heads, c)
-    k = F.linear(tokens, to_k)
     with full_precision(q.device):
-        scale, q, k = q.shape[-1] ** -0.5, q.softmax(-1).flatten(2), k.softmax(1)
-    summary = (k.transpose(1, 2) @ tokens).unflatten(1, (num_heads, -1))  # (B, heads, c of k, C)
+        scale, q = q.shape[-1] ** -0.5, q.softmax(-1).flatten(2)
+    rows, places = to_k.expand(len(tokens), 1, -1, -1), tokens[:, None]
+    summary = F.scaled_dot_product_attention(rows, places, places, scale=1.0).squeeze(1)  # (B, heads c, C)
+    summary = summary.unflatten(1, (num_heads, -1))  # (B, heads, c of k, C)
     summary = torch.einsum("bhkc,hvc->bhkv", summary, to_v.unflatten(0, (num_heads, -1)))
     summary = torch.einsum("bhkv,ohv->bhko", scale * summary, out.weight.unflatten(1, (num_heads, -1)))
     return torch.baddbmm(out.bias, q, summary.flatten(1, 2))

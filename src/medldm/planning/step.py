@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medldm.build import build_module
 from medldm.devices import (
+    ASKS_ONEDNN,
     CHUNK_ELEMENTS,
     CODES_PER_BLOCK,
     TRUSTS_BF16_CONVOLUTIONS,
@@ -180,7 +181,7 @@ def as_on_cuda() -> Iterator[None]:
     """A context in which choices by the kind of device are those of a GPU, for tensors on the host that stand
     in for its own.
     """
-    tables = (TRUSTS_BF16_CONVOLUTIONS, CHUNK_ELEMENTS, CODES_PER_BLOCK)
+    tables = (TRUSTS_BF16_CONVOLUTIONS, CHUNK_ELEMENTS, CODES_PER_BLOCK, ASKS_ONEDNN)
     before = [table["cpu"] for table in tables]
     for table in tables:
         table["cpu"] = table["cuda"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from medldm.networks.compiling import as_if_compiling
 from medldm.planning.fusion import Graph, Region, touched_bytes
@@ -34,6 +34,8 @@ AS_GIVEN_ON_CUDA = {
 }  # fmt: skip
 # These read as many entries of their first tensor as they write.
 GATHERS = {"index", "gather", "index_select", "embedding"}
+# These write their first argument and do not read it.
+OVERWRITE = {"copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_"}
 # These allocate or look at memory and launch nothing.
 FREE = {
     "empty",
@@ -45,6 +47,13 @@ FREE = {
     "alias",
     "lift_fresh",
 }
+
+
+def onednn_flops(x: Tensor, weight: Tensor, *sizes: Any, out_val: Tensor, **options: Any) -> int:
+    return conv_flop_count(x.shape, weight.shape, out_val.shape)
+
+
+FLOPS = {**flop_registry, torch.ops.aten.mkldnn_convolution: onednn_flops}
 
 
 class AutocastAsOnCUDA(TorchFunctionMode):
@@ -193,7 +202,8 @@ class StepTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        inputs = list(tensors((args, {key: x for key, x in kwargs.items() if key != "out"})))
+        read = args[1:] if func.overloadpacket.__name__ in OVERWRITE else args
+        inputs = list(tensors((read, {key: x for key, x in kwargs.items() if key != "out"})))
         known = {storage_of(x) for x in tensors((args, kwargs))}
         out = func(*args, **kwargs)
         outputs = list(tensors(out)) or written_in_place(func, args)
@@ -216,7 +226,7 @@ class StepTrace(TorchDispatchMode):
             op.num_bytes -= max(0, touched_bytes(inputs[0]) - sum(map(touched_bytes, outputs)))
         if name == "convolution_backward" and args[-1][2]:
             op.num_bytes += touched_bytes(inputs[0])  # the gradient of a bias is a sum of its own
-        count = flop_registry.get(func.overloadpacket)
+        count = FLOPS.get(func.overloadpacket)
         if count is not None:
             op.flops = count(*args, **kwargs, out_val=out)
         stored = ([(x, self.number(x)) for x in values] for values in (inputs, outputs))
