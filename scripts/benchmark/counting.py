@@ -15,7 +15,7 @@ CARD = "rtx3090"
 EXPERIMENTS = (
     "cardiac2d/vqvae", "cardiac2d/ldm", "medvdm/chestxray_conv", "medlsdm/autopet_vqgan",
     "medlsdm/autopet_vqgan_spade", "medlsdm/autopet_ldm", "aldm/brats_vqgan", "aldm/brats_msspade",
-    "aldm/brats_ldm",
+    "aldm/brats_ldm", "cardiac2d/control", "medlsdm/control",
 )  # fmt: skip
 SLACK = 1.002  # a larger ratio counts as growth; sums of floats may differ in their last digits
 

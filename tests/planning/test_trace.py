@@ -36,6 +36,28 @@ def test_views_and_allocations_are_no_kernels_and_a_broadcast_axis_is_read_once(
     assert cost.num_bytes == 4 * (4 + 4000 + 4000)
 
 
+def test_a_copy_reads_its_source_and_writes_its_destination():
+    def run() -> None:
+        low, exact = torch.empty(100, dtype=torch.bfloat16), torch.empty(100)
+        low.copy_(exact)
+        torch._foreach_copy_([low, low], [exact, exact])
+        exact.zero_()
+
+    cost = traced(run).cost
+    assert cost.num_kernels == 3
+    assert cost.num_bytes == 3 * (200 + 400) + 400
+
+
+def test_norms_biases_and_their_gradients_are_kernels_of_their_own():
+    def run() -> None:
+        x, layer, norm = torch.empty(1, 8, 6, 6, requires_grad=True), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8)
+        norm(layer(x)).backward(torch.empty(1, 8, 6, 6))
+
+    cost = traced(run).cost
+    assert sum(op.num_calls for op in cost.operations.values()) == 4
+    assert cost.num_kernels == 2 + 3 + 5 + 3
+
+
 def test_the_peak_is_of_tensors_alive_at_one_time():
     def run() -> None:
         x = torch.ones(1000)  # 4,000 bytes, kept
@@ -95,7 +117,7 @@ def test_a_convolution_of_volumes_is_counted_in_bf16_as_a_gpu_computes_it():
     with as_on_cuda(), torch.autocast("cpu", torch.bfloat16):
         cost = traced(lambda: layer(torch.empty(1, 2, 4, 4, 4))).cost
     assert {op.dtype for op in cost.operations.values() if op.flops} == {torch.bfloat16}
-    assert cost.num_kernels == 4  # input, weight and bias are rounded
+    assert cost.num_kernels == 3 + 2  # input, weight and bias are rounded; the bias is added by itself
 
 
 def test_attention_is_laid_out_as_its_queries_as_on_cuda():

@@ -114,6 +114,22 @@ def fusion_kind(func: Any, args: Sequence, inputs: Sequence[Tensor], outputs: Se
     return "elements" if is_on_elements else "as it is"
 
 
+def num_launched(func: Any, args: Sequence) -> int:
+    """The kernels that one call launches where nothing is fused, as PyTorch's CUDA sources have them: a bias
+    is added, and its gradient summed, apart from the convolution.
+    """
+    name = func.overloadpacket.__name__
+    if name == "native_group_norm":  # statistics, parts of scale and shift, the result
+        return 3 if args[1] is not None else 2
+    if name == "native_group_norm_backward":
+        return 5 if args[4] is not None else 3
+    if name in ("native_batch_norm", "native_batch_norm_backward", "native_layer_norm_backward"):
+        return 2
+    if name == "convolution":
+        return 1 + (args[2] is not None)
+    return sum(args[-1]) if name == "convolution_backward" else 1
+
+
 def longest_row(x: Tensor, axes: Sequence[int]) -> int:
     """Values along these axes that one program of a kernel reduces."""
     lie_together = any(x.stride(axis) == 1 for axis in axes if x.ndim)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from medldm.networks.compiling import as_if_compiling
-from medldm.planning.fusion import Graph, Region, touched_bytes
+from medldm.planning.fusion import Graph, Region, num_launched, touched_bytes
 
 # Where CUDA's autocast and a CPU's, which traces run under, treat an operation differently (torch.amp's
 # reference, "CUDA Ops that autocast to float32" and "CPU Ops that autocast to float32").
@@ -105,6 +105,7 @@ class Operation:
     num_calls: int = 0
     flops: float = 0.0
     num_bytes: float = 0.0  # its tensors, each read or written once
+    num_kernels: int = 0
 
 
 @dataclass
@@ -129,17 +130,18 @@ class Cost:
 
     @property
     def num_kernels(self) -> int:
-        """Calls that launch work: at least one kernel each, a fused or foreach one for several tensors."""
-        return sum(op.num_calls for op in self.operations.values())
+        """The kernels that are launched; a fused or foreach one is for several tensors."""
+        return sum(op.num_kernels for op in self.operations.values())
 
-    def add(self, op: Operation, *, is_fused: bool) -> None:
-        """Count one more call of an operation."""
+    def add(self, op: Operation, *, is_fused: bool, num_fused: int = 0) -> None:
+        """Count one more call of an operation, of whose kernels a compiler fuses `num_fused` with others."""
         for table in (self.operations,) if is_fused else (self.operations, self.unfused):
             key = (op.name, op.dtype, op.spatial_dims)
             kept = table.setdefault(key, Operation(*key))
             kept.num_calls += op.num_calls
             kept.flops += op.flops
             kept.num_bytes += op.num_bytes
+            kept.num_kernels += op.num_kernels - (num_fused if table is self.unfused else 0)
 
 
 class StepTrace(TorchDispatchMode):
@@ -166,7 +168,7 @@ class StepTrace(TorchDispatchMode):
         """The cost with blocks compiled; memory is that of the step as it ran."""
         chains = [chain for chain in self.graph.fused() if chain[0]]
         num_kernels, num_bytes = (sum(values) for values in zip((0, 0), *chains, strict=True))
-        fused = Operation("fused", torch.float32, 0, num_kernels, 0.0, num_bytes)
+        fused = Operation("fused", torch.float32, 0, num_kernels, 0.0, num_bytes, num_kernels)
         cost = Cost(dict(self.cost.unfused), {}, self.cost.peak_bytes, self.cost.peak_bytes_with_workspace)
         cost.add(fused, is_fused=True)
         return cost
@@ -229,8 +231,11 @@ class StepTrace(TorchDispatchMode):
         count = FLOPS.get(func.overloadpacket)
         if count is not None:
             op.flops = count(*args, **kwargs, out_val=out)
+        op.num_kernels, region = num_launched(func, args), self.region()
         stored = ([(x, self.number(x)) for x in values] for values in (inputs, outputs))
-        self.cost.add(op, is_fused=not self.graph.add(func, args, *stored, self.region()))
+        is_fused = not self.graph.add(func, args, *stored, region)
+        adds_bias = region is not None and name == "convolution" and len(inputs) == 3
+        self.cost.add(op, is_fused=is_fused, num_fused=int(adds_bias))
         workspace = sum(map(touched_bytes, touched)) if is_convolution else 0
         if "backward" in name:  # its gradients are its outputs: copies are needed of what comes in
             workspace -= sum(map(touched_bytes, tensors(out)))
