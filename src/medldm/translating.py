@@ -77,6 +77,15 @@ def millimetres(spacing: Any) -> str:
     return " x ".join(f"{s:.3g}" for s in spacing)
 
 
+def range_in(
+    units: str, facts: Mapping[str, Any], target: int, own: tuple[float, float]
+) -> tuple[float, float]:
+    """Lower and upper intensity in the output of a command, by its `units`: unit, training or source."""
+    if units == "training":
+        return tuple(facts["intensity_ranges"][target])
+    return own if units == "source" else (0.0, 1.0)
+
+
 def padded(x: Any, multiples: tuple[int, ...]) -> Any:
     """(1, C, *S) with background at the ends of its axes, up to the next multiples."""
     pads = [(-n) % m for n, m in zip(x.shape[2:], multiples, strict=True)]

@@ -39,18 +39,11 @@ from medldm.models.protocols import Request
 from medldm.outputs import write_nifti
 from medldm.sampling import compile_networks, predictor_of
 from medldm.schemas import Provenance, read_checked
-from medldm.translating import choose_targets, prepare_source, translate
+from medldm.translating import choose_targets, prepare_source, range_in, translate
 
 log = logging.getLogger(__name__)
 WAIT = 60.0  # seconds for another translation that writes into the same folder
 OUTPUT_UNITS = ("unit", "training", "source")
-
-
-def range_in(units: str, facts: dict[str, Any], target: int, own: tuple[float, float]) -> tuple[float, float]:
-    """Lower and upper intensity of what is written."""
-    if units == "training":
-        return tuple(facts["intensity_ranges"][target])
-    return own if units == "source" else (0.0, 1.0)
 
 
 def load_translator(cfg: Any) -> Any:
