@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from medldm.commands import plan as planning
-from medldm.devices import in_channels_last, to_channels_last
+from medldm.devices import in_channels_last, inference_precision, mixed_precision, to_channels_last
 from medldm.planning.step import random_batch
 from networks import UNET_CHANNELS
 
@@ -119,11 +119,14 @@ def monai_sampling(theirs: Counterpart, latent: tuple[int, ...], num_steps: int)
 
 
 def our_sampling(module: nn.Module, batch: dict, latent: tuple[int, ...]) -> Callable[[], Tensor]:
-    """What `medldm sample` does for one case, with the experiment's own sampler."""
+    """What `medldm sample` does for one case, with the experiment's own sampler and in its precision, which
+    on a CPU is float32 also where trainings run in bf16.
+    """
+    precision = inference_precision("auto", DEVICE)
 
     @torch.no_grad()
     def run() -> Tensor:
-        with best_precision():
+        with mixed_precision(DEVICE, precision):
             return module.sample(batch, ["a"], latent[1:])
 
     return run
