@@ -291,6 +291,13 @@ class RowSize(Schema):
     same_as_generated: bool
 
 
+class Sizes(Schema):
+    """How many images of how many subjects an evaluation is of."""
+
+    images: Count
+    subjects: Count
+
+
 class Cases(Schema):
     """The images of an evaluation: their digest, and the sizes of its rows."""
 
@@ -306,29 +313,31 @@ class Metrics(Schema):
     """The content of metrics.json."""
 
     schema_version: Literal[1]
-    n: dict[str, Count | None] | None = None
+    n: Sizes
+    aggregation: str
+    data_range: str
     cases: Cases = Cases()
-    rows: dict[str, Scores] = {}
+    rows: dict[str, Scores]
     metrics: dict[str, Any]
     definitions: dict[str, str | dict[str, Any]]
     distribution: ScoreTable
-    groups: dict[str, dict[str, dict[str, Scores]]] = {}
+    groups: dict[str, dict[str, dict[str, Scores]]]
     group_distribution: dict[str, dict[str, ScoreTable]] = {}
-    differences: ScoreTable = {}
+    differences: ScoreTable
     generated_beside: dict[str, dict[str, Any]] = {}
     matched_on: dict[str, list[str]] = {}
     nearest_in: dict[str, list[str]] = {}
-    row_definitions: dict[str, str] = {}
+    row_definitions: dict[str, str]
     higher_is_better: list[str] = []
-    networks: dict[str, dict[str, Any] | None] = {}
-    condition: dict[str, Any] = {}
-    memorization: dict[str, Any] = {}
+    networks: dict[str, dict[str, Any] | None]
+    condition: dict[str, Any]
+    memorization: dict[str, Any]
     diversity: dict[str, Any] = {}
     dice_ratio: dict[str, Any] = {}
     software: dict[str, Any] = {}
     image_shape: list[Length] | None = None
     axial_axis: int | None = None
-    warnings: list[str] = []
+    warnings: list[str]
     folders: dict[str, str | None] = {}
     provenance: dict[str, dict[str, Any]] = {}
     inputs: dict[str, Any] | None = None

@@ -107,16 +107,22 @@ def fits_parameters(optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
     shapes = {number: parameter.shape for number, parameter in pairs}
     names = moments_of(optimizer)
     return all(
-        names <= kept.keys() and all(fits(name, value, shapes[number]) for name, value in kept.items())
+        all(kept.get(name) is not None for name in names)
+        and all(fits(name, value, shapes[number]) for name, value in kept.items())
         for number, kept in state["state"].items()
     )
 
 
 def fits(name: str, value: Any, shape: torch.Size) -> bool:
-    """Whether a value that an optimiser keeps for a parameter has the shape of it, or is a count of steps."""
+    """Whether a value that an optimiser keeps for a parameter is real and of its shape, or a count of steps;
+    None where it keeps nothing yet.
+    """
+    if name == "step" and isinstance(value, int | float):
+        return math.isfinite(value)
     if not isinstance(value, Tensor):
-        return value is None or isinstance(value, int | float)
-    return value.numel() == 1 and not value.is_meta if name == "step" else value.shape == shape
+        return value is None and name != "step"
+    is_real = value.is_floating_point() and not value.is_meta
+    return is_real and (value.numel() == 1 if name == "step" else value.shape == shape)
 
 
 def check_averages(content: Mapping[str, Any], averaged: nn.Module | None, path: Path) -> None:
@@ -182,4 +188,4 @@ def moments_of(optimizer: Optimizer) -> set[str]:
     x.grad = torch.zeros(1)
     trial.state, trial.param_groups = defaultdict(dict), [{**optimizer.param_groups[0], "params": [x]}]
     type(trial).step(trial)  # a scheduler has put the original's step into `trial.step`
-    return set(trial.state[x])
+    return {name for name, value in trial.state[x].items() if value is not None}
