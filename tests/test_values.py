@@ -32,6 +32,13 @@ WRONG = [
     ("sampler.num_steps", [5], "sampler.num_steps=[5]: give one value"),
     ("windows", True, "windows=True: has keys of its own; give those, as windows.KEY=VALUE"),
     ("generated", ["a", "b"], "generated=['a', 'b']: give one path"),
+    ("data.latents", 3, "data.latents=3: give one text"),
+    ("data.select.split", True, "data.select.split=True: give one text"),
+    ("utility", 0.5, "utility=0.5: give one path"),
+    ("evaluation", [-1], "evaluation=[-1]: give one path or a list of paths"),
+    ("windows.size", 64, "windows.size=64: give a list, as windows.size=[A,B]"),
+    ("metrics.image", 1e20, "metrics.image=1e+20: give a list"),
+    ("drop", 0.5, "drop=0.5: give a list, as drop=[A,B]"),
     ("compile", "perhaps", "compile=perhaps: give true, false or auto"),
 ]
 AT_ONCE = [  # words of a command line, also such as would take a day or all memory
@@ -39,6 +46,7 @@ AT_ONCE = [  # words of a command line, also such as would take a day or all mem
     (prepare, ("data.preprocess.edges.clahe_tiles=0",), "clahe_tiles=0: give a whole number from 1 to 64"),
     (prepare, ("data.preprocess.edges.blur=1e6",), "edges.blur=1000000.0: give a number from 0 to 256"),
     (prepare, ("data.preprocess.labels.names=1e20",), "labels.names=1e+20: give a whole number from 1"),
+    (train, (LDM, "model.cosine_steps=???"), "model.cosine_steps=???: stands for what is not given"),
     (sample, ("png=maybe",), "png=maybe: give true or false"),
     (evaluate, ("metrics.bootstrap.num_resamples=-5",), "num_resamples=-5: give a whole number from 1"),
 ]

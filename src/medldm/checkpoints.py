@@ -190,9 +190,14 @@ def check_weights(weights: Any, place: str) -> None:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise InputError(f"{place}: {name!r:.120} is no named tensor")
-        is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
-        if not is_plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        if not is_whole(value):
             raise InputError(f"{place}: {name:.120} {tuple(value.shape)} has not as many values in the file")
+
+
+def is_whole(value: Tensor) -> bool:
+    """Whether a tensor is a plain one with all its values in memory: kernels read and write it unasked."""
+    is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    return is_plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:

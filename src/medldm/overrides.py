@@ -207,7 +207,9 @@ def check_dashes(arguments: Sequence[str]) -> str | None:
 
 
 def check_paths(cfg: Mapping[str, Any], arguments: Sequence[str]) -> None:
-    """InputError for a path that Hydra took for a number, or for true or false."""
+    """InputError for a path that Hydra took for a number, or for true or false, and for ??? as a value."""
+    if word := next((word for word in arguments if word.partition("=")[2] == "???"), None):
+        raise InputError(f"{word}: stands for what is not given; give a value, or leave it out")
     if line := misread_path(cfg, arguments):
         raise InputError(line)
 

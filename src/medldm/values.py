@@ -32,7 +32,13 @@ MAPPINGS = {
 }  # fmt: skip
 ONE_PATH = {
     "raw", "root", "run_dir", "output", "checkpoint", "init_from", "generated", "reference", "reconstruction",
-    "segmenter", "synthetic", "label_dir", "spade", "regression", "resume",
+    "segmenter", "synthetic", "label_dir", "spade", "regression", "resume", "comparison", "utility",
+}  # fmt: skip
+ONE_TEXT = {"data.latents", "select.split"}
+ONE_OR_SEVERAL = {"run", "evaluation"}  # paths
+ONLY_LISTS = {  # lists, by the ends of their keys; words in their place are told by what reads them
+    "drop", "targets", "compare", "windows.size", "select.classes", "metrics.image", "metrics.features",
+    "metrics.baselines", "metrics.regions", "metrics.fid_features", "metrics.edge_tolerances",
 }  # fmt: skip
 PARTS_LIKE_PATHS = {"model.segmenter"}  # parts of a model that are called as a path is elsewhere
 LISTS = {"channels", "crop_size", "image_size", "min_size", "num_blocks", "num_res_blocks", "spacing"}
@@ -121,16 +127,23 @@ def values_of(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_kind(key: str, name: str, value: Any) -> None:
-    """InputError for a single value in the place of a mapping, and for a list in the place of a
-    single value.
+    """InputError for a single value in the place of a mapping or a list, for a list in the place of a single
+    value, and for a number in that of a text.
     """
     if name in MAPPINGS and not (value is None or isinstance(value, Mapping) or is_open(value)):
         raise InputError(f"{key}={value!s:.80}: has keys of its own; give those, as {key}.KEY=VALUE")
     is_several = isinstance(value, list | tuple | Mapping)
     if is_several and name in (RANGES_OF.keys() | SWITCHES | SWITCHES_OR_AUTO) - LISTS:
         raise InputError(f"{key}={value!s:.80}: give one value")
-    if name in ONE_PATH and key not in PARTS_LIKE_PATHS and not (value is None or isinstance(value, str)):
-        raise InputError(f"{key}={value!s:.80}: give one path")
+    ends, is_number = {name, ".".join(key.split(".")[-2:])}, isinstance(value, int | float)
+    is_text = value is None or isinstance(value, str)
+    if ends & (ONE_PATH | ONE_TEXT) and key not in PARTS_LIKE_PATHS and not is_text:
+        raise InputError(f"{key}={value!s:.80}: give one {'text' if ends & ONE_TEXT else 'path'}")
+    texts = value if isinstance(value, list) else [value]
+    if key in ONE_OR_SEVERAL and not all(text is None or isinstance(text, str) for text in texts):
+        raise InputError(f"{key}={value!s:.80}: give one path or a list of paths")
+    if ends & ONLY_LISTS and is_number:
+        raise InputError(f"{key}={value!s:.80}: give a list, as {key}=[A,B]")
 
 
 def is_open(value: Any) -> bool:

@@ -288,7 +288,10 @@ def test_a_pickle_that_calls_is_refused(tmp_path):
         (lambda s: s[0]["state"][0].pop("exp_avg_sq"), "does not fit the parameters"),
         (lambda s: s[0]["state"][0].update(step="x"), "does not fit the parameters"),
         (lambda s: s[0]["state"][0].update(exp_avg=0.5), "does not fit the parameters"),
-        (lambda s: complex_moment(s[0]["state"][0]), "does not fit the parameters"),
+        (lambda s: change_moment(s, torch.Tensor.to, torch.complex64), "does not fit the parameters"),
+        (lambda s: change_moment(s, torch.Tensor.to_sparse), "does not fit the parameters"),
+        (lambda s: change_moment(s, lambda m: torch.zeros(()).expand(m.shape)), "does not fit the param"),
+        (lambda s: change_moment(s, lambda m: m.to("meta")), "does not fit the parameters"),
         (lambda s: s.append(s[0]), "does not hold the state of"),
         (lambda s: s.clear(), "does not hold the state of"),
     ],
@@ -303,8 +306,9 @@ def test_a_state_of_an_optimiser_that_does_not_fit_is_refused(change, line, firs
         check_optimizers(first_stage, content | {"optimizer_states": states}, module)
 
 
-def complex_moment(kept: dict) -> None:
-    kept["exp_avg"] = kept["exp_avg"].to(torch.complex64)
+def change_moment(states: list, change, *options) -> None:
+    kept = states[0]["state"][0]
+    kept["exp_avg"] = change(kept["exp_avg"], *options)
 
 
 def changed(content: dict, key: str, value) -> dict:

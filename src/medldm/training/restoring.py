@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from medldm.callbacks.power_averages import TRACKED
-from medldm.checkpoints import misfits
+from medldm.checkpoints import is_whole, misfits
 from medldm.errors import InputError, unreadable
 from medldm.models.common import TrainedModule
 from medldm.schemas import Count, Finite, Name, Schema, check_schema
@@ -121,7 +121,7 @@ def fits(name: str, value: Any, shape: torch.Size) -> bool:
         return math.isfinite(value)
     if not isinstance(value, Tensor):
         return value is None and name != "step"
-    is_real = value.is_floating_point() and not value.is_meta
+    is_real = value.is_floating_point() and is_whole(value)
     return is_real and (value.numel() == 1 if name == "step" else value.shape == shape)
 
 
