@@ -1,5 +1,6 @@
 """Phantom data and a first stage, made once a session."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,17 @@ def without_installed_weights(request, monkeypatch):
     """Whatever weights are installed here, a test sees them only where it asks for `published_weights`."""
     if "published_weights" not in request.fixturenames:
         monkeypatch.setattr("medldm.networks.weights.installed_file", lambda package: None)
+
+
+@pytest.fixture(autouse=True)
+def without_log_files_of_other_tests():
+    """What a command ran in this process has opened as its log is closed after the test that ran it."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler) and h not in before]:
+        root.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")

@@ -77,8 +77,18 @@ def note_command(folder: Path, command: str | None) -> None:
             print(*words, file=file)
 
 
+class RunLog(logging.FileHandler):
+    """The file that the log of a run goes to."""
+
+
 def log_to(path: Path) -> None:
-    """Also write the log of this process to a file."""
-    handler = logging.FileHandler(path)
+    """Also write the log of this process to a file, and no longer to that of a run before: a sweep trains one
+    after the other in one process.
+    """
+    root = logging.getLogger()
+    for earlier in [handler for handler in root.handlers if isinstance(handler, RunLog)]:
+        root.removeHandler(earlier)
+        earlier.close()
+    handler = RunLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    root.addHandler(handler)

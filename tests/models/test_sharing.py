@@ -46,7 +46,9 @@ def test_the_card_says_data_split_licence_metrics_and_use(first_stage, tmp_path)
     results = {
         "schema_version": 1, "metrics": {}, "definitions": {}, "distribution": {}, "dataset": "mnms2",
         "rows": {"generated": {"ssim": {"mean": 0.51234, "ci95": [0.4, 0.6], "n": 9, "num_subjects": 3}}},
-        "aggregation": "mean over images",
+        "aggregation": "mean over images", "n": {"images": 9, "subjects": 3, "samples_per_condition": 1},
+        "data_range": "1", "groups": {}, "differences": {}, "row_definitions": {}, "networks": {},
+        "condition": {}, "memorization": {}, "warnings": [],
     }  # fmt: skip
     (tmp_path / "metrics.json").write_text(json.dumps(results))
     share(first_stage, tmp_path / "out", "licence=CC-BY-4.0", f"evaluation={tmp_path}")

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from medldm.devices import asks_onednn, full_precision, trusts_bf16_convolutions
 
@@ -63,8 +64,10 @@ def from_rounded(convolve: Callable[..., Tensor], *operands: Tensor | None) -> T
 
 def is_left_to_slow_kernel(layer: nn.Conv3d, x: Tensor) -> bool:
     """Whether a CPU would convolve this single volume by torch's own kernel. Where gradients are recorded it
-    may: losses of seeded trainings stay as they were.
+    may: losses of seeded trainings stay as they were. Tensors without values, of a trace, are left alone.
     """
+    if isinstance(x, FakeTensor):
+        return False
     if len(x) > 1 or layer.groups > 1 or max(layer.kernel_size) == 1 or layer.padding_mode != "zeros":
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
