@@ -161,11 +161,14 @@ def check_description(description: Any, place: str) -> None:
     check_schema(description["facts"], Facts, f"{place}: the facts of its data", MEND)
     check_records(description, place)
     for key in EARLIER_STAGES:
+        settings = description["model"].get(key)
+        if not isinstance(settings, Mapping | None):
+            raise InputError(f"{place}: its config has {settings!s:.80} in the place of its {key}; {MEND}")
         if description.get(key) is not None:
             check_description(description[key], f"{place}: its {key}")
             if not isinstance(description[key].get("sha256"), str):
                 raise InputError(f"{place}: its {key} does not state its sha256; {MEND}")
-        elif (description["model"].get(key) or {}).get("checkpoint") is not None:
+        elif settings is not None and settings.get("checkpoint") is not None:
             raise InputError(f"{place}: lacks the description of its {key}, which its config names")
 
 

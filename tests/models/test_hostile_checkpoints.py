@@ -247,6 +247,15 @@ def test_a_description_of_another_shape_is_named(change, first_stage, tmp_path):
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("value", [0.5, "first.ckpt", [1], True])
+def test_a_stage_that_is_no_part_of_a_config_is_named(value, diffusion, tmp_path):
+    content = load(diffusion)
+    content["medldm"]["model"]["first_stage"] = value
+    path = save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(InputError, match=f"{path}: .* in the place of its first_stage; give one"):
+        read_checkpoint(path)
+
+
 def test_a_second_stage_loads_no_file_that_its_config_names(diffusion, first_stage, tmp_path):
     content = load(diffusion)
     del content["medldm"]["first_stage"]
