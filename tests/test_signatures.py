@@ -95,3 +95,23 @@ def test_a_model_is_not_built_from_other_types(experiment, override, line):
     with pytest.raises(InputError) as told:
         build_module(model, facts)
     assert line in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("data.splits=null", "data.splits=None: give keys and values"),
+        ("data.modalities=3", "data.modalities=3: give a list of texts or null"),
+        (
+            "data.image_size=big",
+            "data.image_size=big: give a whole number or a list of whole numbers or null",
+        ),
+    ],
+)
+def test_prepare_tells_a_value_of_another_type_before_it_writes(word, line, tmp_path):
+    from medldm.commands import prepare
+
+    words = [f"data.raw={tmp_path}", f"data.root={tmp_path / 'data'}", word]
+    with pytest.raises(InputError, match=f"^{line}$"):
+        prepare.task(compose_config("prepare", "data=folder", *words))
+    assert not (tmp_path / "data").exists()

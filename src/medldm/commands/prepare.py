@@ -26,7 +26,9 @@ from medldm.data.preparation.prepare import prepare_dataset
 from medldm.data.prepared import load_index
 from medldm.data.raw.inventory import summary
 from medldm.data.splits import read_splits
+from medldm.errors import told_of
 from medldm.overrides import typed_overrides
+from medldm.signatures import check_arguments
 
 OPTIONS = (
     "dataset", "spatial_dims", "image_size", "num_workers", "preprocess", "splits", "select", "modalities",
@@ -38,6 +40,8 @@ def task(cfg: DictConfig) -> None:
     raw, root = cfg.data.raw, cfg.data.root  # a missing one is told by its name
     data = OmegaConf.to_container(cfg.data, resolve=True)
     options = {key: data[key] for key in OPTIONS}
+    with told_of("data"):
+        check_arguments(prepare_dataset, options)
     prepared = prepare_dataset(raw=raw, root=root, command=command_line(), **options)
     inventory = load_index(prepared)["inventory"]
     print("\n".join(summary(inventory, read_splits(prepared / "splits.json"))))
