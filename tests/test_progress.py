@@ -7,7 +7,10 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.demos.boring_classes import BoringModel
 
 from medldm import progress as shown
-from medldm.callbacks import ProgressLines
+from medldm.callbacks import ProgressBar, ProgressLines
+from medldm.commands import train
+from medldm.training import trainer as training
+from tests.training import VQVAE, run_training
 
 
 class Clock:
@@ -84,3 +87,14 @@ def test_a_training_without_a_terminal_says_update_loss_and_time(monkeypatch, ca
     assert len(said) == num_lines
     for line, update in zip(said, (2, 4, 6, 8), strict=False):
         assert line.startswith(f"update: {update} of 8, epoch 0, loss 0.5")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_training_has_one_way_of_showing_how_far_it_is(prepared, tmp_path, monkeypatch, is_terminal):
+    made = []
+    monkeypatch.setattr(train, "fit", lambda trainer, *others: made.append(trainer))
+    monkeypatch.setattr(training, "has_bars", lambda: is_terminal)
+    run_training(prepared, tmp_path / "run", VQVAE, "trainer.enable_progress_bar=true")
+    bar = made[0].progress_bar_callback
+    assert (type(bar) is ProgressBar) if is_terminal else bar is None
+    assert any(isinstance(callback, ProgressLines) for callback in made[0].callbacks) != is_terminal

@@ -138,6 +138,8 @@ def trainer_options(cfg: DictConfig, module: TrainedModule, settings: DeviceSett
     """The config's options for the Trainer, resolved for this module and device."""
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
     options["precision"] = settings.precision
+    # where no bar can be drawn, Lightning would add one of its own to `ProgressLines`
+    options["enable_progress_bar"] = options["enable_progress_bar"] and has_bars()
     if not module.automatic_optimization:
         module.accumulate_grad_batches = options.pop("accumulate_grad_batches")
         module.gradient_clip_val = options.pop("gradient_clip_val")
