@@ -10,7 +10,7 @@ from torch import nn
 from medldm.build import build_module
 from medldm.errors import InputError
 from medldm.signatures import check_arguments
-from tests.helpers import compose_config
+from tests.helpers import CONFIG_DIR, compose_config
 from tests.training import LDM, VQVAE
 
 
@@ -48,6 +48,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("network", "unet", "network=unet: give a part with a _target_ or null"),
     ("make", 3, "make=3: give a part with a _target_"),
 ]
+# swirl is drawn, not prepared
+DATASETS = sorted({path.stem for path in CONFIG_DIR.glob("data/*.yaml")} - {"common", "swirl"})
 
 
 @pytest.mark.parametrize(("name", "value"), GOOD)
@@ -97,6 +99,18 @@ def test_a_model_is_not_built_from_other_types(experiment, override, line):
     assert line in str(told.value)
 
 
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_prepare_takes_the_types_of_every_shipped_dataset(dataset):
+    from omegaconf import OmegaConf
+
+    from medldm.commands.prepare import OPTIONS
+    from medldm.data.preparation.prepare import prepare_dataset
+
+    cfg = compose_config("prepare", f"data={dataset}", "data.raw=x", "data.root=x")
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    check_arguments(prepare_dataset, {key: data[key] for key in OPTIONS})
+
+
 @pytest.mark.parametrize(
     ("word", "line"),
     [
@@ -104,7 +118,7 @@ def test_a_model_is_not_built_from_other_types(experiment, override, line):
         ("data.modalities=3", "data.modalities=3: give a list of texts or null"),
         (
             "data.image_size=big",
-            "data.image_size=big: give a whole number or a list of whole numbers or null",
+            "data.image_size=big: give a whole number or a list of whole numbers and nulls or null",
         ),
     ],
 )

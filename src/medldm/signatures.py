@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-MANY = {int: "whole numbers", float: "numbers", str: "texts"}
+MANY = {int: "whole numbers", float: "numbers", str: "texts", NoneType: "nulls"}
 SEQUENCES = (Sequence, Collection, Iterable, list, tuple)
 
 
@@ -80,8 +80,9 @@ def in_words(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
     if (origin or hint) in SEQUENCES:
-        of = f" of {MANY[inner[0]]}" if inner and inner[0] in MANY else ""
-        return f"a list{of}"
+        kinds = (get_args(inner[0]) or inner[:1]) if inner else ()
+        are_told = kinds and {*kinds} <= {*MANY}
+        return "a list of " + " and ".join(MANY[kind] for kind in kinds) if are_told else "a list"
     if (origin or hint) in (Mapping, dict):
         return "keys and values"
     return "a path" if hint is Path else ONE.get(hint, "a part with a _target_")

@@ -116,7 +116,7 @@ def prepare_dataset(
     raw: str | Path,
     root: str | Path,
     spatial_dims: int,
-    image_size: int | Sequence[int] | None,
+    image_size: int | Sequence[int | None] | None,
     num_workers: int,
     preprocess: Mapping[str, Any],
     splits: Mapping[str, Any],

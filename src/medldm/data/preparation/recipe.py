@@ -82,7 +82,7 @@ class Recipe:
 
 
 def make_recipe(
-    spatial_dims: int, image_size: int | Sequence[int] | None, preprocess: Mapping[str, Any]
+    spatial_dims: int, image_size: int | Sequence[int | None] | None, preprocess: Mapping[str, Any]
 ) -> Recipe:
     """From plain config values. InputError names the key that makes no sense. 2D without a size means 256."""
     if spatial_dims not in (2, 3):
