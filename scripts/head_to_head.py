@@ -4,22 +4,28 @@ evaluate`.
 python scripts/head_to_head.py data=DATA output=DIR minutes=60 peers=medldm,monai,medtokenizers,medlat
 python scripts/head_to_head.py data=DATA output=DIR minutes=60 first=cardiac2d/vqvae second=cardiac2d/ldm
 
-DATA is a prepared 2D folder. Half of the minutes go to stage one, half to stage two, on one device; sampling
-is not counted. medldm trains the experiments `first` and `second`, which are given the map and edges of each
-image; MONAI trains as its tutorials do, medtokenizers with medlatents (`peers=medtokenizers`) and medlat by
-their defaults, all without conditions. So only distances between sets (FID, KID, precision, recall) can be
-compared; paired metrics of an unconditional model say nothing. `options` are overrides of both of medldm's
-trainings, separated by spaces; `width`, a multiple of 64, narrows the others' networks (256: the tutorials'
-and defaults), and `peer_steps` are their sampling steps (1000: likewise). A library that cannot be imported
-is left out, and a line says so; `scripts/head_to_head/` says how to install. Run the command again to
-continue: stages, samples and evaluations that are finished are kept. The table goes to head_to_head.json.
+DATA is a prepared folder of pictures, slices or volumes. Half of the minutes go to stage one, half to stage
+two, on one device; sampling is not counted. medldm trains the experiments `first` and `second`, which may be
+given the map and edges of each image; MONAI trains as its tutorials do, medtokenizers with medlatents
+(`peers=medtokenizers`) and medlat by their defaults, all without conditions. So of the samples only distances
+between sets (FID, KID, precision, recall) can be compared; paired metrics of an unconditional model say
+nothing. Test images through the first stage and back are compared with themselves (PSNR, SSIM, LPIPS).
+
+options     overrides of both of medldm's trainings, separated by spaces; `first:model.kind=x` is for one
+metrics     overrides of `medldm evaluate`, likewise; volumes are evaluated with metrics=synthesis_3d
+width       a multiple of 64, narrows the others' networks (256: the tutorials' and defaults)
+peer_lr     their learning rate (1e-4); peer_steps: their sampling steps (1000)
+
+A library that cannot be imported, or has no networks for volumes, is left out, and a line says so;
+`scripts/head_to_head/` says how to install. Run the command again to continue: stages, samples and
+evaluations that are finished are kept. The table goes to head_to_head.json.
 """
 
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +33,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent / "head_to_head"))
 
 import cv2
+import h5py
 import numpy as np
 import peer
 import torch
@@ -34,16 +41,21 @@ from medlat_peer import Medlat
 from medlatents_peer import Medlatents
 from monai_peer import Monai
 
-from medldm.data.records import read_images
+from medldm.data.prepared import load_index
+from medldm.data.records import ImageRecord, read_images
 from medldm.data.splits import read_splits
 from medldm.devices import pick_device
 from medldm.files import replacing, write_json
 
 DEFAULTS = {
     "minutes": "60", "peers": "medldm,monai", "first": "cardiac2d/vqvae", "second": "cardiac2d/ldm",
-    "options": "", "width": "256", "split": "default", "num_steps": "50", "peer_steps": "1000",
+    "options": "", "metrics": "", "width": "256", "split": "default", "num_steps": "50",
+    "peer_steps": "1000", "peer_lr": "1e-4",
 }  # fmt: skip
-SHOWN = ("fid", "kid", "precision", "recall", "density", "coverage", "frechet_random_conv")
+REBUILT = ("psnr", "ssim", "ssim_gaussian", "lpips")
+SHOWN = (
+    "fid", "kid", "precision", "recall", "density", "coverage", "frechet_random_conv", "kernel_random_conv",
+)  # fmt: skip
 
 
 class Task(NamedTuple):
@@ -81,33 +93,61 @@ def run_medldm(task: Task, folder: Path) -> None:
     limit = f"+trainer.max_time='{clock(task.seconds / 2)}'"
     common = [f"data.root={task.data}", f"data.split={task.given['split']}", "resume=auto", limit]
     common += ["trainer.max_epochs=-1"]  # the time alone ends a stage, as it ends those of the others
-    common += task.given["options"].split()
-    stages = {"first": [], "second": []}
-    for stage, more in stages.items():
+    for stage in ("first", "second"):
         run = folder / stage
+        more = options_of(stage, task.given["options"])
         if stage == "second":
-            more = [f"model.first_stage.checkpoint={checkpoint_of(folder / 'first')}"]
+            more.append(f"model.first_stage.checkpoint={checkpoint_of(folder / 'first')}")
         if not (run / "finished").is_file():
             medldm("train", f"experiment={task.given[stage]}", f"run_dir={run}", *common, *more)
             (run / "finished").touch()
-    places = [f"checkpoint={checkpoint_of(folder / 'second')}", f"data.root={task.data}"]
     steps = f"sampler.num_steps={task.given['num_steps']}"
-    medldm("sample", *places, f"output={folder / 'samples'}", "split=test", "png=false", steps)
+    for stage, output, *more in (("first", "rebuilt"), ("second", "samples", steps)):
+        places = [f"checkpoint={checkpoint_of(folder / stage)}", f"data.root={task.data}"]
+        medldm("sample", *places, f"output={folder / output}", "split=test", "png=false", *more)
 
 
-def run_peer(build: Callable[[int, int], peer.Peer], task: Task, folder: Path) -> None:
+def options_of(stage: str, options: str) -> list[str]:
+    """The overrides of one stage: those with its name and a colon before them, and those without."""
+    words = options.split()
+    named = {name for name in ("first", "second") if name != stage}
+    return [word.removeprefix(f"{stage}:") for word in words if word.split(":")[0] not in named]
+
+
+def run_peer(build: Callable[[Sequence[int], int], peer.Peer], task: Task, folder: Path) -> None:
     """Trains and samples another library's models. Their images get the names of the test images in a random
     order, which is seeded, since they have no conditions.
     """
-    train = [np.asarray(r.image, np.float32) for r in read_images(task.data, subjects=task.subjects("train"))]
-    names = [record.id for record in read_images(task.data, subjects=task.subjects("test"))]
-    if all((folder / "samples" / f"{name}.png").is_file() for name in names):
+    parts = {part: list(read_images(task.data, subjects=task.subjects(part))) for part in ("train", "test")}
+    files = {
+        output: [file_of(folder / output, record) for record in parts["test"]]
+        for output in ("rebuilt", "samples")
+    }
+    if all(path.is_file() for paths in files.values() for path in paths):
         return
-    images = torch.from_numpy(np.stack(train))
-    device, width, steps = pick_device("auto"), int(task.given["width"]), int(task.given["peer_steps"])
-    made = peer.run(build, folder, images, len(names), task.seconds, device, width, steps)
-    for name, image in zip(names, made.numpy(), strict=True):
-        with replacing(folder / "samples" / f"{name}.png") as aside:
+    train, test = (torch.from_numpy(np.stack([np.float32(r.image) for r in part])) for part in parts.values())
+    settings = peer.Settings(
+        task.seconds, pick_device("auto"), int(task.given["width"]), int(task.given["peer_steps"]),
+        float(task.given["peer_lr"]),
+    )  # fmt: skip
+    found = peer.run(build, folder, train, test, settings)
+    for paths, images in zip(files.values(), found, strict=True):
+        for path, image in zip(paths, images.numpy(), strict=True):
+            write_image(path, image)
+
+
+def file_of(folder: Path, record: ImageRecord) -> Path:
+    return folder / f"{record.id}{'.png' if record.image.ndim == 3 else '.h5'}"
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """A picture (1, H, W) in [-1, 1] as PNG of 8 bits, a volume (1, D, H, W) as HDF5."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as aside:
+        if path.suffix == ".h5":
+            with h5py.File(aside, "w") as file:
+                file["image"] = image
+        else:
             pixels = np.round((image[0] + 1) * 127.5).astype(np.uint8)
             aside.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
@@ -124,13 +164,12 @@ def evaluated(task: Task, folder: Path) -> dict:
     path = folder / "evaluation" / "metrics.json"
     if not path.is_file():
         places = [f"generated={folder / 'samples'}", f"reference={task.data}", f"output={path.parent}"]
-        medldm(
-            "evaluate",
-            *places,
-            f"train={task.data}",
-            f"train_split={task.given['split']}",
-            "generated_range=auto",
-        )
+        places += [f"reconstruction={folder / 'rebuilt'}", f"train={task.data}"]
+        more = task.given["metrics"].split()
+        if load_index(task.data)["spatial_dims"] == 3:
+            more = ["metrics=synthesis_3d", *more]
+        split = f"train_split={task.given['split']}"
+        medldm("evaluate", *more, *places, split, "generated_range=auto")
     return json.loads(path.read_text())
 
 
@@ -147,18 +186,26 @@ def main() -> None:
         if name not in CONTESTANTS:
             sys.exit(f"peers: no contestant {name!r}; choose from {', '.join(CONTESTANTS)}")
         folder = task.output / name
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             CONTESTANTS[name](task, folder)
         except ImportError as error:
             print(f"{name}: left out, as it cannot be imported ({error})", flush=True)
+            continue
+        except peer.NotOfferedError as error:
+            print(f"{name}: left out ({error})", flush=True)
             continue
         results = evaluated(task, folder)
         table[name] = results["distribution"]["generated"]
         table[name]["memorization"] = results["memorization"].get("audit")
         floor = results["distribution"].get("real_halves", {})
         found = {key: table[name][key] for key in SHOWN if key in table[name]}
+        rebuilt = results["rows"].get("reconstruction", {})
+        table[name]["rebuilt"] = {key: rebuilt[key] for key in REBUILT if key in rebuilt}
         shown = [f"{key} {score['value']:.4g} (n = {score['n']})" for key, score in found.items()]
+        shown += [
+            f"{key} of the first stage {row['mean']:.4g}" for key, row in table[name]["rebuilt"].items()
+        ]
         print(f"{name}: {', '.join(shown)}", flush=True)
         table[name]["real_halves"] = floor
     write_json(task.output / "head_to_head.json", {"settings": given, "peers": table})

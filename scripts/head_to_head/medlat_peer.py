@@ -8,9 +8,11 @@ for a class: all images are of one.
 pip install --no-deps medlat==0.1.5 timm einops
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from peer import FULL_WIDTH, Peer
+from peer import FULL_WIDTH, NotOfferedError, Peer
 from torch import Tensor
 
 
@@ -19,10 +21,13 @@ class Medlat(Peer):
 
     stages = ("medlat: VAE", "medlat: diffusion")
 
-    def __init__(self, side: int, width: int) -> None:
+    def __init__(self, size: Sequence[int], width: int) -> None:
         from medlat import get_model, suggest_generator_params
         from medlat.generators.non_autoregressive.dit.models import DiT
 
+        if len(size) == 3:
+            raise NotOfferedError("aekl and dit.s_2 are for pictures")
+        side = size[-1]
         narrow = width / FULL_WIDTH
         self.first = get_model(
             "continuous.aekl.f8_d4", img_size=side, in_channels=1, out_ch=1, ch=int(128 * narrow)
@@ -37,6 +42,9 @@ class Medlat(Peer):
     def reconstruction(self, x: Tensor) -> Tensor:
         z, divergence, _ = self.first.encode(x)
         return F.l1_loss(self.first.decode(z), x) + divergence
+
+    def rebuilt(self, x: Tensor) -> Tensor:
+        return self.first.decode(self.first.encode(x)[0])
 
     def measure(self, x: Tensor) -> None:
         latent = self.first.encode(x)[0]

@@ -9,6 +9,9 @@ pip install --no-deps medtokenizers==0.1.2 medlatents==0.1.2 medrs lpips jaxtypi
     wadler-lindig accelerate tqdm huggingface-hub
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import torch.nn.functional as F
 from peer import FULL_WIDTH, Peer
 from torch import Tensor, no_grad
@@ -21,18 +24,23 @@ class Medlatents(Peer):
 
     stages = ("medtokenizers: VAE", "medlatents: diffusion")
 
-    def __init__(self, side: int, width: int) -> None:
+    def __init__(self, size: Sequence[int], width: int) -> None:
         from medlatents import ContinuousDiT_models
         from medtokenizers import ContinuousTokenizer
 
-        self.first = ContinuousTokenizer(dim=2, resolution=side, channels=64 * width // FULL_WIDTH)
-        num_tokens = (side // self.first.spatial_compression) ** 2
+        channels = 64 * width // FULL_WIDTH
+        self.first = ContinuousTokenizer(dim=len(size), resolution=max(size), channels=channels)
+        num_tokens = prod(n // self.first.spatial_compression for n in size)
         build = ContinuousDiT_models["ContinuousDiT-S" if width >= FULL_WIDTH else "ContinuousDiT-Nano"]
         self.second = build(seq_length=num_tokens, in_channels=self.first.latent_channels)
 
     def reconstruction(self, x: Tensor) -> Tensor:
         found = self.first(x)
         return F.l1_loss(found["reconstructions"], x) + KL_WEIGHT * found["kl_loss"]
+
+    def rebuilt(self, x: Tensor) -> Tensor:
+        mean = self.first.encode(x)[1][1][0]
+        return self.first.decode(mean)
 
     def measure(self, x: Tensor) -> None:
         from medlatents.diffusion import ContinuousGaussianDiffusion

@@ -1,10 +1,12 @@
-"""MONAI's VQ-VAE and latent diffusion as its tutorials 2d_vqvae and 2d_ldm use them: networks, losses,
-scheduler and their settings.
+"""MONAI's VQ-VAE and latent diffusion as its tutorials use them: networks, losses, scheduler and their
+settings, of 2d_vqvae and 2d_ldm, of volumes those of 3d_vqvae and 3d_ldm.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from peer import Peer
+from peer import NotOfferedError, Peer
 from torch import Tensor
 
 NUM_STEPS = 1000  # of noise in training: the tutorials' DDPM
@@ -13,27 +15,37 @@ NUM_STEPS = 1000  # of noise in training: the tutorials' DDPM
 class Monai(Peer):
     stages = ("monai: VQ-VAE", "monai: diffusion")
 
-    def __init__(self, side: int, width: int) -> None:
+    def __init__(self, size: Sequence[int], width: int) -> None:
         from monai.networks.nets import VQVAE, DiffusionModelUNet
         from monai.networks.schedulers import DDPMScheduler
 
+        if any(n % 16 for n in size):
+            raise NotOfferedError(
+                f"two networks that halve twice need sizes in multiples of 16, not {[*size]}"
+            )
+        dims = len(size)
         self.first = VQVAE(
-            spatial_dims=2, in_channels=1, out_channels=1, channels=(width, 2 * width),
-            num_res_channels=2 * width, num_res_layers=2,
+            spatial_dims=dims, in_channels=1, out_channels=1, channels=(width, width),
+            num_res_channels=width, num_res_layers=2,
             downsample_parameters=((2, 4, 1, 1), (2, 4, 1, 1)),
             upsample_parameters=((2, 4, 1, 1, 0), (2, 4, 1, 1, 0)), num_embeddings=256, embedding_dim=32,
         )  # fmt: skip
-        widths = (width // 2, width, 2 * width)
+        widths = (width // 2, width, 2 * width) if dims == 2 else (32, 64, 64)
+        heads = (0, width, 2 * width) if dims == 2 else (0, 64, 64)
         self.second = DiffusionModelUNet(
-            spatial_dims=2, in_channels=32, out_channels=32, num_res_blocks=2, channels=widths,
-            attention_levels=(False, True, True), num_head_channels=(0, width, 2 * width),
+            spatial_dims=dims, in_channels=32, out_channels=32, num_res_blocks=2 if dims == 2 else 1,
+            channels=widths, attention_levels=(False, True, True), num_head_channels=heads,
         )  # fmt: skip
-        self.scheduler = DDPMScheduler(NUM_STEPS, schedule="linear_beta", beta_start=0.0015, beta_end=0.0195)
+        schedule = "linear_beta" if dims == 2 else "scaled_linear_beta"
+        self.scheduler = DDPMScheduler(NUM_STEPS, schedule=schedule, beta_start=0.0015, beta_end=0.0195)
 
     def reconstruction(self, x: Tensor) -> Tensor:
         x = (x + 1) / 2  # the tutorials' range
         x_hat, quantization = self.first(x)
         return F.l1_loss(x_hat, x) + quantization
+
+    def rebuilt(self, x: Tensor) -> Tensor:
+        return self.first((x + 1) / 2)[0] * 2 - 1
 
     def measure(self, x: Tensor) -> None:
         from monai.inferers import LatentDiffusionInferer

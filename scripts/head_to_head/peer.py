@@ -6,8 +6,9 @@ the clock that ends a stage and the files.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,30 @@ from torch import Tensor, nn
 from medldm.files import replacing
 
 BATCH_SIZE = 16
-LEARNING_RATE = 1e-4
 FULL_WIDTH = 256  # of `width`, at which a library's own sizes are taken
 
 
+class Settings(NamedTuple):
+    """What every library is trained with: seconds of both stages together, and the rate of Adam."""
+
+    seconds: float
+    device: torch.device
+    width: int = FULL_WIDTH
+    num_steps: int = 1000
+    learning_rate: float = 1e-4
+
+
+class NotOfferedError(Exception):
+    """A library has no networks for what is asked."""
+
+
 class Peer(ABC):
-    """Two stages of a library without conditions. Images are (B, 1, H, W) in [-1, 1].
+    """Two stages of a library without conditions. Images are (B, 1, *S) in [-1, 1], S the size (H, W) or, of
+    volumes, (D, H, W).
 
     `first` and `second` are its networks; stage one is trained by `reconstruction`, stage two by `denoising`.
-    `width` narrows both networks below `FULL_WIDTH`.
+    `width` narrows both networks below `FULL_WIDTH`. A library that has no networks for a size raises
+    `NotOfferedError`.
     """
 
     first: nn.Module
@@ -31,11 +47,15 @@ class Peer(ABC):
     stages: tuple[str, str]  # what is trained, as it is printed
 
     @abstractmethod
-    def __init__(self, side: int, width: int) -> None: ...
+    def __init__(self, size: Sequence[int], width: int) -> None: ...
 
     @abstractmethod
     def reconstruction(self, x: Tensor) -> Tensor:
         """The loss of stage one."""
+
+    @abstractmethod
+    def rebuilt(self, x: Tensor) -> Tensor:
+        """The images through the first stage and back, in [-1, 1], called without gradients."""
 
     @abstractmethod
     def measure(self, x: Tensor) -> None:
@@ -51,7 +71,7 @@ class Peer(ABC):
 
 
 def batches(images: Tensor, device: torch.device, seed: int) -> Iterator[Tensor]:
-    """Endlessly: (B, 1, H, W) of shuffled epochs."""
+    """Endlessly: (B, 1, *S) of shuffled epochs."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for index in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
@@ -59,13 +79,13 @@ def batches(images: Tensor, device: torch.device, seed: int) -> Iterator[Tensor]
 
 
 def train_for(
-    seconds: float, network: nn.Module, loss_of: Callable[[Tensor], Tensor], data: Iterator[Tensor]
+    settings: Settings, network: nn.Module, loss_of: Callable[[Tensor], Tensor], data: Iterator[Tensor]
 ) -> int:
-    """Updates until the time is over; how many there were."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    """Updates until half of the time is over; how many there were."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
     network.train()
     start, num_updates = time.monotonic(), 0
-    while time.monotonic() - start < seconds:
+    while time.monotonic() - start < settings.seconds / 2:
         optimizer.zero_grad(set_to_none=True)
         loss_of(next(data)).backward()
         optimizer.step()
@@ -88,30 +108,31 @@ def kept(path: Path, network: nn.Module, train: Callable[[], int]) -> str:
 
 
 def run(
-    build: Callable[[int, int], Peer],
+    build: Callable[[Sequence[int], int], Peer],
     folder: Path,
     train: Tensor,
-    num: int,
-    seconds: float,
-    device: torch.device,
-    width: int,
-    num_steps: int,
-) -> Tensor:
-    """Trains each stage for half of the time; then generates `num` images (N, 1, H, W) in [-1, 1]."""
+    test: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """Trains each stage on `train` (N, 1, *S) for half of the time. Returns `test` (M, 1, *S) through the
+    first stage and back, and M generated images, both in [-1, 1].
+    """
     torch.manual_seed(0)
-    peer = build(train.shape[-1], width)
+    device = settings.device
+    peer = build(train.shape[2:], settings.width)
     data = batches(train, device, seed=0)
     losses = (peer.reconstruction, peer.denoising)
     for stage, network, loss_of in zip(peer.stages, (peer.first, peer.second), losses, strict=True):
         network.to(device)
         path = folder / f"{'first' if network is peer.first else 'second'}.pt"
-        said = kept(path, network, lambda n=network, f=loss_of: train_for(seconds / 2, n, f, data))
+        said = kept(path, network, lambda n=network, f=loss_of: train_for(settings, n, f, data))
         print(f"{stage}: {said}", flush=True)
         torch.manual_seed(0)  # so that a continued run is an uninterrupted one from here on
         if network is peer.first:
             with torch.no_grad():
                 peer.measure(train[:BATCH_SIZE].to(device))
     with torch.no_grad():
-        parts = torch.arange(num).split(BATCH_SIZE)
-        made = [peer.generate(len(part), num_steps).float().cpu() for part in parts]
-    return torch.cat(made).clamp(-1, 1)
+        parts = test.split(BATCH_SIZE)
+        made = [peer.generate(len(part), settings.num_steps).float().cpu() for part in parts]
+        again = [peer.rebuilt(part.to(device)).float().cpu() for part in parts]
+    return torch.cat(again).clamp(-1, 1), torch.cat(made).clamp(-1, 1)
