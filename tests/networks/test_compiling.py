@@ -13,7 +13,8 @@ from medldm.diffusion.encoders import BlockMaximum, MaxPool, SegConv
 from medldm.networks import compiling
 from medldm.networks.autoencoder import Stack
 from medldm.networks.factorised import FactorisedAttention
-from medldm.networks.layers import AttentionBlock, ResBlock, group_norm
+from medldm.networks.layers import AttentionBlock, ResBlock
+from medldm.networks.norms import group_norm
 from medldm.networks.spade import SPADE
 from medldm.planning.trace import StepTrace
 from medldm.training.run import Run

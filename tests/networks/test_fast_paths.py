@@ -12,12 +12,11 @@ from medldm.networks.factorised import NUM_PLACES, Rotary
 from medldm.networks.layers import (
     AttentionBlock,
     Downsample,
-    GroupNorm,
     ResBlock,
     Upsample,
-    group_norm,
     pointwise,
 )
+from medldm.networks.norms import GroupNorm, group_norm
 from medldm.networks.quantizer import VectorQuantizer, exact_matmul, nearest_codes
 from medldm.networks.unet import UNet
 from medldm.planning.trace import StepTrace

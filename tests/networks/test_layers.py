@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from medldm.networks.discriminator import PatchDiscriminator
-from medldm.networks.layers import Downsample, GroupNorm, Upsample, attend, sinusoidal_embedding
+from medldm.networks.layers import Downsample, Upsample, attend, sinusoidal_embedding
+from medldm.networks.norms import GroupNorm
 from tests.helpers import num_parameters
 
 

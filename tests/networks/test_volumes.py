@@ -15,7 +15,8 @@ from medldm.networks.factorised import (
     distance_buckets,
     linear_attention,
 )
-from medldm.networks.layers import ResBlock, Upsample, group_norm
+from medldm.networks.layers import ResBlock, Upsample
+from medldm.networks.norms import group_norm
 from medldm.networks.unet import UNet
 from tests.helpers import compose_part, num_parameters
 

@@ -73,6 +73,47 @@ def test_the_backward_pass_computes_again_what_is_cheap():
     assert compiled(lambda x: F.silu(x * 2).exp().square().exp(), backward=True) == (2, 6)
 
 
+def test_the_gradient_of_a_bias_is_a_reduction_that_is_split_over_the_card():
+    """8 results of 512 values each, of a gradient that the block is given."""
+    with FakeTensorMode():
+        x, weight, bias = torch.empty(1, 8, 16, 32), torch.empty(8, 8, 1, 1), torch.empty(8)
+        for value in (weight, bias):
+            value.requires_grad_()
+        with StepTrace() as trace:
+            out = trace.block(F.conv2d)(x, weight, bias)
+            before = trace.compiled.num_kernels
+            out.backward(torch.empty_like(out))
+    moved = {op.name: op.num_kernels for op in trace.compiled.operations.values()}
+    assert before == 2 and moved == {"convolution": 1, "convolution_backward": 1, "fused": 1 + 2}
+
+
+def test_means_of_rows_that_are_spread_over_an_image_are_a_kernel_of_their_own():
+    """The rows are 4 x 8 values, the image 4 x 32 x 32."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        means = x[0, :, 0, :8].square().mean(1).exp()
+        return x * means[None, :, None, None]
+
+    assert compiled(run)[0] == 2
+    assert compiled(lambda x: x.flatten(2).softmax(2).exp())[0] == 1
+
+
+def test_sums_of_sums_are_a_kernel_of_their_own():
+    assert compiled(lambda x: x.square().sum(3).exp().sum(2))[0] == 2
+
+
+def test_kernels_of_the_same_sizes_that_read_the_same_are_one():
+    """Two sums of one tensor, and two sums of two tensors."""
+    assert compiled(lambda x: (x.sum((2, 3)), x.square().sum((2, 3)))[1])[0] == 1
+    assert compiled(lambda x: (torch.empty_like(x).sum((2, 3)), x.square().sum((2, 3)))[1])[0] == 2
+
+
+def test_a_reduction_goes_on_with_its_results():
+    """A sum of 4,096 values is split in two kernels, and the second takes its exponential."""
+    assert compiled(lambda x: x.sum())[0] == compiled(lambda x: x.sum().exp())[0] == 2
+    assert compiled(lambda x: x.sum().exp() * torch.empty(3))[0] == 3
+
+
 def test_blocks_are_not_fused_with_each_other():
     with FakeTensorMode():
         x = torch.empty(N)

@@ -55,7 +55,8 @@ def test_norms_biases_and_their_gradients_are_kernels_of_their_own():
 
     cost = traced(run).cost
     found = {op.name: (op.num_calls, op.num_kernels) for op in cost.operations.values()}
-    assert found["convolution"] == (1, 2) and found["convolution_backward"] == (1, 3)
+    assert found["convolution"] == (1, 2) and found["convolution_backward"] == (1, 2)
+    assert found["bias_gradient"] == (1, 1)
     assert found["native_group_norm"] == (1, 3) and found["native_group_norm_backward"] == (1, 5)
     assert cost.num_kernels == sum(kernels for _, kernels in found.values())
 

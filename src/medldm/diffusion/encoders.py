@@ -17,7 +17,7 @@ from medldm.batch import spatial_shape
 from medldm.diffusion.latent import latent_shape
 from medldm.networks.compiling import is_compiling
 from medldm.networks.convolution import conv, convolve_as
-from medldm.networks.layers import group_norm
+from medldm.networks.norms import group_norm
 
 
 class NearestEncoder(nn.Module):

@@ -21,9 +21,9 @@ from medldm.networks.layers import (
     Upsample,
     apply_norm,
     conv,
-    group_norm,
     last_layer_of_image,
 )
+from medldm.networks.norms import group_norm
 from medldm.networks.options import check_one_of, grouped
 from medldm.networks.quantizer import Quantized
 from medldm.networks.spade import SPADE

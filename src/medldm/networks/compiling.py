@@ -140,9 +140,11 @@ def compiled(call: Callable, backend: Callable | None = None) -> Callable:
     # the backward pass is compiled with the forward pass, where its failure can still be caught
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._functorch.config.donated_buffer = False  # gradients at the last layer keep the graph
-    torch._inductor.config.realize_reads_threshold = (
-        8  # for a norm before its activation, which reads five tensors
-    )
+    # a norm with its scale, shift and activation reads nine tensors, and its gradients are computed from them
+    # in about 60 operations; above these bounds the compiler would write what lies between
+    torch._inductor.config.realize_reads_threshold = 12
+    torch._inductor.config.realize_acc_reads_threshold = 12
+    torch._inductor.config.realize_opcount_threshold = 100
     return torch.compile(call, backend=backend or inductor_or_eager, dynamic=False)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medldm.networks.layers import conv, group_norm
+from medldm.networks.layers import conv
+from medldm.networks.norms import group_norm
 
 
 def discriminator_norm(kind: str, spatial_dims: int, channels: int) -> nn.Module:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from medldm.devices import full_precision
 from medldm.networks.compiling import is_compiling
-from medldm.networks.layers import attend, group_norm, zero_init
+from medldm.networks.layers import attend, zero_init
+from medldm.networks.norms import group_norm
 
 NUM_PLACES = 512  # along depth, for which angles are computed once
 PAYS = 4  # so many times more tokens (or columns) than channels are needed for products in another order

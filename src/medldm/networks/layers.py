@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
-from medldm.networks.compiling import checkpointed
-from medldm.networks.convolution import conv, conv_transpose
+from medldm.networks.compiling import checkpointed, is_compiling
+from medldm.networks.convolution import conv, conv_transpose, convolve_as
+from medldm.networks.norms import group_norm
 from medldm.networks.options import check_one_of
 from medldm.networks.spade import SPADE, Modulation
 
@@ -57,27 +58,22 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
-class GroupNorm(nn.GroupNorm):
-    """A group norm whose output has the precision of its input; the kernel sums in float32.
-
-    Autocast alone would run it in float32, which doubles the activations of a 3D autoencoder.
+def apply_norm(
+    norm: nn.Module,
+    x: Tensor,
+    spade: Tensor | Modulation | None,
+    embedding: Tensor | None = None,
+    *,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """A plain norm of x, or a SPADE norm under its map, scaled and shifted by the two halves of an embedding
+    (B, 2 C, 1 ..). offset: see `group_normed`.
     """
-
-    rounds_weights = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        with full_precision(x.device):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-def group_norm(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
-    """A group norm with gcd(groups, channels) groups, so that networks of any width take the same option."""
-    return GroupNorm(math.gcd(groups, channels), channels, eps=eps)
-
-
-def apply_norm(norm: nn.Module, x: Tensor, spade: Tensor | Modulation | None) -> Tensor:
-    """A plain norm of x, or a SPADE norm under its map."""
-    return norm(x, spade) if isinstance(norm, SPADE) else norm(x)
+    scale, shift = (None, None) if embedding is None else embedding.chunk(2, dim=1)
+    if not isinstance(norm, SPADE):
+        return norm(x, scale, shift, offset=offset)
+    h = norm(x, spade, offset=offset)
+    return h if scale is None else h * (1 + scale) + shift
 
 
 def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000.0) -> Tensor:
@@ -160,18 +156,25 @@ class ResBlock(nn.Module):
 
     def _forward(self, x: Tensor, embedding: Tensor | None, spade: Any) -> Tensor:
         maps = spade if isinstance(spade, tuple) else (spade, spade)
-        h = self.conv1(F.silu(apply_norm(self.norm1, x, maps[0])))
+        h = F.silu(apply_norm(self.norm1, x, maps[0]))
         e = self.embedded(embedding, h)
-        if e is not None and not self.scale_shift:
-            h = h + e
+        added, modulating = (None, e) if self.scale_shift else (e, None)
+        h, offset = self.convolved(h, added)
         if self.truncated:
             return h
-        h = apply_norm(self.norm2, h, maps[1])
-        if e is not None and self.scale_shift:
-            scale, shift = e.chunk(2, dim=1)
-            h = h * (1 + scale) + shift
+        h = apply_norm(self.norm2, h, maps[1], modulating, offset=offset)
         h = self.conv2(self.dropout(F.silu(h)))
         return h + pointwise(self.shortcut, x)  # in this order: the sum takes the layout of its first term
+
+    def convolved(self, h: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The first convolution of h plus `added`, (B, C, 1 ..), and what of that sum is left to the second
+        norm: for a compiler the bias and `added`.
+        """
+        if is_compiling() and not self.truncated and self.norm2.num_groups:
+            offset = self.conv1.bias[None] if added is None else self.conv1.bias + added.flatten(1)
+            return convolve_as(self.conv1, h, self.conv1.weight, None), offset
+        h = self.conv1(h)
+        return (h if added is None else h + added), None
 
     def modulations(self, spade: Tensor, size: torch.Size) -> tuple[Modulation | None, ...]:
         """What each norm computes from a map (B, C, *any) alone, for x on a grid of `size`; None for a plain

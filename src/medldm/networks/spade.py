@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medldm.devices import full_precision
 from medldm.networks.convolution import conv, convolve_as
+from medldm.networks.norms import group_normed
 
 
 class Modulation(NamedTuple):
@@ -43,7 +44,7 @@ class SPADE(nn.Module):
         super().__init__()
         kernel_size = (kernel_size,) * spatial_dims if isinstance(kernel_size, int) else tuple(kernel_size)
         padding = tuple(size // 2 for size in kernel_size)
-        self.groups = math.gcd(groups, channels) if groups else None
+        self.num_groups = math.gcd(groups, channels) if groups else None
         self.shared = conv(spatial_dims, map_channels, hidden_channels, kernel_size, padding=padding)
         self.gamma = conv(spatial_dims, hidden_channels, channels, kernel_size, padding=padding)
         self.beta = conv(spatial_dims, hidden_channels, channels, kernel_size, padding=padding)
@@ -68,11 +69,19 @@ class SPADE(nn.Module):
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return convolve_as(self.gamma, hidden, weight, bias)
 
-    def forward(self, x: Tensor, spade: Tensor | Modulation | None) -> Tensor:
-        """x (B, C, *s), and the map or what `modulation` has made of it -> (B, C, *s)."""
+    def forward(
+        self, x: Tensor, spade: Tensor | Modulation | None, *, offset: Tensor | None = None
+    ) -> Tensor:
+        """x (B, C, *s), and the map or what `modulation` has made of it -> (B, C, *s). offset: see
+        `group_normed`.
+        """
         if spade is None:
             raise ValueError("a network built with SPADE norms needs condition.spade (B, C, *S)")
         gamma, beta = spade if isinstance(spade, Modulation) else self.modulation(spade, x.shape[2:])
+        return self.normed(x, offset) * (1 + gamma) + beta
+
+    def normed(self, x: Tensor, offset: Tensor | None) -> Tensor:
+        if self.num_groups:
+            return group_normed(x, self.num_groups, offset=offset)
         with full_precision(x.device):
-            normed = F.group_norm(x, self.groups) if self.groups else F.instance_norm(x)
-        return normed * (1 + gamma) + beta
+            return F.instance_norm(x)

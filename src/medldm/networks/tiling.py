@@ -60,7 +60,7 @@ def whole_norm(norm: nn.Module, x: Tensor) -> Affine:
     float64.
     """
     is_spade = isinstance(norm, SPADE)
-    groups = (norm.groups or x.shape[1]) if is_spade else norm.num_groups
+    groups = (norm.num_groups or x.shape[1]) if is_spade else norm.num_groups
     sums = torch.zeros(2, len(x), groups, dtype=torch.float64)
     for part in x.unbind(2):
         grouped = part.double().reshape(len(x), groups, -1)

@@ -24,11 +24,11 @@ from medldm.networks.layers import (
     TransformerBlock,
     Upsample,
     conv,
-    group_norm,
     per_axis,
     sinusoidal_embedding,
     zero_init,
 )
+from medldm.networks.norms import group_norm
 from medldm.networks.options import check_one_of, grouped
 from medldm.networks.spade import SPADE, Modulations
 from medldm.networks.unet_plan import Arrangement, UNetStep, in_order_of_construction, incoming_channels

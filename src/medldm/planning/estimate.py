@@ -81,6 +81,7 @@ class Planner:
         cost, module, eager = traced.cost, traced.module, traced.cost
         if self.compiles:
             cost, eager = traced.compiled, traced_step(self.job, batch_size, **options).cost
+            cost.take_peaks(eager)
         state = state_bytes(module, averages=self.averages) + traced.batch_bytes
         scratch = cost.peak_bytes_with_workspace - cost.peak_bytes if self.on_cuda else 0
         optimiser = optimiser_seconds(num_trainable(module), self.card)

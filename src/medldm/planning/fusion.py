@@ -7,15 +7,18 @@ The model works from the operations alone, by these rules; no compiler runs.
 2. Operations that feed each other are one chain, unless something that runs as it is, or a reduction over
    more than `LONGEST_ROW` values (`LONGEST_STRIDED_ROW` where they do not lie side by side), lies between
    them on any path. The norm of an image is such a reduction: its statistics are a chain, and the next chain
-   reads the image again.
+   reads the image again. The results of a shorter reduction end a chain where they are spread over more
+   values than they were made from, or are reduced again.
 3. A chain reads each tensor from outside once, and writes the tensors that are used outside of it.
 4. A tensor that only other chains of the block use is not written where it costs them no more bytes to read
    what it was made from. This is also how a backward pass computes parts of the forward pass again.
 5. A chain is one kernel for each size of tensor that it writes, which reads all that those were made from.
-   Longer reductions are a kernel for each pair of sizes, and a small one more where few results make it
-   split them over the card. A norm has two small kernels beside those of its rows, its gradient five.
+   Longer reductions are a kernel for each pair of sizes, which also does the operations on as many elements
+   that follow, and a small one more where few results make it split them over the card. A norm has two small
+   kernels beside those of its rows, its gradient five. Kernels of the same sizes that read one tensor and
+   wait for the same ones are one.
 6. The bias of a convolution is added by the chain that follows. What the backward pass needs of it is the
-   sum, which is then written.
+   sum, which is then written. The gradient of a bias is a reduction.
 7. Nothing is fused across blocks, nor between a block's forward and its backward pass.
 
 Beside what torch 2.15's compiler schedules for a card (docs/performance.md) it is between 2% too high and 14%
@@ -32,6 +35,7 @@ from torch import Tensor
 
 LONGEST_ROW = 1024  # values that one program of a kernel can hold while it reduces them
 LONGEST_STRIDED_ROW = 64  # where they do not lie side by side in memory
+LONGEST_SUM = 128  # values of a result that one program sums, one after the other
 MOST_SPLIT = 8192  # reductions to no more values than these are split over the card
 SMALL_KERNELS = {"norm": 2, "norm_backward": 5}  # that put together parts of sums, and gradients of weights
 MOST_SOURCES = 8  # a tensor made from more tensors is written, which bounds what a kernel reads
@@ -92,6 +96,7 @@ class Node:
     level: int
     chain: int
     sizes: tuple[int, int] = (0, 0)  # values read and written, of a reduction
+    row: int = 0  # values that a row of its chain reads on the way to it, 0 for none
     num_small: int = 0  # kernels beside its own
 
 
@@ -116,7 +121,7 @@ def fusion_kind(func: Any, args: Sequence, inputs: Sequence[Tensor], outputs: Se
 
 def num_launched(func: Any, args: Sequence) -> int:
     """The kernels that one call launches where nothing is fused, as PyTorch's CUDA sources have them: a bias
-    is added, and its gradient summed, apart from the convolution.
+    is added apart from the convolution; the sum of its gradient (`sums_bias`) is not among them.
     """
     name = func.overloadpacket.__name__
     if name == "native_group_norm":  # statistics, parts of scale and shift, the result
@@ -127,7 +132,22 @@ def num_launched(func: Any, args: Sequence) -> int:
         return 2
     if name == "convolution":
         return 1 + (args[2] is not None)
-    return sum(args[-1]) if name == "convolution_backward" else 1
+    return sum(args[-1][:2]) if name == "convolution_backward" else 1
+
+
+def sums_bias(func: Any, args: Sequence) -> bool:
+    """Whether it gives the gradient of a convolution's bias, which a compiler sums apart from the others."""
+    return func.overloadpacket.__name__ == "convolution_backward" and bool(args[-1][2])
+
+
+def ends_chain(maker: "Node", numel: int, row: int) -> bool:
+    """Whether what makes `numel` values of this node's is another kernel: also where a row is spread over
+    more values than it was made from, or its results are reduced again. row: how many values are reduced, 0
+    for none.
+    """
+    if maker.kind in ("as it is", "reduction"):
+        return True
+    return maker.row > 0 and (numel > maker.row or row not in (0, maker.row))
 
 
 def longest_row(x: Tensor, axes: Sequence[int]) -> int:
@@ -174,11 +194,21 @@ class Graph:
             self.append("elements", region, [*reads, self.piece(*sums)], outputs)
         elif region and func.overloadpacket.__name__ == "convolution" and len(inputs) == 3:
             self.append_convolution(region, reads, outputs)
+        elif region and sums_bias(func, args):
+            self.append("as it is", region, reads, outputs[:-1])
+            self.append_sum("reduction", region, reads[:1], outputs[-1:], given[0].numel())
         else:
-            largest = max((x.numel() for x in made), default=0)
-            self.append(kind, region, reads, outputs, (size, largest))
-            self.nodes[-1].num_small = int(kind == "reduction" and largest <= MOST_SPLIT)
+            self.append_sum(kind, region, reads, outputs, size)
         return kind == "as it is"
+
+    def append_sum(
+        self, kind: str, region: Region | None, reads: list[Piece], outputs: Stored, size: int
+    ) -> None:
+        """An operation on `size` values, which may be a reduction."""
+        largest = max((x.numel() for x, _ in outputs), default=0)
+        self.append(kind, region, reads, outputs, (size, largest))
+        is_split = kind == "reduction" and largest <= MOST_SPLIT and size > LONGEST_SUM * largest
+        self.nodes[-1].num_small = int(is_split)
 
     def append_convolution(self, region: Region, reads: list[Piece], outputs: Stored) -> None:
         """One with a bias, which is added apart from it."""
@@ -215,16 +245,20 @@ class Graph:
             self.values[value].readers.append(number)
         makers = [self.nodes[self.values[v].maker] for v in numbers if self.values[v].maker >= 0]
         makers = [m for m in makers if m.region == region]
-        level = max((m.level + (m.kind in ("as it is", "reduction")) for m in makers), default=0)
+        made = max((x.numel() for x, _ in outputs), default=0)
+        row = sizes[0] if kind == "row" else 0
+        level = max((m.level + ends_chain(m, made, row) for m in makers), default=0)
         self.parents.append(number)
         writes = []
         for x, storage in outputs:
             self.newest[storage] = self.new_value(number, x)
             writes.append(self.newest[storage])
-        self.nodes.append(Node(kind, region, reads, writes, level, number, sizes))
-        for maker in makers if kind in FUSED else ():
-            if maker.kind in ("elements", "row") and maker.level == level:
-                self.parents[self.chain(maker.chain)] = self.chain(number)
+        joined = [m for m in makers if m.kind in ("elements", "row") and m.level == level]
+        joined = joined if kind in FUSED else []
+        row = min((n for n in (row, *(m.row for m in joined)) if n), default=0)
+        self.nodes.append(Node(kind, region, reads, writes, level, number, sizes, row))
+        for maker in joined:
+            self.parents[self.chain(maker.chain)] = self.chain(number)
 
     def chain(self, node: int) -> int:
         while self.parents[node] != node:
@@ -233,7 +267,7 @@ class Graph:
         return node
 
     def fused(self) -> Iterator[tuple[int, int]]:
-        """(kernels, bytes) of every chain. Call it once, after the step."""
+        """(kernels, bytes) of what is fused. Call it once, after the step."""
         for node in self.nodes:
             node.chain = self.chain(node.chain)
         self.choose_written()
@@ -241,7 +275,19 @@ class Graph:
         for node in self.nodes:
             if node.kind in FUSED:
                 chains[node.chain].append(node)
-        return map(self.cost_of, chains.values())
+        alike: dict[tuple, list[Kernel]] = defaultdict(list)
+        for chain in chains.values():
+            for size, kernel in self.kernels_of(chain).items():
+                join(alike[chain[0].region, chain[0].level, size], kernel)
+        reductions = defaultdict(list)
+        for (region, _, size), kernels in alike.items():
+            if size[0] == "reduction":
+                reductions[region, size[-1]] += kernels
+        for (region, _, size), kernels in alike.items():
+            if size[0] == "elements":
+                alike_before = reductions[region, size[-1]]
+                kernels[:] = [k for k in kernels if not follow(alike_before, k)]
+        return (self.cost_of(kernel) for kernels in alike.values() for kernel in kernels)
 
     def sources_of(self, node: Node) -> Reads:
         """The written values that a kernel reads for this node."""
@@ -291,9 +337,9 @@ class Graph:
         )
         return extra > value.num_bytes * (1 + len(others))
 
-    def cost_of(self, chain: Sequence[Node]) -> tuple[int, int]:
-        read: dict[tuple, Reads] = defaultdict(dict)  # of each kernel
-        made: dict[tuple, set[int]] = defaultdict(set)
+    def kernels_of(self, chain: Sequence[Node]) -> dict[tuple, "Kernel"]:
+        """By the sizes that they run over."""
+        kernels: dict[tuple, Kernel] = defaultdict(Kernel)
         for node in chain:
             for number in node.writes:
                 key = ("elements", self.values[number].numel)
@@ -301,10 +347,45 @@ class Graph:
                     key = ("reduction", *node.sizes)
                 elif not self.values[number].is_written:
                     continue
-                made[key].add(number)
-                read[key] |= self.sources_of(node)
-        moved = sum(
-            size for key in read for (number, _), size in read[key].items() if number not in made[key]
-        )
-        moved += sum(self.values[number].num_bytes for numbers in made.values() for number in numbers)
-        return len(made) + sum(node.num_small for node in chain), moved
+                kernels[key].writes.add(number)
+                kernels[key].reads |= self.sources_of(node)
+            if node.num_small:
+                kernels[("reduction", *node.sizes)].num_small += node.num_small
+        return kernels
+
+    def cost_of(self, kernel: "Kernel") -> tuple[int, int]:
+        moved = sum(size for (number, _), size in kernel.reads.items() if number not in kernel.writes)
+        return 1 + kernel.num_small, moved + sum(self.values[n].num_bytes for n in kernel.writes)
+
+
+@dataclass
+class Kernel:
+    """What one kernel reads and writes: numbers of values; and the small kernels beside it."""
+
+    reads: Reads = field(default_factory=dict)
+    writes: set[int] = field(default_factory=set)
+    num_small: int = 0
+
+
+def follow(reductions: list[Kernel], kernel: Kernel) -> bool:
+    """Whether a kernel on elements goes on with as many results of one of these reductions, which then does
+    its work, too.
+    """
+    read = {number for number, _ in kernel.reads}
+    for other in reductions:
+        if other.writes & read:
+            other.reads |= kernel.reads
+            other.writes |= kernel.writes
+            return True
+    return False
+
+
+def join(kernels: list[Kernel], kernel: Kernel) -> None:
+    """Puts a kernel to others of its sizes, into one that reads a tensor of its own, if there is one."""
+    for other in kernels:
+        if other.reads.keys() & kernel.reads.keys():
+            other.reads |= kernel.reads
+            other.writes |= kernel.writes
+            other.num_small += kernel.num_small
+            return
+    kernels.append(kernel)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from medldm.networks.compiling import as_if_compiling
-from medldm.planning.fusion import Graph, Region, num_launched, touched_bytes
+from medldm.planning.fusion import Graph, Region, num_launched, sums_bias, touched_bytes
 
 # Where CUDA's autocast and a CPU's, which traces run under, treat an operation differently (torch.amp's
 # reference, "CUDA Ops that autocast to float32" and "CPU Ops that autocast to float32").
@@ -133,6 +133,12 @@ class Cost:
         """The kernels that are launched; a fused or foreach one is for several tensors."""
         return sum(op.num_kernels for op in self.operations.values())
 
+    def take_peaks(self, other: "Cost") -> None:
+        """Of two ways to run the same step, both of which write what a compiler fuses, the smaller peak."""
+        if other.peak_bytes < self.peak_bytes:
+            self.peak_bytes = other.peak_bytes
+            self.peak_bytes_with_workspace = other.peak_bytes_with_workspace
+
     def add(self, op: Operation, *, is_fused: bool, num_fused: int = 0) -> None:
         """Count one more call of an operation, of whose kernels a compiler fuses `num_fused` with others."""
         for table in (self.operations,) if is_fused else (self.operations, self.unfused):
@@ -226,8 +232,6 @@ class StepTrace(TorchDispatchMode):
         op.num_bytes = sum(map(touched_bytes, touched))
         if name in GATHERS:
             op.num_bytes -= max(0, touched_bytes(inputs[0]) - sum(map(touched_bytes, outputs)))
-        if name == "convolution_backward" and args[-1][2]:
-            op.num_bytes += touched_bytes(inputs[0])  # the gradient of a bias is a sum of its own
         count = FLOPS.get(func.overloadpacket)
         if count is not None:
             op.flops = count(*args, **kwargs, out_val=out)
@@ -236,6 +240,8 @@ class StepTrace(TorchDispatchMode):
         is_fused = not self.graph.add(func, args, *stored, region)
         adds_bias = region is not None and name == "convolution" and len(inputs) == 3
         self.cost.add(op, is_fused=is_fused, num_fused=int(adds_bias))
+        if sums_bias(func, args):  # a kernel of its own
+            self.cost.add(bias_gradient(inputs[0]), is_fused=region is not None)
         workspace = sum(map(touched_bytes, touched)) if is_convolution else 0
         if "backward" in name:  # its gradients are its outputs: copies are needed of what comes in
             workspace -= sum(map(touched_bytes, tensors(out)))
@@ -267,6 +273,11 @@ class StepTrace(TorchDispatchMode):
         del self.seen[key]
         self.numbers.pop(key, None)
         self.alive -= size
+
+
+def bias_gradient(gradient: Tensor) -> Operation:
+    """The sum over all but the channels of a convolution's result."""
+    return Operation("bias_gradient", gradient.dtype, 0, 1, 0.0, touched_bytes(gradient), 1)
 
 
 def tensors(tree: object) -> Iterator[Tensor]:
