@@ -30,7 +30,7 @@ def volume(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("of_offset", [None, 1, 3])
 @pytest.mark.parametrize("size", [(5, 6), (2, 3, 7)])
 def test_sums_of_parts_give_the_norm_and_all_gradients(of_weights, of_offset, size, monkeypatch):
-    """Weights and offset are none, of all samples, or of each sample. The parts are 1, 2 or 3 of the places."""
+    """Weights and offset: none, of all samples, or of each sample. The parts are 1, 2 or 3 of the places."""
     torch.manual_seed(0)
     monkeypatch.setattr(norms, "NUM_SUMS", 3 * 12 * 3)
     x, offset = volume(3, 12, *size), None if of_offset is None else drawn(of_offset, 12)
