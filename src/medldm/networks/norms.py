@@ -35,7 +35,7 @@ class GroupNorm(nn.GroupNorm):
         """
         weight, bias = self.weight, self.bias
         if scale is not None and is_split(x):  # joins the weights
-            scale = 1 + in_float32(scale.flatten(1))
+            scale = 1 + as_summed(scale.flatten(1))
             weights = (weight * scale, bias * scale + shift.flatten(1))
             return SummedInParts.apply(x, *weights, offset, self.num_groups, self.eps)
         weights = (weight.to(x.dtype), bias.to(x.dtype))
@@ -143,17 +143,17 @@ def summed_as(weight: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
 
 def per_group(v: Tensor, num_groups: int) -> Tensor:
     """(B, C) -> (B, groups, c)."""
-    return in_float32(v).unflatten(1, (num_groups, -1))
+    return as_summed(v).unflatten(1, (num_groups, -1))
 
 
-def in_float32(x: Tensor) -> Tensor:
+def as_summed(x: Tensor) -> Tensor:
     """x in float32, or as it is in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def in_groups(x: Tensor, num_groups: int) -> Tensor:
     """(B, C, *S) -> (B, groups, c, *S)."""
-    return in_float32(x).unflatten(1, (num_groups, -1))
+    return as_summed(x).unflatten(1, (num_groups, -1))
 
 
 def in_parts(x: Tensor, num_groups: int) -> Tensor:
@@ -161,7 +161,7 @@ def in_parts(x: Tensor, num_groups: int) -> Tensor:
     tokens = x.movedim(1, -1).flatten(1, -2)
     length, most = tokens.shape[1], NUM_SUMS // (tokens.shape[0] * tokens.shape[2])
     parts = next(n for n in range(max(1, most), 0, -1) if length % n == 0)
-    return in_float32(tokens).unflatten(1, (parts, -1)).unflatten(3, (num_groups, -1))
+    return as_summed(tokens).unflatten(1, (parts, -1)).unflatten(3, (num_groups, -1))
 
 
 def over(v: Tensor, h: Tensor) -> Tensor:
