@@ -9,6 +9,7 @@ from torch import nn
 
 from medldm.commands import train
 from medldm.devices import CPU, GPU, choose_loop, choose_settings
+from medldm.diffusion.condition import Condition
 from medldm.diffusion.encoders import BlockMaximum, MaxPool, SegConv
 from medldm.networks import compiling
 from medldm.networks.autoencoder import Stack
@@ -16,6 +17,7 @@ from medldm.networks.factorised import FactorisedAttention
 from medldm.networks.layers import AttentionBlock, ResBlock
 from medldm.networks.norms import group_norm
 from medldm.networks.spade import SPADE
+from medldm.networks.unet import UNet
 from medldm.planning.trace import StepTrace
 from medldm.training.run import Run
 
@@ -59,6 +61,55 @@ def test_weights_rounded_at_once_give_what_autocast_gives(use_checkpoint):
         assert found.dtype == wanted.dtype and torch.equal(found, wanted)
     assert seen[0] == {torch.bfloat16}  # the convolution's, while it ran
     assert {p.dtype for p in blocks.parameters()} == {torch.float32} and blocks.state_dict().keys() == keys
+
+
+def unet(dtype: torch.dtype = torch.float32) -> UNet:
+    torch.manual_seed(0)
+    return UNet(
+        2, in_channels=2, out_channels=2, stem_channels=8, channels=[8, 16], num_res_blocks=1, num_heads=2,
+        sinusoidal_channels=8, embedding_channels=16, zero_init_last=False,
+    ).to(dtype)  # fmt: skip
+
+
+def unet_gradients(
+    network: UNet, dtype: torch.dtype, *, bf16: bool
+) -> tuple[list[torch.Tensor], dict[str, int]]:
+    """The output and all gradients, and how often operations ran."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(2, 2, 8, 8, generator=generator, dtype=dtype)
+    t = torch.tensor([3.0, 700.0], dtype=dtype)
+    with StepTrace() as trace, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = network(z, t, Condition(None, None, None, None))
+        out.double().square().sum().backward()
+    ran = {op.name: op.num_calls for op in trace.cost.operations.values()}
+    return [out.detach(), *(p.grad for p in network.parameters())], ran
+
+
+def test_the_units_of_a_unet_read_the_embedding_by_one_product_where_weights_are_rounded(monkeypatch):
+    """In float64 they are not float32 either, and both ways agree to its rounding."""
+    found, ran = unet_gradients(unet(torch.float64), torch.float64, bf16=False)
+    monkeypatch.setattr("medldm.networks.unet.projected", lambda steps, e: e)
+    wanted, before = unet_gradients(unet(torch.float64), torch.float64, bf16=False)
+    num_units = sum(step.kind == "unit" for step, _ in unet().steps)
+    assert before["addmm"] - ran["addmm"] == num_units - 1 > 3
+    for value, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_roundings"), [(1, 1), (2, 12)])
+def test_a_unet_that_trains_alone_rounds_its_weights_at_once(num_ranks, num_roundings, monkeypatch):
+    """Beside other processes block by block, so that gradients are exchanged while others are computed."""
+    monkeypatch.setattr(compiling, "num_ranks", lambda: num_ranks)
+    network = unet()
+    compiling.wrap_blocks(network, lambda call: call)
+    assert num_roundings == (1 if num_ranks == 1 else len(list(compiling.outermost_blocks(network))))
+    values, ran = unet_gradients(network, torch.float32, bf16=True)
+    assert ran["_foreach_copy_"] == 2 * num_roundings  # and as many widenings of gradients
+    wanted, _ = unet_gradients(unet(), torch.float32, bf16=True)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    for value, other in zip(values, wanted, strict=True):
+        assert value.dtype == other.dtype
+        torch.testing.assert_close(value, other, rtol=0.05, atol=0.05)
 
 
 def test_a_function_of_a_copied_module_uses_the_copys_weights():

@@ -3,8 +3,9 @@ fused.
 
 A block is a part of a network that marks itself by `is_block = True`. Each block is compiled by itself, so
 that one that does not compile costs itself alone and not the network. `rounds_together = True` marks a part
-that rounds the weights of all its blocks by one kernel, `rounds_weights = True` marks a layer of another kind
-whose weights are rounded with them.
+that rounds the weights of all its blocks by one kernel where one process trains; several exchange gradients
+while the backward pass goes on, and round block by block. `rounds_weights = True` marks a layer of another
+kind whose weights are rounded with them.
 """
 
 import logging
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
+
+from medldm.ranks import num_ranks
 
 log = logging.getLogger(__name__)
 Wrap = Callable[[Callable], Callable]  # makes the function that runs in the place of a block's call
@@ -110,7 +113,7 @@ def wrap_blocks(module: nn.Module, wrap: Wrap) -> None:
         block._compiled_call_impl = BlockCall(block, wrap(block._call_impl))
     for part in module.modules():
         if getattr(part, "rounds_together", False):
-            part._compiled_call_impl = BlockCall(part, part._call_impl)
+            part._compiled_call_impl = BlockCall(part, part._call_impl, only_alone=True)
 
 
 def is_wrapped(block: nn.Module) -> bool:
@@ -216,10 +219,11 @@ ROUNDED = (
 class BlockCall:
     """Runs a block. Under autocast, one kernel rounds the weights of its convolutions and linear layers, and
     of norms that compute in the type of their input, before; and one widens their gradients after.
+    only_alone: not where several processes train.
     """
 
-    def __init__(self, block: nn.Module, run: Callable) -> None:
-        self.run, self.exact = run, getattr(block, "exact", False)
+    def __init__(self, block: nn.Module, run: Callable, *, only_alone: bool = False) -> None:
+        self.run, self.exact, self.only_alone = run, getattr(block, "exact", False), only_alone
         self.places = [
             (part._parameters, name)
             for part in (p for root in (block, *getattr(block, "parts", ())) for p in root.modules())
@@ -229,7 +233,8 @@ class BlockCall:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.places or (self.exact and not torch.is_grad_enabled()):
+        is_left = self.only_alone and num_ranks() > 1
+        if not self.places or is_left or (self.exact and not torch.is_grad_enabled()):
             return self.run(*args, **kwargs)
         table, name = self.places[0]
         kind, is_rounded = table[name].device.type, table[name].dtype != torch.float32

@@ -79,6 +79,8 @@ class ControlBranch(Entrance):
 class ControlledUNet(nn.Module):
     """A frozen U-Net, always in eval mode, whose skips and middle a trained branch adds to."""
 
+    rounds_together = True
+
     def __init__(self, base: UNet, hint_channels: int) -> None:
         super().__init__()
         if not isinstance(base, UNet):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,12 @@ def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, channels % 2))
 
 
+class Projected(NamedTuple):
+    """What the layer `embedding` of a `ResBlock` has made of an embedding."""
+
+    value: Tensor  # (B, width)
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU and convolution, twice, with a shortcut around them. The embedding is added after the first
     convolution.
@@ -144,17 +150,17 @@ class ResBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        embedding: Tensor | None = None,
+        embedding: Tensor | Projected | None = None,
         spade: Tensor | tuple[Modulation | None, ...] | None = None,
     ) -> Tensor:
-        """x (B, C, *S), activated embedding (B, E), and for SPADE norms the map (B, C, *any) or what
+        """x (B, C, *S), activated embedding (B, E) or what the block's layer has made of it, and for SPADE norms the map (B, C, *any) or what
         `modulations` has made of it -> (B, C_out, *S).
         """
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
             return checkpointed(self, self._forward, x, embedding, spade)
         return self._forward(x, embedding, spade)
 
-    def _forward(self, x: Tensor, embedding: Tensor | None, spade: Any) -> Tensor:
+    def _forward(self, x: Tensor, embedding: Tensor | Projected | None, spade: Any) -> Tensor:
         maps = spade if isinstance(spade, tuple) else (spade, spade)
         h = F.silu(apply_norm(self.norm1, x, maps[0]))
         e = self.embedded(embedding, h)
@@ -183,12 +189,12 @@ class ResBlock(nn.Module):
         norms = (self.norm1,) if self.truncated else (self.norm1, self.norm2)
         return tuple(norm.modulation(spade, size) if isinstance(norm, SPADE) else None for norm in norms)
 
-    def embedded(self, embedding: Tensor | None, h: Tensor) -> Tensor | None:
+    def embedded(self, embedding: Tensor | Projected | None, h: Tensor) -> Tensor | None:
         if self.embedding is None:
             return None
         if embedding is None:
             raise ValueError("this block was built with a time embedding and got none")
-        e = self.embedding(embedding)
+        e = embedding.value if isinstance(embedding, Projected) else self.embedding(embedding)
         return e.reshape(e.shape + (1,) * (h.ndim - 2)).to(h.dtype)
 
 

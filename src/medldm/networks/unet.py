@@ -20,6 +20,7 @@ from medldm.networks.layers import (
     RESAMPLINGS,
     AttentionBlock,
     Downsample,
+    Projected,
     ResBlock,
     TransformerBlock,
     Upsample,
@@ -94,6 +95,7 @@ class Embeddings:
     embedding_channels: int = 512
 
 
+PARAMETERS = ("weight", "bias")
 PlacedStep = tuple[UNetStep, nn.Module | None]  # a step of a plan with its module
 
 
@@ -106,7 +108,7 @@ class Unit(nn.Module):
         super().__init__()
         self.res, self.attention = res, attention
 
-    def forward(self, h: Tensor, e: Tensor, spade: Any, context: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, e: Tensor | Projected, spade: Any, context: Tensor | None) -> Tensor:
         h = self.res(h, e, spade)
         return h if self.attention is None else self.attention(h, context)
 
@@ -195,13 +197,13 @@ def register(root: nn.Module, name: str, module: nn.Module) -> None:
 def run_steps(
     steps: Sequence[PlacedStep],
     h: Tensor,
-    e: Tensor,
+    e: Tensor | dict[str, Projected],
     maps: Any,
     context: Tensor | None,
     kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """Runs steps of a plan on h (B, C, *s). `kept` is the stack of the skips, an empty one by default; what
-    the steps keep is put on it.
+    """Runs steps of a plan on h (B, C, *s), where e comes from `Entrance.embedded`. `kept` is the stack of the
+    skips, an empty one by default; what the steps keep is put on it.
     """
     kept = [] if kept is None else kept
     for step, module in steps:
@@ -210,7 +212,8 @@ def run_steps(
         elif step.kind == "join":
             h = torch.cat([h, kept.pop()], dim=1)
         elif step.kind == "unit":
-            h = module(h, e, maps.get(step.place) if isinstance(maps, dict) else maps, context)
+            own = e[step.place] if isinstance(e, dict) else e
+            h = module(h, own, maps.get(step.place) if isinstance(maps, dict) else maps, context)
         elif step.kind == "attention":
             h = module(h, context)
         else:
@@ -233,17 +236,29 @@ def map_modulations(
     return maps
 
 
+def projected(steps: Sequence[PlacedStep], e: Tensor) -> dict[str, Projected]:
+    layers = {step.place: module.res.embedding for step, module in steps if step.kind == "unit"}
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers.values()]) for name in PARAMETERS)
+    parts = F.linear(e, weight, bias).split([layer.out_features for layer in layers.values()], dim=1)
+    return dict(zip(layers, map(Projected, parts), strict=True))
+
+
 class Entrance(nn.Module):
     """How a U-Net begins: the modules `time`, `stem` and `stem_attention` (or None), and the stem's block
     `begin`.
     """
 
     sinusoidal_channels: int
+    steps: list[PlacedStep]
 
-    def embedded(self, t: Tensor, condition: Any) -> Tensor:
-        """What time and condition become (B, embedding_channels), as every unit reads it."""
+    def embedded(self, t: Tensor, condition: Any) -> Tensor | dict[str, Projected]:
+        """What time and condition become (B, embedding_channels), as every unit reads it; or what the units'
+        layers make of it, by their places, in one product. That is for weights that have been rounded for a
+        GPU: in float32 on a CPU it would change the order of sums in a gradient, and so a seeded run.
+        """
         e = self.time(sinusoidal_embedding(t, self.sinusoidal_channels).to(self.time[0].weight.dtype))
-        return F.silu(e if condition.embedding is None else e + condition.embedding)
+        e = F.silu(e if condition.embedding is None else e + condition.embedding)
+        return e if self.time[0].weight.dtype == torch.float32 else projected(self.steps, e)
 
     def entered(self, z_t: Tensor, condition: Any) -> Tensor:
         """z_t and what is concatenated to it, after the stem."""
@@ -262,6 +277,8 @@ class UNet(Entrance):
     options: the fields of `unet_plan.Arrangement` (widths and skips), `Attention`, `Kernels`, `BlockOptions`
     and `Embeddings`, flat as in a config.
     """
+
+    rounds_together = True
 
     def __init__(
         self,
