@@ -202,8 +202,8 @@ def run_steps(
     context: Tensor | None,
     kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """Runs steps of a plan on h (B, C, *s), where e comes from `Entrance.embedded`. `kept` is the stack of the
-    skips, an empty one by default; what the steps keep is put on it.
+    """Runs steps of a plan on h (B, C, *s), where e comes from `Entrance.embedded`. `kept` is the stack of
+    the skips, an empty one by default; what the steps keep is put on it.
     """
     kept = [] if kept is None else kept
     for step, module in steps:
