@@ -153,8 +153,8 @@ class ResBlock(nn.Module):
         embedding: Tensor | Projected | None = None,
         spade: Tensor | tuple[Modulation | None, ...] | None = None,
     ) -> Tensor:
-        """x (B, C, *S), activated embedding (B, E) or what the block's layer has made of it, and for SPADE norms
-        the map (B, C, *any) or what `modulations` has made of it -> (B, C_out, *S).
+        """x (B, C, *S), activated embedding (B, E) or what the block's layer has made of it, and for SPADE
+        norms the map (B, C, *any) or what `modulations` has made of it -> (B, C_out, *S).
         """
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
             return checkpointed(self, self._forward, x, embedding, spade)
