@@ -180,9 +180,13 @@ class AdversarialLoss:
         self.feature_matching_weight = feature_matching_weight
 
     def discriminator_loss(self, real: Tensor, fake: Tensor, label: Tensor | None = None) -> Tensor:
+        """Of logits, in float32."""
+        real, fake = real.float(), fake.float()
         return self.discriminator(real, fake, label) if self.uses_label else self.discriminator(real, fake)
 
     def generator_loss(self, fake: Tensor, label: Tensor | None = None) -> Tensor:
+        """Of logits, in float32."""
+        fake = fake.float()
         return self.generator(fake, label) if self.uses_label else self.generator(fake)
 
     def factor(self, update: int) -> float:

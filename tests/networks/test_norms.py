@@ -30,9 +30,10 @@ def volume(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("of_offset", [None, 1, 3])
 @pytest.mark.parametrize("size", [(5, 6), (2, 3, 7)])
 def test_sums_of_parts_give_the_norm_and_all_gradients(of_weights, of_offset, size, monkeypatch):
-    """Weights and offset: none, of all samples, or of each sample. The parts are 1, 2 or 3 of the places."""
+    """Weights and offset: none, of all samples, or of each sample. The places are 3 parts."""
     torch.manual_seed(0)
     monkeypatch.setattr(norms, "NUM_SUMS", 3 * 12 * 3)
+    assert norms.in_parts(torch.empty(3, 12, *size), 4).shape[1] == 3
     x, offset = volume(3, 12, *size), None if of_offset is None else drawn(of_offset, 12)
     weights = (None, None) if of_weights is None else (drawn(of_weights, 12), drawn(of_weights, 12))
 

@@ -183,7 +183,7 @@ class AdversarialModule(TrainedModule):
         adversarial, matching = [], []
         for discriminator in self.discriminators:
             fake = discriminator(self.view(x_hat, discriminator.spatial_dims, slices))
-            term = self.generator_loss(fake[-1].float(), label)
+            term = self.generator_loss(fake[-1], label)
             adversarial.append(discriminator.weight * term)
             if self.adversarial.feature_matching_weight:
                 real = self.real_features(discriminator, x, slices)
@@ -225,7 +225,7 @@ class AdversarialModule(TrainedModule):
         for discriminator in self.discriminators:
             views = (self.view(v, discriminator.spatial_dims, slices) for v in (x, x_hat))
             real, fake = self.logits(discriminator, *views)
-            losses.append(self.judgement(real.float(), fake.float(), label))
+            losses.append(self.judgement(real, fake, label))
         return torch.stack(losses).sum()
 
     def draw_slices(self, x: Tensor, batch_idx: int) -> tuple[int, Tensor]:

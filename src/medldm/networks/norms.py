@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medldm.devices import full_precision
 from medldm.networks.compiling import is_compiling
 
-NUM_SUMS = 2**14  # sums of a pass over a tensor, which keep all processors of a card busy
+NUM_SUMS = 64 * 132  # sums of a pass over a tensor, which keep all processors of an H200 busy
 
 
 class GroupNorm(nn.GroupNorm):
@@ -159,8 +159,9 @@ def in_groups(x: Tensor, num_groups: int) -> Tensor:
 def in_parts(x: Tensor, num_groups: int) -> Tensor:
     """(B, C, *S) -> (B, parts, S / parts, groups, c)."""
     tokens = x.movedim(1, -1).flatten(1, -2)
-    length, most = tokens.shape[1], NUM_SUMS // (tokens.shape[0] * tokens.shape[2])
-    parts = next(n for n in range(max(1, most), 0, -1) if length % n == 0)
+    length, needed = tokens.shape[1], math.ceil(NUM_SUMS / (tokens.shape[0] * tokens.shape[2]))
+    # where the places do not divide, a compiler has to part them
+    parts = next((n for n in range(needed, 4 * needed + 1) if length % n == 0), 1)
     return as_summed(tokens).unflatten(1, (parts, -1)).unflatten(3, (num_groups, -1))
 
 
