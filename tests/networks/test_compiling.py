@@ -112,6 +112,14 @@ def test_a_unet_that_trains_alone_rounds_its_weights_at_once(num_ranks, num_roun
         torch.testing.assert_close(value, other, rtol=0.05, atol=0.05)
 
 
+def test_frozen_weights_that_are_rounded_with_others_get_no_gradients():
+    frozen, trained = torch.ones(3), torch.ones(3, requires_grad=True)
+    low = compiling.Rounded.apply(torch.bfloat16, frozen, trained)
+    assert [x.requires_grad for x in low] == [False, True]
+    (low[0] * low[1]).sum().backward()
+    assert frozen.grad is None and torch.equal(trained.grad, torch.ones(3))
+
+
 def test_a_function_of_a_copied_module_uses_the_copys_weights():
     class Owner(nn.Module):
         def __init__(self) -> None:

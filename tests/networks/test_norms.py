@@ -95,6 +95,16 @@ def test_a_block_as_a_compiler_sees_it_gives_the_same(options):
             torch.testing.assert_close(value, other, **EXACT)
 
 
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_an_embedding_leaves_a_block_of_float32_input_in_bf16(scale_shift):
+    block = ResBlock(2, 8, 8, norm=group_norm, embedding_channels=5, scale_shift=scale_shift)
+    seen = []
+    block.conv2.register_forward_pre_hook(lambda layer, given: seen.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(2, 8, 4, 4), torch.randn(2, 5))
+    assert seen == [torch.bfloat16]
+
+
 def test_the_compilers_front_end_follows_a_block_that_is_computed_again():
     """With activation checkpointing; what it follows is then run as it is."""
     torch.manual_seed(0)

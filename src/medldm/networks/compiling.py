@@ -195,7 +195,10 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return copies(weights, dtype)
+        low = copies(weights, dtype)
+        needed = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(y for y, needs in zip(low, needed, strict=True) if not needs))
+        return low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

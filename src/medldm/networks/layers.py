@@ -163,24 +163,19 @@ class ResBlock(nn.Module):
     def _forward(self, x: Tensor, embedding: Tensor | Projected | None, spade: Any) -> Tensor:
         maps = spade if isinstance(spade, tuple) else (spade, spade)
         h = F.silu(apply_norm(self.norm1, x, maps[0]))
+        joins = (
+            is_compiling() and not self.truncated and self.norm2.num_groups
+        )  # what is added joins the norm
+        h = convolve_as(self.conv1, h, self.conv1.weight, None) if joins else self.conv1(h)
+        offset = self.conv1.bias[None] if joins else None
         e = self.embedded(embedding, h)
-        added, modulating = (None, e) if self.scale_shift else (e, None)
-        h, offset = self.convolved(h, added)
+        if e is not None and not self.scale_shift:
+            h, offset = (h, offset + e.flatten(1)) if joins else (h + e, None)
         if self.truncated:
             return h
-        h = apply_norm(self.norm2, h, maps[1], modulating, offset=offset)
+        h = apply_norm(self.norm2, h, maps[1], e if self.scale_shift else None, offset=offset)
         h = self.conv2(self.dropout(F.silu(h)))
         return h + pointwise(self.shortcut, x)  # in this order: the sum takes the layout of its first term
-
-    def convolved(self, h: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The first convolution of h plus `added`, (B, C, 1 ..), and what of that sum is left to the second
-        norm: for a compiler the bias and `added`.
-        """
-        if is_compiling() and not self.truncated and self.norm2.num_groups:
-            offset = self.conv1.bias[None] if added is None else self.conv1.bias + added.flatten(1)
-            return convolve_as(self.conv1, h, self.conv1.weight, None), offset
-        h = self.conv1(h)
-        return (h if added is None else h + added), None
 
     def modulations(self, spade: Tensor, size: torch.Size) -> tuple[Modulation | None, ...]:
         """What each norm computes from a map (B, C, *any) alone, for x on a grid of `size`; None for a plain
