@@ -14,7 +14,7 @@ nothing. Test images through the first stage and back are compared with themselv
 options     overrides of both of medldm's trainings, separated by spaces; `first:model.kind=x` is for one
 metrics     overrides of `medldm evaluate`, likewise; volumes are evaluated with metrics=synthesis_3d
 width       a multiple of 64, narrows the others' networks (256: the tutorials' and defaults)
-peer_lr     their learning rate (1e-4); peer_steps: their sampling steps (1000)
+peer_lr     their learning rate (1e-4); peer_batch: images an update (16); peer_steps: sampling steps (1000)
 
 A library that cannot be imported, or has no networks for volumes, is left out, and a line says so;
 `scripts/head_to_head/` says how to install. Run the command again to continue: stages, samples and
@@ -50,7 +50,7 @@ from medldm.files import replacing, write_json
 DEFAULTS = {
     "minutes": "60", "peers": "medldm,monai", "first": "cardiac2d/vqvae", "second": "cardiac2d/ldm",
     "options": "", "metrics": "", "width": "256", "split": "default", "num_steps": "50",
-    "peer_steps": "1000", "peer_lr": "1e-4",
+    "peer_steps": "1000", "peer_lr": "1e-4", "peer_batch": "16",
 }  # fmt: skip
 REBUILT = ("psnr", "ssim", "ssim_gaussian", "lpips")
 SHOWN = (
@@ -128,7 +128,7 @@ def run_peer(build: Callable[[Sequence[int], int], peer.Peer], task: Task, folde
     train, test = (torch.from_numpy(np.stack([np.float32(r.image) for r in part])) for part in parts.values())
     settings = peer.Settings(
         task.seconds, pick_device("auto"), int(task.given["width"]), int(task.given["peer_steps"]),
-        float(task.given["peer_lr"]),
+        float(task.given["peer_lr"]), int(task.given["peer_batch"]),
     )  # fmt: skip
     found = peer.run(build, folder, train, test, settings)
     for paths, images in zip(files.values(), found, strict=True):

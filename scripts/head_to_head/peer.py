@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from medldm.files import replacing
 
-BATCH_SIZE = 16
 FULL_WIDTH = 256  # of `width`, at which a library's own sizes are taken
 
 
@@ -27,6 +26,7 @@ class Settings(NamedTuple):
     width: int = FULL_WIDTH
     num_steps: int = 1000
     learning_rate: float = 1e-4
+    batch_size: int = 16
 
 
 class NotOfferedError(Exception):
@@ -70,12 +70,12 @@ class Peer(ABC):
         """`num` images, called without gradients."""
 
 
-def batches(images: Tensor, device: torch.device, seed: int) -> Iterator[Tensor]:
+def batches(images: Tensor, settings: Settings, seed: int) -> Iterator[Tensor]:
     """Endlessly: (B, 1, *S) of shuffled epochs."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for index in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
-            yield images[index].to(device)
+        for index in torch.randperm(len(images), generator=generator).split(settings.batch_size):
+            yield images[index].to(settings.device)
 
 
 def train_for(
@@ -120,7 +120,7 @@ def run(
     torch.manual_seed(0)
     device = settings.device
     peer = build(train.shape[2:], settings.width)
-    data = batches(train, device, seed=0)
+    data = batches(train, settings, seed=0)
     losses = (peer.reconstruction, peer.denoising)
     for stage, network, loss_of in zip(peer.stages, (peer.first, peer.second), losses, strict=True):
         network.to(device)
@@ -130,9 +130,9 @@ def run(
         torch.manual_seed(0)  # so that a continued run is an uninterrupted one from here on
         if network is peer.first:
             with torch.no_grad():
-                peer.measure(train[:BATCH_SIZE].to(device))
+                peer.measure(train[: settings.batch_size].to(device))
     with torch.no_grad():
-        parts = test.split(BATCH_SIZE)
+        parts = test.split(settings.batch_size)
         made = [peer.generate(len(part), settings.num_steps).float().cpu() for part in parts]
         again = [peer.rebuilt(part.to(device)).float().cpu() for part in parts]
     return torch.cat(again).clamp(-1, 1), torch.cat(made).clamp(-1, 1)

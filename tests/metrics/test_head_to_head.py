@@ -72,6 +72,14 @@ def test_a_peer_trains_both_stages_for_half_the_time_and_is_continued(tmp_path, 
     assert torch.equal(again[1], made)
 
 
+def test_updates_see_as_many_images_as_are_asked_for():
+    settings = peer.Settings(seconds=1, device=torch.device("cpu"), batch_size=3)
+    data = peer.batches(torch.arange(7).float().reshape(7, 1, 1, 1), settings, seed=0)
+    epoch = [next(data) for _ in range(3)]
+    assert [len(batch) for batch in epoch] == [3, 3, 1]
+    assert sorted(torch.cat(epoch).flatten().tolist()) == list(range(7))
+
+
 @pytest.mark.parametrize("size", [(32, 32), (16, 32, 16)])
 def test_monai_trains_rebuilds_and_samples_pictures_and_volumes(size, tmp_path):
     images = torch.rand(4, 1, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
