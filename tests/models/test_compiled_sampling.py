@@ -61,10 +61,16 @@ def both_ways(checkpoint, root, folder, *overrides):
     return images
 
 
+def assert_rounded_otherwise(plain, compiled):
+    """Group norms take their sums in parts while a compiler follows: float32 rounds them otherwise."""
+    np.testing.assert_allclose(compiled, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
+
+
 def test_slices_under_guidance(prepared, diffusion, traced, tmp_path):
     options = ("max_slices=4", "data.batch_size=2", "sampler.num_steps=3", "sampler.guidance_scale=2")
     plain, compiled = both_ways(diffusion, prepared, tmp_path, *options)
-    assert len(plain) == 4 and np.array_equal(plain, compiled)
+    assert len(plain) == 4
+    assert_rounded_otherwise(plain, compiled)
     assert traced.records == [False] and traced.num_runs == 2 * 3  # one graph for all steps of both batches
 
 
@@ -96,13 +102,14 @@ def test_translations_by_the_command_and_from_python(prepared_modalities, transl
         translate.task(compose_config("translate", *paths, *choice))
         images = sorted((tmp_path / compiles).glob("*.nii.gz"))
         made[compiles] = np.stack([nibabel.load(path).get_fdata() for path in images])
-    assert np.array_equal(made["false"], made["true"])
+    assert_rounded_otherwise(made["false"], made["true"])
     assert traced.records == [False] and traced.num_runs == 3
     plain, compiled = (
         medldm.load(checkpoint, device="cpu", compile=compiles).translate(source, "t1", targets, num_steps=3)
         for compiles in (False, True)
     )
-    assert all(np.array_equal(plain[name], compiled[name]) for name in targets)
+    for name in targets:
+        assert_rounded_otherwise(plain[name], compiled[name])
     assert len(traced.records) == 2 and traced.num_runs == 6
 
 
