@@ -18,7 +18,7 @@ peer_lr     their learning rate (1e-4); peer_batch: images an update (16); peer_
 
 A library that cannot be imported, or has no networks for volumes, is left out, and a line says so;
 `scripts/head_to_head/` says how to install. Run the command again to continue: stages, samples and
-evaluations that are finished are kept. The table goes to head_to_head.json.
+evaluations that are finished are kept, and so are the rows of other `peers` in head_to_head.json.
 """
 
 import json
@@ -181,7 +181,8 @@ def main() -> None:
             f"head_to_head: give data=DATA and output=DIR; unknown: {', '.join(sorted(unknown)) or 'none'}"
         )
     task = Task(Path(given["data"]), Path(given["output"]), 60 * float(given["minutes"]), given)
-    table = {}
+    written = task.output / "head_to_head.json"
+    table = json.loads(written.read_text())["peers"] if written.is_file() else {}
     for name in given["peers"].split(","):
         if name not in CONTESTANTS:
             sys.exit(f"peers: no contestant {name!r}; choose from {', '.join(CONTESTANTS)}")
@@ -207,9 +208,9 @@ def main() -> None:
             f"{key} of the first stage {row['mean']:.4g}" for key, row in table[name]["rebuilt"].items()
         ]
         print(f"{name}: {', '.join(shown)}", flush=True)
-        table[name]["real_halves"] = floor
-    write_json(task.output / "head_to_head.json", {"settings": given, "peers": table})
-    print(task.output / "head_to_head.json")
+        table[name] |= {"real_halves": floor, "settings": given}
+        write_json(written, {"peers": table})
+    print(written)
 
 
 if __name__ == "__main__":

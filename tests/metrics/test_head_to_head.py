@@ -1,5 +1,6 @@
 """scripts/head_to_head: the loop that other libraries are trained by, with a library of two tiny networks."""
 
+import json
 import sys
 from collections.abc import Sequence
 from math import prod
@@ -20,6 +21,7 @@ from medlat_peer import Medlat
 from medlatents_peer import Medlatents
 from monai_peer import Monai
 
+import head_to_head
 from head_to_head import options_of, write_image
 
 
@@ -117,3 +119,22 @@ def test_images_of_a_peer_are_read_back_by_their_names(name, tmp_path):
     assert record.id == name.split(".")[0]
     assert record.image.shape == image.shape
     assert np.abs(record.image - image).max() <= (1 / 255 + 1e-6 if name.endswith("png") else 0)
+
+
+def test_rows_of_other_libraries_stay_in_the_table(tmp_path, monkeypatch, capsys):
+    def evaluated(task, folder):
+        score = {"fid": {"value": float(len(folder.name)), "n": 5}}
+        rows = {"reconstruction": {"psnr": {"mean": 20.0}}}
+        return {"distribution": {"generated": score}, "memorization": {}, "rows": rows}
+
+    monkeypatch.setattr(
+        head_to_head, "CONTESTANTS", dict.fromkeys(("one", "three"), lambda task, folder: None)
+    )
+    monkeypatch.setattr(head_to_head, "evaluated", evaluated)
+    for name in ("one", "three"):
+        monkeypatch.setattr(sys, "argv", ["", f"data={tmp_path}", f"output={tmp_path}", f"peers={name}"])
+        head_to_head.main()
+    table = json.loads((tmp_path / "head_to_head.json").read_text())["peers"]
+    assert {name: row["fid"]["value"] for name, row in table.items()} == {"one": 3, "three": 5}
+    assert [row["settings"]["peers"] for row in table.values()] == ["one", "three"]
+    assert "three: fid 5 (n = 5), psnr of the first stage 20" in capsys.readouterr().out
