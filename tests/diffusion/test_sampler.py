@@ -249,8 +249,15 @@ def test_clamp_bounds_the_result():
 
 
 @pytest.mark.parametrize(
-    "keys", [{"num_steps": 0}, {"num_steps": 5, "spacing": "odd"}, {"num_steps": 5, "clamp_percentile": 0.9}]
+    "keys",
+    [
+        {"num_steps": 0},
+        {"num_steps": 10**9},  # whose times alone would fill the memory
+        {"num_steps": 5, "spacing": "odd"},
+        {"num_steps": 5, "clamp_percentile": 0.9},
+    ],
 )
 def test_bad_keys_are_the_users_mistake(keys):
-    with pytest.raises(ValueError, match="num_steps=0|spacing=odd|clamp_percentile=0.9"):
+    told = "num_steps=0|num_steps=1000000000 .* at most 100,000|spacing=odd|clamp_percentile=0.9"
+    with pytest.raises(ValueError, match=told):
         AncestralSampler(**keys)

@@ -21,6 +21,7 @@ from medldm.diffusion.paths import VARIANCE_PRESERVING, Path, Scales
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
 from medldm.diffusion.timegrid import SPACINGS, TimeGrid, spaced_times
 
+MAX_STEPS = 100_000  # a hundred times what any published sampler takes; grids of times stay small
 Callback = Callable[[int, Tensor], None]  # called with (steps done, x0_hat), for progress bars and previews
 # One for the batch, or one for each sample, which then does not depend on the batch that it is drawn in.
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -60,8 +61,8 @@ class Sampler:
     untrained_null: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
+        if not 1 <= self.num_steps <= MAX_STEPS:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1 and at most {MAX_STEPS:,}")
         if self.spacing not in SPACINGS:
             raise ValueError(f"spacing={self.spacing} is none of {', '.join(SPACINGS)}")
         if self.clamp is None and self.clamp_percentile is not None:
