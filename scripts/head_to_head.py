@@ -13,12 +13,14 @@ nothing. Test images through the first stage and back are compared with themselv
 
 options     overrides of both of medldm's trainings, separated by spaces; `first:model.kind=x` is for one
 metrics     overrides of `medldm evaluate`, likewise; volumes are evaluated with metrics=synthesis_3d
-width       a multiple of 64, narrows the others' networks (256: the tutorials' and defaults)
+width       a multiple of 64, narrows the others' networks (256: the tutorials' and defaults), but MONAI's
+            diffusion network of volumes, which has the tutorial's 32, 64 and 64 channels
 peer_lr     their learning rate (1e-4); peer_batch: images an update (16); peer_steps: sampling steps (1000)
 
 A library that cannot be imported, or has no networks for volumes, is left out, and a line says so;
 `scripts/head_to_head/` says how to install. Run the command again to continue: stages, samples and
-evaluations that are finished are kept, and so are the rows of other `peers` in head_to_head.json.
+evaluations that are finished are kept, and so are the rows of other `peers` in head_to_head.json; other
+settings for a library need another output.
 """
 
 import json
@@ -173,6 +175,22 @@ def evaluated(task: Task, folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def check_same_settings(folder: Path, given: dict[str, str]) -> None:
+    """Notes in the folder of a library what its stages, samples and numbers are made with; ends the command
+    where they were made with something else.
+    """
+    path = folder / "settings.json"
+    settings = {key: value for key, value in given.items() if key not in ("peers", "output")}
+    earlier = json.loads(path.read_text()) if path.is_file() else settings
+    for key in settings:
+        if earlier.get(key) != settings[key]:
+            sys.exit(
+                f"head_to_head: {folder} was made with {key}={earlier.get(key)}, not {settings[key]}; "
+                "give another output"
+            )
+    write_json(path, settings)
+
+
 def main() -> None:
     given = DEFAULTS | dict(argument.split("=", 1) for argument in sys.argv[1:])
     unknown = given.keys() - DEFAULTS.keys() - {"data", "output"}
@@ -188,6 +206,7 @@ def main() -> None:
             sys.exit(f"peers: no contestant {name!r}; choose from {', '.join(CONTESTANTS)}")
         folder = task.output / name
         folder.mkdir(parents=True, exist_ok=True)
+        check_same_settings(folder, given)
         try:
             CONTESTANTS[name](task, folder)
         except ImportError as error:

@@ -138,3 +138,10 @@ def test_rows_of_other_libraries_stay_in_the_table(tmp_path, monkeypatch, capsys
     assert {name: row["fid"]["value"] for name, row in table.items()} == {"one": 3, "three": 5}
     assert [row["settings"]["peers"] for row in table.values()] == ["one", "three"]
     assert "three: fid 5 (n = 5), psnr of the first stage 20" in capsys.readouterr().out
+
+
+def test_what_was_made_with_other_settings_is_not_taken_for_these(tmp_path):
+    head_to_head.check_same_settings(tmp_path, {"peer_lr": "1e-4", "peers": "monai"})
+    head_to_head.check_same_settings(tmp_path, {"peer_lr": "1e-4", "peers": "medlat"})
+    with pytest.raises(SystemExit, match=r"was made with peer_lr=1e-4, not 5e-4; give another output"):
+        head_to_head.check_same_settings(tmp_path, {"peer_lr": "5e-4", "peers": "monai"})
