@@ -46,6 +46,7 @@ WORDS = ("spacing",)  # keys that are numbers in one part and words in another; 
 SHARE, NATURAL = (0.0, 1.0, False), (0, 2**31, True)
 POSITIVE, DEPTH, WIDTH = (1, 2**31, True), (1, 1024, True), (1, 2**17, True)
 WEIGHT = (0.0, 1e9, False)
+MOST_IN_MEMORY = 100_000  # at most so many where each is held in memory from the beginning
 RANGES_OF: dict[str, tuple[float, float, bool]] = {  # lowest, highest, whether it must be whole
     **dict.fromkeys(
         ("dropout", "decay", "ema_decay", "train_fraction", "overlap", "time", "cosine_final", "level",
@@ -53,15 +54,18 @@ RANGES_OF: dict[str, tuple[float, float, bool]] = {  # lowest, highest, whether 
         SHARE,
     ),
     **dict.fromkeys(
-        ("trajectory", "interpolate.count", "ms_ssim_pairs", "panel_rows", "warmup_steps", "ramp", "start",
-         "num_sanity_val_steps", "padding", "measure_steps"),
+        ("ms_ssim_pairs", "panel_rows", "warmup_steps", "ramp", "start", "num_sanity_val_steps", "padding"),
         NATURAL,
     ),
+    **dict.fromkeys(("trajectory", "interpolate.count", "measure_steps"), (0, MOST_IN_MEMORY, True)),
     **dict.fromkeys(
-        ("limit", "max_slices", "every_n_steps", "every_n_validations", "num_timesteps", "num_steps",
-         "num_samples", "num_subjects", "num_resamples", "num_subsets", "subset_size", "num_points",
-         "num_levels", "num_codes", "num_features", "accumulate_grad_batches", "log_every_n_steps",
-         "check_val_every_n_epoch", "num_nodes"),
+        ("num_timesteps", "num_steps", "num_samples", "num_resamples", "num_subsets"),
+        (1, MOST_IN_MEMORY, True),
+    ),
+    **dict.fromkeys(
+        ("limit", "max_slices", "every_n_steps", "every_n_validations", "num_subjects", "subset_size",
+         "num_points", "num_levels", "num_codes", "num_features", "accumulate_grad_batches",
+         "log_every_n_steps", "check_val_every_n_epoch", "num_nodes"),
         POSITIVE,
     ),
     **dict.fromkeys(
