@@ -124,6 +124,20 @@ def test_each_weight_is_laid_out_by_its_own_rank():
     assert laid_out["case_id"] == ["a"]
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_one_channel_is_laid_out_so_that_a_convolution_goes_on_with_channels_last(dims):
+    """Its memory is the same in both layouts."""
+    layer = {2: nn.Conv2d, 3: nn.Conv3d}[dims](1, 4, 3, padding=1)
+    x = torch.randn(2, 1, *(5,) * dims)
+    wanted = layer(x)
+    assert wanted.is_contiguous()
+    devices.to_channels_last(layer)
+    found = layer(devices.in_channels_last({"image": x})["image"])
+    assert found.is_contiguous(memory_format=devices.LAYOUTS[dims + 2]) and not found.is_contiguous()
+    torch.testing.assert_close(found, wanted)
+    assert not layer(x).is_contiguous()  # the layout of the weights is enough
+
+
 def test_the_hardware_is_asked_in_one_place():
     asks = re.compile(
         r"cuda\.is_available|is_bf16_supported|device_count|_amx|accelerator\.is_available|is_cuda"

@@ -257,15 +257,25 @@ def to_channels_last(module: nn.Module) -> None:
     """
     for x in (*module.parameters(), *module.buffers()):
         if x.ndim in LAYOUTS:
-            x.data = x.data.contiguous(memory_format=LAYOUTS[x.ndim])
+            x.data = with_channels_last(x.data)
 
 
 def in_channels_last(batch: dict) -> dict:
     """The batch with its images and volumes laid out as `to_channels_last` lays out weights."""
     return {
-        key: x.contiguous(memory_format=LAYOUTS[x.ndim]) if torch.is_tensor(x) and x.ndim in LAYOUTS else x
+        key: with_channels_last(x) if torch.is_tensor(x) and x.ndim in LAYOUTS else x
         for key, x in batch.items()
     }
+
+
+def with_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x with its channels last in memory. The memory of one channel is the same in both layouts: there the
+    strides say which is meant, or a convolution would take it for the other and hand that on.
+    """
+    x = x.contiguous(memory_format=LAYOUTS[x.ndim])
+    if x.shape[1] != 1:
+        return x
+    return x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:]))
 
 
 def inference_precision(precision: str | int, device: torch.device, hardware: Hardware | None = None) -> str:

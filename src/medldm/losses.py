@@ -1,6 +1,6 @@
 """Losses of the autoencoders: pixels, perceptual features, adversarial terms, feature matching."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -196,17 +196,35 @@ class AdversarialLoss:
         return 1.0 if self.ramp == 0 else min(1.0, (update - self.start + 1) / self.ramp)
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def weighted(weight: float | Tensor, term: Tensor) -> Tensor:
+    """Their product, without a kernel where the weight is 1."""
+    return term if isinstance(weight, int | float) and weight == 1 else weight * term
+
+
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars, by as few kernels as that takes."""
+    return torch.stack(list(terms)).sum() if len(terms) > 2 else sum(terms[1:], terms[0])
+
+
+def norm_ratio(reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+    """|a| / |b| of two gradients, in [0, 1e4]."""
+    return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(0, 1e4)
+
+
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, ratio: Callable = norm_ratio
+) -> Tensor:
     """|gradient of the reconstruction| / |gradient of the adversarial loss| at the last layer, in [0, 1e4].
     Eq. 7, Esser et al. 2021.
 
-    The gradients are those of the global batch, so that all processes get the same weight.
+    The gradients are those of the global batch, so that all processes get the same weight. ratio:
+    `norm_ratio`, or a block that computes it.
     """
-    norms = [
-        mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
+    gradients = (
+        mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float())
         for loss in (reconstruction, adversarial)
-    ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+    )
+    return ratio(*gradients).detach()
 
 
 # ---- what a segmenter makes of images: one value (B,) for each ----

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,23 +14,29 @@ from medldm.devices import CPU, GPU, choose_loop, choose_settings
 from medldm.diffusion.condition import Condition
 from medldm.diffusion.encoders import BlockMaximum, MaxPool, SegConv
 from medldm.networks import compiling
-from medldm.networks.autoencoder import Stack
+from medldm.networks.autoencoder import Stack, VQAutoencoder
 from medldm.networks.factorised import FactorisedAttention
 from medldm.networks.layers import AttentionBlock, ResBlock
 from medldm.networks.norms import group_norm
+from medldm.networks.quantizer import VectorQuantizer
 from medldm.networks.spade import SPADE
 from medldm.networks.unet import UNet
 from medldm.planning.trace import StepTrace
 from medldm.training.run import Run
 
 
-def stack(*, use_checkpoint: bool = False) -> nn.Module:
+class Row(nn.Sequential):
+    """Blocks each of which adds its own bias."""
+
+    rounds_together = True
+
+
+def stack(kind: Callable[..., nn.Module] = Row, *, use_checkpoint: bool = False) -> nn.Module:
     torch.manual_seed(0)
     options = {"norm": group_norm, "embedding_channels": 0, "use_checkpoint": use_checkpoint}
-    blocks = Stack(
-        [ResBlock(2, 8, 16, **options), AttentionBlock(16, num_heads=2), ResBlock(2, 16, 8, **options)]
-    )
-    return blocks.train()
+    return kind(
+        ResBlock(2, 8, 16, **options), AttentionBlock(16, num_heads=2), ResBlock(2, 16, 8, **options)
+    ).train()
 
 
 def gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -47,7 +55,7 @@ def test_weights_rounded_at_once_give_what_autocast_gives(use_checkpoint):
 
     def watched(call):
         def run(*args, **kwargs):
-            seen.append({p.dtype for p in call.__self__._parameters.values() if p is not None})
+            seen.append({name: p.dtype for name, p in call.__self__._parameters.items() if p is not None})
             return call(*args, **kwargs)
 
         return run
@@ -59,7 +67,8 @@ def test_weights_rounded_at_once_give_what_autocast_gives(use_checkpoint):
     compiling.wrap_blocks(blocks, watched)
     for wanted, found in zip(gradients(plain, x), gradients(blocks, x), strict=True):
         assert found.dtype == wanted.dtype and torch.equal(found, wanted)
-    assert seen[0] == {torch.bfloat16}  # the convolution's, while it ran
+    # the convolution's, while it ran
+    assert seen[0] == {"weight": torch.bfloat16, "bias": torch.float32}
     assert {p.dtype for p in blocks.parameters()} == {torch.float32} and blocks.state_dict().keys() == keys
 
 
@@ -144,10 +153,11 @@ def test_where_the_compiler_fails_blocks_run_as_they_are_and_one_warning_says_so
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
     monkeypatch.setattr(compiling, "_warned", set())
     x = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(1))
-    plain, blocks = stack(), stack()
-    compiling.compile_blocks(blocks)
     with caplog.at_level(logging.WARNING, logger=compiling.__name__):
-        torch.testing.assert_close(blocks(x), plain(x), atol=0, rtol=0)
+        for kind in (Row, lambda *blocks: Stack(blocks)):
+            plain, blocks = stack(kind), stack(kind)
+            compiling.compile_blocks(blocks)
+            torch.testing.assert_close(blocks(x), plain(x))  # biases are added in another order
     (record,) = [r for r in caplog.records if r.name == compiling.__name__]
     assert "RuntimeError: no compiler here; blocks run uncompiled" in record.getMessage()
 
@@ -237,6 +247,61 @@ def test_an_encoder_of_maps_as_a_compiler_sees_it_gives_the_same(strides):
     torch.manual_seed(0)
     encoder = SegConv(3, 4, strides).double()
     assert_same_when_compiling(encoder, torch.randn(2, 3, *(8,) * len(strides), dtype=torch.float64))
+
+
+def as_a_compiler_calls(call):
+    def run(*args, **kwargs):
+        with compiling.as_if_compiling():
+            return call(*args, **kwargs)
+
+    return run
+
+
+AUTOENCODERS = {
+    "2d": (2, {"attention_levels": [1], "mid": ["res", "attn", "res"]}),
+    "2d_up_res": (2, {"layout": "up_res", "resample": "conv3", "use_checkpoint": True}),
+    "3d_strided": (3, {"layout": "strided", "latent_kernel": None}),
+    "3d_spade": (3, {"decoder_map_channels": 3, "latent_kernel": None}),
+    "3d_truncated": (3, {"shortcut": "none", "decoder_map_channels": 3}),
+}
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_blocks_that_leave_their_biases_to_the_next_give_the_same(name):
+    """Of a chain of residual blocks the biases are one offset. Its gradient is one sum, where each bias had
+    one.
+    """
+    dims, options = AUTOENCODERS[name]
+    found = []
+    for yes in (False, True):
+        torch.manual_seed(0)
+        network = VQAutoencoder(
+            dims, quantizer=partial(VectorQuantizer, 16), latent_channels=3, image_channels=1,
+            stem_channels=8, channels=[8, 12], strides=[1, 2], num_res_blocks=[2, 2], norm_groups=4,
+            num_heads=2, **options,
+        ).double()  # fmt: skip
+        layout = {2: torch.channels_last, 3: torch.channels_last_3d}[dims]
+        network = network.to(memory_format=layout)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        x = torch.randn(2, 1, *(8,) * dims, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+        mask = None
+        if network.decoder_map_channels:
+            mask = torch.randn(2, 3, *(8,) * dims, dtype=torch.float64).to(memory_format=layout)
+        if yes:
+            compiling.wrap_blocks(network, as_a_compiler_calls)
+        with StepTrace() as trace:
+            z = network.encode(x)
+            out = network.decode(z, mask)
+            (out.square().sum() + z.sum()).backward()
+        gradients = [p.grad for name, p in network.named_parameters() if "quantizer" not in name]
+        found.append([z.detach(), out.detach(), x.grad, *gradients])
+        sums = [op.num_calls for op in trace.cost.operations.values() if op.name == "bias_gradient"]
+        found[-1].append(sum(sums))
+    (*wanted, before), (*values, after) = found
+    assert after < before - 4
+    for value, other in zip(values, wanted, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-10)
 
 
 def assert_same_when_compiling(block: nn.Module, x: torch.Tensor) -> None:

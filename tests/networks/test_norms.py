@@ -26,29 +26,39 @@ def volume(*shape: int) -> torch.Tensor:
     return (2 + drawn(*shape)).detach().to(memory_format=layout).requires_grad_()
 
 
-@pytest.mark.parametrize("of_weights", [None, 1, 3])
+@pytest.mark.parametrize("scaled_by", ["nothing", "weights", "maps"])
+@pytest.mark.parametrize("embeds", [False, True])
 @pytest.mark.parametrize("of_offset", [None, 1, 3])
 @pytest.mark.parametrize("size", [(5, 6), (2, 3, 7)])
-def test_sums_of_parts_give_the_norm_and_all_gradients(of_weights, of_offset, size, monkeypatch):
-    """Weights and offset: none, of all samples, or of each sample. The places are 3 parts."""
+def test_sums_of_parts_give_the_norm_and_all_gradients(scaled_by, embeds, of_offset, size, monkeypatch):
+    """With an offset of all samples or of each. The places are 3 parts."""
     torch.manual_seed(0)
     monkeypatch.setattr(norms, "NUM_SUMS", 3 * 12 * 3)
     assert norms.in_parts(torch.empty(3, 12, *size), 4).shape[1] == 3
     x, offset = volume(3, 12, *size), None if of_offset is None else drawn(of_offset, 12)
-    weights = (None, None) if of_weights is None else (drawn(of_weights, 12), drawn(of_weights, 12))
+    weights = (None, None) if scaled_by == "nothing" else (drawn(1, 12), drawn(1, 12))
+    maps = volume(3, 24, *size) if scaled_by == "maps" else None
+    embedding = drawn(3, 24) if embeds else None
 
     def wide(v: torch.Tensor) -> torch.Tensor:
         return v.reshape(*v.shape, *(1,) * len(size))
 
     wanted = F.group_norm(x if offset is None else x + wide(offset), 4, eps=1e-3)
-    if of_weights is not None:
+    if scaled_by == "weights":
         wanted = wanted * wide(weights[0]) + wide(weights[1])
-    found = SummedInParts.apply(x, *weights, offset, 4, 1e-3)
+    if scaled_by == "maps":
+        gamma, beta = maps.chunk(2, dim=1)
+        wanted = wanted * (1 + gamma + wide(weights[0])) + beta + wide(weights[1])
+    if embeds:
+        scale, shift = wide(embedding).chunk(2, dim=1)
+        wanted = wanted * (1 + scale) + shift
+    found = SummedInParts.apply(x, *weights, offset, maps, embedding, 4, 1e-3)
     assert found.stride() == x.stride()
     torch.testing.assert_close(found, wanted, **EXACT)
-    given = [v for v in (x, *weights, offset) if v is not None]
+    given = [v for v in (x, *weights, offset, maps, embedding) if v is not None]
     factors = torch.randn_like(found)
-    gradients = (torch.autograd.grad((out * factors).sum(), given) for out in (found, wanted))
+    gradients = [torch.autograd.grad((out * factors).sum(), given) for out in (found, wanted)]
+    assert gradients[0][0].stride() == x.stride()
     for value, other in zip(*gradients, strict=True):
         torch.testing.assert_close(value, other, **EXACT)
 

@@ -108,6 +108,41 @@ def test_kernels_of_the_same_sizes_that_read_the_same_are_one():
     assert compiled(lambda x: (torch.empty_like(x).sum((2, 3)), x.square().sum((2, 3)))[1])[0] == 2
 
 
+def test_kernels_of_the_same_sizes_are_one_unless_one_waits_for_the_other():
+    """A sum over an image, and one of its product with a convolution, which is of the image or of what is
+    made of the image and the sum by another kernel.
+    """
+
+    def sums(x: torch.Tensor, *, waits: bool) -> torch.Tensor:
+        total = x.sum((2, 3), keepdim=True)
+        h = F.conv2d(x + total if waits else x, torch.empty(4, 4, 1, 1))
+        return total + (x * h).sum((2, 3), keepdim=True)
+
+    together, apart = (compiled(lambda x, w=w: sums(x, waits=w))[0] for w in (False, True))
+    assert together == 1 + 1 and apart == 1 + 3
+
+
+def test_pieces_of_one_tensor_are_written_by_the_kernel_that_makes_them():
+    kernels, moved = compiled(lambda x: (torch.cat([x.exp(), x.neg()]), x.sin())[1])
+    assert (kernels, moved) == (1, 1 + 2 + 1)
+    assert compiled(lambda x: (torch.cat([x, x.sin()]), x.sin())[1])[0] == 1
+
+
+def test_what_is_read_in_another_precision_costs_no_more_to_read_again():
+    """The square of x, widened, would be written if the last chain did not read the same x."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        wide = x.bfloat16().double()
+        square = wide.square() + 1
+        h = F.conv2d(square.float(), torch.empty(4, 4, 1, 1))
+        return h * wide + square
+
+    kernels, moved = compiled(run)
+    small = 16 / N
+    # written once in float32 for the convolution; x is read twice
+    assert kernels == 3 and moved == pytest.approx(2 + (2 + small) + (1 + 1 + 2))
+
+
 def test_a_reduction_goes_on_with_its_results():
     """A sum of 4,096 values is split in two kernels, and the second takes its exponential."""
     assert compiled(lambda x: x.sum())[0] == compiled(lambda x: x.sum().exp())[0] == 2

@@ -14,6 +14,7 @@ from medldm.diffusion.condition import Condition, fixed_drop, require
 from medldm.diffusion.embeddings import embed_by_name, keep, scalar_mlp, unknown_values
 from medldm.diffusion.encoders import build_encoder
 from medldm.diffusion.planes import ConditionPlanes, PlaneOptions
+from medldm.networks.compiling import Function
 
 # attributes that have an argument `use_<name>` of their own
 OLDER_USES = ("view", "phase", "label", "slice_position")
@@ -68,6 +69,7 @@ class SpatialConditioner(nn.Module):
         check_probs({**probs, "all": drop_all_prob}, self.groups)
         self.drop_probs = tuple(probs[name] for name in self.groups)
         self.drop_all_prob = drop_all_prob
+        self.choose = Function(self._chosen)
 
     def build_planes(
         self, options: PlaneOptions, num_classes: int | None, downsampling: tuple[int, ...], map_channels: int
@@ -154,7 +156,10 @@ class SpatialConditioner(nn.Module):
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:
         """(B, len(groups)) bool, drawn at random: the groups that each sample of a training batch loses."""
-        u = torch.rand(batch_size, len(self.groups) + 1, generator=generator, device=device)
+        return self.choose(torch.rand(batch_size, len(self.groups) + 1, generator=generator, device=device))
+
+    def _chosen(self, u: Tensor) -> Tensor:
+        """The groups that are dropped where uniform numbers (B, len(groups) + 1) fall below their chances."""
         columns = [u[:, i] < prob for i, prob in enumerate((*self.drop_probs, self.drop_all_prob))]
         return (
             torch.stack([column | columns[-1] for column in columns[:-1]], dim=1)

@@ -5,6 +5,7 @@ Samplers and guidance work with x0_hat alone.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from medldm.devices import full_precision
 from medldm.diffusion.condition import Condition, concatenate
 from medldm.diffusion.paths import Scales
 from medldm.diffusion.schedule import NoiseSchedule, at_least_float32
+from medldm.diffusion.static import Given, StaticCondition, made
+from medldm.networks.compiling import Function
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> x0_hat
 
@@ -36,45 +39,6 @@ def spread_uniform(
 def on_grid(u: Tensor, num_timesteps: int) -> Tensor:
     """Maps u in [0, 1) to the grid points 1 / T to 1, each equally often; ceil would give t = 0 at u = 0."""
     return ((u * num_timesteps).floor().clamp(max=num_timesteps - 1) + 1) / num_timesteps
-
-
-Given = Condition | Callable[[], Condition]  # a condition, or a function that makes it
-
-
-def made(condition: Given) -> Condition:
-    return condition() if callable(condition) else condition
-
-
-class StaticCondition:
-    """One condition for all steps of a sampler. What the network computes from the map alone is the same in
-    every step: it is computed at the first one and kept as long as this object lives. The map itself is not
-    kept where the condition is given as a function that makes it.
-
-    The kept part is computed again where autocast has been switched on or off since, as for a sampler's last
-    step, and at every step where gradients are recorded.
-    """
-
-    def __init__(self, network: nn.Module, condition: Given) -> None:
-        self.condition = condition
-        self.modulations = getattr(network, "modulations", None)
-        self.kept: tuple[bool | None, Condition] | None = (
-            None  # whether it was computed under autocast (None: no matter), and the condition
-        )
-
-    def prepared(self, z_t: Tensor) -> Condition:
-        """The condition for z_t (B, C, *s), whose grid is that of all steps."""
-        if torch.is_grad_enabled():
-            return made(self.condition)
-        is_rounded = torch.is_autocast_enabled(z_t.device.type)
-        if self.kept is None or self.kept[0] not in (None, is_rounded):
-            self.kept = None  # frees the memory of the old one first
-            condition = made(self.condition)
-            if condition.spade is None or self.modulations is None:
-                self.kept = None, condition
-            else:
-                maps = self.modulations(condition.spade, z_t.shape[2:])
-                self.kept = is_rounded, condition._replace(spade=maps)
-        return self.kept[1]
 
 
 class Preconditioning(NamedTuple):
@@ -100,7 +64,26 @@ class Judged(NamedTuple):
     x0_hat: Callable[[], Tensor]
 
 
-class DenoisingObjective:
+class Noised(NamedTuple):
+    """A batch at its levels gamma (B,): what a network sees of it and what it should give."""
+
+    z_t: Tensor
+    seen: Tensor  # the network's input
+    time: Tensor  # (B,) in [0, 1000)
+    target: Tensor
+    gamma: Tensor
+    scales: Scales
+
+
+class Errors(NamedTuple):
+    """How far a network's output is from its target."""
+
+    weighted: Tensor  # (B,)
+    loss: Tensor  # their mean
+    unweighted: Tensor  # the mean without weights
+
+
+class DenoisingObjective(nn.Module):
     """Weighted regression of the noise, the image or the velocity along the schedule's path: alpha noise -
     sigma x where the variance is preserved, noise - x on a straight line. "preconditioned" is the mixture of
     image and noise that EDM learns (`Preconditioning`), for data of the deviation `data_std`.
@@ -127,6 +110,7 @@ class DenoisingObjective:
         level_mean: float | None = None,
         level_std: float | None = None,
     ) -> None:
+        super().__init__()
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("loss", loss, tuple(ELEMENT_LOSSES))
         check_choice("times", times, TIME_KINDS)
@@ -145,6 +129,7 @@ class DenoisingObjective:
         self.min_snr_gamma = min_snr_gamma
         self.times, self.density = times, density
         self.antithetic = antithetic
+        self.place, self.begin, self.end = map(Function, (self._placed, self._noised, self._errors))
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
         """ValueError where this objective cannot train under a schedule."""
@@ -159,7 +144,13 @@ class DenoisingObjective:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """(n,) float32 times on `device`; `generator`, where given, must live there too."""
+        if self.times != "continuous":
+            self.check_schedule(schedule)
         u = spread_uniform(n, antithetic=self.antithetic, device=device, generator=generator)
+        return self.place(u, schedule)
+
+    def _placed(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """float32 times at shares u (float64, in [0, 1)) of the density."""
         if self.density == "logit_normal":
             u = torch.sigmoid(torch.special.ndtri(u))  # the quantiles of Esser et al. 2024, m = 0 and s = 1
         steps = schedule.num_timesteps
@@ -169,7 +160,6 @@ class DenoisingObjective:
         if self.times == "continuous" or (self.times == "auto" and steps is None):
             # On a table the first interval holds no grid point: DDPM step 0 is t = 1 / T.
             return (u if steps is None else (1 + u * (steps - 1)) / steps).float()
-        self.check_schedule(schedule)
         return on_grid(u, steps).float()
 
     def target(self, x: Tensor, noise: Tensor, scales: Scales) -> Tensor:
@@ -217,7 +207,7 @@ class DenoisingObjective:
             return (-gamma).exp().clamp(max=self.min_snr_gamma) * out.square()
         return torch.minimum(signal, self.min_snr_gamma * noise)
 
-    def __call__(
+    def forward(
         self,
         network: nn.Module,
         schedule: NoiseSchedule,
@@ -251,16 +241,31 @@ class DenoisingObjective:
         x = at_least_float32(x)
         t = self.sample_times(len(x), schedule, x.device, generator) if t is None else t
         noise = standard_normal(x, generator) if noise is None else noise
-        levels = schedule.levels(t)
-        z_t, scales = schedule.add_noise(x, noise, levels.gamma), schedule.scales(levels.gamma, x)
-        seen = self.network_input(z_t, scales)
-        output = at_least_float32(network(seen, schedule.network_time(t, levels.gamma), condition))
-        target = self.target(x, noise, scales)
-        with full_precision(x.device):
-            error = ELEMENT_LOSSES[self.loss](output, target, reduction="none").flatten(1).mean(1)  # (B,)
-            loss = levels.integral(self.weight(schedule, levels.gamma) * error)
-        losses = {"loss": loss, "unweighted": error.detach().mean()}
-        return Judged(losses, levels.gamma, lambda: self.x0_hat(output, z_t, scales))
+        levels = schedule.levels(t) if schedule.is_learned else None
+        begin, end = (self._noised, self._errors) if schedule.is_learned else (self.begin, self.end)
+        noised = begin(schedule, x, noise, t, None if levels is None else levels.gamma)
+        output = network(noised.seen, noised.time, condition)
+        errors = end(schedule, output, noised.target, noised.gamma)
+        loss = errors.loss if levels is None else levels.integral(errors.weighted)
+        losses = {"loss": loss, "unweighted": errors.unweighted.detach()}
+        x0_hat = partial(self.x0_hat, at_least_float32(output), noised.z_t, noised.scales)
+        return Judged(losses, noised.gamma, x0_hat)
+
+    def _noised(
+        self, schedule: NoiseSchedule, x: Tensor, noise: Tensor, t: Tensor, gamma: Tensor | None
+    ) -> Noised:
+        """Clean latents x at times t (B,), whose levels are gamma where that is known."""
+        gamma = schedule.gamma(t) if gamma is None else gamma
+        z_t, scales = schedule.add_noise(x, noise, gamma), schedule.scales(gamma, x)
+        seen, time = self.network_input(z_t, scales), schedule.network_time(t, gamma)
+        return Noised(z_t, seen, time, self.target(x, noise, scales), gamma, scales)
+
+    def _errors(self, schedule: NoiseSchedule, output: Tensor, target: Tensor, gamma: Tensor) -> Errors:
+        with full_precision(target.device):
+            compare = ELEMENT_LOSSES[self.loss]
+            error = compare(at_least_float32(output), target, reduction="none").flatten(1).mean(1)  # (B,)
+            weighted = self.weight(schedule, gamma) * error
+            return Errors(weighted, weighted.mean(), error.mean())
 
     def denoiser(self, network: nn.Module, schedule: NoiseSchedule, condition: Given) -> Denoise:
         """The function (z_t, t) -> x0_hat, with t (B,) in [0, 1], of the network under one condition, which

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from medldm.batch import spatial_shape
 from medldm.diffusion.condition import Condition
-from medldm.diffusion.objective import Denoise, Given
+from medldm.diffusion.objective import Denoise
+from medldm.diffusion.static import Given
 from medldm.errors import InputError
 
 Box = tuple[slice, ...]  # cells of the latent grid

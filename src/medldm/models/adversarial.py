@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from medldm.losses import AdversarialLoss, adaptive_weight, feature_matching, random_slices
+from medldm.losses import (
+    AdversarialLoss,
+    adaptive_weight,
+    feature_matching,
+    norm_ratio,
+    random_slices,
+    total,
+    weighted,
+)
 from medldm.models.common import (
     TrainedModule,
     build_optimizer,
@@ -82,7 +90,7 @@ class AdversarialModule(TrainedModule):
         self.gradient_clip_val: float | None = None
         self.is_accumulating = False  # gradients of a part of a batch are pending
         self.features_of_real: dict[nn.Module, list[Tensor]] = {}  # with their graphs, for this step
-        self.matching = Function(feature_matching)
+        self.matching, self.ratio = Function(feature_matching), Function(norm_ratio)
         if adversarial is not None:
             self.generator_loss = Function(adversarial.generator_loss)
             self.judgement = Function(adversarial.discriminator_loss)
@@ -141,19 +149,23 @@ class AdversarialModule(TrainedModule):
         with frozen(self.discriminators):  # the generator's backward leaves no gradient in them
             step = self.generator_step(batch, batch_idx, factor)
             losses = dict(step.losses)
-            self.manual_backward(losses["loss"] / self.accumulate_grad_batches)
+            self.manual_backward(self.share_of(losses["loss"]))
         if is_last:
             self.update_generator()
         if factor:
             losses["discriminator"] = self.discriminator_loss(
                 step.real.detach(), step.fake.detach(), step.slices, step.label
             )
-            self.manual_backward(losses["discriminator"] * factor / self.accumulate_grad_batches)
+            self.manual_backward(self.share_of(weighted(factor, losses["discriminator"])))
             if is_last:
                 self.update_discriminators()
         terms = {f"train/{name}": value.detach() for name, value in {**losses, **step.logs}.items()}
         self.log_dict(terms, batch_size=len(step.real))
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(step.real))
+
+    def share_of(self, loss: Tensor) -> Tensor:
+        """Of one of the batches that are accumulated."""
+        return loss if self.accumulate_grad_batches == 1 else loss / self.accumulate_grad_batches
 
     def adversarial_term(
         self,
@@ -171,10 +183,12 @@ class AdversarialModule(TrainedModule):
         losses |= self.adversarial_losses(real, fake, slices, label)
         weight = self.adversarial.weight * factor
         if self.adversarial.adaptive:
-            weight = weight * adaptive_weight(reconstruction, losses["adversarial"], last_layer)
-        term = weight * losses["adversarial"]
+            adaptive = adaptive_weight(reconstruction, losses["adversarial"], last_layer, ratio=self.ratio)
+            weight = weighted(weight, adaptive)
+        term = weighted(weight, losses["adversarial"])
         if "feature_matching" in losses:
-            term = term + self.adversarial.feature_matching_weight * factor * losses["feature_matching"]
+            weight = self.adversarial.feature_matching_weight * factor
+            term = term + weighted(weight, losses["feature_matching"])
         return term
 
     def adversarial_losses(
@@ -184,12 +198,12 @@ class AdversarialModule(TrainedModule):
         for discriminator in self.discriminators:
             fake = discriminator(self.view(x_hat, discriminator.spatial_dims, slices))
             term = self.generator_loss(fake[-1], label)
-            adversarial.append(discriminator.weight * term)
+            adversarial.append(weighted(discriminator.weight, term))
             if self.adversarial.feature_matching_weight:
                 real = self.real_features(discriminator, x, slices)
                 matching.append(self.matching([r.detach() for r in real], fake))
-        losses = {"adversarial": torch.stack(adversarial).sum()}
-        return losses | ({"feature_matching": torch.stack(matching).sum()} if matching else {})
+        losses = {"adversarial": total(adversarial)}
+        return losses | ({"feature_matching": total(matching)} if matching else {})
 
     def logits(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Sequence[Tensor]:
         """Of real and fake images. In one pass on a GPU, where no batch norm would mix them; on a CPU that
@@ -226,7 +240,7 @@ class AdversarialModule(TrainedModule):
             views = (self.view(v, discriminator.spatial_dims, slices) for v in (x, x_hat))
             real, fake = self.logits(discriminator, *views)
             losses.append(self.judgement(real, fake, label))
-        return torch.stack(losses).sum()
+        return total(losses)
 
     def draw_slices(self, x: Tensor, batch_idx: int) -> tuple[int, Tensor]:
         """An axis and one slice index per sample: a function of the seed, the step and the sample's place in

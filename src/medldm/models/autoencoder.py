@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from medldm.batch import one_hot
 from medldm.devices import compute_dtype
 from medldm.diffusion.latent import FirstStage
-from medldm.losses import PIXEL_LOSSES, PerceptualLoss
+from medldm.losses import PIXEL_LOSSES, PerceptualLoss, weighted
 from medldm.metrics.image import psnr, ssim
 from medldm.metrics.overlap import dice
 from medldm.models.adversarial import AdversarialModule, GeneratorStep
@@ -140,12 +140,12 @@ class AutoencoderModule(AdversarialModule):
         x_hat, quantized = self.autoencoder(x, self.decoder_map(batch))
         slices = self.draw_slices(x, batch_idx)
         losses = {"pixel": self.pixel_loss(x_hat, x), "quantizer": quantized.loss}
-        reconstruction = self.pixel_weight * losses["pixel"]
+        reconstruction = weighted(self.pixel_weight, losses["pixel"])
         if self.perceptual is not None and self.perceptual_weight:
             views = (self.view(v, self.perceptual.spatial_dims, slices) for v in (x_hat, x))
             losses["perceptual"] = self.perceptual(*views)
-            reconstruction = reconstruction + self.perceptual_weight * losses["perceptual"]
-        total = reconstruction + self.quantizer_weight * quantized.loss
+            reconstruction = reconstruction + weighted(self.perceptual_weight, losses["perceptual"])
+        total = reconstruction + weighted(self.quantizer_weight, quantized.loss)
         if factor:
             last = self.autoencoder.last_layer
             total = total + self.adversarial_term(

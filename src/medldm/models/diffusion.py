@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from medldm.devices import in_precision_of_now
 from medldm.diffusion.condition import Condition, Conditioner, in_float32
 from medldm.diffusion.latent import FirstStage
-from medldm.diffusion.objective import Denoise, DenoisingObjective, Given, autoguided, guided
+from medldm.diffusion.objective import Denoise, DenoisingObjective, autoguided, guided
 from medldm.diffusion.sampler import Sampler, check_guidance
 from medldm.diffusion.schedule import NoiseSchedule
+from medldm.diffusion.static import Given
 from medldm.diffusion.windows import Box, ConditionOf, WindowConditions, Windows, windowed
 from medldm.errors import InputError
 from medldm.models.common import (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from medldm.diffusion.latent import FirstStage
-from medldm.losses import PerceptualLoss
+from medldm.losses import PerceptualLoss, weighted
 from medldm.metrics.image import psnr, ssim
 from medldm.models.adversarial import AdversarialModule, GeneratorStep
 from medldm.models.common import stage_latents
@@ -47,11 +47,11 @@ class LatentTranslation:
         z_target = stage_latents(module.first_stage, batch)
         z_hat = module.translator(z_source, batch["label"]).float()
         losses = {"latent": F.l1_loss(z_hat, z_target)}
-        reconstruction = self.latent_weight * losses["latent"]
+        reconstruction = weighted(self.latent_weight, losses["latent"])
         total = reconstruction
         if self.cycle_weight:
             losses["cycle"] = cycle_loss(module.translator, z_hat, z_source, batch["source_label"])
-            total = total + self.cycle_weight * losses["cycle"]
+            total = total + weighted(self.cycle_weight, losses["cycle"])
         return Translated(losses, reconstruction, total, z_target, z_hat)
 
 
@@ -95,18 +95,18 @@ class ImageTranslation:
             "pixel": F.l1_loss(x_hat, x),
             "quantizer": (quantized_source.loss + quantized.loss) / 2,
         }
-        reconstruction = self.pixel_weight * losses["pixel"]
+        reconstruction = weighted(self.pixel_weight, losses["pixel"])
         if self.perceptual is not None:
             views = (module.view(v, self.perceptual.spatial_dims, slices_of(x)) for v in (x_hat, x))
             losses["perceptual"] = self.perceptual(*views)
-            reconstruction = reconstruction + self.perceptual_weight * losses["perceptual"]
-        total = reconstruction + self.quantizer_weight * losses["quantizer"]
+            reconstruction = reconstruction + weighted(self.perceptual_weight, losses["perceptual"])
+        total = reconstruction + weighted(self.quantizer_weight, losses["quantizer"])
         if self.identity_weight:
             losses["identity"] = F.l1_loss(autoencoder.decode(quantized.z), x)
-            total = total + self.identity_weight * losses["identity"]
+            total = total + weighted(self.identity_weight, losses["identity"])
         if self.cycle_weight:
             losses["cycle"] = cycle_loss(module.translator, z_hat, z_source.detach(), batch["source_label"])
-            total = total + self.cycle_weight * losses["cycle"]
+            total = total + weighted(self.cycle_weight, losses["cycle"])
         return Translated(losses, reconstruction, total, x, x_hat)
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.networks.autoencoder_plan import BlockStep, Stages
-from medldm.networks.compiling import Function
+from medldm.networks.biased import Biased, parted, without_bias
+from medldm.networks.compiling import Function, is_compiling, is_wrapped
 from medldm.networks.layers import (
     RESAMPLINGS,
     AttentionBlock,
@@ -34,10 +35,28 @@ class Stack(nn.ModuleList):
 
     rounds_together = True
 
-    def forward(self, h: Tensor, spade: Tensor | None = None) -> Tensor:
-        for block in self:
-            h = block(h, None, spade) if isinstance(block, ResBlock) else block(h)
+    def forward(
+        self, h: Tensor | Biased, spade: Tensor | None = None, *, apart: bool = False
+    ) -> Tensor | Biased:
+        """apart: whether what comes next takes a bias. Blocks as a GPU calls them leave theirs to the next
+        one, where that takes it.
+        """
+        blocks = list(self)
+        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+            is_taken = apart if after is None else takes_biased(after)
+            options = {"apart": True} if is_taken and gives_biased(block) else {}
+            h = block(h, None, spade, **options) if isinstance(block, ResBlock) else block(h, **options)
         return h
+
+
+def gives_biased(block: nn.Module) -> bool:
+    """Whether it leaves its bias to the next block where that is asked."""
+    return is_wrapped(block) and getattr(block, "gives_biased", False)
+
+
+def takes_biased(block: nn.Module) -> bool:
+    """Whether the bias of what comes before may be left to it."""
+    return is_wrapped(block) and getattr(block, "takes_biased", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,17 +196,20 @@ class VQAutoencoder(nn.Module):
         Raises ValueError where S does not divide by `downsampling`.
         """
         self.check_size(x)
-        return self.encoder_end(self.encoder(self.first(x)))
+        return self.encoder_end(self.encoder(self.first(x, apart=True), apart=True))
 
-    def ended(self, h: Tensor) -> Tensor:
-        return self.latent(F.silu(self.encoder_norm(h)))
+    def ended(self, h: Tensor | Biased) -> Tensor:
+        h, offset = parted(h)
+        return self.latent(F.silu(self.encoder_norm(h, offset=offset)))
 
     def latent(self, h: Tensor) -> Tensor:
         """Activated features (B, C, *S/f) of the encoder -> (B, Cz, *S/f)."""
         return last_layer_of_image(lambda h: self.pre_quantizer(self.to_latent(h)), h)
 
-    def first(self, x: Tensor) -> Tensor:
-        return self.stem((x + 1) / 2 if self.is_unit else x)
+    def first(self, x: Tensor, *, apart: bool = False) -> Tensor | Biased:
+        """The stem's output; apart: without its bias, where the encoder's first block takes it on a GPU."""
+        x = (x + 1) / 2 if self.is_unit else x
+        return without_bias(self.stem, x) if apart and takes_biased(self.encoder[0]) else self.stem(x)
 
     def check_size(self, x: Tensor) -> None:
         for size, factor in zip(x.shape[2:], self.downsampling, strict=True):
@@ -205,16 +227,23 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, Cz, *S/f) quantised latent (and, for SPADE decoders, the one-hot map) -> (B, C, *S) image."""
-        return self.last(self.decoder_end(self.decoder(self.decoder_start(z, mask), mask), mask))
+        h = self.decoder_start(z, mask)
+        h = self.decoder(h, mask, apart=self.decoder_norm is not None)
+        return self.last(self.decoder_end(h, mask))
 
-    def entered(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        h = self.from_latent(self.post_quantizer(z))
-        if self.decoder_entry_norm is None:
+    def entered(self, z: Tensor, mask: Tensor | None) -> Tensor | Biased:
+        if self.decoder_entry_norm is not None:
+            given = without_bias(self.post_quantizer, z) if is_compiling() else self.post_quantizer(z)
+            h, offset = parted(given)
+            return F.silu(apply_norm(self.decoder_entry_norm, h, mask, offset=offset))
+        h = self.post_quantizer(z)
+        return without_bias(self.from_latent, h) if takes_biased(self.decoder[0]) else self.from_latent(h)
+
+    def normed(self, h: Tensor | Biased, mask: Tensor | None) -> Tensor:
+        h, offset = parted(h)
+        if self.decoder_norm is None:
             return h
-        return F.silu(apply_norm(self.decoder_entry_norm, h, mask))
-
-    def normed(self, h: Tensor, mask: Tensor | None) -> Tensor:
-        return h if self.decoder_norm is None else F.silu(apply_norm(self.decoder_norm, h, mask))
+        return F.silu(apply_norm(self.decoder_norm, h, mask, offset=offset))
 
     def last(self, h: Tensor) -> Tensor:
         x = last_layer_of_image(self.head, h)

@@ -25,6 +25,9 @@ from medldm.ranks import num_ranks
 
 log = logging.getLogger(__name__)
 Wrap = Callable[[Callable], Callable]  # makes the function that runs in the place of a block's call
+LONGEST_ROW = 1024  # values that one program of a kernel can hold while it reduces them
+LONGEST_SUM = 128  # values of a result that one program sums, one after the other
+MOST_READS = 24  # a value that is made from more tensors is written, and not computed where it is used
 NUM_VERSIONS = 256  # compiled versions of one class of blocks, whose blocks have different shapes
 
 
@@ -143,11 +146,11 @@ def compiled(call: Callable, backend: Callable | None = None) -> Callable:
     # the backward pass is compiled with the forward pass, where its failure can still be caught
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._functorch.config.donated_buffer = False  # gradients at the last layer keep the graph
-    # a norm with its scale, shift and activation reads nine tensors, and its gradients are computed from them
-    # in about 60 operations; above these bounds the compiler would write what lies between
-    torch._inductor.config.realize_reads_threshold = 12
-    torch._inductor.config.realize_acc_reads_threshold = 12
-    torch._inductor.config.realize_opcount_threshold = 100
+    # the gradients of a SPADE norm with an embedding read 16 tensors, and are computed from them in more than
+    # 60 operations; above these bounds the compiler would write what lies between
+    torch._inductor.config.realize_reads_threshold = MOST_READS
+    torch._inductor.config.realize_acc_reads_threshold = MOST_READS
+    torch._inductor.config.realize_opcount_threshold = 200
     return torch.compile(call, backend=backend or inductor_or_eager, dynamic=False)
 
 
@@ -214,9 +217,14 @@ def copies(values: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(empty)
 
 
-ROUNDED = (
-    nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def is_rounded_with_others(part: nn.Module, name: str) -> bool:
+    """Whether this weight of a layer is; a convolution's bias is not, which what follows adds in float32."""
+    if isinstance(part, CONVOLUTIONS):
+        return name != "bias"
+    return isinstance(part, nn.Linear) or getattr(part, "rounds_weights", False)
 
 
 class BlockCall:
@@ -230,9 +238,8 @@ class BlockCall:
         self.places = [
             (part._parameters, name)
             for part in (p for root in (block, *getattr(block, "parts", ())) for p in root.modules())
-            if isinstance(part, ROUNDED) or getattr(part, "rounds_weights", False)
             for name, weight in part._parameters.items()
-            if weight is not None
+            if weight is not None and is_rounded_with_others(part, name)
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -88,9 +88,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """`nn.ConvTranspose2d`, in float32 where bf16 is not to be trusted."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_mistrusted(self, x, self.weight):
-            return from_rounded(transposed(self, F.conv_transpose2d), x, self.weight, self.bias)
-        return super().forward(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = transposed(self, F.conv_transpose2d)
+        if is_mistrusted(self, x, weight):
+            return from_rounded(convolve, x, weight, bias)
+        return convolve(x, weight, bias)
 
 
 class Conv3d(nn.Conv3d):
@@ -114,11 +118,15 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     """`nn.ConvTranspose3d`, which runs on slices like `Conv3d`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_mistrusted(self, x, self.weight):
-            return from_rounded(transposed(self, F.conv_transpose3d), x, self.weight, self.bias)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = transposed(self, F.conv_transpose3d)
+        if is_mistrusted(self, x, weight):
+            return from_rounded(convolve, x, weight, bias)
         if keeps_slices_apart(self) and is_channels_last(x):
-            return on_slices(F.conv_transpose2d, self, x, self.weight, self.bias)
-        return super().forward(x)
+            return on_slices(F.conv_transpose2d, self, x, weight, bias)
+        return convolve(x, weight, bias)
 
 
 def transposed(

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
+from medldm.networks.biased import Biased, parted
 from medldm.networks.compiling import is_compiling
 from medldm.networks.layers import attend, zero_init
-from medldm.networks.norms import group_norm
+from medldm.networks.norms import as_summed, group_norm
 
 NUM_PLACES = 512  # along depth, for which angles are computed once
 PAYS = 4  # so many times more tokens (or columns) than channels are needed for products in another order
@@ -28,11 +29,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def folded_linear_attention(tokens: Tensor, qkv: nn.Linear, out: nn.Linear, num_heads: int) -> Tensor:
-    """`out(linear_attention(*qkv(tokens).chunk(3, -1), num_heads))` of tokens (B, L, C), where of queries,
-    keys, values and the result of attention only the queries are ever written. Values and result are linear
-    in what the products around them make: (k^T v) = (k^T tokens) Wv and q (k^T v) Wo = q ((k^T v) Wo). And
-    k^T tokens with a softmax over the tokens is attention: each row of Wk is a query, and the tokens are both
-    keys and values. It pays where L is much larger than C.
+    """`out(linear_attention(*qkv(tokens).chunk(3, -1), num_heads))` of tokens (B, L, C) without the bias of
+    `out`, where of queries, keys, values and the result of attention only the queries are ever written.
+    Values and result are linear in what the products around them make: (k^T v) = (k^T tokens) Wv and q (k^T
+    v) Wo = q ((k^T v) Wo). And k^T tokens with a softmax over the tokens is attention: each row of Wk is a
+    query, and the tokens are both keys and values. It pays where L is much larger than C.
     """
     to_q, to_k, to_v = qkv.weight.chunk(3)  # (heads c, C) each
     q = F.linear(tokens, to_q).unflatten(-1, (num_heads, -1))  # (B, L, heads, c)
@@ -43,7 +44,7 @@ def folded_linear_attention(tokens: Tensor, qkv: nn.Linear, out: nn.Linear, num_
     summary = summary.unflatten(1, (num_heads, -1))  # (B, heads, c of k, C)
     summary = torch.einsum("bhkc,hvc->bhkv", summary, to_v.unflatten(0, (num_heads, -1)))
     summary = torch.einsum("bhkv,ohv->bhko", scale * summary, out.weight.unflatten(1, (num_heads, -1)))
-    return torch.baddbmm(out.bias, q, summary.flatten(1, 2))
+    return torch.bmm(q, summary.flatten(1, 2))
 
 
 class Rotary(nn.Module):
@@ -95,6 +96,13 @@ def distance_buckets(distance: Tensor, num_buckets: int) -> Tensor:
     return torch.where(near < exact, near, far) + half * (distance > 0)
 
 
+def with_offset(x: Tensor, offset: Tensor | None, layer: nn.Module, apart: bool) -> Tensor | Biased:
+    """x, to which the bias of `layer` has not been added where `apart`, and `offset` has not."""
+    bias = as_summed(layer.bias)[None] if apart else None
+    offset = bias if offset is None else offset if bias is None else offset + bias
+    return x if offset is None else Biased(x, offset)
+
+
 class SliceAttention(nn.Module):
     """Attention within each slice. kind: "linear", as Ho et al. have it, or "full", with scaled
     dot products.
@@ -108,16 +116,17 @@ class SliceAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * width, bias=False)
         self.out = nn.Linear(width, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).movedim(1, -1)  # (B, D, H, W, C)
-        out = self.attended(tokens.flatten(0, 1).flatten(1, 2))  # of (B D, H W, C)
-        return x + out.reshape(tokens.shape).movedim(-1, 1)
-
-    def attended(self, tokens: Tensor) -> Tensor:
-        pays = tokens.shape[1] > PAYS * tokens.shape[2]
-        if self.attend is linear_attention and pays and is_compiling():
-            return folded_linear_attention(tokens, self.qkv, self.out, self.num_heads)
-        return self.out(self.attend(*self.qkv(tokens).chunk(3, dim=-1), self.num_heads))
+    def forward(self, x: Tensor | Biased) -> Tensor | Biased:
+        """(B, C, D, H, W) -> the same shape; where a compiler follows, before its bias is added."""
+        x, offset = parted(x)
+        tokens = self.norm(x, offset=offset).movedim(1, -1)  # (B, D, H, W, C)
+        flat, apart = tokens.flatten(0, 1).flatten(1, 2), is_compiling()  # (B D, H W, C)
+        if self.attend is linear_attention and apart and flat.shape[1] > PAYS * flat.shape[2]:
+            out = folded_linear_attention(flat, self.qkv, self.out, self.num_heads)
+        else:
+            out = self.attend(*self.qkv(flat).chunk(3, dim=-1), self.num_heads)
+            out = F.linear(out, self.out.weight) if apart else self.out(out)
+        return with_offset(x + out.reshape(tokens.shape).movedim(-1, 1), offset, self.out, apart)
 
 
 class DepthAttention(nn.Module):
@@ -140,16 +149,22 @@ class DepthAttention(nn.Module):
         self.bias = nn.Embedding(self.num_buckets, num_heads) if relative_bias else None
         self.rotary = Rotary(head_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if is_compiling() and x[:, 0, 0].numel() > PAYS * x.shape[1]:
-            return x + self.turned_by_weights(self.norm(x))
-        tokens = self.norm(x).permute(0, 3, 4, 2, 1)  # (B, H, W, D, C)
+    def forward(self, x: Tensor | Biased) -> Tensor | Biased:
+        """(B, C, D, H, W) -> the same shape; where a compiler follows, before its bias is added."""
+        x, offset = parted(x)
+        normed, apart = self.norm(x, offset=offset), is_compiling()
+        if apart and x[:, 0, 0].numel() > PAYS * x.shape[1]:
+            return with_offset(x + self.turned_by_weights(normed), offset, self.out, apart)
+        tokens = normed.permute(0, 3, 4, 2, 1)  # (B, H, W, D, C)
         qkv = self.qkv(tokens.flatten(0, 2)).unflatten(-1, (3 * self.num_heads, -1))  # (B H W, D, 3 heads, c)
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
         q, k = self.rotary(qk).transpose(1, 2).chunk(2, dim=1)  # (B H W, heads, D, c) each
         bias = self.relative(x.shape[2], q)
-        out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=bias)
-        return x + self.out(out.transpose(1, 2).flatten(2)).reshape(tokens.shape).permute(0, 4, 3, 1, 2)
+        out = (
+            F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=bias).transpose(1, 2).flatten(2)
+        )
+        out = F.linear(out, self.out.weight) if apart else self.out(out)
+        return with_offset(x + out.reshape(tokens.shape).permute(0, 4, 3, 1, 2), offset, self.out, apart)
 
     def relative(self, length: int, q: Tensor) -> Tensor | None:
         """The learned bias of each distance, (heads, D, D)."""
@@ -160,8 +175,9 @@ class DepthAttention(nn.Module):
         return self.bias(buckets).permute(2, 0, 1).to(q.dtype)
 
     def turned_by_weights(self, x: Tensor) -> Tensor:
-        """The attention of a normed x, where the angles turn a weight for each slice instead of all queries
-        and keys. Slices come first in memory, (D, B H W, heads c), and nothing is copied.
+        """The attention of a normed x before its bias is added, where the angles turn a weight for each slice
+        instead of all queries and keys. Slices come first in memory, (D, B H W, heads c), and nothing is
+        copied.
         """
         tokens = x.permute(2, 0, 3, 4, 1)  # (D, B, H, W, C)
         rows = tokens.flatten(1, 3)
@@ -171,7 +187,7 @@ class DepthAttention(nn.Module):
         v = F.linear(rows, to_v)
         heads = (y.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3) for y in (q, k, v))
         out = F.scaled_dot_product_attention(*heads, attn_mask=self.relative(len(rows), q))
-        out = self.out(out.permute(2, 0, 1, 3).flatten(2))  # (D, B H W, C)
+        out = F.linear(out.permute(2, 0, 1, 3).flatten(2), self.out.weight)  # (D, B H W, C)
         return out.reshape(tokens.shape).permute(1, 4, 0, 2, 3)
 
 
@@ -182,7 +198,7 @@ class FactorisedAttention(nn.Module):
     zero_init_last: both start as the identity.
     """
 
-    is_block = True
+    is_block = takes_biased = True
 
     def __init__(
         self,
@@ -205,11 +221,13 @@ class FactorisedAttention(nn.Module):
             if part is not None:
                 zero_init(part.out)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Biased, context: Tensor | None = None) -> Tensor:
         """(B, C, D, H, W) -> the same shape; `context`, which other kinds of attention take, is not used.
 
         Raises ValueError for images.
         """
-        if x.ndim != 5:
-            raise ValueError(f"factorised attention is for volumes (B, C, D, H, W), not {tuple(x.shape)}")
-        return self.depth(x if self.slices is None else self.slices(x))
+        value, _ = parted(x)
+        if value.ndim != 5:
+            raise ValueError(f"factorised attention is for volumes (B, C, D, H, W), not {tuple(value.shape)}")
+        out = self.depth(x if self.slices is None else self.slices(x))
+        return out.summed() if isinstance(out, Biased) else out

@@ -9,25 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
+from medldm.networks.biased import Biased, parted, pointwise, pointwise_without_bias, without_bias
 from medldm.networks.compiling import checkpointed, is_compiling
-from medldm.networks.convolution import conv, conv_transpose, convolve_as
-from medldm.networks.norms import group_norm
+from medldm.networks.convolution import conv, conv_transpose
+from medldm.networks.norms import as_summed, group_norm
 from medldm.networks.options import check_one_of
 from medldm.networks.spade import SPADE, Modulation
 
 Norm = Callable[[int], nn.Module]
 RESAMPLINGS = ("conv4", "conv3", "conv3_end")  # kinds of `Downsample` and `Upsample`
-
-
-def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of kernel 1, or the identity.
-
-    Where x is channels_last the convolution is one matrix product: as a 3D convolution it would copy x to the
-    other memory layout and back.
-    """
-    if isinstance(layer, nn.Identity) or x.is_contiguous():
-        return layer(x)
-    return F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
 
 
 def last_layer_of_image(layer: nn.Module, x: Tensor) -> Tensor:
@@ -69,11 +59,9 @@ def apply_norm(
     """A plain norm of x, or a SPADE norm under its map, scaled and shifted by the two halves of an embedding
     (B, 2 C, 1 ..). offset: see `group_normed`.
     """
-    scale, shift = (None, None) if embedding is None else embedding.chunk(2, dim=1)
-    if not isinstance(norm, SPADE):
-        return norm(x, scale, shift, offset=offset)
-    h = norm(x, spade, offset=offset)
-    return h if scale is None else h * (1 + scale) + shift
+    if isinstance(norm, SPADE):
+        return norm(x, spade, embedding, offset=offset)
+    return norm(x, embedding, offset=offset)
 
 
 def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000.0) -> Tensor:
@@ -104,7 +92,7 @@ class ResBlock(nn.Module):
     use_checkpoint: the block is computed again in the backward pass, which saves memory.
     """
 
-    is_block = True
+    is_block = takes_biased = gives_biased = True
 
     def __init__(
         self,
@@ -149,33 +137,43 @@ class ResBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Biased,
         embedding: Tensor | Projected | None = None,
         spade: Tensor | tuple[Modulation | None, ...] | None = None,
-    ) -> Tensor:
+        *,
+        apart: bool = False,
+    ) -> Tensor | Biased:
         """x (B, C, *S), activated embedding (B, E) or what the block's layer has made of it, and for SPADE
-        norms the map (B, C, *any) or what `modulations` has made of it -> (B, C_out, *S).
+        norms the map (B, C, *any) or what `modulations` has made of it -> (B, C_out, *S). apart: leaves the
+        bias to what comes next.
         """
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
-            return checkpointed(self, self._forward, x, embedding, spade)
-        return self._forward(x, embedding, spade)
+            return checkpointed(self, self._forward, x, embedding, spade, apart)
+        return self._forward(x, embedding, spade, apart)
 
-    def _forward(self, x: Tensor, embedding: Tensor | Projected | None, spade: Any) -> Tensor:
+    def _forward(
+        self, x: Tensor | Biased, embedding: Tensor | Projected | None, spade: Any, apart: bool
+    ) -> Tensor | Biased:
         maps = spade if isinstance(spade, tuple) else (spade, spade)
-        h = F.silu(apply_norm(self.norm1, x, maps[0]))
-        joins = (
-            is_compiling() and not self.truncated and self.norm2.num_groups
-        )  # what is added joins the norm
-        h = convolve_as(self.conv1, h, self.conv1.weight, None) if joins else self.conv1(h)
-        offset = self.conv1.bias[None] if joins else None
+        given, offset = parted(x)
+        h = F.silu(apply_norm(self.norm1, given, maps[0], offset=offset))
+        joins = is_compiling() or apart or offset is not None  # biases join the norm that follows
+        h, bias = without_bias(self.conv1, h) if joins else (self.conv1(h), None)
         e = self.embedded(embedding, h)
         if e is not None and not self.scale_shift:
-            h, offset = (h, offset + e.flatten(1)) if joins else (h + e, None)
-        if self.truncated:
+            h, bias = (h, bias + e.flatten(1)) if joins else (h + e, None)
+        if not self.truncated:
+            h = apply_norm(self.norm2, h, maps[1], e if self.scale_shift else None, offset=bias)
+            h = self.dropout(F.silu(h))
+            if not joins:
+                # in this order: the sum takes the layout of its first term
+                return self.conv2(h) + pointwise(self.shortcut, given)
+            h, bias = without_bias(self.conv2, h)
+            shortcut, offset = pointwise_without_bias(self.shortcut, given, offset)
+            h, bias = h + shortcut, bias if offset is None else bias + offset
+        if bias is None:
             return h
-        h = apply_norm(self.norm2, h, maps[1], e if self.scale_shift else None, offset=offset)
-        h = self.conv2(self.dropout(F.silu(h)))
-        return h + pointwise(self.shortcut, x)  # in this order: the sum takes the layout of its first term
+        return Biased(h, bias) if apart else Biased(h, bias).summed()
 
     def modulations(self, spade: Tensor, size: torch.Size) -> tuple[Modulation | None, ...]:
         """What each norm computes from a map (B, C, *any) alone, for x on a grid of `size`; None for a plain
@@ -215,7 +213,7 @@ def heads_for(channels: int, num_heads: int | None, head_channels: int | None) -
 class AttentionBlock(nn.Module):
     """Group norm and self-attention over all positions, with a residual connection; `context` is not used."""
 
-    is_block = True
+    is_block = takes_biased = gives_biased = True
 
     def __init__(
         self,
@@ -234,10 +232,19 @@ class AttentionBlock(nn.Module):
         if zero_init_last:
             zero_init(self.out)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, L, C)
-        out = self.out(attend(*self.qkv(tokens).chunk(3, dim=-1), self.num_heads))
-        return x + out.transpose(1, 2).reshape(x.shape)
+    def forward(
+        self, x: Tensor | Biased, context: Tensor | None = None, *, apart: bool = False
+    ) -> Tensor | Biased:
+        """(B, C, *S) -> the same shape. apart: leaves the bias to what comes next."""
+        x, offset = parted(x)
+        tokens = self.norm(x, offset=offset).flatten(2).transpose(1, 2)  # (B, L, C)
+        out = attend(*self.qkv(tokens).chunk(3, dim=-1), self.num_heads)
+        if not apart and offset is None:
+            return x + self.out(out).transpose(1, 2).reshape(x.shape)
+        value = x + F.linear(out, self.out.weight).transpose(1, 2).reshape(x.shape)
+        bias = as_summed(self.out.bias)[None]
+        out = Biased(value, bias if offset is None else bias + offset)
+        return out if apart else out.summed()
 
 
 class TransformerBlock(nn.Module):
@@ -291,6 +298,7 @@ class Downsample(nn.Module):
     """
 
     is_block = True
+    takes_biased, gives_biased = False, True
 
     def __init__(
         self,
@@ -328,8 +336,10 @@ class Downsample(nn.Module):
             padding_mode=padding_mode,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, self.pad) if self.pad else x)
+    def forward(self, x: Tensor, *, apart: bool = False) -> Tensor | Biased:
+        """apart: leaves the bias to what comes next."""
+        x = F.pad(x, self.pad) if self.pad else x
+        return without_bias(self.conv, x) if apart else self.conv(x)
 
 
 class Upsample(nn.Module):
@@ -342,6 +352,7 @@ class Upsample(nn.Module):
     """
 
     is_block = True
+    takes_biased, gives_biased = False, True
 
     def __init__(
         self,
@@ -377,7 +388,9 @@ class Upsample(nn.Module):
                 padding_mode=padding_mode,
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, apart: bool = False) -> Tensor | Biased:
+        """apart: leaves the bias to what comes next."""
         if self.pad_mode:
             x = F.pad(x, self.pad, mode=self.pad_mode)
-        return self.conv(F.interpolate(x, scale_factor=self.scale, mode="nearest") if self.scale else x)
+        x = F.interpolate(x, scale_factor=self.scale, mode="nearest") if self.scale else x
+        return without_bias(self.conv, x) if apart else self.conv(x)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
-from medldm.networks.compiling import is_compiling
+from medldm.networks.compiling import LONGEST_ROW, LONGEST_SUM, is_compiling
 
+MOST_AT_ONCE = 16  # parts that are joined before the others, where their number is large
 NUM_SUMS = 64 * 132  # sums of a pass over a tensor, which keep all processors of an H200 busy
 
 
@@ -22,25 +23,24 @@ class GroupNorm(nn.GroupNorm):
 
     rounds_weights = True
 
-    def forward(
-        self,
-        x: Tensor,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        *,
-        offset: Tensor | None = None,
-    ) -> Tensor:
-        """The norm of x (B, C, *S), times 1 + scale plus shift where these are given, (B, C, 1 ..). offset:
-        see `group_normed`.
+    def forward(self, x: Tensor, embedding: Tensor | None = None, *, offset: Tensor | None = None) -> Tensor:
+        """The norm of x (B, C, *S), times 1 + scale plus shift where an embedding (B, 2 C, 1 ..) has these
+        two as its halves. offset: see `group_normed`.
         """
-        weight, bias = self.weight, self.bias
-        if scale is not None and is_split(x):  # joins the weights
-            scale = 1 + as_summed(scale.flatten(1))
-            weights = (weight * scale, bias * scale + shift.flatten(1))
-            return SummedInParts.apply(x, *weights, offset, self.num_groups, self.eps)
-        weights = (weight.to(x.dtype), bias.to(x.dtype))
+        if is_split(x):
+            weights = (self.weight[None], self.bias[None])
+            return summed_in_parts(x, self.num_groups, self.eps, weights, offset, embedding=embedding)
+        weights = (self.weight.to(x.dtype), self.bias.to(x.dtype))
         h = group_normed(x, self.num_groups, *weights, self.eps, offset=offset)
-        return h if scale is None else h * (1 + scale) + shift
+        return scaled(h, embedding)
+
+
+def scaled(h: Tensor, embedding: Tensor | None) -> Tensor:
+    """h (B, C, *S) times 1 + scale plus shift, the halves of an embedding (B, 2 C, 1 ..)."""
+    if embedding is None:
+        return h
+    scale, shift = embedding.chunk(2, dim=1)
+    return h * (1 + scale) + shift
 
 
 def group_norm(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
@@ -63,7 +63,7 @@ def group_normed(
     """
     if is_split(x):
         weights = (None, None) if weight is None else (weight[None], bias[None])
-        return SummedInParts.apply(x, *weights, offset, num_groups, eps)
+        return summed_in_parts(x, num_groups, eps, weights, offset)
     if offset is not None:
         x = x + over(offset, x).to(x.dtype)
     with full_precision(x.device):
@@ -75,12 +75,31 @@ def is_split(x: Tensor) -> bool:
     return is_compiling() and not x.is_contiguous()
 
 
-class SummedInParts(torch.autograd.Function):
-    """A group norm of x + offset in channels_last whose statistics are sums of parts, over whose number a
-    compiler has no say: it makes three kernels of it and four of its gradients, where `F.group_norm` becomes
-    up to six and eight. Sums are taken in float32 or better.
+def summed_in_parts(
+    x: Tensor,
+    num_groups: int,
+    eps: float,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    offset: Tensor | None = None,
+    *,
+    maps: Tensor | None = None,
+    embedding: Tensor | None = None,
+) -> Tensor:
+    """`SummedInParts` of x (B, C, *S); embedding: (B, 2 C, 1 ..)."""
+    embedding = None if embedding is None else embedding.flatten(1)
+    return SummedInParts.apply(x, *weights, offset, maps, embedding, num_groups, eps)
 
-    weight, bias: None, or (1, C), or (B, C) for each sample; so is offset.
+
+class SummedInParts(torch.autograd.Function):
+    """A group norm of x + offset in channels_last, with all that scales and shifts it. Statistics and
+    gradients are sums of parts, over whose number a compiler has no say: it makes three kernels of the norm
+    and five of its gradients, where `F.group_norm` becomes up to six and eight. Sums are taken in float32 or
+    better.
+
+    n is the norm. With weight and bias, (1, C) each, it becomes a = n weight + bias. With maps (B, 2 C, *S),
+    the raw gamma and beta of a SPADE norm, to which weight and bias are added, it becomes a = n (1 + gamma +
+    weight) + beta + bias. An embedding (B, 2 C), scale and shift, makes a (1 + scale) + shift of it.
+    offset: (1 or B, C). Each of these may be None; bias has to be where weight is, and weight where maps are.
     """
 
     @staticmethod
@@ -90,55 +109,143 @@ class SummedInParts(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         offset: Tensor | None,
+        maps: Tensor | None,
+        embedding: Tensor | None,
         num_groups: int,
         eps: float,
     ) -> Tensor:
         of_groups = partial(per_group, num_groups=num_groups)
         var, mean = torch.var_mean(in_parts(x, num_groups), 2, correction=0)  # (B, parts, groups, c)
-        shifted = mean if offset is None else mean + of_groups(offset)[:, None]
-        between, center = torch.var_mean(shifted, (1, 3), correction=0)  # (B, groups)
-        rstd = torch.rsqrt(var.mean((1, 3)) + between + eps)[..., None]
-        center = center[..., None] if offset is None else center[..., None] - of_groups(offset)
-        ctx.save_for_backward(x, weight, offset, mean, center, rstd)  # center: of x
+        mean = mean if offset is None else mean + of_groups(offset)[:, None]
+        if mean[0, :, 0].numel() > LONGEST_ROW:
+            at_once = math.gcd(mean.shape[1], MOST_AT_ONCE)
+            var, mean = pooled(*(v.unflatten(1, (-1, at_once)) for v in (var, mean)), 2)
+        var, center = pooled(var, mean, (1, 3))  # (B, groups)
+        rstd = torch.rsqrt(var + eps)[..., None]
+        ctx.save_for_backward(x, weight, bias, offset, maps, embedding, center, rstd)
+        center = center_of_x(center, offset, num_groups)
         h = in_groups(x, num_groups)
         h = (h - over(center, h)) * over(rstd, h)
-        if weight is not None:
+        if maps is not None:
+            gamma, beta = (in_groups(v, num_groups) for v in maps.chunk(2, dim=1))
+            h = h * (1 + over(of_groups(weight), h) + gamma) + (over(of_groups(bias), h) + beta)
+        elif weight is not None:
             h = h * over(of_groups(weight), h) + over(of_groups(bias), h)
+        if embedding is not None:
+            scale, shift = (of_groups(v) for v in embedding.chunk(2, dim=1))
+            h = h * over(1 + scale, h) + over(shift, h)
         return h.flatten(1, 2).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offset, mean, center, rstd = ctx.saved_tensors
-        num_groups, num_places = rstd.shape[1], x[0, 0].numel()
-        g, h = (in_parts(v, num_groups) for v in (gradient, x))
-        sums, products = g.sum(2), (g * h).sum(2)  # (B, parts, groups, c)
-        products = (products - sums * center[:, None]) * rstd[:, None]
-        w = rstd.new_ones(()) if weight is None else per_group(weight, num_groups)
-        weighed = w if weight is None else w[:, None]
-        of_mean, of_width = (
-            (v * weighed).sum((1, 3))[..., None] * rstd / (num_places * mean.shape[3])
-            for v in (sums, products)
-        )  # (B, groups, 1)
-        g, h = (in_groups(v, num_groups) for v in (gradient, x))
-        out = g * over(rstd * w, h) - (h - over(center, h)) * over(of_width * rstd, h) - over(of_mean, h)
-        out = out.flatten(1, 2).to(x.dtype)
-        of_weights = (None, None)
-        if weight is not None:
-            of_weights = summed_as(weight, products, sums)
-        of_offset = None
-        if offset is not None:  # the sum of `out`, from sums that are known
-            share = num_places / mean.shape[1]
-            known = (v[:, None] for v in (rstd * w, center, of_width * rstd, of_mean))
-            scale, center, of_width, of_mean = known
-            (of_offset,) = summed_as(offset, sums * scale - share * ((mean - center) * of_width + of_mean))
-        return out, *of_weights, of_offset, None, None
+        x, weight, bias, offset, maps, embedding, center, rstd = ctx.saved_tensors
+        num_groups = rstd.shape[1]
+        of_groups = partial(per_group, num_groups=num_groups)
+        center = center_of_x(center, offset, num_groups)
+        w = None if weight is None else of_groups(weight)  # (1, groups, c)
+        widened = None if embedding is None else 1 + of_groups(embedding.chunk(2, dim=1)[0])
+        sums = gradient_sums(
+            gradient, x, maps, num_groups, of_x=offset is not None, of_beta=embedding is not None
+        )
+        middle, slope = center[:, None], rstd[:, None]
+        of_g, of_gn = sums["g"], (sums["g h"] - sums["g"] * middle) * slope
+        # what reaches the norm, and its product with the norm
+        along, across = (of_g, of_gn) if w is None else (of_g * w, of_gn * w)
+        if maps is not None:
+            along = along + of_g + sums["g gamma"]
+            across = across + of_gn + (sums["g h gamma"] - sums["g gamma"] * middle) * slope
+        of_weight, of_bias, of_embedding, of_offset = of_gn, of_g, None, None
+        if widened is not None:
+            result = across if maps is None else across + sums["g beta"]
+            result = result if bias is None else result + of_groups(bias) * of_g
+            halves = (v.sum(1).flatten(1).to(embedding.dtype) for v in (result, of_g))
+            of_embedding = torch.cat(list(halves), 1)
+            along, across, of_weight, of_bias = (
+                v * widened[:, None] for v in (along, across, of_weight, of_bias)
+            )
+        share = rstd / (x[0].numel() // num_groups)
+        of_mean, of_width = (v.sum((1, 3))[..., None] * share for v in (along, across))  # (B, groups, 1)
+        of_width = of_width * rstd
+        if offset is not None:  # the sum of the gradient of x, from sums that are known
+            num_places = x[0, 0].numel() // of_g.shape[1]
+            distance = sums["h"] - num_places * middle
+            of_offset = along * slope - (distance * of_width[:, None] + num_places * of_mean[:, None])
+        out, of_maps = gradients_of_elements(
+            gradient, x, maps, w, widened, center=center, rstd=rstd, of_mean=of_mean, of_width=of_width
+        )
+        of_others = (
+            None if given is None else summed_as(given, of)
+            for given, of in ((weight, of_weight), (bias, of_bias), (offset, of_offset))
+        )
+        return out, *of_others, of_maps, of_embedding, None, None
 
 
-def summed_as(weight: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Sums of values (B, parts, groups, c) in the shape of a weight (1 or B, C), by one kernel."""
-    axes = (1, 2) if len(weight) == 1 else 2
-    total = torch.stack(values).sum(axes).to(weight.dtype)
-    return total.view(len(values), *weight.shape).unbind()
+def gradient_sums(
+    gradient: Tensor, x: Tensor, maps: Tensor | None, num_groups: int, *, of_x: bool, of_beta: bool
+) -> dict[str, Tensor]:
+    """Sums over places of products of a norm's gradient g, its input h and its maps, each (B, parts or 1,
+    groups, c): over the places of a part or, where there are many parts, over all.
+    """
+    g, h = (in_parts(v, num_groups) for v in (gradient, x))
+    sums = {"g": g.sum(2), "g h": (g * h).sum(2)}
+    if of_x:
+        sums["h"] = h.sum(2)
+    if maps is not None:
+        gamma, beta = maps.chunk(2, dim=1)
+        gamma = in_parts(gamma, num_groups)
+        sums |= {"g gamma": (g * gamma).sum(2), "g h gamma": (g * h * gamma).sum(2)}
+        if of_beta:
+            sums["g beta"] = (g * in_parts(beta, num_groups)).sum(2)
+    if len(x) * sums["g"].shape[1] > LONGEST_SUM:
+        totals = torch.stack(list(sums.values())).sum(2, keepdim=True)
+        sums = dict(zip(sums, totals.unbind(), strict=True))
+    return sums
+
+
+def gradients_of_elements(
+    gradient: Tensor,
+    x: Tensor,
+    maps: Tensor | None,
+    w: Tensor | None,
+    widened: Tensor | None,
+    *,
+    center: Tensor,
+    rstd: Tensor,
+    of_mean: Tensor,
+    of_width: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Those of x and of the maps."""
+    num_groups = rstd.shape[1]
+    g, h = (in_groups(v, num_groups) for v in (gradient, x))
+    if widened is not None:
+        g = g * over(widened, g)
+    distance, of_maps = h - over(center, h), None
+    factor = g if w is None else g * over(w, g)
+    if maps is not None:
+        gamma = in_groups(maps.chunk(2, dim=1)[0], num_groups)
+        factor = factor + g * (1 + gamma)
+        halves = (g * distance * over(rstd, g), g)
+        of_maps = torch.cat([v.flatten(1, 2).to(maps.dtype) for v in halves], 1)
+    out = factor * over(rstd, g) - distance * over(of_width, g) - over(of_mean, g)
+    return out.flatten(1, 2).to(x.dtype), of_maps
+
+
+def pooled(var: Tensor, mean: Tensor, axes: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Variance and mean of parts that are as large as each other, from those of the parts."""
+    between, center = torch.var_mean(mean, axes, correction=0)
+    return var.mean(axes) + between, center
+
+
+def center_of_x(center: Tensor, offset: Tensor | None, num_groups: int) -> Tensor:
+    """(B, groups, 1 or c), from the center (B, groups) of x + offset."""
+    center = center[..., None]
+    return center if offset is None else center - per_group(offset, num_groups)
+
+
+def summed_as(given: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient (B, parts, groups, c), summed to the shape of its tensor, (1 or B, C)."""
+    axes = (0, 1) if len(given) == 1 else 1
+    return gradient.sum(axes).to(given.dtype).view(given.shape)
 
 
 def per_group(v: Tensor, num_groups: int) -> Tensor:

@@ -6,7 +6,7 @@ average), Dhariwal et al. 2020 (restart of unused codes).
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -41,14 +41,23 @@ def exact_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
+def extended(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, 1) of each row, (N, C + 1), and (-e, |e|^2 / 2) of each code, (K, C + 1)."""
+    return (
+        F.pad(x, (0, 1), value=1.0),
+        torch.cat([-codebook, codebook.square().sum(1, keepdim=True) / 2], dim=1),
+    )
+
+
+def nearest_codes(x: Tensor, codebook: Tensor, *, extend: Callable = extended) -> Tensor:
     """The nearest code (L2) of each row: x (N, C), codebook (K, C) -> indices (N,) int64.
 
     The N x K matrix of distances is never held as a whole. argmin |x - e|^2 = argmin (|e|^2 / 2 - x e), which
     is one product of (-e, |e|^2 / 2) with (x, 1). The minimum is vectorised and argmin is not, so the minima
-    of blocks of codes are found first. Of codes that are equally near the first one is taken.
+    of blocks of codes are found first. Of codes that are equally near the first one is taken. extend:
+    `extended`, or a block that computes it.
     """
-    codes = torch.cat([-codebook, codebook.square().sum(1, keepdim=True) / 2], dim=1)  # (K, C + 1)
+    rows, codes = extend(x, codebook)
     kind = x.device.type
     block, filler = CODES_PER_BLOCK.get(kind, 0), 0
     if block and (filler := -len(codes) % block):
@@ -57,7 +66,7 @@ def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
     columns = max(1, CHUNK_ELEMENTS.get(kind, 2**24) // len(codes))
     nearest = partial(nearest_in_blocks, block=block) if block else nearest_at_once
     with exact_matmul():
-        found = [nearest(codes, part) for part in F.pad(x, (0, 1), value=1.0).split(columns)]
+        found = [nearest(codes, part) for part in rows.split(columns)]
     return torch.cat(found)
 
 
@@ -130,6 +139,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("num_updates", torch.tensor(0))
         self.register_buffer("epoch_count", torch.zeros(num_codes), persistent=False)
         self.initialise, self.finish = Function(self._initialise), Function(self._finish)
+        self.extend = Function(extended)
 
     def forward(self, h: Tensor) -> Quantized:
         """The codes of h (B, C, *S). In training mode the statistics are updated."""
@@ -141,7 +151,7 @@ class VectorQuantizer(nn.Module):
         with torch.no_grad():
             if self.training:
                 self.initialise(x)
-            indices = nearest_codes(x, self.codebook)
+            indices = nearest_codes(x, self.codebook, extend=self.extend)
         return self.finish(h, x, indices)
 
     def _finish(self, h: Tensor, x: Tensor, indices: Tensor) -> Quantized:

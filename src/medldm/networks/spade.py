@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from medldm.devices import full_precision
 from medldm.networks.convolution import conv, convolve_as
-from medldm.networks.norms import group_normed
+from medldm.networks.norms import group_normed, is_split, scaled, summed_in_parts
+
+EPS = 1e-5  # of the norms, as torch has it
 
 
 class Modulation(NamedTuple):
@@ -53,35 +55,49 @@ class SPADE(nn.Module):
         """The modulation of activations on a grid of `size`, from a map (B, map_channels, *any), which is
         resized by nearest neighbours.
         """
-        if spade.shape[2:] != size:
-            spade = F.interpolate(spade, size=size, mode="nearest")
-        hidden = F.relu(self.shared(spade))
+        hidden = self.hidden(spade, size)
         if self.gamma.weight.dtype == torch.float32:
             return Modulation(self.gamma(hidden), self.beta(hidden))
-        return Modulation(*self.both(hidden).chunk(2, dim=1))
+        return Modulation(*self.both(hidden, self.of_both("bias")).chunk(2, dim=1))
 
-    def both(self, hidden: Tensor) -> Tensor:
+    def hidden(self, spade: Tensor, size: torch.Size) -> Tensor:
+        """What gamma and beta are convolutions of, (B, hidden_channels, *size)."""
+        if spade.shape[2:] != size:
+            spade = F.interpolate(spade, size=size, mode="nearest")
+        return F.relu(self.shared(spade))
+
+    def both(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """gamma and beta, one after the other along the channels, by one convolution that reads the hidden
         channels once. For weights that have been rounded for a GPU: in float32 on a CPU it would change the
         order of sums in their gradients, and with it the weights of a seeded run.
         """
-        layers = (self.gamma, self.beta)
-        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-        return convolve_as(self.gamma, hidden, weight, bias)
+        return convolve_as(self.gamma, hidden, self.of_both("weight"), bias)
+
+    def of_both(self, name: str) -> Tensor:
+        return torch.cat([getattr(layer, name) for layer in (self.gamma, self.beta)])
 
     def forward(
-        self, x: Tensor, spade: Tensor | Modulation | None, *, offset: Tensor | None = None
+        self,
+        x: Tensor,
+        spade: Tensor | Modulation | None,
+        embedding: Tensor | None = None,
+        *,
+        offset: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C, *s), and the map or what `modulation` has made of it -> (B, C, *s). offset: see
-        `group_normed`.
+        """x (B, C, *s), and the map or what `modulation` has made of it -> (B, C, *s). embedding: as of
+        `GroupNorm`. offset: see `group_normed`.
         """
         if spade is None:
             raise ValueError("a network built with SPADE norms needs condition.spade (B, C, *S)")
+        if self.num_groups and is_split(x) and not isinstance(spade, Modulation):
+            maps = self.both(self.hidden(spade, x.shape[2:]), None)
+            biases = (self.gamma.bias[None], self.beta.bias[None])
+            return summed_in_parts(x, self.num_groups, EPS, biases, offset, maps=maps, embedding=embedding)
         gamma, beta = spade if isinstance(spade, Modulation) else self.modulation(spade, x.shape[2:])
-        return self.normed(x, offset) * (1 + gamma) + beta
+        return scaled(self.normed(x, offset) * (1 + gamma) + beta, embedding)
 
     def normed(self, x: Tensor, offset: Tensor | None) -> Tensor:
         if self.num_groups:
-            return group_normed(x, self.num_groups, offset=offset)
+            return group_normed(x, self.num_groups, eps=EPS, offset=offset)
         with full_precision(x.device):
             return F.instance_norm(x)

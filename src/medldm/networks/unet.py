@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.errors import InputError
-from medldm.networks.compiling import Function
+from medldm.networks.biased import Biased, without_bias
+from medldm.networks.compiling import Function, is_compiling
 from medldm.networks.layers import (
     RESAMPLINGS,
     AttentionBlock,
@@ -109,7 +110,8 @@ class Unit(nn.Module):
         self.res, self.attention = res, attention
 
     def forward(self, h: Tensor, e: Tensor | Projected, spade: Any, context: Tensor | None) -> Tensor:
-        h = self.res(h, e, spade)
+        is_taken = is_compiling() and getattr(self.attention, "takes_biased", False)
+        h = self.res(h, e, spade, apart=is_taken)
         return h if self.attention is None else self.attention(h, context)
 
 
@@ -266,8 +268,9 @@ class Entrance(nn.Module):
         h = self.begin(h)
         return h if self.stem_attention is None else self.stem_attention(h)
 
-    def begun(self, z_t: Tensor) -> Tensor:
-        return self.stem(z_t)
+    def begun(self, z_t: Tensor) -> Tensor | Biased:
+        apart = is_compiling() and getattr(self.stem_attention, "takes_biased", False)
+        return without_bias(self.stem, z_t) if apart else self.stem(z_t)
 
 
 class UNet(Entrance):

@@ -8,37 +8,38 @@ The model works from the operations alone, by these rules; no compiler runs.
    more than `LONGEST_ROW` values (`LONGEST_STRIDED_ROW` where they do not lie side by side), lies between
    them on any path. The norm of an image is such a reduction: its statistics are a chain, and the next chain
    reads the image again. The results of a shorter reduction end a chain where they are spread over more
-   values than they were made from, or are reduced again.
+   values than they were made from, or are reduced again. A chain that could run earlier waits for the chain
+   that reads it, if both read one tensor.
 3. A chain reads each tensor from outside once, and writes the tensors that are used outside of it.
 4. A tensor that only other chains of the block use is not written where it costs them no more bytes to read
    what it was made from. This is also how a backward pass computes parts of the forward pass again.
-5. A chain is one kernel for each size of tensor that it writes, which reads all that those were made from.
+5. A chain is one kernel for each size of tensor that it writes, which reads all that those were made from;
+   of tensors that are joined to one, the size is that of a piece.
    Longer reductions are a kernel for each pair of sizes, which also does the operations on as many elements
    that follow, and a small one more where few results make it split them over the card. A norm has two small
-   kernels beside those of its rows, its gradient five. Kernels of the same sizes that read one tensor and
-   wait for the same ones are one.
+   kernels beside those of its rows, its gradient five. Kernels of the same sizes that read one tensor are
+   one, unless one of them waits for the other.
 6. The bias of a convolution is added by the chain that follows. What the backward pass needs of it is the
    sum, which is then written. The gradient of a bias is a reduction.
 7. Nothing is fused across blocks, nor between a block's forward and its backward pass.
 
-Beside what torch 2.15's compiler schedules for a card (docs/performance.md) its kernels agree to one, and its
-bytes are between 17% too high and 6% too low.
+Beside what torch 2.15's compiler schedules for a card (docs/performance.md) it has up to one kernel too many
+for residual blocks and three for a discriminator, and its bytes are between 4% too high and 2% too low.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-LONGEST_ROW = 1024  # values that one program of a kernel can hold while it reduces them
+from medldm.networks.compiling import LONGEST_ROW, LONGEST_SUM, MOST_READS
+
 LONGEST_STRIDED_ROW = 64  # where they do not lie side by side in memory
-LONGEST_SUM = 128  # values of a result that one program sums, one after the other
 MOST_SPLIT = 8192  # reductions to no more values than these are split over the card
 SMALL_KERNELS = {"norm": 2, "norm_backward": 5}  # that put together parts of sums, and gradients of weights
-MOST_SOURCES = 8  # a tensor made from more tensors is written, which bounds what a kernel reads
 ON_ELEMENTS = {
     "_to_copy", "clone", "copy_", "cat", "stack", "constant_pad_nd", "zeros", "ones", "full", "zeros_like",
     "ones_like", "full_like", "new_zeros", "new_full", "fill", "fill_", "zero_", "arange", "slice_backward",
@@ -48,6 +49,7 @@ ON_ELEMENTS = {
 ALONG_AN_AXIS = {"_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data"}
 NORMS = {"native_group_norm", "native_batch_norm", "native_layer_norm"}
 SUMS = {"sum", "mean", "amax", "amin", "mse_loss", "l1_loss", "smooth_l1_loss", "var", "var_mean"}
+PIECES = {"cat", "stack"}  # whose pieces are written by the kernels that make them
 FUSED = ("elements", "row", "reduction")
 
 
@@ -199,6 +201,8 @@ class Graph:
             self.append_sum("reduction", region, reads[:1], outputs[-1:], given[0].numel())
         else:
             self.append_sum(kind, region, reads, outputs, size)
+            if func.overloadpacket.__name__ in PIECES:
+                self.values[-1].numel = size
         return kind == "as it is"
 
     def append_sum(
@@ -247,7 +251,8 @@ class Graph:
         makers = [m for m in makers if m.region == region]
         made = max((x.numel() for x, _ in outputs), default=0)
         row = sizes[0] if kind == "row" else 0
-        level = max((m.level + ends_chain(m, made, row) for m in makers), default=0)
+        reduced = sizes[0] if kind in ("row", "reduction") else 0
+        level = max((m.level + ends_chain(m, made, reduced) for m in makers), default=0)
         self.parents.append(number)
         writes = []
         for x, storage in outputs:
@@ -266,8 +271,9 @@ class Graph:
             node = self.parents[node]
         return node
 
-    def fused(self) -> Iterator[tuple[int, int]]:
-        """(kernels, bytes) of what is fused. Call it once, after the step."""
+    def settle(self) -> list[list[Node]]:
+        """The chains, once all operations are known. Call it once."""
+        self.delay()
         for node in self.nodes:
             node.chain = self.chain(node.chain)
         self.choose_written()
@@ -275,19 +281,48 @@ class Graph:
         for node in self.nodes:
             if node.kind in FUSED:
                 chains[node.chain].append(node)
-        alike: dict[tuple, list[Kernel]] = defaultdict(list)
-        for chain in chains.values():
-            for size, kernel in self.kernels_of(chain).items():
-                join(alike[chain[0].region, chain[0].level, size], kernel)
-        reductions = defaultdict(list)
-        for (region, _, size), kernels in alike.items():
-            if size[0] == "reduction":
-                reductions[region, size[-1]] += kernels
-        for (region, _, size), kernels in alike.items():
-            if size[0] == "elements":
-                alike_before = reductions[region, size[-1]]
-                kernels[:] = [k for k in kernels if not follow(alike_before, k)]
-        return (self.cost_of(kernel) for kernels in alike.values() for kernel in kernels)
+        return sorted(chains.values(), key=lambda nodes: nodes[0].level)
+
+    def delay(self) -> None:
+        """Joins chains with later ones, by rule 2."""
+        chains: dict[int, list[Node]] = defaultdict(list)
+        for node in self.nodes:
+            if node.kind in FUSED and node.region is not None:
+                chains[self.chain(node.chain)].append(node)
+        for chain in sorted(chains.values(), key=lambda nodes: -nodes[0].level):
+            self.delay_chain(chain, chains)
+
+    def delay_chain(self, chain: list[Node], chains: dict[int, list[Node]]) -> None:
+        """Joins this chain with the first that reads it, where nothing lies between."""
+        own, first = self.chain(chain[0].chain), chain[0]
+        written = {number for node in chain for number in node.writes}
+        readers = [self.nodes[r] for number in written for r in self.values[number].readers]
+        readers = [r for r in readers if self.chain(r.chain) != own]
+        if not readers or any(r.kind not in FUSED or r.region != first.region for r in readers):
+            return
+        if any(self.values[number].is_result for number in written):
+            return
+        latest = min(r.level for r in readers)
+        read = {piece.value for node in chain for piece in node.reads}
+        for reader in (r for r in readers if r.level == latest > first.level):
+            later = chains[self.chain(reader.chain)]
+            is_apart = any(
+                ends_chain(maker, self.largest(node), node.sizes[0] if node.kind == "row" else 0)
+                for maker in chain
+                for node in later
+                if {piece.value for piece in node.reads} & set(maker.writes)
+            )
+            if is_apart or reader.kind == "reduction":
+                continue
+            if read & {piece.value for node in later for piece in node.reads}:
+                self.parents[own] = self.chain(reader.chain)
+                for node in chain:
+                    node.level = latest
+                later.extend(chain)
+                return
+
+    def largest(self, node: Node) -> int:
+        return max((self.values[number].numel for number in node.writes), default=0)
 
     def sources_of(self, node: Node) -> Reads:
         """The written values that a kernel reads for this node."""
@@ -327,65 +362,21 @@ class Graph:
             return True
         if value.is_kept and any(r.region != node.region for r in readers):
             return True
-        if value.is_reduced or len(value.sources) > MOST_SOURCES:
+        if value.is_reduced or len(value.sources) > MOST_READS:
             return True
+        read = {chain: self.made_from(outside[chain]) for chain in others}
         extra = sum(
             size
             for chain in others
             for (number, _), size in value.sources.items()
-            if number not in outside[chain]
+            if number not in read[chain]
         )
         return extra > value.num_bytes * (1 + len(others))
 
-    def kernels_of(self, chain: Sequence[Node]) -> dict[tuple, "Kernel"]:
-        """By the sizes that they run over."""
-        kernels: dict[tuple, Kernel] = defaultdict(Kernel)
-        for node in chain:
-            for number in node.writes:
-                key = ("elements", self.values[number].numel)
-                if node.kind == "reduction":
-                    key = ("reduction", *node.sizes)
-                elif not self.values[number].is_written:
-                    continue
-                kernels[key].writes.add(number)
-                kernels[key].reads |= self.sources_of(node)
-            if node.num_small:
-                kernels[("reduction", *node.sizes)].num_small += node.num_small
-        return kernels
-
-    def cost_of(self, kernel: "Kernel") -> tuple[int, int]:
-        moved = sum(size for (number, _), size in kernel.reads.items() if number not in kernel.writes)
-        return 1 + kernel.num_small, moved + sum(self.values[n].num_bytes for n in kernel.writes)
-
-
-@dataclass
-class Kernel:
-    """What one kernel reads and writes: numbers of values; and the small kernels beside it."""
-
-    reads: Reads = field(default_factory=dict)
-    writes: set[int] = field(default_factory=set)
-    num_small: int = 0
-
-
-def follow(reductions: list[Kernel], kernel: Kernel) -> bool:
-    """Whether a kernel on elements goes on with as many results of one of these reductions, which then does
-    its work, too.
-    """
-    read = {number for number, _ in kernel.reads}
-    for other in reductions:
-        if other.writes & read:
-            other.reads |= kernel.reads
-            other.writes |= kernel.writes
-            return True
-    return False
-
-
-def join(kernels: list[Kernel], kernel: Kernel) -> None:
-    """Puts a kernel to others of its sizes, into one that reads a tensor of its own, if there is one."""
-    for other in kernels:
-        if other.reads.keys() & kernel.reads.keys():
-            other.reads |= kernel.reads
-            other.writes |= kernel.writes
-            other.num_small += kernel.num_small
-            return
-    kernels.append(kernel)
+    def made_from(self, numbers: set[int]) -> set[int]:
+        """The written values that a chain reads for these."""
+        found = set()
+        for number in numbers:
+            value = self.values[number]
+            found |= {number} if value.is_written else {source for source, _ in value.sources}
+        return found

@@ -221,7 +221,8 @@ def traced_step(job: Job, batch_size: int, *, bf16: bool, on_cuda: bool, compile
         trace = stack.enter_context(StepTrace())
         if compiles:
             wrap_blocks(module, trace.block)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        # compiled blocks round for themselves what the others keep in autocast's cache
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=not compiles):
             try:
                 train_step(module, batch)
             except torch._subclasses.fake_tensor.DataDependentOutputException as error:

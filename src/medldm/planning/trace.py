@@ -19,6 +19,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from medldm.networks.compiling import as_if_compiling
 from medldm.planning.fusion import Graph, Region, num_launched, sums_bias, touched_bytes
+from medldm.planning.kernels import fused
 
 # Where CUDA's autocast and a CPU's, which traces run under, treat an operation differently (torch.amp's
 # reference, "CUDA Ops that autocast to float32" and "CPU Ops that autocast to float32").
@@ -172,11 +173,10 @@ class StepTrace(TorchDispatchMode):
     @property
     def compiled(self) -> Cost:
         """The cost with blocks compiled; memory is that of the step as it ran."""
-        chains = [chain for chain in self.graph.fused() if chain[0]]
-        num_kernels, num_bytes = (sum(values) for values in zip((0, 0), *chains, strict=True))
-        fused = Operation("fused", torch.float32, 0, num_kernels, 0.0, num_bytes, num_kernels)
+        num_kernels, num_bytes = (sum(v) for v in zip((0, 0), *fused(self.graph), strict=True))
+        chains = Operation("fused", torch.float32, 0, num_kernels, 0.0, num_bytes, num_kernels)
         cost = Cost(dict(self.cost.unfused), {}, self.cost.peak_bytes, self.cost.peak_bytes_with_workspace)
-        cost.add(fused, is_fused=True)
+        cost.add(chains, is_fused=True)
         return cost
 
     def block(self, call: Callable) -> Callable:
