@@ -29,11 +29,16 @@ def volume(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("scaled_by", ["nothing", "weights", "maps"])
 @pytest.mark.parametrize("embeds", [False, True])
 @pytest.mark.parametrize("of_offset", [None, 1, 3])
-@pytest.mark.parametrize("size", [(5, 6), (2, 3, 7)])
-def test_sums_of_parts_give_the_norm_and_all_gradients(scaled_by, embeds, of_offset, size, monkeypatch):
-    """With an offset of all samples or of each. The places are 3 parts."""
+@pytest.mark.parametrize(("size", "most"), [((5, 6), 1000), ((2, 3, 7), 1000), ((2, 3, 7), 1)])
+def test_sums_of_parts_give_the_norm_and_all_gradients(scaled_by, embeds, of_offset, size, most, monkeypatch):
+    """With an offset of all samples or of each. The places are 3 parts; they are summed at once, or, where
+    that would be more than `most` values, in two steps.
+    """
     torch.manual_seed(0)
     monkeypatch.setattr(norms, "NUM_SUMS", 3 * 12 * 3)
+    for name in ("LONGEST_ROW", "LONGEST_SUM"):
+        monkeypatch.setattr(norms, name, most)
+    monkeypatch.setattr(norms, "MOST_AT_ONCE", 3)
     assert norms.in_parts(torch.empty(3, 12, *size), 4).shape[1] == 3
     x, offset = volume(3, 12, *size), None if of_offset is None else drawn(of_offset, 12)
     weights = (None, None) if scaled_by == "nothing" else (drawn(1, 12), drawn(1, 12))

@@ -92,9 +92,9 @@ def summed_in_parts(
 
 class SummedInParts(torch.autograd.Function):
     """A group norm of x + offset in channels_last, with all that scales and shifts it. Statistics and
-    gradients are sums of parts, over whose number a compiler has no say: it makes three kernels of the norm
-    and five of its gradients, where `F.group_norm` becomes up to six and eight. Sums are taken in float32 or
-    better.
+    gradients are sums of parts, over whose number a compiler has no say: it makes three or four kernels of
+    the norm and four or five of its gradients, where `F.group_norm` becomes up to six and eight. Sums are
+    taken in float32 or better.
 
     n is the norm. With weight and bias, (1, C) each, it becomes a = n weight + bias. With maps (B, 2 C, *S),
     the raw gamma and beta of a SPADE norm, to which weight and bias are added, it becomes a = n (1 + gamma +
