@@ -304,6 +304,50 @@ def test_blocks_that_leave_their_biases_to_the_next_give_the_same(name):
         torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-10)
 
 
+UNETS = {
+    "full attention": (2, {"num_heads": 2, "scale_shift": True}),
+    "factorised, with a map": (
+        3,
+        {
+            "attention": partial(FactorisedAttention, num_heads=2, head_channels=4),
+            "stem_attention": partial(FactorisedAttention, spatial="none", num_heads=2, head_channels=4),
+            "kernel_size": [1, 3, 3],
+            "strides": [1, 2, 2],
+            "spade_channels": 3,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_unet_whose_blocks_leave_their_biases_to_attention_gives_the_same(name):
+    dims, options = UNETS[name]
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[dims]
+    found = []
+    for yes in (False, True):
+        torch.manual_seed(0)
+        network = UNet(
+            dims, in_channels=2, out_channels=2, stem_channels=8, channels=[8, 16], num_res_blocks=1,
+            sinusoidal_channels=8, embedding_channels=16, norm_groups=4, **options,
+        ).double().to(memory_format=layout)  # fmt: skip
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        z = torch.randn(2, 2, *(8,) * dims, dtype=torch.float64).to(memory_format=layout)
+        spade = torch.randn(2, 3, *(8,) * dims, dtype=torch.float64).to(memory_format=layout)
+        condition = Condition(None, None, spade if "spade_channels" in options else None, None)
+        if yes:
+            compiling.wrap_blocks(network, as_a_compiler_calls)
+        with StepTrace() as trace:
+            out = network(z, torch.tensor([3.0, 700.0], dtype=torch.float64), condition)
+            out.square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in network.parameters())])
+        found[-1].append(sorted(op.name for op in trace.cost.operations.values()))
+    (*wanted, before), (*values, after) = found
+    assert before != after
+    for value, other in zip(values, wanted, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-8, atol=1e-9)
+
+
 def assert_same_when_compiling(block: nn.Module, x: torch.Tensor) -> None:
     """To the rounding of float64, and in its operations not the same."""
     found = []
