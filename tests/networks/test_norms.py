@@ -88,6 +88,7 @@ SPADE_NORM = partial(SPADE, 3, map_channels=2, hidden_channels=4, groups=4)
         {"norm": group_norm, "shortcut": "none", "embedding_channels": 5},
         {"norm": SPADE_NORM},
         {"norm": SPADE_NORM, "embedding_channels": 5, "scale_shift": True},
+        {"norm": partial(SPADE, 3, map_channels=2, hidden_channels=4), "embedding_channels": 5},
     ],
 )
 def test_a_block_as_a_compiler_sees_it_gives_the_same(options):

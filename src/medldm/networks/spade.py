@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medldm.devices import full_precision
+from medldm.networks.biased import Biased
 from medldm.networks.convolution import conv, convolve_as
 from medldm.networks.norms import group_normed, is_split, scaled, summed_in_parts
 
@@ -99,5 +100,6 @@ class SPADE(nn.Module):
     def normed(self, x: Tensor, offset: Tensor | None) -> Tensor:
         if self.num_groups:
             return group_normed(x, self.num_groups, eps=EPS, offset=offset)
+        x = x if offset is None else Biased(x, offset).summed()  # no effect, but a gradient: zero
         with full_precision(x.device):
             return F.instance_norm(x)
